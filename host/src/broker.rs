@@ -1,0 +1,159 @@
+//! The only place with AMQP's client library. One connection publishes:
+//!
+//! ```text
+//!   dispatcher ──publish──▶ exchange `tidings` (topic) ──bindings of the consumers──▶ their queues
+//!                                                                                      │ rejected, expired
+//!                           queue `tidings.dead` ◀── exchange `tidings.dlx` (fanout) ◀─┘
+//!                           queue `tidings.parking`  (dead letters set aside for a person)
+//! ```
+//!
+//! The four names follow `TIDINGS_EXCHANGE`. The client library's own recovery is not used: what was in flight when a
+//! connection broke is unknown, and only the rows in the database say what to do about it.
+
+mod connection;
+mod publisher;
+mod topology;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use lapin::uri::AMQPUri;
+use thiserror::Error;
+use tokio::sync::Mutex;
+
+use crate::config::{QueueType, SecretUrl};
+use crate::wake::Wake;
+
+pub use publisher::{Confirmed, Verdict};
+
+/// For a connection, logging in included.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
+/// For each declaration and each new channel.
+const RPC_DEADLINE: Duration = Duration::from_secs(5);
+
+/// What went wrong between us and RabbitMQ. Always the infrastructure's fault, never a row's.
+#[derive(Debug, Error)]
+pub enum BrokerError {
+    /// It does not answer.
+    #[error("could not reach RabbitMQ at {place}")]
+    Connect {
+        /// Host, port and virtual host.
+        place: String,
+        /// Why.
+        #[source]
+        source: lapin::Error,
+    },
+    /// It answers, and does not let us in.
+    #[error("RabbitMQ at {place} refused the login; check the user, the password and the virtual host in TIDINGS_AMQP_URL")]
+    Login {
+        /// User, host, port and virtual host.
+        place: String,
+        /// What it said.
+        #[source]
+        source: lapin::Error,
+    },
+    /// What exists is not what we need.
+    #[error(
+        "could not declare {what}: it exists with other arguments; rename it with TIDINGS_EXCHANGE, or delete what is there"
+    )]
+    Mismatch {
+        /// The exchange or queue.
+        what: String,
+        /// What it said, which names the argument.
+        #[source]
+        source: lapin::Error,
+    },
+    /// It could not do what we asked.
+    #[error("could not {doing}")]
+    Operation {
+        /// What we asked.
+        doing: String,
+        /// Why.
+        #[source]
+        source: lapin::Error,
+    },
+    /// It does not answer any more.
+    #[error("gave up after {} s waiting for RabbitMQ to {doing}", .after.as_secs())]
+    Deadline {
+        /// What we asked.
+        doing: String,
+        /// How long we waited.
+        after: Duration,
+    },
+}
+
+/// RabbitMQ.
+#[derive(Debug)]
+pub struct Broker {
+    uri: AMQPUri,
+    exchange: String,
+    queue_type: QueueType,
+    /// The connection of the moment, while it can be used.
+    connection: Mutex<Option<Arc<lapin::Connection>>>,
+    /// Open channels that nobody is using. All belong to `connection`, or are closed.
+    idle_channels: Mutex<Vec<lapin::Channel>>,
+    open: AtomicBool,
+    wake: Arc<Wake>,
+}
+
+/// Whether `url` can be understood, without the password in the answer.
+pub(crate) fn check_url(url: &SecretUrl) -> Result<(), String> {
+    parse(url).map(drop)
+}
+
+fn parse(url: &SecretUrl) -> Result<AMQPUri, String> {
+    url.expose().parse()
+}
+
+impl Broker {
+    /// A broker that is not connected yet; `wake` is woken when it can be used.
+    ///
+    /// # Panics
+    ///
+    /// If `url` was not checked by the configuration.
+    #[must_use]
+    pub fn new(url: &SecretUrl, exchange: &str, queue_type: QueueType, wake: Arc<Wake>) -> Self {
+        let mut uri = parse(url).expect("the configuration accepts only URLs that can be understood");
+        // RabbitMQ's own 60 s would let a dead link look alive for two minutes.
+        uri.query.heartbeat.get_or_insert(10);
+        uri.query.connection_timeout.get_or_insert(5_000);
+        Self {
+            uri,
+            exchange: exchange.to_owned(),
+            queue_type,
+            connection: Mutex::new(None),
+            idle_channels: Mutex::new(Vec::new()),
+            open: AtomicBool::new(false),
+            wake,
+        }
+    }
+
+    /// The exchange that is published to.
+    #[must_use]
+    pub fn exchange(&self) -> &str {
+        &self.exchange
+    }
+
+    /// Whether messages can be published now: connected, and not blocked by an alarm.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.open.load(Ordering::Acquire)
+    }
+
+    /// Host, port and virtual host, for people.
+    #[must_use]
+    pub fn place(&self) -> String {
+        let authority = &self.uri.authority;
+        format!("{}:{}/{}", authority.host, authority.port, self.uri.vhost.trim_start_matches('/'))
+    }
+}
+
+/// Waits for the broker, at most [`RPC_DEADLINE`].
+async fn within<T>(doing: &str, work: impl Future<Output = lapin::Result<T>>) -> Result<T, BrokerError> {
+    match tokio::time::timeout(RPC_DEADLINE, work).await {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(source)) => Err(BrokerError::Operation { doing: doing.to_owned(), source }),
+        Err(_) => Err(BrokerError::Deadline { doing: doing.to_owned(), after: RPC_DEADLINE }),
+    }
+}

@@ -1,0 +1,133 @@
+//! Keeps one connection to RabbitMQ, for ever: connects, declares what is ours, watches, and begins again.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
+use lapin::{Connection, ConnectionProperties, Event};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::{Broker, BrokerError, CONNECT_DEADLINE, topology};
+use crate::backoff::RECONNECT;
+
+/// How long we say good-bye.
+const CLOSE_DEADLINE: Duration = Duration::from_secs(1);
+
+impl Broker {
+    /// Connects as often as it takes, and keeps the connection until `shutdown`. `ready` is called at the first.
+    ///
+    /// # Errors
+    ///
+    /// When, at the first connection, what exists is not what we need: a person must see to that.
+    pub async fn run(&self, shutdown: CancellationToken, ready: impl FnOnce() + Send) -> Result<(), BrokerError> {
+        let mut ready = Some(ready);
+        let mut failures = 0;
+        loop {
+            let connected = tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return Ok(()),
+                connected = self.connect() => connected,
+            };
+            match connected {
+                Ok(connection) => {
+                    failures = 0;
+                    info!(broker = self.place(), exchange = self.exchange, "connected to RabbitMQ");
+                    if let Some(ready) = ready.take() {
+                        ready();
+                    }
+                    if self.watch(connection, &shutdown).await {
+                        return Ok(());
+                    }
+                }
+                Err(error @ BrokerError::Mismatch { .. }) if ready.is_some() => return Err(error),
+                Err(error) => {
+                    warn!(error = &error as &dyn std::error::Error, "RabbitMQ cannot be used, trying again");
+                }
+            }
+            let delay = RECONNECT.jittered(failures);
+            failures = failures.saturating_add(1);
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return Ok(()),
+                () = tokio::time::sleep(delay) => {}
+            }
+        }
+    }
+
+    async fn connect(&self) -> Result<Connection, BrokerError> {
+        let properties = ConnectionProperties::default().with_connection_name("tidings".into());
+        let connected = tokio::time::timeout(CONNECT_DEADLINE, Connection::connect_uri(self.uri.clone(), properties));
+        let connection = match connected.await {
+            Ok(Ok(connection)) => connection,
+            Ok(Err(source)) => return Err(self.connect_error(source)),
+            Err(_) => {
+                return Err(BrokerError::Deadline {
+                    doing: format!("accept a connection at {}", self.place()),
+                    after: CONNECT_DEADLINE,
+                });
+            }
+        };
+        topology::declare(&connection, &self.exchange, self.queue_type).await?;
+        Ok(connection)
+    }
+
+    fn connect_error(&self, source: lapin::Error) -> BrokerError {
+        let refused = matches!(source.kind(), lapin::ErrorKind::ProtocolError(error) if matches!(
+            error.kind(),
+            AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) | AMQPErrorKind::Hard(AMQPHardError::NOTALLOWED)
+        ));
+        if refused {
+            let user = &self.uri.authority.userinfo.username;
+            BrokerError::Login { place: format!("{} as {user}", self.place()), source }
+        } else {
+            BrokerError::Connect { place: self.place(), source }
+        }
+    }
+
+    /// Lets the connection be used until it breaks, or until `shutdown`, for which it returns `true`.
+    async fn watch(&self, connection: Connection, shutdown: &CancellationToken) -> bool {
+        let mut events = connection.events_listener();
+        let connection = Arc::new(connection);
+        *self.connection.lock().await = Some(Arc::clone(&connection));
+        // The event of a break before we listened is lost; the status is not.
+        let mut usable = connection.status().connected();
+        let stopping = loop {
+            self.open.store(usable, Ordering::Release);
+            if usable {
+                self.wake.wake();
+            }
+            if !connection.status().connected() {
+                break false;
+            }
+            let event = tokio::select! {
+                biased;
+                () = shutdown.cancelled() => break true,
+                event = events.next() => event,
+            };
+            usable = match event {
+                Some(Event::ConnectionBlocked(reason)) => {
+                    warn!(reason, "RabbitMQ blocks publishing; rows wait until it is over");
+                    false
+                }
+                Some(Event::ConnectionUnblocked) => {
+                    info!("RabbitMQ takes messages again");
+                    true
+                }
+                Some(Event::Error(error)) => {
+                    warn!(error = &error as &dyn std::error::Error, "lost the connection to RabbitMQ, connecting again");
+                    false
+                }
+                Some(_) => usable,
+                None => false,
+            };
+        };
+        self.open.store(false, Ordering::Release);
+        self.connection.lock().await.take();
+        self.idle_channels.lock().await.clear();
+        let _ = tokio::time::timeout(CLOSE_DEADLINE, connection.close(200, "good-bye".into())).await;
+        stopping
+    }
+}

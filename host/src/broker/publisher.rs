@@ -1,0 +1,182 @@
+//! Publishes batches and tells, message by message, what the broker said. A message is confirmed only by an ack on a
+//! channel in confirm mode, when no return of it came: the ack of an unroutable message is an ack as well.
+//!
+//! A channel serves one batch at a time. That keeps publishing in order, and the returns of a batch with it: the client
+//! library hands a returned message to whichever confirm completes next, so all confirms of the batch are collected and
+//! the returns are matched by message id.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use futures_util::future::join_all;
+use futures_util::stream::FuturesUnordered;
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+use lapin::{BasicProperties, Channel, Confirmation};
+use tokio::time::{Instant, timeout_at};
+use tracing::warn;
+use uuid::Uuid;
+
+use super::{Broker, BrokerError, within};
+use crate::message::{HeaderValue, Message};
+
+/// How long the confirms of a batch may take. Whatever is not confirmed then is unknown.
+const CONFIRM_DEADLINE: Duration = Duration::from_secs(10);
+
+/// The broker has the message, for good. Only the publisher makes one.
+#[derive(Clone, Copy, Debug)]
+pub struct Confirmed {
+    at: Instant,
+}
+
+impl Confirmed {
+    /// When the confirm came.
+    #[must_use]
+    pub fn at(&self) -> Instant {
+        self.at
+    }
+}
+
+/// What the broker said of one message.
+#[derive(Clone, Debug)]
+pub enum Verdict {
+    /// It has it.
+    Confirmed(Confirmed),
+    /// It did not take it: no queue is bound to the routing key, or a queue refused it.
+    Refused(String),
+    /// We do not know. The message may or may not be in a queue.
+    Unknown,
+}
+
+impl Broker {
+    /// Publishes `messages` and waits for the confirms. Every message gets a verdict, in no order.
+    pub async fn publish(&self, messages: Vec<Message>) -> Vec<(Uuid, Verdict)> {
+        let deadline = Instant::now() + CONFIRM_DEADLINE;
+        let ids: Vec<Uuid> = messages.iter().map(|message| message.id).collect();
+        let published = match self.channel().await {
+            Ok(channel) => publish_on(&channel, &self.exchange, messages, deadline).await.map(|verdicts| (channel, verdicts)),
+            Err(error) => Err(error),
+        };
+        match published {
+            Ok((channel, verdicts)) => {
+                // A channel with doubts is not used again: a late confirm would be taken for that of another message.
+                if !verdicts.iter().any(|(_, verdict)| matches!(verdict, Verdict::Unknown)) {
+                    self.idle_channels.lock().await.push(channel);
+                }
+                verdicts
+            }
+            Err(error) => {
+                warn!(error = &error as &dyn std::error::Error, messages = ids.len(), "could not publish, the rows stay");
+                ids.into_iter().map(|id| (id, Verdict::Unknown)).collect()
+            }
+        }
+    }
+
+    /// An idle channel, or a new one.
+    async fn channel(&self) -> Result<Channel, BrokerError> {
+        while let Some(channel) = self.idle_channels.lock().await.pop() {
+            if channel.status().connected() {
+                return Ok(channel);
+            }
+        }
+        let connection = self.connection.lock().await.clone();
+        let Some(connection) = connection else {
+            return Err(BrokerError::Deadline { doing: "be connected".into(), after: Duration::ZERO });
+        };
+        let channel = within("open a channel", connection.create_channel()).await?;
+        within("turn on publisher confirms", channel.confirm_select(ConfirmSelectOptions::default())).await?;
+        Ok(channel)
+    }
+}
+
+async fn publish_on(
+    channel: &Channel,
+    exchange: &str,
+    messages: Vec<Message>,
+    deadline: Instant,
+) -> Result<Vec<(Uuid, Verdict)>, BrokerError> {
+    let exchange = ShortString::from(exchange);
+    let ids: Vec<Uuid> = messages.iter().map(|message| message.id).collect();
+    let doing = || format!("take {} messages", ids.len());
+    let options = BasicPublishOptions { mandatory: true, immediate: false };
+    // Each is queued in order when it is first polled; awaiting them together fills the socket.
+    let publishes = messages.into_iter().map(|message| {
+        let exchange = exchange.clone();
+        async move {
+            let (routing_key, body, properties) = wire(message);
+            channel.basic_publish(exchange, routing_key, options, &body, properties).await
+        }
+    });
+    let Ok(published) = timeout_at(deadline, join_all(publishes)).await else {
+        return Err(BrokerError::Deadline { doing: doing(), after: CONFIRM_DEADLINE });
+    };
+
+    let mut verdicts: HashMap<Uuid, Verdict> = ids.iter().map(|id| (*id, Verdict::Unknown)).collect();
+    let mut failure = None;
+    let mut confirms = FuturesUnordered::new();
+    for (id, published) in ids.iter().copied().zip(published) {
+        match published {
+            Ok(confirm) => confirms.push(async move { (id, confirm.await) }),
+            Err(error) => failure = Some(error),
+        }
+    }
+    let mut returned = HashMap::new();
+    while let Ok(Some((id, confirmation))) = timeout_at(deadline, confirms.next()).await {
+        let (verdict, message) = match confirmation {
+            Ok(Confirmation::Ack(message)) => (Verdict::Confirmed(Confirmed { at: Instant::now() }), message),
+            Ok(Confirmation::Nack(message)) => (Verdict::Refused("a queue refused the message (nack)".into()), message),
+            Ok(Confirmation::NotRequested) => (Verdict::Unknown, None),
+            Err(error) => {
+                failure = Some(error);
+                continue;
+            }
+        };
+        verdicts.insert(id, verdict);
+        if let Some(message) = message {
+            let id = message.delivery.properties.message_id().as_ref().and_then(|id| id.as_str().parse::<Uuid>().ok());
+            if let Some(id) = id {
+                let (code, text, key) = (message.reply_code, &message.reply_text, &message.delivery.routing_key);
+                returned.insert(id, format!("no queue took the message with routing key {key:?} ({code} {text})"));
+            }
+        }
+    }
+    for (id, reason) in returned {
+        verdicts.insert(id, Verdict::Refused(reason));
+    }
+    let unknown = verdicts.values().filter(|verdict| matches!(verdict, Verdict::Unknown)).count();
+    if let Some(source) = failure {
+        let error = BrokerError::Operation { doing: doing(), source };
+        warn!(error = &error as &dyn std::error::Error, unknown, "lost a channel, its unconfirmed rows stay");
+    } else if unknown > 0 {
+        warn!(unknown, "confirms did not come within {} s, their rows stay", CONFIRM_DEADLINE.as_secs());
+    }
+    Ok(verdicts.into_iter().collect())
+}
+
+/// A message in AMQP's types. Lengths were checked where the event and the row came in.
+fn wire(message: Message) -> (ShortString, Vec<u8>, BasicProperties) {
+    let short = |text: &str| ShortString::try_new(text).expect("checked to have at most 255 bytes");
+    let mut headers = FieldTable::default();
+    for (name, value) in message.headers {
+        let value = match value {
+            HeaderValue::Text(text) => AMQPValue::LongString(text.into()),
+            HeaderValue::Number(number) => AMQPValue::LongLongInt(number),
+        };
+        headers.insert(short(&name), value);
+    }
+    let mut properties = BasicProperties::default()
+        .with_message_id(short(&message.id.to_string()))
+        .with_type(short(&message.kind))
+        .with_app_id("tidings".into())
+        .with_delivery_mode(2)
+        .with_timestamp(message.timestamp)
+        .with_headers(headers);
+    if let Some(content_type) = &message.content_type {
+        properties = properties.with_content_type(short(content_type));
+    }
+    if let Some(expiration) = message.expiration_ms {
+        properties = properties.with_expiration(short(&expiration.to_string()));
+    }
+    (short(&message.routing_key), message.body, properties)
+}

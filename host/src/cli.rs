@@ -1,0 +1,75 @@
+//! The command line: one file per subcommand. Exit codes: 0 done or stopped by a signal; 64 usage and settings; 65 the
+//! schema is not ours; 1 anything else.
+
+mod migrate;
+mod run;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::config::{DatabaseArgs, Mistakes, RunArgs};
+
+/// Wrong usage or settings (`EX_USAGE` of sysexits.h).
+const USAGE: u8 = 64;
+/// The database's schema is not ours (`EX_DATAERR` of sysexits.h).
+const SCHEMA: u8 = 65;
+
+/// Turns rows in PostgreSQL into messages in RabbitMQ, on time.
+#[derive(Debug, Parser)]
+#[command(name = "tidings", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Runs the daemon
+    Run(Box<RunArgs>),
+    /// Creates or updates the schema `tidings` in the database
+    Migrate(DatabaseArgs),
+}
+
+/// Runs the command line of this process.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            return if error.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS };
+        }
+    };
+    crate::telemetry::start();
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(1, &anyhow::Error::from(error).context("could not start")),
+    };
+    let code = match cli.command {
+        Command::Run(args) => match args.check() {
+            Ok(config) => runtime.block_on(run::run(config)),
+            Err(mistakes) => usage(&mistakes),
+        },
+        Command::Migrate(args) => match args.check() {
+            Ok(url) => runtime.block_on(migrate::migrate(&url)),
+            Err(mistakes) => usage(&mistakes),
+        },
+    };
+    // What is left in the background has nothing more to say.
+    runtime.shutdown_background();
+    code
+}
+
+fn usage(mistakes: &Mistakes) -> ExitCode {
+    for mistake in mistakes.iter() {
+        eprintln!("tidings: {mistake}");
+    }
+    ExitCode::from(USAGE)
+}
+
+/// Says what went wrong, with its causes, on one line.
+fn fail(code: u8, error: &anyhow::Error) -> ExitCode {
+    eprintln!("tidings: {error:#}");
+    ExitCode::from(code)
+}

@@ -1,0 +1,19 @@
+//! `tidings run`: the daemon.
+
+use std::process::ExitCode;
+
+use super::{SCHEMA, fail};
+use crate::config::Config;
+use crate::{daemon, lifecycle};
+
+pub(super) async fn run(config: Config) -> ExitCode {
+    let ended = match lifecycle::shutdown_on_signal() {
+        Ok(shutdown) => daemon::run(config, shutdown).await,
+        Err(error) => Err(anyhow::Error::from(error).context("could not listen for signals")),
+    };
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if daemon::is_schema_error(&error) => fail(SCHEMA, &error),
+        Err(error) => fail(1, &error),
+    }
+}

@@ -1,0 +1,255 @@
+//! The settings: flags or `TIDINGS_*` variables, read once at the edge. All mistakes are reported together, and none of
+//! the sentences contains a password.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+
+/// A URL with a password in it, perhaps: shown without.
+#[derive(Clone, PartialEq, Eq)]
+pub struct SecretUrl(String);
+
+impl SecretUrl {
+    /// The URL as it was given, password included. Not for people.
+    #[must_use]
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<String> for SecretUrl {
+    fn from(url: String) -> Self {
+        Self(url)
+    }
+}
+
+impl fmt::Debug for SecretUrl {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("SecretUrl(…)")
+    }
+}
+
+/// Where the database is: all that `tidings migrate` needs.
+#[derive(Args, Debug)]
+pub struct DatabaseArgs {
+    /// Where PostgreSQL is, such as `postgres://user:password@host/database`
+    #[arg(long, env = "TIDINGS_DATABASE_URL", hide_env_values = true, value_name = "URL")]
+    database_url: Option<String>,
+}
+
+/// The settings of `tidings run`, as they were typed.
+#[derive(Args, Debug)]
+pub struct RunArgs {
+    #[command(flatten)]
+    database: DatabaseArgs,
+    /// Where RabbitMQ is, such as `amqp://user:password@host/vhost`
+    #[arg(long, env = "TIDINGS_AMQP_URL", hide_env_values = true, value_name = "URL")]
+    amqp_url: Option<String>,
+    /// The directory with the plugins, one .wasm file each
+    #[arg(long, env = "TIDINGS_PLUGIN_DIR", value_name = "DIR")]
+    plugin_dir: Option<String>,
+    /// The exchange to publish to; the dead-letter exchange and the daemon's queues are named after it
+    #[arg(long, env = "TIDINGS_EXCHANGE", value_name = "NAME", default_value = "tidings")]
+    exchange: String,
+    /// The type of the daemon's own queues, classic or quorum
+    #[arg(long, env = "TIDINGS_QUEUE_TYPE", value_name = "TYPE", default_value = "classic")]
+    queue_type: String,
+    /// The longest time between two looks at the queue, in milliseconds
+    #[arg(long, env = "TIDINGS_SWEEP_MS", value_name = "MS", default_value = "5000")]
+    sweep_ms: String,
+    /// How often a row may make its plugin fail before it is parked
+    #[arg(long, env = "TIDINGS_MAX_ATTEMPTS", value_name = "N", default_value = "20")]
+    max_attempts: String,
+    /// Listen for notifications (on), or only look every sweep (off)
+    #[arg(long, env = "TIDINGS_NOTIFY", value_name = "on|off", default_value = "on")]
+    notify: String,
+    /// How many days of history to keep
+    #[arg(long, env = "TIDINGS_HISTORY_DAYS", value_name = "DAYS", default_value = "7")]
+    history_days: String,
+}
+
+/// The type of the queues that the daemon declares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QueueType {
+    /// One node keeps it.
+    Classic,
+    /// A majority of the cluster keeps it.
+    Quorum,
+}
+
+/// The settings of `tidings run`, checked.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// `TIDINGS_DATABASE_URL`
+    pub database_url: SecretUrl,
+    /// `TIDINGS_AMQP_URL`
+    pub amqp_url: SecretUrl,
+    /// `TIDINGS_PLUGIN_DIR`, an existing directory.
+    pub plugin_dir: PathBuf,
+    /// `TIDINGS_EXCHANGE`, 1 to 200 bytes, so that the names after it fit as well.
+    pub exchange: String,
+    /// `TIDINGS_QUEUE_TYPE`
+    pub queue_type: QueueType,
+    /// `TIDINGS_SWEEP_MS`, 10 ms to an hour; default 5 s.
+    pub sweep: Duration,
+    /// `TIDINGS_MAX_ATTEMPTS`, at least 1; default 20. A row whose plugin fails as often is parked.
+    pub max_attempts: u32,
+    /// `TIDINGS_NOTIFY`
+    pub notify: bool,
+    /// `TIDINGS_HISTORY_DAYS`, 1 to 36,500; default 7. Older history is removed.
+    pub history: Duration,
+}
+
+/// What is wrong with the settings, a sentence each.
+#[derive(Debug)]
+pub struct Mistakes(Vec<String>);
+
+impl Mistakes {
+    /// The sentences.
+    pub fn iter(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(String::as_str)
+    }
+}
+
+impl fmt::Display for Mistakes {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(&self.0.join("\n"))
+    }
+}
+
+impl std::error::Error for Mistakes {}
+
+impl DatabaseArgs {
+    /// Checks the setting.
+    ///
+    /// # Errors
+    ///
+    /// With all mistakes.
+    pub fn check(self) -> Result<SecretUrl, Mistakes> {
+        let mut mistakes = unknown_variables();
+        let url = self.url(&mut mistakes);
+        url.filter(|_| mistakes.is_empty()).ok_or(Mistakes(mistakes))
+    }
+
+    fn url(self, mistakes: &mut Vec<String>) -> Option<SecretUrl> {
+        url("TIDINGS_DATABASE_URL", self.database_url, &["postgres://", "postgresql://"], mistakes, |url| {
+            crate::store::check_url(url)
+        })
+    }
+}
+
+impl RunArgs {
+    /// Checks the settings.
+    ///
+    /// # Errors
+    ///
+    /// With all mistakes.
+    pub fn check(self) -> Result<Config, Mistakes> {
+        let mut mistakes = unknown_variables();
+        let database_url = self.database.url(&mut mistakes);
+        let amqp_url = url("TIDINGS_AMQP_URL", self.amqp_url, &["amqp://", "amqps://"], &mut mistakes, |url| {
+            crate::broker::check_url(url)
+        });
+        let plugin_dir = match self.plugin_dir.filter(|dir| !dir.is_empty()).map(PathBuf::from) {
+            None => {
+                mistakes.push("TIDINGS_PLUGIN_DIR is not set: give the directory with the plugins".into());
+                None
+            }
+            Some(dir) if !dir.is_dir() => {
+                mistakes.push(format!("TIDINGS_PLUGIN_DIR is {}, which is not a directory", dir.display()));
+                None
+            }
+            dir => dir,
+        };
+        if !(1..=200).contains(&self.exchange.len()) || self.exchange.starts_with("amq.") {
+            mistakes.push(format!(
+                "TIDINGS_EXCHANGE is {:?}, which is not a name of 1 to 200 bytes outside RabbitMQ's own amq.*",
+                self.exchange
+            ));
+        }
+        let queue_type = match self.queue_type.as_str() {
+            "classic" => Some(QueueType::Classic),
+            "quorum" => Some(QueueType::Quorum),
+            other => {
+                mistakes.push(format!("TIDINGS_QUEUE_TYPE is {other:?}, which is neither classic nor quorum"));
+                None
+            }
+        };
+        let notify = match self.notify.as_str() {
+            "on" => Some(true),
+            "off" => Some(false),
+            other => {
+                mistakes.push(format!("TIDINGS_NOTIFY is {other:?}, which is neither on nor off"));
+                None
+            }
+        };
+        let sweep_ms = number("TIDINGS_SWEEP_MS", &self.sweep_ms, 10, 3_600_000, &mut mistakes);
+        let max_attempts = number("TIDINGS_MAX_ATTEMPTS", &self.max_attempts, 1, 1_000_000, &mut mistakes);
+        let history_days = number("TIDINGS_HISTORY_DAYS", &self.history_days, 1, 36_500, &mut mistakes);
+
+        let config = (|| {
+            Some(Config {
+                database_url: database_url?,
+                amqp_url: amqp_url?,
+                plugin_dir: plugin_dir?,
+                exchange: self.exchange,
+                queue_type: queue_type?,
+                sweep: Duration::from_millis(sweep_ms?.into()),
+                max_attempts: max_attempts?,
+                notify: notify?,
+                history: Duration::from_secs(u64::from(history_days?) * 24 * 60 * 60),
+            })
+        })();
+        config.filter(|_| mistakes.is_empty()).ok_or(Mistakes(mistakes))
+    }
+}
+
+/// A sentence for each variable that begins like ours and is none of ours: a misspelt one must not be ignored.
+fn unknown_variables() -> Vec<String> {
+    let known: Vec<String> = {
+        let command = RunArgs::augment_args(clap::Command::new("run"));
+        command.get_arguments().filter_map(|arg| arg.get_env()).map(|name| name.to_string_lossy().into_owned()).collect()
+    };
+    let mut mistakes: Vec<String> = std::env::vars_os()
+        .map(|(name, _)| name.to_string_lossy().into_owned())
+        .filter(|name| name.starts_with("TIDINGS_") && !known.contains(name))
+        .map(|name| format!("{name} is not a setting; there are {}", known.join(", ")))
+        .collect();
+    mistakes.sort();
+    mistakes
+}
+
+fn url(
+    name: &str,
+    value: Option<String>,
+    schemes: &[&str],
+    mistakes: &mut Vec<String>,
+    check: impl Fn(&SecretUrl) -> Result<(), String>,
+) -> Option<SecretUrl> {
+    let Some(value) = value.filter(|value| !value.is_empty()) else {
+        mistakes.push(format!("{name} is not set: give a URL that begins with {}", schemes[0]));
+        return None;
+    };
+    if !schemes.iter().any(|scheme| value.starts_with(scheme)) {
+        mistakes.push(format!("{name} does not begin with {}", schemes.join(" or ")));
+        return None;
+    }
+    let url = SecretUrl(value);
+    match check(&url) {
+        Ok(()) => Some(url),
+        Err(error) => {
+            mistakes.push(format!("{name} is not a URL that can be used: {error}"));
+            None
+        }
+    }
+}
+
+fn number(name: &str, value: &str, least: u32, most: u32, mistakes: &mut Vec<String>) -> Option<u32> {
+    let number = value.parse().ok().filter(|number| (least..=most).contains(number));
+    if number.is_none() {
+        mistakes.push(format!("{name} is {value:?}, which is not a whole number from {least} to {most}"));
+    }
+    number
+}

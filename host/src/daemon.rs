@@ -1,0 +1,191 @@
+//! The composition root of `tidings run`: builds every part, waits until each is ready, and runs the loops until a signal
+//! or the first loop that ends unasked.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::backoff::RECONNECT;
+use crate::broker::{Broker, BrokerError};
+use crate::config::Config;
+use crate::dispatcher::{Dispatcher, LANES};
+use crate::listener::Listener;
+use crate::plugins::{Engine, PluginSet};
+use crate::store::{SchemaError, Store, StoreError};
+use crate::wake::Wake;
+
+/// How often old history is removed.
+const RETENTION_INTERVAL: Duration = Duration::from_secs(60 * 60);
+
+/// Runs the daemon until `shutdown`.
+///
+/// # Errors
+///
+/// When it cannot start (the schema is not ours, the broker's topology is another, the plugin directory cannot be read),
+/// or a loop ended unasked. A server that is away is not an error: it is waited for.
+pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let wake = Arc::new(Wake::default());
+    // The lanes, the look, and the removal of history.
+    let store = Store::new(&config.database_url, LANES + 2);
+    let broker = Arc::new(Broker::new(&config.amqp_url, &config.exchange, config.queue_type, Arc::clone(&wake)));
+    let mut loops: JoinSet<anyhow::Result<()>> = JoinSet::new();
+
+    let (broker_ready, connected) = oneshot::channel();
+    loops.spawn({
+        let (broker, shutdown) = (Arc::clone(&broker), shutdown.clone());
+        async move { Ok(broker.run(shutdown, || drop(broker_ready.send(()))).await?) }
+    });
+    let prepared = prepare(&config, &store);
+    let Some(plugins) = unless_ended(&mut loops, &shutdown, prepared).await?.transpose()? else {
+        return drain(loops).await;
+    };
+    if unless_ended(&mut loops, &shutdown, connected).await?.is_none() {
+        return drain(loops).await;
+    }
+
+    let kinds = plugins.kinds();
+    let (listener_ready, listening) = oneshot::channel();
+    let listener = Listener { store: store.clone(), wake: Arc::clone(&wake), kinds: kinds.clone(), notify: config.notify };
+    loops.spawn({
+        let shutdown = shutdown.clone();
+        async move {
+            listener.run(shutdown, || drop(listener_ready.send(()))).await;
+            Ok(())
+        }
+    });
+    loops.spawn({
+        let (store, shutdown) = (store.clone(), shutdown.clone());
+        async move {
+            remove_old_history(&store, config.history, &shutdown).await;
+            Ok(())
+        }
+    });
+    // The listener announces our kinds; before that, another daemon might hold their rows.
+    if unless_ended(&mut loops, &shutdown, listening).await?.is_none() {
+        return drain(loops).await;
+    }
+    let dispatcher = Dispatcher {
+        store,
+        broker,
+        wake,
+        plugins: Arc::new(plugins),
+        sweep: config.sweep,
+        max_attempts: config.max_attempts,
+    };
+    loops.spawn({
+        let shutdown = shutdown.clone();
+        async move {
+            dispatcher.run(shutdown).await;
+            Ok(())
+        }
+    });
+    info!(kinds = kinds.join(" "), "ready");
+
+    // Nothing more is awaited but the end.
+    let _ = unless_ended(&mut loops, &shutdown, std::future::pending::<()>()).await?;
+    drain(loops).await
+}
+
+/// The database, its schema, and the plugins.
+async fn prepare(config: &Config, store: &Store) -> anyhow::Result<PluginSet> {
+    wait_for_database(store).await?;
+    info!(database = store.place(), "connected to PostgreSQL");
+    let engine = Engine::new()?;
+    let loaded = PluginSet::load(&engine, &config.plugin_dir).await;
+    let (plugins, refused) =
+        loaded.with_context(|| format!("could not read the plugin directory {}", config.plugin_dir.display()))?;
+    for plugin in plugins.plugins() {
+        info!(plugin = plugin.label(), kinds = plugin.kinds().join(" "), "loaded {}", plugin.file().display());
+    }
+    for refusal in refused {
+        warn!(error = &refusal as &dyn std::error::Error, "a plugin does not serve, the others do");
+    }
+    if plugins.kinds().is_empty() {
+        warn!("no plugin in {}: every row will be held", config.plugin_dir.display());
+    }
+    Ok(plugins)
+}
+
+/// Waits until the database can be used, and checks its schema.
+async fn wait_for_database(store: &Store) -> Result<(), SchemaError> {
+    let mut failures = 0;
+    loop {
+        let error = match store.probe().await {
+            Ok(()) => match store.check_schema().await {
+                Err(SchemaError::Store(error)) => error,
+                answer => return answer,
+            },
+            Err(error) => error,
+        };
+        report(&error);
+        tokio::time::sleep(RECONNECT.jittered(failures)).await;
+        failures = failures.saturating_add(1);
+    }
+}
+
+fn report(error: &StoreError) {
+    warn!(error = error as &dyn std::error::Error, "PostgreSQL cannot be used, trying again");
+}
+
+/// What `work` makes, or `None` if it was asked to stop before.
+///
+/// # Errors
+///
+/// When a loop ended unasked before.
+async fn unless_ended<T>(
+    loops: &mut JoinSet<anyhow::Result<()>>,
+    shutdown: &CancellationToken,
+    work: impl Future<Output = T>,
+) -> anyhow::Result<Option<T>> {
+    tokio::select! {
+        biased;
+        () = shutdown.cancelled() => Ok(None),
+        Some(ended) = loops.join_next() => {
+            shutdown.cancel();
+            ended.context("a loop panicked")??;
+            bail!("a loop ended unasked")
+        }
+        made = work => Ok(Some(made)),
+    }
+}
+
+/// Waits for the loops to end after `shutdown`.
+async fn drain(mut loops: JoinSet<anyhow::Result<()>>) -> anyhow::Result<()> {
+    while let Some(ended) = loops.join_next().await {
+        ended.context("a loop panicked")??;
+    }
+    info!("stopped");
+    Ok(())
+}
+
+async fn remove_old_history(store: &Store, age: Duration, shutdown: &CancellationToken) {
+    loop {
+        match store.remove_history(age).await {
+            Ok(0) => {}
+            Ok(removed) => info!(removed, "removed old history"),
+            Err(error) => warn!(error = &error as &dyn std::error::Error, "could not remove old history, trying again in an hour"),
+        }
+        tokio::select! {
+            biased;
+            () = shutdown.cancelled() => return,
+            () = tokio::time::sleep(RETENTION_INTERVAL) => {}
+        }
+    }
+}
+
+/// Whether an error of [`run`] is about the schema: a code of its own for scripts.
+#[must_use]
+pub fn is_schema_error(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<SchemaError>().is_some_and(|error| !matches!(error, SchemaError::Store(_)))
+}
+
+/// Whether an error of [`run`] is about what exists in the broker.
+#[must_use]
+pub fn is_topology_error(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<BrokerError>().is_some()
+}

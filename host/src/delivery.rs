@@ -1,0 +1,198 @@
+//! One batch on its way: claimed, built, published, confirmed, committed. Each value is consumed by the next step, and
+//! only a confirm marks a row delivered.
+//!
+//! Whose fault a failure is decides what becomes of the row. The row's (a payload the plugin cannot use, a trap): its own
+//! attempts and backoff, then parked. The infrastructure's (no confirm, unroutable): no attempt is spent, it waits.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tracing::{debug, warn};
+use uuid::Uuid;
+
+use crate::backoff::{BUILD, REFUSED};
+use crate::broker::{Broker, Verdict};
+use crate::clock::unix_ms;
+use crate::event::{BuildError, LONGEST_TTL_MS};
+use crate::message::{Expired, Message};
+use crate::plugins::{Build, PluginSet};
+use crate::schedule::Schedule;
+use crate::store::{Outcome, Settlement, Store, StoreError};
+
+/// Rows of one batch: enough to fill the pipeline, few enough to commit within seconds.
+const BATCH: i64 = 500;
+
+/// What a batch needs.
+#[derive(Debug)]
+pub struct Delivery {
+    /// Where the rows are.
+    pub store: Store,
+    /// Where the messages go.
+    pub broker: Arc<Broker>,
+    /// What builds the events.
+    pub plugins: Arc<PluginSet>,
+    /// The kinds of `plugins`.
+    pub kinds: Vec<String>,
+    /// Failures of a plugin after which a row is parked.
+    pub max_attempts: u32,
+}
+
+/// How a batch went.
+#[derive(Clone, Copy, Debug)]
+pub struct Delivered {
+    /// Rows that were locked.
+    pub claimed: usize,
+    /// More rows are due.
+    pub more: bool,
+    /// At least one row was settled.
+    pub progress: bool,
+}
+
+/// A message that is on its way, and what to write when it has arrived.
+struct InFlight {
+    plugin: String,
+    event_digest: String,
+    refusals: u32,
+}
+
+impl Delivery {
+    /// Delivers one batch of due rows.
+    ///
+    /// # Errors
+    ///
+    /// When the database does not answer. Then the rows are as they were, or as they were to become.
+    pub async fn deliver_batch(&self) -> Result<Delivered, StoreError> {
+        let mut claim = self.store.claim(&self.kinds, BATCH).await?;
+        let (claimed, more) = (claim.rows.len(), claim.more);
+        if claimed == 0 {
+            claim.release().await?;
+            return Ok(Delivered { claimed, more, progress: false });
+        }
+        let clock = claim.clock();
+
+        let now = clock.now();
+        let (expired, due): (Vec<Schedule>, Vec<Schedule>) =
+            std::mem::take(&mut claim.rows).into_iter().partition(|row| row.expires_at.is_some_and(|at| at <= now));
+        let mut settlements: Vec<Settlement> = expired.iter().map(|row| expired_row(row, unix_ms(now))).collect();
+
+        let builds = self.plugins.build(due, clock).await;
+
+        let mut messages = Vec::new();
+        let mut in_flight = HashMap::new();
+        for Build { schedule, plugin, outcome } in builds {
+            // No time was left for it: it stays due.
+            let Some(outcome) = outcome else { continue };
+            let settlement = match outcome {
+                Ok(built) => {
+                    let event_digest = built.event.digest();
+                    match Message::new(&schedule, built, self.broker.exchange(), clock.now_ms()) {
+                        Ok(message) => {
+                            messages.push(message);
+                            in_flight.insert(schedule.id, InFlight { plugin, event_digest, refusals: schedule.refusals });
+                            continue;
+                        }
+                        Err(Expired(at)) => Outcome::Expired(format!("its event's deadline, {at} ms, had come")),
+                    }
+                }
+                Err(error) => self.unbuilt(&schedule, error),
+            };
+            settlements.push(Settlement { id: schedule.id, plugin: Some(plugin), outcome: settlement });
+        }
+
+        for (id, verdict) in self.publish(messages).await {
+            let Some(sent) = in_flight.remove(&id) else { continue };
+            settlements.extend(arrived(id, sent, verdict));
+        }
+
+        let progress = !settlements.is_empty();
+        claim.settle(settlements).await?;
+        Ok(Delivered { claimed, more, progress })
+    }
+
+    async fn publish(&self, messages: Vec<Message>) -> Vec<(Uuid, Verdict)> {
+        if messages.is_empty() { Vec::new() } else { self.broker.publish(messages).await }
+    }
+
+    /// What becomes of a row without an event.
+    fn unbuilt(&self, schedule: &Schedule, error: BuildError) -> Outcome {
+        let Schedule { id, kind, .. } = schedule;
+        match error {
+            BuildError::Skip(reason) => {
+                debug!(schedule.id = %id, schedule.kind = kind, reason, "skipped");
+                Outcome::Skipped(reason)
+            }
+            BuildError::Invalid(reason) => {
+                warn!(schedule.id = %id, schedule.kind = kind, reason, "parked {id}: its plugin cannot use it");
+                Outcome::Parked(reason)
+            }
+            BuildError::Retry(error, after_ms) => {
+                let after = after_ms.map_or_else(
+                    || BUILD.jittered(schedule.attempts),
+                    |ms| Duration::from_millis(ms.min(LONGEST_TTL_MS)),
+                );
+                debug!(schedule.id = %id, schedule.kind = kind, error, ?after, "its plugin wants to be asked again");
+                Outcome::Retry { error, after, failed: false }
+            }
+            BuildError::Failed(reason) if schedule.failures.saturating_add(1) >= self.max_attempts => {
+                let reason = format!("failed {} times, at last: {reason}", self.max_attempts);
+                warn!(schedule.id = %id, schedule.kind = kind, reason, "parked {id}");
+                Outcome::Parked(reason)
+            }
+            BuildError::Failed(error) => {
+                let after = BUILD.jittered(schedule.attempts);
+                warn!(schedule.id = %id, schedule.kind = kind, attempt = schedule.attempt(), error, "could not build {id}");
+                Outcome::Retry { error, after, failed: true }
+            }
+        }
+    }
+}
+
+/// A row whose deadline came before anybody asked its plugin.
+fn expired_row(row: &Schedule, now_ms: i64) -> Settlement {
+    let late_ms = row.expires_ms().map_or(0, |deadline| now_ms - deadline);
+    let detail = format!("its deadline had come {late_ms} ms before it could be built");
+    Settlement { id: row.id, plugin: None, outcome: Outcome::Expired(detail) }
+}
+
+/// What the broker's verdict makes of a row; nothing if we do not know, since then it stays due.
+fn arrived(id: Uuid, sent: InFlight, verdict: Verdict) -> Option<Settlement> {
+    let InFlight { plugin, event_digest, refusals } = sent;
+    let outcome = match verdict {
+        Verdict::Confirmed(confirmed) => Outcome::Delivered { confirmed, event_digest },
+        Verdict::Refused(error) => {
+            let after = REFUSED.jittered(refusals);
+            // The first is worth a line; the rest can be read in last_error.
+            if refusals == 0 {
+                warn!(schedule.id = %id, error, "RabbitMQ did not take {id}, it waits");
+            }
+            Outcome::Refused { error, after }
+        }
+        Verdict::Unknown => return None,
+    };
+    Some(Settlement { id, plugin: Some(plugin), outcome })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_verdict_settles_nothing() {
+        let sent = InFlight { plugin: "p".into(), event_digest: "d".into(), refusals: 0 };
+        assert!(arrived(Uuid::nil(), sent, Verdict::Unknown).is_none());
+    }
+
+    #[test]
+    fn a_refusal_waits_longer_each_time_and_spends_no_attempt() {
+        let after = |refusals| {
+            let sent = InFlight { plugin: "p".into(), event_digest: "d".into(), refusals };
+            match arrived(Uuid::nil(), sent, Verdict::Refused("no queue".into())).map(|settlement| settlement.outcome) {
+                Some(Outcome::Refused { after, .. }) => after,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert!(after(0) < after(2) && after(2) < after(5));
+        assert!(after(9) <= Duration::from_secs(36));
+    }
+}

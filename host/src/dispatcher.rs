@@ -1,0 +1,163 @@
+//! The loop: looks at the queue, claims what is due, delivers it, and waits for a reason to look again.
+//!
+//! Woken by: a notification, the next row's due time, the broker coming back, a lane that ended, the sweep. Guarantees:
+//! a row leaves the queue only in the transaction that locked it, after its message was confirmed or its end decided;
+//! while the broker is away nothing is claimed; an error of a server loses nothing and is tried again.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::backoff::RECONNECT;
+use crate::broker::Broker;
+use crate::delivery::{Delivered, Delivery};
+use crate::plugins::PluginSet;
+use crate::store::{Store, StoreError};
+use crate::wake::{Outlook, Wake, wait};
+
+/// Batches that are delivered side by side: while one waits for the broker, another keeps the database busy.
+pub const LANES: u32 = 4;
+
+/// What the dispatcher works with.
+#[derive(Debug)]
+pub struct Dispatcher {
+    /// Where the rows are.
+    pub store: Store,
+    /// Where the messages go.
+    pub broker: Arc<Broker>,
+    /// Reasons to look again.
+    pub wake: Arc<Wake>,
+    /// What builds the events.
+    pub plugins: Arc<PluginSet>,
+    /// The longest time between two looks.
+    pub sweep: Duration,
+    /// Failures of a plugin after which a row is parked.
+    pub max_attempts: u32,
+}
+
+/// What the loop remembers between two looks.
+#[derive(Default)]
+struct State {
+    lanes: JoinSet<Result<Delivered, StoreError>>,
+    /// Claims in a row that got nothing although rows were due.
+    empty_claims: u32,
+    /// Looks and claims in a row that the database did not answer.
+    failures: u32,
+    /// No look at the database before this instant.
+    not_before: Option<Instant>,
+}
+
+impl Dispatcher {
+    /// Runs until `shutdown`, and then until the batches in flight have ended.
+    pub async fn run(self, shutdown: CancellationToken) {
+        let kinds = self.plugins.kinds();
+        let delivery = Arc::new(Delivery {
+            store: self.store.clone(),
+            broker: Arc::clone(&self.broker),
+            plugins: Arc::clone(&self.plugins),
+            kinds: kinds.clone(),
+            max_attempts: self.max_attempts,
+        });
+        let mut state = State::default();
+        loop {
+            let wait = self.look_and_start(&kinds, &delivery, &mut state).await;
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => break,
+                Some(ended) = state.lanes.join_next() => self.lane_ended(ended, &kinds, &delivery, &mut state).await,
+                () = self.wake.woken() => state.empty_claims = 0,
+                () = tokio::time::sleep(wait) => {}
+            }
+        }
+        while state.lanes.join_next().await.is_some() {}
+    }
+
+    /// Looks at the queue, starts a lane if rows are due, and says how long to wait.
+    async fn look_and_start(&self, kinds: &[String], delivery: &Arc<Delivery>, state: &mut State) -> Duration {
+        if let Some(not_before) = state.not_before {
+            let left = not_before.saturating_duration_since(Instant::now());
+            if !left.is_zero() {
+                return left;
+            }
+        }
+        if !self.broker.is_open() {
+            // Its return is a wake.
+            return self.sweep;
+        }
+        let asked_at = Instant::now();
+        let outlook = match self.look(kinds).await {
+            Ok(outlook) => outlook,
+            Err(error) => return state.failed(&error),
+        };
+        state.failures = 0;
+        state.not_before = None;
+        if outlook.due && state.lanes.len() < LANES as usize {
+            state.start(delivery);
+        }
+        wait(outlook, asked_at.elapsed(), state.empty_claims, self.sweep)
+    }
+
+    async fn look(&self, kinds: &[String]) -> Result<Outlook, StoreError> {
+        let mut look = self.store.look(kinds).await?;
+        if look.held_for_us {
+            let released = self.store.release_held(kinds).await?;
+            info!(released, "released held rows, their plugin is here");
+            look = self.store.look(kinds).await?;
+        }
+        Ok(look.outlook)
+    }
+
+    async fn lane_ended(
+        &self,
+        ended: Result<Result<Delivered, StoreError>, tokio::task::JoinError>,
+        kinds: &[String],
+        delivery: &Arc<Delivery>,
+        state: &mut State,
+    ) {
+        match ended {
+            Ok(Ok(Delivered { claimed: 0, .. })) => match self.store.hold_unserved(kinds).await {
+                Ok(held) if held.is_empty() => state.empty_claims = state.empty_claims.saturating_add(1),
+                Ok(held) => {
+                    for (kind, rows) in held {
+                        warn!(schedule.kind = kind, rows, "held rows of the kind {kind:?}: no plugin serves it");
+                    }
+                }
+                Err(error) => drop(state.failed(&error)),
+            },
+            Ok(Ok(Delivered { more, progress, .. })) => {
+                state.empty_claims = if progress { 0 } else { state.empty_claims.saturating_add(1) };
+                // More is due than one lane takes at a time: two go on where one ended.
+                for _ in 0..if more && progress { 2 } else { 0 } {
+                    if state.lanes.len() < LANES as usize && self.broker.is_open() {
+                        state.start(delivery);
+                    }
+                }
+            }
+            Ok(Err(error)) => drop(state.failed(&error)),
+            Err(panic) => {
+                tracing::error!(error = &panic as &dyn std::error::Error, "a lane panicked, its rows stay");
+                state.empty_claims = state.empty_claims.saturating_add(1);
+            }
+        }
+    }
+}
+
+impl State {
+    fn start(&mut self, delivery: &Arc<Delivery>) {
+        let delivery = Arc::clone(delivery);
+        self.lanes.spawn(async move { delivery.deliver_batch().await });
+    }
+
+    /// The database did not do it: a line for the operator, and a pause. Returns its length.
+    fn failed(&mut self, error: &StoreError) -> Duration {
+        warn!(error = error as &dyn std::error::Error, "the database cannot be used, trying again");
+        let delay = RECONNECT.jittered(self.failures);
+        self.failures = self.failures.saturating_add(1);
+        self.not_before = Some(Instant::now() + delay);
+        delay
+    }
+}

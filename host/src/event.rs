@@ -1,0 +1,199 @@
+//! What a plugin makes of a row, checked: whatever passes here can be published without the broker closing the channel
+//! on everybody else. No I/O.
+
+use sha2::{Digest as _, Sha256};
+use thiserror::Error;
+
+/// What is to be published, as the plugin gave it and [`Event::new`] accepted it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Event {
+    routing_key: String,
+    content_type: String,
+    body: Vec<u8>,
+    headers: Vec<(String, String)>,
+}
+
+/// AMQP's short strings have a length of one byte.
+const SHORT_STRING_BYTES: usize = 255;
+/// The properties of a message must fit into one frame of 128 KiB, where the row's headers (16 KiB), its key and subject
+/// are as well.
+const HEADERS_BYTES: usize = 32 * 1024;
+
+/// What AMQP adds to a header: the length of its name, a type, the length of its value.
+const HEADER_OVERHEAD: usize = 6;
+
+/// Why an event cannot be published: the plugin broke the contract.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the messages say it")]
+pub enum EventError {
+    #[error("its routing-key has {0} bytes, not 1 to {SHORT_STRING_BYTES}")]
+    RoutingKey(usize),
+    #[error("its content-type has {0} bytes, more than {SHORT_STRING_BYTES}")]
+    ContentType(usize),
+    #[error("the name of a header has {0} bytes, not 1 to {SHORT_STRING_BYTES}")]
+    HeaderName(usize),
+    #[error("a header is named {0:?}: CC, BCC and names that begin with tidings- or x- are not the plugin's")]
+    ReservedHeader(String),
+    #[error("the header {0:?} appears twice")]
+    RepeatedHeader(String),
+    #[error("its headers have {0} bytes together, more than {HEADERS_BYTES}")]
+    Headers(usize),
+}
+
+impl Event {
+    /// Accepts an event.
+    ///
+    /// # Errors
+    ///
+    /// When a part of it could not be published.
+    pub fn new(
+        routing_key: String,
+        content_type: String,
+        body: Vec<u8>,
+        headers: Vec<(String, String)>,
+    ) -> Result<Self, EventError> {
+        if !(1..=SHORT_STRING_BYTES).contains(&routing_key.len()) {
+            return Err(EventError::RoutingKey(routing_key.len()));
+        }
+        if content_type.len() > SHORT_STRING_BYTES {
+            return Err(EventError::ContentType(content_type.len()));
+        }
+        let bytes: usize = headers.iter().map(|(name, value)| name.len() + value.len() + HEADER_OVERHEAD).sum();
+        if bytes > HEADERS_BYTES {
+            return Err(EventError::Headers(bytes));
+        }
+        let mut names = std::collections::HashSet::with_capacity(headers.len());
+        for (name, _) in &headers {
+            if !(1..=SHORT_STRING_BYTES).contains(&name.len()) {
+                return Err(EventError::HeaderName(name.len()));
+            }
+            if name.starts_with("tidings-") || name.starts_with("x-") || name == "CC" || name == "BCC" {
+                return Err(EventError::ReservedHeader(name.clone()));
+            }
+            if !names.insert(name) {
+                return Err(EventError::RepeatedHeader(name.clone()));
+            }
+        }
+        Ok(Self { routing_key, content_type, body, headers })
+    }
+
+    /// SHA-256 over all parts, in hexadecimal: equal exactly when the events are.
+    #[must_use]
+    pub fn digest(&self) -> String {
+        let mut hash = Sha256::new();
+        // Each part behind its length, so that no two events run together to the same bytes.
+        let mut add = |part: &[u8]| {
+            hash.update((part.len() as u64).to_le_bytes());
+            hash.update(part);
+        };
+        add(self.routing_key.as_bytes());
+        add(self.content_type.as_bytes());
+        add(&self.body);
+        for (name, value) in &self.headers {
+            add(name.as_bytes());
+            add(value.as_bytes());
+        }
+        hex(&hash.finalize())
+    }
+
+    /// The length of the body, in bytes.
+    #[must_use]
+    pub fn body_len(&self) -> usize {
+        self.body.len()
+    }
+
+    /// The parts, to be moved into a message: routing key, content type, body, headers.
+    pub(crate) fn into_parts(self) -> (String, String, Vec<u8>, Vec<(String, String)>) {
+        (self.routing_key, self.content_type, self.body, self.headers)
+    }
+}
+
+/// Lower-case hexadecimal.
+#[must_use]
+pub fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        write!(text, "{byte:02x}").expect("a String takes everything");
+        text
+    })
+}
+
+/// An event and which plugin built it, when, and how long it is of use.
+#[derive(Clone, Debug)]
+pub struct BuiltEvent {
+    /// What to publish.
+    pub event: Event,
+    /// The instant after which nobody may see it, in milliseconds since the Unix epoch: the plugin's ttl counted from
+    /// the `now-ms` that it was given. `None` = the plugin set none.
+    pub expires_ms: Option<i64>,
+    /// `name@version+digest8` of the plugin.
+    pub plugin: String,
+}
+
+/// The longest time to live that RabbitMQ accepts, in milliseconds: ten years of 365 days. Longer ones are cut to it.
+/// Source: `rabbit_misc:check_expiry`, measured on 3.10.8.
+pub const LONGEST_TTL_MS: u64 = 315_360_000_000;
+
+/// The deadline that a time to live of `ttl_ms` gives an event built at `now_ms`.
+#[must_use]
+pub fn deadline_ms(now_ms: i64, ttl_ms: u64) -> i64 {
+    let ttl_ms = i64::try_from(ttl_ms.min(LONGEST_TTL_MS)).expect("ten years fit");
+    now_ms.saturating_add(ttl_ms)
+}
+
+/// Why a build ended without an event. Whose fault it is decides what becomes of the row.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BuildError {
+    /// The row can never be built.
+    Invalid(String),
+    /// The plugin wants to be asked again, after the given milliseconds if it said when.
+    Retry(String, Option<u64>),
+    /// There is nothing to send.
+    Skip(String),
+    /// The plugin trapped, blew a limit or broke the contract.
+    Failed(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(routing_key: &str, headers: &[(&str, &str)]) -> Result<Event, EventError> {
+        let headers = headers.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
+        Event::new(routing_key.into(), "text/plain".into(), b"x".to_vec(), headers)
+    }
+
+    #[test]
+    fn what_would_close_the_channel_is_refused() {
+        assert_eq!(event("", &[]), Err(EventError::RoutingKey(0)));
+        assert_eq!(event(&"k".repeat(256), &[]), Err(EventError::RoutingKey(256)));
+        assert_eq!(event("k", &[("", "v")]), Err(EventError::HeaderName(0)));
+        assert_eq!(event("k", &[(&"n".repeat(256), "v")]), Err(EventError::HeaderName(256)));
+        assert_eq!(event("k", &[("n", &"v".repeat(32 * 1024))]), Err(EventError::Headers(32 * 1024 + 7)));
+        let many: Vec<String> = (0..5_000).map(|number| number.to_string()).collect();
+        let many: Vec<(&str, &str)> = many.iter().map(|name| (name.as_str(), "")).collect();
+        assert!(matches!(event("k", &many), Err(EventError::Headers(_))), "small headers that are many");
+        assert_eq!(event("k", &[("n", "1"), ("n", "2")]), Err(EventError::RepeatedHeader("n".into())));
+        for name in ["tidings-kind", "x-death", "CC", "BCC"] {
+            assert_eq!(event("k", &[(name, "v")]), Err(EventError::ReservedHeader(name.into())));
+        }
+        assert!(event(&"k".repeat(255), &[("X-Trace", "v"), ("cc", "v")]).is_ok());
+    }
+
+    #[test]
+    fn the_digest_tells_events_apart_however_their_parts_run_together() {
+        let one = event("ab", &[("c", "d")]).expect("an event");
+        let other = event("a", &[("bc", "d")]).expect("an event");
+        assert_eq!(one.digest(), one.clone().digest());
+        assert_ne!(one.digest(), other.digest());
+        assert_eq!(one.digest().len(), 64);
+    }
+
+    #[test]
+    fn a_time_to_live_is_cut_to_ten_years_and_never_overflows() {
+        assert_eq!(deadline_ms(1_000, 5), 1_005);
+        assert_eq!(deadline_ms(1_000, 0), 1_000);
+        assert_eq!(deadline_ms(0, u64::MAX), 315_360_000_000);
+        assert_eq!(deadline_ms(i64::MAX, u64::MAX), i64::MAX);
+    }
+}

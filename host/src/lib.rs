@@ -1,0 +1,23 @@
+#![doc = include_str!("../ARCHITECTURE.md")]
+
+// In the order of reading: the edge of the process, the loop, the nouns, the servers, the plugins.
+pub mod cli;
+pub mod config;
+pub mod daemon;
+pub mod lifecycle;
+pub mod telemetry;
+
+pub mod delivery;
+pub mod dispatcher;
+pub mod listener;
+pub mod wake;
+
+pub mod backoff;
+pub mod clock;
+pub mod event;
+pub mod message;
+pub mod schedule;
+
+pub mod broker;
+pub mod plugins;
+pub mod store;

@@ -1,0 +1,39 @@
+//! How the process ends: asked by a signal it finishes what is in flight, asked twice it ends at once, and a loop that
+//! ends unasked takes the whole process with it rather than leave it half alive.
+
+use std::time::Duration;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+/// How long work in flight may take after a signal.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(15);
+
+/// A token that the first SIGTERM or SIGINT cancels. The second one, or [`DRAIN_DEADLINE`], ends the process.
+///
+/// # Errors
+///
+/// When signals cannot be received.
+pub fn shutdown_on_signal() -> std::io::Result<CancellationToken> {
+    let token = CancellationToken::new();
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let cancelled = token.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        info!("stopping: finishing what is in flight");
+        cancelled.cancel();
+        tokio::select! {
+            _ = terminate.recv() => warn!("a second signal: stopping at once"),
+            _ = interrupt.recv() => warn!("a second signal: stopping at once"),
+            () = tokio::time::sleep(DRAIN_DEADLINE) => error!("still busy {} s after the signal: stopping", DRAIN_DEADLINE.as_secs()),
+        }
+        // Whatever is open is rolled back by the database, and delivered again.
+        std::process::exit(1);
+    });
+    Ok(token)
+}

@@ -1,0 +1,113 @@
+//! Turns PostgreSQL's notifications into wakes, on a connection and in a task of its own. A notification only shortens
+//! the dispatcher's wait; it carries nothing, and none is relied on: every doubt (a lost connection, an error, a long
+//! silence) is a wake as well, so that a lost notification costs nothing but time.
+//!
+//! The same connection announces the kinds that this daemon serves (`store/kinds.rs`), since it lives as long.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::postgres::PgListener;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::backoff::RECONNECT;
+use crate::store::{Store, announce};
+use crate::wake::Wake;
+
+/// The channel of the triggers in migrations/0003_triggers.sql.
+const CHANNEL: &str = "tidings";
+/// After this long without a notification the connection is asked for a sign of life: a half-open one says nothing for
+/// ever. Source: sqlx sets no keepalive of its own (transact-rs/sqlx issue 3062).
+const SILENCE: Duration = Duration::from_secs(20);
+/// How long the sign of life, or a connection, may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What the listener works with.
+#[derive(Debug)]
+pub struct Listener {
+    /// The database.
+    pub store: Store,
+    /// Woken at every notification and every doubt.
+    pub wake: Arc<Wake>,
+    /// The kinds to announce.
+    pub kinds: Vec<String>,
+    /// Whether to listen, or only to announce.
+    pub notify: bool,
+}
+
+impl Listener {
+    /// Listens until `shutdown`. `ready` is called when it listens for the first time.
+    pub async fn run(self, shutdown: CancellationToken, ready: impl FnOnce() + Send) {
+        let mut ready = Some(ready);
+        let mut failures = 0;
+        while !shutdown.is_cancelled() {
+            let lost = tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return,
+                lost = self.listen(|| {
+                    failures = 0;
+                    if let Some(ready) = ready.take() {
+                        ready();
+                    }
+                }) => lost,
+            };
+            warn!(error = &lost as &dyn std::error::Error, "lost the connection for notifications, connecting again");
+            self.wake.wake();
+            let delay = RECONNECT.jittered(failures);
+            failures = failures.saturating_add(1);
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return,
+                () = tokio::time::sleep(delay) => {}
+            }
+        }
+    }
+
+    /// Connects, and wakes until something breaks, which it returns.
+    async fn listen(&self, mut connected: impl FnMut()) -> sqlx::Error {
+        match self.try_listen(&mut connected).await {
+            Ok(never) => match never {},
+            Err(error) => error,
+        }
+    }
+
+    async fn try_listen(&self, connected: &mut impl FnMut()) -> Result<std::convert::Infallible, sqlx::Error> {
+        let pool = self.store.pool_for_listener();
+        let mut listener = within(async {
+            let mut listener = PgListener::connect_with(&pool).await?;
+            // A connection that was made again behind our back would not announce our kinds: we make it ourselves.
+            listener.eager_reconnect(false);
+            if self.notify {
+                listener.listen(CHANNEL).await?;
+            }
+            Ok(listener)
+        })
+        .await?;
+        within(announce(&mut listener, &self.kinds)).await?;
+        info!(notify = self.notify, "connected for notifications");
+        // What was written before we listened was not notified to us.
+        self.wake.wake();
+        connected();
+        loop {
+            match tokio::time::timeout(SILENCE, listener.try_recv()).await {
+                Ok(Ok(Some(_))) => {
+                    while listener.next_buffered().is_some() {}
+                    self.wake.wake();
+                }
+                Ok(Ok(None)) => return Err(sqlx::Error::Io(std::io::ErrorKind::ConnectionAborted.into())),
+                Ok(Err(error)) => return Err(error),
+                Err(_silence) => {
+                    within(async { sqlx::query("SELECT 1").execute(&mut listener).await.map(drop) }).await?;
+                }
+            }
+        }
+    }
+}
+
+/// Gives up after [`PATIENCE`].
+async fn within<T>(work: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
+    tokio::time::timeout(PATIENCE, work)
+        .await
+        .unwrap_or_else(|_| Err(sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, "no answer in 5 s"))))
+}

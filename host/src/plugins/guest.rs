@@ -1,0 +1,170 @@
+//! The host's side of one store: what a plugin's imports reach, which is next to nothing, and what it has used.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use tracing::Level;
+use wasmtime::Store;
+use wasmtime::UpdateDeadline;
+use wasmtime::component::ResourceTable;
+use wasmtime_wasi::p2::pipe::MemoryOutputPipe;
+use wasmtime_wasi::{Deterministic, HostMonotonicClock, HostWallClock, WasiCtx, WasiCtxView, WasiView};
+
+use super::bindings::tidings::plugin::{host, types};
+use super::engine::{Engine, TICK};
+use super::limits::{Limiter, Limits};
+
+/// Lines that one call may log.
+const LOG_LINES: u32 = 100;
+/// Bytes of one line.
+const LOG_LINE_BYTES: usize = 4 * 1024;
+/// What is kept of what a plugin writes to its standard error, where toolchains put the text of a panic.
+const STDERR_BYTES: usize = 64 * 1024;
+/// Resources that a plugin may hold at once.
+const HANDLES: usize = 1_000;
+
+/// The data of one store.
+pub(super) struct Guest {
+    label: Arc<str>,
+    config: Arc<BTreeMap<String, String>>,
+    pub(super) limiter: Limiter,
+    wasi: WasiCtx,
+    table: ResourceTable,
+    stderr: MemoryOutputPipe,
+    log_lines: u32,
+    ticks: u64,
+    ticks_allowed: u64,
+}
+
+impl Guest {
+    /// A fresh store for one plugin. `label` names it in the log.
+    pub(super) fn store(
+        engine: &Engine,
+        label: Arc<str>,
+        config: Arc<BTreeMap<String, String>>,
+        limits: &Limits,
+    ) -> Store<Self> {
+        let stderr = MemoryOutputPipe::new(STDERR_BYTES);
+        let mut table = ResourceTable::new();
+        table.set_max_capacity(HANDLES);
+        let wasi = WasiCtx::builder()
+            .stderr(stderr.clone())
+            .wall_clock(NoClock)
+            .monotonic_clock(NoClock)
+            .secure_random(Deterministic::new(vec![0]))
+            .insecure_random(Deterministic::new(vec![0]))
+            .insecure_random_seed(0)
+            .max_random_size(64 * 1024)
+            .build();
+        let guest = Self {
+            label,
+            config,
+            limiter: Limiter::new(limits),
+            wasi,
+            table,
+            stderr,
+            log_lines: 0,
+            ticks: 0,
+            ticks_allowed: limits.cpu_ms.div_ceil(u64::try_from(TICK.as_millis()).expect("10")),
+        };
+        let mut store = Store::new(&engine.wasmtime, guest);
+        store.limiter(|guest| &mut guest.limiter);
+        store.set_hostcall_fuel(limits.output_bytes());
+        store.set_max_component_handles(HANDLES);
+        store.set_epoch_deadline(1);
+        store.epoch_deadline_callback(|mut context| {
+            let guest = context.data_mut();
+            guest.ticks += 1;
+            Ok(if guest.ticks > guest.ticks_allowed {
+                UpdateDeadline::Interrupt
+            } else {
+                // Tokio would run a task that merely yields again at once; this lets the others go first.
+                UpdateDeadline::YieldCustom(1, Box::pin(tokio::task::yield_now()))
+            })
+        });
+        store
+    }
+
+    /// Starts to count anew, for the next call.
+    pub(super) fn begin_call(&mut self) {
+        self.ticks = 0;
+        self.log_lines = 0;
+    }
+
+    /// The end of what the plugin wrote to its standard error.
+    pub(super) fn last_words(&self) -> String {
+        let contents = self.stderr.contents();
+        let tail = &contents[contents.len().saturating_sub(2_000)..];
+        String::from_utf8_lossy(tail).trim().to_owned()
+    }
+}
+
+impl WasiView for Guest {
+    fn ctx(&mut self) -> WasiCtxView<'_> {
+        WasiCtxView { ctx: &mut self.wasi, table: &mut self.table }
+    }
+}
+
+impl types::Host for Guest {}
+
+impl host::Host for Guest {
+    fn log(&mut self, level: host::Level, message: String) {
+        self.log_lines = self.log_lines.saturating_add(1);
+        if self.log_lines > LOG_LINES {
+            return;
+        }
+        let text = printable(&message);
+        let plugin = &*self.label;
+        match level {
+            host::Level::Trace => tracing::event!(target: "plugin", Level::TRACE, plugin, "{text}"),
+            host::Level::Debug => tracing::event!(target: "plugin", Level::DEBUG, plugin, "{text}"),
+            host::Level::Info => tracing::event!(target: "plugin", Level::INFO, plugin, "{text}"),
+            host::Level::Warn => tracing::event!(target: "plugin", Level::WARN, plugin, "{text}"),
+            host::Level::Error => tracing::event!(target: "plugin", Level::ERROR, plugin, "{text}"),
+        }
+    }
+
+    fn config(&mut self, key: String) -> Option<String> {
+        self.config.get(&key).cloned()
+    }
+}
+
+/// One line that cannot do anything to a terminal.
+fn printable(message: &str) -> String {
+    let end = message.floor_char_boundary(message.len().min(LOG_LINE_BYTES));
+    message[..end].chars().map(|char| if char.is_control() { ' ' } else { char }).collect()
+}
+
+/// Stands still at zero: a plugin's only clock is the row's `now-ms`.
+struct NoClock;
+
+impl HostWallClock for NoClock {
+    fn resolution(&self) -> std::time::Duration {
+        std::time::Duration::from_secs(1)
+    }
+
+    fn now(&self) -> std::time::Duration {
+        std::time::Duration::ZERO
+    }
+}
+
+impl HostMonotonicClock for NoClock {
+    fn resolution(&self) -> u64 {
+        1_000_000_000
+    }
+
+    fn now(&self) -> u64 {
+        0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_line_is_one_short_line_without_control_characters() {
+        assert_eq!(printable("a\nb\u{1b}[31mc"), "a b [31mc");
+        assert_eq!(printable(&"é".repeat(5_000)).len(), LOG_LINE_BYTES);
+    }
+}

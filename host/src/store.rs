@@ -1,0 +1,267 @@
+//! The only place with SQL. Everything here is about one database: its schema, its clock, and the rows of
+//! `tidings.schedules`, which a [`Claim`] locks, and moves on when it is settled.
+//!
+//! Every wait for the server is bounded and named. A connection that a wait was given up on is closed, never given back
+//! to the pool, where it would be waited for again.
+
+mod claim;
+mod history;
+mod kinds;
+mod schema;
+
+use std::str::FromStr as _;
+use std::time::Duration;
+
+use sqlx::ConnectOptions as _;
+use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions, Postgres};
+use thiserror::Error;
+use time::OffsetDateTime;
+use tokio::time::Instant;
+
+use crate::clock::DatabaseClock;
+use crate::config::SecretUrl;
+use crate::wake::Outlook;
+
+pub use claim::{Claim, Outcome, Settlement};
+pub(crate) use kinds::announce;
+pub use schema::SchemaError;
+
+/// A statement takes milliseconds; one that takes this long has met a frozen server or a dead link.
+const STATEMENT_DEADLINE: Duration = Duration::from_secs(20);
+/// For a connection, logging in included.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
+
+/// What went wrong between us and PostgreSQL. Always the infrastructure's fault, never a row's.
+#[derive(Debug, Error)]
+pub enum StoreError {
+    /// It does not answer.
+    #[error("could not reach PostgreSQL at {place}")]
+    Connect {
+        /// Host and port.
+        place: String,
+        /// Why.
+        #[source]
+        source: sqlx::Error,
+    },
+    /// It answers, and does not let us in.
+    #[error("PostgreSQL at {place} refused the login; check the user, the password and the database in TIDINGS_DATABASE_URL")]
+    Login {
+        /// User, host, port and database.
+        place: String,
+        /// What it said.
+        #[source]
+        source: sqlx::Error,
+    },
+    /// It could not do what we asked.
+    #[error("could not {doing}")]
+    Statement {
+        /// What we asked.
+        doing: &'static str,
+        /// Why.
+        #[source]
+        source: sqlx::Error,
+    },
+    /// It does not answer any more.
+    #[error("gave up after {} s waiting for PostgreSQL to {doing}", .after.as_secs())]
+    Deadline {
+        /// What we asked.
+        doing: &'static str,
+        /// How long we waited.
+        after: Duration,
+    },
+}
+
+/// The database.
+#[derive(Clone, Debug)]
+pub struct Store {
+    options: PgConnectOptions,
+    pool: PgPool,
+}
+
+/// What [`Store::look`] found.
+#[derive(Clone, Copy, Debug)]
+pub struct Look {
+    /// Rows due now and next.
+    pub outlook: Outlook,
+    /// Rows of kinds that we serve are held: they were waiting for us.
+    pub held_for_us: bool,
+}
+
+/// Whether `url` can be understood, without the password in the answer.
+pub(crate) fn check_url(url: &SecretUrl) -> Result<(), String> {
+    PgConnectOptions::from_str(url.expose()).map(drop).map_err(|error| match error {
+        sqlx::Error::Configuration(source) => source.to_string(),
+        error => error.to_string(),
+    })
+}
+
+impl Store {
+    /// A store that connects when it is first used. `connections` is how many it may hold at once.
+    ///
+    /// # Panics
+    ///
+    /// If `url` was not checked by the configuration.
+    #[must_use]
+    pub fn new(url: &SecretUrl, connections: u32) -> Self {
+        let options = PgConnectOptions::from_str(url.expose())
+            .expect("the configuration accepts only URLs that can be understood")
+            .application_name("tidings")
+            .options([
+                // The server must notice when our host is gone, and let go of the rows that we had locked: with its
+                // own defaults that takes over two hours.
+                ("tcp_keepalives_idle", "10"),
+                ("tcp_keepalives_interval", "5"),
+                ("tcp_keepalives_count", "3"),
+                ("tcp_user_timeout", "20000"),
+                ("client_connection_check_interval", "10000"),
+                ("idle_in_transaction_session_timeout", "30000"),
+                ("idle_session_timeout", "0"),
+                ("statement_timeout", "30000"),
+                ("lock_timeout", "5000"),
+                // Nothing that a database or a role may have set for its other users must change what we mean.
+                ("default_transaction_isolation", "read committed"),
+                ("default_transaction_read_only", "off"),
+                ("search_path", ""),
+                ("TimeZone", "UTC"),
+                ("jit", "off"),
+                // Our own updates need not wake us.
+                ("tidings.notify", "off"),
+            ])
+            .disable_statement_logging();
+        let pool = PgPoolOptions::new()
+            .max_connections(connections)
+            .acquire_timeout(CONNECT_DEADLINE)
+            // A dead connection is found by its next statement, which is as good as a round trip before each.
+            .test_before_acquire(false)
+            .connect_lazy_with(options.clone());
+        Self { options, pool }
+    }
+
+    /// Host, port and database, for people.
+    #[must_use]
+    pub fn place(&self) -> String {
+        let host = self.options.get_socket().map_or_else(|| self.options.get_host().to_owned(), |path| path.display().to_string());
+        format!("{host}:{}/{}", self.options.get_port(), self.options.get_database().unwrap_or_default())
+    }
+
+    /// Opens one connection of its own and closes it, to find out in words whether the database can be used.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot.
+    pub async fn probe(&self) -> Result<(), StoreError> {
+        let connection = self.connect().await?;
+        let _ = tokio::time::timeout(CONNECT_DEADLINE, sqlx::Connection::close(connection)).await;
+        Ok(())
+    }
+
+    async fn connect(&self) -> Result<sqlx::PgConnection, StoreError> {
+        let connected = tokio::time::timeout(CONNECT_DEADLINE, self.options.connect());
+        match connected.await {
+            Ok(Ok(connection)) => Ok(connection),
+            Ok(Err(source)) => Err(self.connect_error(source)),
+            Err(_) => Err(StoreError::Deadline { doing: "accept a connection", after: CONNECT_DEADLINE }),
+        }
+    }
+
+    fn connect_error(&self, source: sqlx::Error) -> StoreError {
+        // 28: invalid authorization; 3D: no such database; 42501: no right to connect.
+        let refused = source.as_database_error().and_then(sqlx::error::DatabaseError::code).is_some_and(|code| {
+            code.starts_with("28") || code.starts_with("3D") || code == "42501"
+        });
+        if refused {
+            StoreError::Login { place: format!("{} as {}", self.place(), self.options.get_username()), source }
+        } else {
+            StoreError::Connect { place: self.place(), source }
+        }
+    }
+
+    /// A pool of one for the listener, which keeps its connection for itself.
+    #[must_use]
+    pub(crate) fn pool_for_listener(&self) -> PgPool {
+        PgPoolOptions::new().max_connections(1).acquire_timeout(CONNECT_DEADLINE).connect_lazy_with(self.options.clone())
+    }
+
+    /// Looks at the head of the queue, in one statement and no transaction. It must begin after the wake was armed.
+    ///
+    /// # Errors
+    ///
+    /// When the database cannot be asked.
+    pub async fn look(&self, kinds: &[String]) -> Result<Look, StoreError> {
+        let mut connection = self.connection().await?;
+        let row = connection
+            .run("look at the queue", async |connection| {
+                // Each part reads one entry of an index, however many rows wait.
+                sqlx::query!(
+                    r#"
+                    SELECT
+                        statement_timestamp() AS "now!",
+                        coalesce(
+                            (SELECT slot_at FROM tidings.schedules ORDER BY slot_at LIMIT 1) <= statement_timestamp(),
+                            false
+                        ) AS "due!",
+                        (
+                            SELECT slot_at
+                            FROM tidings.schedules
+                            WHERE slot_at > statement_timestamp() AND slot_at < 'infinity'
+                            ORDER BY slot_at
+                            LIMIT 1
+                        ) AS next_at,
+                        coalesce(
+                            (SELECT true FROM tidings.schedules WHERE held AND kind = ANY($1) LIMIT 1),
+                            false
+                        ) AS "held_for_us!"
+                    "#,
+                    kinds,
+                )
+                .fetch_one(connection)
+                .await
+            })
+            .await?;
+        let next_in = row.next_at.map(|next_at| Duration::try_from(next_at - row.now).unwrap_or(Duration::ZERO));
+        Ok(Look { outlook: Outlook { due: row.due, next_in }, held_for_us: row.held_for_us })
+    }
+
+    async fn connection(&self) -> Result<Connection, StoreError> {
+        match self.pool.acquire().await {
+            Ok(connection) => Ok(Connection(connection)),
+            Err(source) => Err(self.connect_error(source)),
+        }
+    }
+}
+
+/// A connection of the pool, all of whose statements have a name and a deadline.
+#[derive(Debug)]
+struct Connection(sqlx::pool::PoolConnection<Postgres>);
+
+impl Connection {
+    /// Runs one statement. Not cancel-safe: a connection whose statement was cancelled must be dropped by
+    /// [`Connection::discard`].
+    async fn run<T>(
+        &mut self,
+        doing: &'static str,
+        statement: impl AsyncFnOnce(&mut sqlx::PgConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, StoreError> {
+        match tokio::time::timeout(STATEMENT_DEADLINE, statement(&mut self.0)).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(source)) => {
+                self.discard();
+                Err(StoreError::Statement { doing, source })
+            }
+            Err(_) => {
+                self.discard();
+                Err(StoreError::Deadline { doing, after: STATEMENT_DEADLINE })
+            }
+        }
+    }
+
+    /// Closes the connection instead of giving it back: the server rolls back whatever was open.
+    fn discard(&mut self) {
+        self.0.close_on_drop();
+    }
+}
+
+/// A clock from an answer of the server to a question sent at `asked_at`.
+fn clock(now: OffsetDateTime, asked_at: Instant) -> DatabaseClock {
+    DatabaseClock::new(now, asked_at)
+}

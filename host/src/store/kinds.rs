@@ -1,0 +1,112 @@
+//! Kinds that are served, and rows of kinds that are not: held, out of the queue, until a daemon comes that serves them.
+//!
+//! A daemon announces its kinds by holding a shared advisory lock for each, on a connection that lives as long as it
+//! does. So whether anybody serves a kind is known to the server at every moment, without a heartbeat, and a crash
+//! withdraws the announcement. A row is held under the exclusive lock of its kind: a daemon that arrives at this very
+//! moment waits, and then finds the row held and releases it.
+
+use super::{Store, StoreError};
+
+/// Rows that are held or released by one statement: few enough that nobody waits for it.
+const BATCH: i64 = 5_000;
+
+/// Announces `kinds` for as long as `connection` lives.
+///
+/// # Errors
+///
+/// When the database does not do it.
+pub(crate) async fn announce(connection: impl sqlx::PgExecutor<'_>, kinds: &[String]) -> Result<(), sqlx::Error> {
+    sqlx::query!(
+        r#"
+        SELECT count(pg_advisory_lock_shared(hashtextextended('tidings.kind ' || kind, 0))) AS "announced!"
+        FROM unnest($1::text[]) AS kind
+        "#,
+        kinds,
+    )
+    .fetch_one(connection)
+    .await
+    .map(drop)
+}
+
+impl Store {
+    /// Holds due rows of kinds that no daemon serves, at most a few thousand at a time. Returns how many, by kind.
+    ///
+    /// # Errors
+    ///
+    /// When the database cannot do it.
+    pub async fn hold_unserved(&self, our_kinds: &[String]) -> Result<Vec<(String, i64)>, StoreError> {
+        let mut connection = self.connection().await?;
+        let rows = connection
+            .run("hold rows that nobody serves", async |connection| {
+                sqlx::query!(
+                    r#"
+                    WITH due AS MATERIALIZED (
+                        SELECT id, kind
+                        FROM tidings.schedules
+                        WHERE slot_at <= statement_timestamp() AND kind <> ALL($1)
+                        ORDER BY slot_at
+                        LIMIT $2
+                        FOR UPDATE SKIP LOCKED
+                    ), abandoned AS MATERIALIZED (
+                        SELECT kind
+                        FROM (SELECT DISTINCT kind FROM due) AS kinds
+                        WHERE pg_try_advisory_xact_lock(hashtextextended('tidings.kind ' || kind, 0))
+                    ), held AS (
+                        UPDATE tidings.schedules AS waiting
+                        SET held = true, last_error = 'held: no plugin serves the kind "' || waiting.kind || '" yet'
+                        FROM due
+                        JOIN abandoned USING (kind)
+                        WHERE waiting.id = due.id
+                        RETURNING waiting.kind
+                    )
+                    SELECT kind AS "kind!", count(*) AS "rows!" FROM held GROUP BY kind ORDER BY kind
+                    "#,
+                    our_kinds,
+                    BATCH,
+                )
+                .fetch_all(connection)
+                .await
+            })
+            .await?;
+        Ok(rows.into_iter().map(|row| (row.kind, row.rows)).collect())
+    }
+
+    /// Puts held rows of `kinds` back into the queue, due now. Returns how many.
+    ///
+    /// # Errors
+    ///
+    /// When the database cannot do it.
+    pub async fn release_held(&self, kinds: &[String]) -> Result<u64, StoreError> {
+        let mut released = 0;
+        loop {
+            let mut connection = self.connection().await?;
+            let answer = connection
+                .run("release held rows", async |connection| {
+                    sqlx::query!(
+                        r#"
+                        WITH ours AS MATERIALIZED (
+                            SELECT id
+                            FROM tidings.schedules
+                            WHERE held AND kind = ANY($1)
+                            LIMIT $2
+                            FOR UPDATE SKIP LOCKED
+                        )
+                        UPDATE tidings.schedules AS waiting
+                        SET held = false, last_error = NULL, not_before = tidings.arrival()
+                        FROM ours
+                        WHERE waiting.id = ours.id
+                        "#,
+                        kinds,
+                        BATCH,
+                    )
+                    .execute(connection)
+                    .await
+                })
+                .await?;
+            released += answer.rows_affected();
+            if answer.rows_affected() < BATCH.unsigned_abs() {
+                return Ok(released);
+            }
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! When the dispatcher looks again: woken by others, or after a wait that one pure function decides.
+
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+use crate::backoff;
+
+/// A reason to look again. A wake that comes while nobody waits is kept, so the order of looking and arming does not
+/// matter; several become one.
+#[derive(Debug, Default)]
+pub struct Wake(Notify);
+
+impl Wake {
+    /// Makes the dispatcher look again.
+    pub fn wake(&self) {
+        self.0.notify_one();
+    }
+
+    /// Waits for a wake. Cancel-safe: a wake is consumed only by the call that returns.
+    pub async fn woken(&self) {
+        self.0.notified().await;
+    }
+}
+
+/// What a look at the queue found, by the database clock.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Outlook {
+    /// Rows are due. Some of them may be locked.
+    pub due: bool,
+    /// Time until the first row that is not due yet; `None` = there is none.
+    pub next_in: Option<Duration>,
+}
+
+/// How long to wait from now on, if nobody wakes us.
+///
+/// `elapsed` is the time since the question behind `outlook` was sent. `empty_claims` counts the claims in a row that
+/// got none of the rows that are due, since others hold their locks. Whatever the outlook, the wait ends with the next
+/// sweep; and it is at least a millisecond, which is what the timer can do.
+#[must_use]
+pub fn wait(outlook: Outlook, elapsed: Duration, empty_claims: u32, sweep: Duration) -> Duration {
+    let next = outlook.next_in.map_or(Duration::MAX, |next_in| next_in.saturating_sub(elapsed));
+    let again = match empty_claims {
+        0 => Duration::MAX,
+        claims if outlook.due => backoff::LOCKED.delay(claims - 1),
+        _ => Duration::MAX,
+    };
+    next.min(again).min(sweep).max(Duration::from_millis(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SWEEP: Duration = Duration::from_secs(5);
+
+    fn next_in(ms: u64) -> Outlook {
+        Outlook { due: false, next_in: Some(Duration::from_millis(ms)) }
+    }
+
+    #[test]
+    fn an_empty_queue_waits_for_the_sweep() {
+        assert_eq!(wait(Outlook::default(), Duration::ZERO, 0, SWEEP), SWEEP);
+    }
+
+    #[test]
+    fn a_row_due_before_the_sweep_ends_the_wait_exactly_then() {
+        assert_eq!(wait(next_in(1_234), Duration::from_millis(34), 0, SWEEP), Duration::from_millis(1_200));
+    }
+
+    #[test]
+    fn a_row_far_away_costs_nothing_before_the_sweep() {
+        assert_eq!(wait(next_in(u64::MAX), Duration::ZERO, 0, SWEEP), SWEEP);
+    }
+
+    #[test]
+    fn a_row_that_became_due_since_the_question_is_looked_at_at_once_but_without_spinning() {
+        assert_eq!(wait(next_in(10), Duration::from_millis(25), 0, SWEEP), Duration::from_millis(1));
+    }
+
+    #[test]
+    fn due_rows_that_others_hold_are_asked_for_again_ever_less_often() {
+        let due = Outlook { due: true, next_in: None };
+        let waits: Vec<u128> = (1..6).map(|claims| wait(due, Duration::ZERO, claims, SWEEP).as_millis()).collect();
+        assert_eq!(waits, [100, 200, 400, 800, 1_000]);
+    }
+
+    #[test]
+    fn rows_held_by_others_do_not_hide_the_next_one() {
+        let outlook = Outlook { due: true, next_in: Some(Duration::from_millis(7)) };
+        assert_eq!(wait(outlook, Duration::ZERO, 4, SWEEP), Duration::from_millis(7));
+    }
+
+    #[tokio::test]
+    async fn a_wake_between_the_look_and_the_wait_is_not_lost_and_wakes_once() {
+        let wake = Wake::default();
+        wake.wake();
+        wake.wake();
+        wake.woken().await;
+        let second = tokio::time::timeout(Duration::from_millis(1), wake.woken()).await;
+        assert!(second.is_err(), "two wakes become one");
+    }
+
+    proptest! {
+        #[test]
+        fn the_wait_is_never_longer_than_the_sweep_and_never_past_the_next_row(
+            due in any::<bool>(),
+            next_ms in proptest::option::of(any::<u64>()),
+            elapsed_ms in 0..100_000_u64,
+            empty_claims in any::<u32>(),
+        ) {
+            let outlook = Outlook { due, next_in: next_ms.map(Duration::from_millis) };
+            let wait = wait(outlook, Duration::from_millis(elapsed_ms), empty_claims, SWEEP);
+            prop_assert!(wait >= Duration::from_millis(1));
+            prop_assert!(wait <= SWEEP);
+            if let Some(next_ms) = next_ms {
+                prop_assert!(wait <= Duration::from_millis(next_ms.saturating_sub(elapsed_ms).max(1)));
+            }
+        }
+    }
+}

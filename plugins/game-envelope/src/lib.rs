@@ -1,0 +1,93 @@
+//! The envelope that the game services expect around an event, and the times in it. Shared by the game plugins; knows
+//! nothing of Tidings.
+
+use serde::{Deserialize, Deserializer, Serialize};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use time::macros::format_description;
+
+/// An event as the game services parse it.
+#[derive(Debug, Serialize)]
+struct Envelope<'a, D> {
+    event_type: &'a str,
+    timestamp: String,
+    data: D,
+    trace_id: Option<&'a str>,
+}
+
+/// Wraps `data` into the envelope, made at `now_ms` (milliseconds since the Unix epoch).
+///
+/// # Errors
+///
+/// When `now_ms` is no time between the years 0 and 9999, or `data` cannot be written as JSON.
+pub fn wrap(event_type: &str, now_ms: u64, data: impl Serialize) -> Result<Vec<u8>, String> {
+    // As Python's datetime.isoformat() writes it, which every version of its parser reads back.
+    const ISO: &[time::format_description::BorrowedFormatItem<'_>] =
+        format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:6]+00:00");
+    let timestamp = OffsetDateTime::from_unix_timestamp_nanos(i128::from(now_ms) * 1_000_000)
+        .map_err(|error| format!("now-ms {now_ms} is not a time: {error}"))?
+        .format(ISO)
+        .map_err(|error| format!("now-ms {now_ms} cannot be written: {error}"))?;
+    serde_json::to_vec(&Envelope { event_type, timestamp, data, trace_id: None })
+        .map_err(|error| format!("the event cannot be written as JSON: {error}"))
+}
+
+/// An instant given as RFC 3339 text, which is kept as it was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Instant {
+    text: String,
+    unix_ms: i64,
+}
+
+impl Instant {
+    /// Milliseconds since the Unix epoch, rounded down.
+    #[must_use]
+    pub fn unix_ms(&self) -> i64 {
+        self.unix_ms
+    }
+}
+
+impl<'de> Deserialize<'de> for Instant {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let instant = OffsetDateTime::parse(&text, &Rfc3339).map_err(|error| {
+            serde::de::Error::custom(format!("{text:?} is not an RFC 3339 time such as 2026-11-21T20:00:00Z: {error}"))
+        })?;
+        let unix_ms = i64::try_from(instant.unix_timestamp_nanos().div_euclid(1_000_000))
+            .map_err(serde::de::Error::custom)?;
+        Ok(Self { text, unix_ms })
+    }
+}
+
+impl Serialize for Instant {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_instant_keeps_its_text_and_knows_its_milliseconds() {
+        let instant: Instant = serde_json::from_str(r#""2026-11-21T21:00:00.9996+01:00""#).expect("a good time");
+        assert_eq!(instant.unix_ms(), 1_795_291_200_999);
+        assert_eq!(serde_json::to_string(&instant).expect("text"), r#""2026-11-21T21:00:00.9996+01:00""#);
+    }
+
+    #[test]
+    fn a_time_without_an_offset_is_refused_in_words() {
+        let error = serde_json::from_str::<Instant>(r#""2026-11-21T21:00:00""#).expect_err("no offset");
+        assert!(error.to_string().contains("is not an RFC 3339 time"), "{error}");
+    }
+
+    #[test]
+    fn the_envelope_has_the_four_fields_that_the_services_parse() {
+        let body = wrap("game.test", 1_795_291_200_007, serde_json::json!({"a": 1})).expect("an envelope");
+        assert_eq!(
+            String::from_utf8(body).expect("UTF-8"),
+            r#"{"event_type":"game.test","timestamp":"2026-11-21T20:00:00.007000+00:00","data":{"a":1},"trace_id":null}"#
+        );
+    }
+}
