@@ -38,7 +38,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let (broker_ready, connected) = oneshot::channel();
     loops.spawn({
         let (broker, shutdown) = (Arc::clone(&broker), shutdown.clone());
-        async move { Ok(broker.run(shutdown, || drop(broker_ready.send(()))).await?) }
+        async move { Ok(broker.run(shutdown, || _ = broker_ready.send(())).await?) }
     });
     let prepared = prepare(&config, &store);
     let Some(plugins) = unless_ended(&mut loops, &shutdown, prepared).await?.transpose()? else {
@@ -54,7 +54,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     loops.spawn({
         let shutdown = shutdown.clone();
         async move {
-            listener.run(shutdown, || drop(listener_ready.send(()))).await;
+            listener.run(shutdown, || _ = listener_ready.send(())).await;
             Ok(())
         }
     });

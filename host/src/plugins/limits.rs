@@ -8,15 +8,15 @@ use wasmtime::ResourceLimiter;
 /// The `[limits]` of a plugin's NAME.toml. What is not given has the default.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
-pub struct Limits {
+pub(super) struct Limits {
     /// CPU time of one call, in milliseconds, 10 to 60,000; default 100. Measured in steps of 10.
-    pub cpu_ms: u64,
+    pub(super) cpu_ms: u64,
     /// Wall-clock time of one call, in milliseconds, 10 to 60,000; default 1,000.
-    pub wall_ms: u64,
+    pub(super) wall_ms: u64,
     /// All linear memories together, in MiB, 1 to 4,096; default 64.
-    pub memory_mib: u64,
+    pub(super) memory_mib: u64,
     /// What one call may hand to the host, in KiB, 1 to 131,072; default 1,024.
-    pub output_kib: u64,
+    pub(super) output_kib: u64,
 }
 
 impl Default for Limits {

@@ -1,0 +1,93 @@
+//! Finds the programs that are needed, and on Debian as root installs what is missing, and says so.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, bail};
+
+/// Where PostgreSQL's and RabbitMQ's own programs lie.
+#[derive(Debug)]
+pub struct Programs {
+    /// The directory with `initdb` and `postgres`.
+    pub postgres: PathBuf,
+    /// The directory with `rabbitmq-server`: RabbitMQ's own script, not a distribution's wrapper that changes user.
+    pub rabbitmq: PathBuf,
+}
+
+/// Finds PostgreSQL and RabbitMQ, or installs them.
+///
+/// # Errors
+///
+/// When one is missing and cannot be installed; the message says what to install.
+pub fn servers() -> anyhow::Result<Programs> {
+    let mut missing = Vec::new();
+    if postgres().is_none() {
+        missing.push("postgresql");
+    }
+    if rabbitmq().is_none() {
+        missing.push("rabbitmq-server");
+    }
+    if !missing.is_empty() {
+        install(&missing).context("PostgreSQL 15 or later and RabbitMQ 3.10 or later are needed; install them and try again")?;
+    }
+    Ok(Programs {
+        postgres: postgres().context("initdb and postgres are in none of the usual places")?,
+        rabbitmq: rabbitmq().context("rabbitmq-server is in none of the usual places")?,
+    })
+}
+
+fn postgres() -> Option<PathBuf> {
+    let mut versions: Vec<PathBuf> = std::fs::read_dir("/usr/lib/postgresql")
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path().join("bin")))
+        .collect();
+    versions.sort();
+    versions.into_iter().rev().chain(search_path()).find(|dir| dir.join("initdb").exists() && dir.join("postgres").exists())
+}
+
+fn rabbitmq() -> Option<PathBuf> {
+    ["/usr/lib/rabbitmq/bin", "/opt/rabbitmq/sbin", "/opt/homebrew/sbin", "/usr/local/sbin"]
+        .map(PathBuf::from)
+        .into_iter()
+        .find(|dir| dir.join("rabbitmq-server").exists())
+}
+
+fn search_path() -> Vec<PathBuf> {
+    std::env::var_os("PATH").map(|path| std::env::split_paths(&path).collect()).unwrap_or_default()
+}
+
+/// Installs Debian packages, and says so.
+///
+/// # Errors
+///
+/// When this is not Debian, we are not root, or apt fails.
+pub fn install(packages: &[&str]) -> anyhow::Result<()> {
+    let names = packages.join(" ");
+    if !Path::new("/usr/bin/apt-get").exists() {
+        bail!("{names} cannot be installed from here: there is no apt-get");
+    }
+    if !nix::unistd::geteuid().is_root() {
+        bail!("{names} cannot be installed from here without root; run: apt-get install --no-install-recommends {names}");
+    }
+    eprintln!("installing Debian packages: {names}");
+    apt(&["update"])?;
+    let mut arguments = vec!["install", "--yes", "--no-install-recommends"];
+    arguments.extend(packages);
+    apt(&arguments)
+}
+
+fn apt(arguments: &[&str]) -> anyhow::Result<()> {
+    let output = Command::new("apt-get")
+        .args(arguments)
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        // Packages must not start servers of their own: ours are private.
+        .env("RUNLEVEL", "1")
+        .stdin(Stdio::null())
+        .output()
+        .context("could not run apt-get")?;
+    if !output.status.success() {
+        bail!("apt-get {} failed:\n{}", arguments.join(" "), String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(())
+}

@@ -1,0 +1,230 @@
+//! One test's own world: a database, a virtual host, and the plugins it needs, on servers that all tests share.
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use lapin::types::{AMQPValue, FieldTable};
+use sqlx::postgres::{PgPool, PgPoolOptions};
+use sqlx::{AssertSqlSafe, Connection as _, PgConnection, Row as _};
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use crate::consumer::{Broker, Inbox};
+use crate::daemon::{Daemon, Launch};
+use crate::servers::Servers;
+use crate::{build, eventually};
+
+/// What all tests of this program share.
+struct Shared {
+    servers: Servers,
+    daemon: PathBuf,
+    plugins: PathBuf,
+    fixtures: PathBuf,
+}
+
+fn shared() -> &'static Shared {
+    static SHARED: OnceLock<Shared> = OnceLock::new();
+    SHARED.get_or_init(|| {
+        // The reaper ends them with this program; nothing drops a static.
+        let servers = Servers::start().expect("servers of our own");
+        let daemon = build::daemon().expect("the daemon builds");
+        let plugins = build::plugins().expect("the plugins build");
+        let fixtures = build::fixtures().expect("the fixtures build");
+        template(&servers, &daemon);
+        Shared { servers, daemon, plugins, fixtures }
+    })
+}
+
+/// The database that every test's is a copy of, migrated by the binary.
+const TEMPLATE: &str = "tidings_template";
+
+fn template(servers: &Servers, daemon: &Path) {
+    let create = || async {
+        execute(servers.postgres_port, &format!("DROP DATABASE IF EXISTS {TEMPLATE}")).await;
+        execute(servers.postgres_port, &format!("CREATE DATABASE {TEMPLATE}")).await;
+        let launch = Launch::new(daemon, "migrate").with("TIDINGS_DATABASE_URL", database_url(servers.postgres_port, TEMPLATE));
+        let (code, output) = launch.finished().await;
+        assert_eq!(code, 0, "{output}");
+    };
+    // We may be inside a runtime, which must not be blocked.
+    std::thread::scope(|scope| {
+        let runtime = || tokio::runtime::Runtime::new().expect("a runtime").block_on(create());
+        scope.spawn(runtime).join().expect("the template is made");
+    });
+}
+
+/// The URL of a database, as its superuser.
+#[must_use]
+pub fn database_url(port: u16, database: &str) -> String {
+    format!("postgres://postgres@127.0.0.1:{port}/{database}")
+}
+
+/// Runs a statement in the server's own database.
+///
+/// # Panics
+///
+/// When it fails within a few tries: two tests that create databases at once wait for each other.
+pub async fn execute(port: u16, sql: &str) {
+    let mut connection = PgConnection::connect(&database_url(port, "postgres")).await.expect("PostgreSQL is there");
+    eventually(sql, async || match sqlx::query(AssertSqlSafe(sql.to_owned())).execute(&mut connection).await {
+        Ok(_) => Some(()),
+        Err(error) if error.to_string().contains("being accessed by other users") => None,
+        Err(error) => panic!("{sql}: {error}"),
+    })
+    .await;
+}
+
+/// One test's own world.
+#[derive(Debug)]
+pub struct World {
+    /// Its database.
+    pub db: PgPool,
+    /// Its virtual host, as a consumer sees it.
+    pub broker: Broker,
+    /// Its plugin directory, empty at first.
+    pub plugin_dir: PathBuf,
+    /// The name of its database and virtual host.
+    pub name: String,
+}
+
+impl World {
+    /// A world without a plugin and without a daemon.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot be made.
+    pub async fn empty() -> Self {
+        let shared = shared();
+        let name = format!("t{}", Uuid::new_v4().simple());
+        let port = shared.servers.postgres_port;
+        execute(port, &format!("CREATE DATABASE {name} TEMPLATE {TEMPLATE}")).await;
+        let db = PgPoolOptions::new().max_connections(4).connect(&database_url(port, &name)).await.expect("a database");
+        create_vhost(shared.servers.management_port, &name);
+        let broker = Broker::connect(&amqp_url(shared.servers.rabbitmq_port, &name)).await;
+        let plugin_dir = crate::target().join("plugin-dirs").join(&name);
+        std::fs::create_dir_all(&plugin_dir).expect("a directory");
+        Self { db, broker, plugin_dir, name }
+    }
+
+    /// A world with these plugins of the repository or of tests/fixtures.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot be made.
+    pub async fn with(plugins: &[&str]) -> Self {
+        let world = Self::empty().await;
+        for plugin in plugins {
+            world.install(plugin);
+        }
+        world
+    }
+
+    /// Puts a plugin into the directory.
+    ///
+    /// # Panics
+    ///
+    /// When there is no such plugin.
+    pub fn install(&self, plugin: &str) {
+        let file = format!("{plugin}.wasm");
+        let from = [&shared().plugins, &shared().fixtures].map(|dir| dir.join(&file)).into_iter().find(|path| path.exists());
+        std::fs::copy(from.unwrap_or_else(|| panic!("no plugin {plugin}")), self.plugin_dir.join(file)).expect("copied");
+    }
+
+    /// How to start a daemon for this world.
+    #[must_use]
+    pub fn launch(&self) -> Launch {
+        let Servers { postgres_port, rabbitmq_port, .. } = shared().servers;
+        Launch::new(&shared().daemon, "run")
+            .with("TIDINGS_DATABASE_URL", database_url(postgres_port, &self.name))
+            .with("TIDINGS_AMQP_URL", amqp_url(rabbitmq_port, &self.name))
+            .with("TIDINGS_PLUGIN_DIR", self.plugin_dir.display())
+    }
+
+    /// A running daemon, with a sweep so long that only wakes and due times can be what makes it act.
+    ///
+    /// # Panics
+    ///
+    /// When it does not start.
+    pub async fn daemon(&self) -> Daemon {
+        self.launch().with("TIDINGS_SWEEP_MS", 600_000).ready().await
+    }
+
+    /// The ports of PostgreSQL and RabbitMQ.
+    #[must_use]
+    pub fn ports(&self) -> (u16, u16) {
+        (shared().servers.postgres_port, shared().servers.rabbitmq_port)
+    }
+
+    /// A queue of this world, bound to the daemon's exchange with `keys`, and rejecting to its dead letters.
+    pub async fn inbox(&self, keys: &[&str]) -> Inbox {
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-dead-letter-exchange".into(), AMQPValue::LongString("tidings.dlx".into()));
+        self.broker.inbox("tidings", &format!("inbox.{}", keys.join("+")), keys, arguments).await
+    }
+
+    /// Runs a statement, and returns how many rows it touched.
+    ///
+    /// # Panics
+    ///
+    /// When it fails.
+    pub async fn sql(&self, sql: &str) -> u64 {
+        match sqlx::query(AssertSqlSafe(sql.to_owned())).execute(&self.db).await {
+            Ok(done) => done.rows_affected(),
+            Err(error) => panic!("{sql}: {error}"),
+        }
+    }
+
+    /// The one value that a statement answers with.
+    ///
+    /// # Panics
+    ///
+    /// When it fails, or answers otherwise.
+    pub async fn value<T>(&self, sql: &str) -> T
+    where
+        T: for<'r> sqlx::Decode<'r, sqlx::Postgres> + sqlx::Type<sqlx::Postgres>,
+    {
+        match sqlx::query(AssertSqlSafe(sql.to_owned())).fetch_one(&self.db).await {
+            Ok(row) => row.get(0),
+            Err(error) => panic!("{sql}: {error}"),
+        }
+    }
+
+    /// The message of the error with which a statement fails.
+    ///
+    /// # Panics
+    ///
+    /// When it does not fail.
+    pub async fn error(&self, sql: &str) -> String {
+        match sqlx::query(AssertSqlSafe(sql.to_owned())).execute(&self.db).await {
+            Ok(_) => panic!("{sql} did not fail"),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    /// Waits until a statement answers `true`.
+    ///
+    /// # Panics
+    ///
+    /// When it does not in time.
+    pub async fn until(&self, sql: &str) {
+        eventually(sql, async || self.value::<bool>(sql).await.then_some(())).await;
+    }
+
+    /// Now, by the database clock.
+    pub async fn now(&self) -> OffsetDateTime {
+        self.value("SELECT clock_timestamp()").await
+    }
+}
+
+/// The URL of a virtual host.
+#[must_use]
+pub fn amqp_url(port: u16, vhost: &str) -> String {
+    format!("amqp://guest:guest@127.0.0.1:{port}/{vhost}")
+}
+
+fn create_vhost(management_port: u16, vhost: &str) {
+    let url = format!("http://127.0.0.1:{management_port}/api/vhosts/{vhost}");
+    // guest:guest
+    let answer = ureq::put(&url).header("Authorization", "Basic Z3Vlc3Q6Z3Vlc3Q=").send_empty();
+    answer.unwrap_or_else(|error| panic!("the virtual host {vhost} could not be made: {error}"));
+}

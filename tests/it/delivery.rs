@@ -1,0 +1,284 @@
+//! From a due row to a confirmed message: the message contract and the moment.
+
+use harness::world::World;
+
+#[tokio::test]
+async fn an_overdue_row_becomes_exactly_one_message_with_the_properties_of_the_contract() {
+    let world = World::with(&["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let _daemon = world.daemon().await;
+    let id: uuid::Uuid = world
+        .value(
+            r#"SELECT tidings.schedule('message', now() - interval '1 minute', '{"routing_key":"a.b","body":{"n":1}}',
+                key => 'k', subject => 's', headers => '{"traceparent":"00-ab-cd-01"}')"#,
+        )
+        .await;
+
+    let received = inbox.next().await;
+
+    assert_eq!(received.id(), id);
+    let properties = received.properties();
+    let text = |value: &Option<lapin::types::ShortString>| value.as_ref().map(|text| text.to_string());
+    assert_eq!(received.delivery.exchange.as_str(), "tidings");
+    assert_eq!(received.delivery.routing_key.as_str(), "a.b");
+    assert_eq!(text(properties.kind()).as_deref(), Some("message"));
+    assert_eq!(text(properties.app_id()).as_deref(), Some("tidings"));
+    assert_eq!(text(properties.content_type()).as_deref(), Some("application/json"));
+    assert_eq!(text(properties.expiration()), None, "no deadline, no expiration");
+    assert_eq!(*properties.delivery_mode(), Some(2));
+    let timestamp = properties.timestamp().expect("a timestamp");
+    assert!((received.at_ms / 1000 - i64::try_from(timestamp).expect("seconds")).abs() <= 5);
+    assert_eq!(received.text(), r#"{"n": 1}"#);
+
+    world.until("SELECT count(*) = 1 FROM tidings.deliveries WHERE outcome = 'delivered'").await;
+    let headers = received.headers();
+    let plugin = headers["tidings-plugin"].clone();
+    let due_ms: i64 = world.value("SELECT (extract(epoch FROM due_at) * 1000)::bigint FROM tidings.deliveries").await;
+    assert!(plugin.starts_with("message@0.1.0+") && plugin.len() == "message@0.1.0+".len() + 8, "{plugin}");
+    let expected = [
+        ("tidings-kind", "message"),
+        ("tidings-key", "k"),
+        ("tidings-subject", "s"),
+        ("tidings-due-ms", &due_ms.to_string()),
+        ("tidings-attempt", "1"),
+        ("tidings-replay", "0"),
+        ("tidings-plugin", &plugin),
+        ("tidings-exchange", "tidings"),
+        ("tidings-routing-key", "a.b"),
+        ("traceparent", "00-ab-cd-01"),
+    ];
+    assert_eq!(headers, expected.map(|(name, value)| (name.to_owned(), value.to_owned())).into());
+
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM tidings.schedules").await, 0);
+}
+
+#[tokio::test]
+async fn a_row_due_in_a_moment_is_published_then_and_never_before() {
+    let world = World::with(&["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let _daemon = world.daemon().await;
+    for after_ms in [1_500, 400, 900] {
+        world
+            .sql(&format!(
+                r#"SELECT tidings.schedule('message', clock_timestamp() + interval '{after_ms} ms', '{{"routing_key":"a","body":{after_ms}}}')"#
+            ))
+            .await;
+    }
+
+    let mut order = Vec::new();
+    for _ in 0..3 {
+        let received = inbox.next().await;
+        assert!(received.at_ms >= received.number("tidings-due-ms"), "published before it was due");
+        order.push(received.text().to_owned());
+    }
+
+    assert_eq!(order, ["400", "900", "1500"]);
+    world.until("SELECT count(*) = 3 FROM tidings.deliveries WHERE finished_at >= due_at").await;
+}
+
+#[tokio::test]
+async fn rows_that_fell_due_while_no_daemon_ran_are_published_at_its_start_and_later_ones_stay() {
+    let world = World::with(&["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    world
+        .sql(
+            r#"INSERT INTO tidings.schedules (kind, due_at, payload)
+               SELECT 'message', now() + due, '{"routing_key":"a","body":1}'
+               FROM unnest('{-3 days, -5 min, -1 s, 10 min, 2 hours}'::interval[]) AS due"#,
+        )
+        .await;
+
+    let _daemon = world.daemon().await;
+
+    for _ in 0..3 {
+        inbox.next().await;
+    }
+    world.until("SELECT count(*) = 3 FROM tidings.deliveries").await;
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM tidings.schedules WHERE attempts = 0").await, 2);
+}
+
+#[tokio::test]
+async fn ten_thousand_due_rows_become_ten_thousand_messages_and_two_daemons_share_them_without_a_duplicate() {
+    let world = World::with(&["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    world
+        .sql(
+            r#"INSERT INTO tidings.schedules (kind, due_at, payload)
+               SELECT 'message', now(), jsonb_build_object('routing_key', 'a', 'body', n) FROM generate_series(1, 10000) AS n"#,
+        )
+        .await;
+
+    let (_one, _other) = (world.daemon().await, world.daemon().await);
+
+    let mut ids = std::collections::HashSet::new();
+    for _ in 0..10_000 {
+        assert!(ids.insert(inbox.next().await.id()), "a duplicate");
+    }
+    world.until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
+    assert_eq!(world.value::<i64>("SELECT count(DISTINCT id) FROM tidings.deliveries").await, 10_000);
+}
+
+#[tokio::test]
+async fn the_rows_deadline_and_the_events_time_to_live_become_one_expiration_the_smaller() {
+    let world = World::with(&["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let _daemon = world.daemon().await;
+    for (expires_at, ttl_ms, expected_ms) in [
+        ("now() + interval '1 hour'", "null", 3_600_000),
+        ("now() + interval '1 hour'", "60000", 60_000),
+        ("now() + interval '1 minute'", "3600000", 60_000),
+        ("null", "60000", 60_000),
+        ("null", "18446744073709551615", 315_360_000_000),
+        ("'9999-12-31'", "null", 315_360_000_000),
+    ] {
+        world
+            .sql(&format!(
+                r#"SELECT tidings.schedule('message', now(), '{{"routing_key":"a","body":1,"ttl_ms":{ttl_ms}}}', expires_at => {expires_at})"#
+            ))
+            .await;
+
+        let received = inbox.next().await;
+
+        let expiration = received.properties().expiration().as_ref().expect("an expiration").to_string();
+        let expiration: i64 = expiration.parse().expect("an integer");
+        assert!((expected_ms - 20_000..=expected_ms).contains(&expiration), "{expires_at} {ttl_ms}: {expiration}");
+        let left = received.number("tidings-expires-ms") - received.at_ms;
+        assert!(left <= 315_360_000_000 * 30 && (left.min(315_360_000_000) - expiration).abs() < 20_000, "{left} {expiration}");
+    }
+}
+
+#[tokio::test]
+async fn a_row_past_its_deadline_is_finished_as_expired_and_never_seen() {
+    let world = World::with(&["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let _daemon = world.daemon().await;
+    let payload = |body: &str, ttl: &str| format!(r#"{{"routing_key":"a","body":"{body}"{ttl}}}"#);
+    for (body, ttl, expires_at) in [("row", "", "now() - interval '1 ms'"), ("event", r#","ttl_ms":0"#, "null"), ("seen", "", "null")] {
+        world
+            .sql(&format!(
+                "SELECT tidings.schedule('message', now() - interval '1 hour', '{}', key => '{body}', expires_at => {expires_at})",
+                payload(body, ttl)
+            ))
+            .await;
+    }
+
+    assert_eq!(inbox.next().await.text(), "seen");
+    world.until("SELECT count(*) = 3 FROM tidings.deliveries").await;
+    let expired: Vec<String> = world.value("SELECT array_agg(key ORDER BY key) FROM tidings.deliveries WHERE outcome = 'expired'").await;
+    assert_eq!(expired, ["event", "row"]);
+    let asked: bool = world.value("SELECT plugin IS NOT NULL FROM tidings.deliveries WHERE key = 'row'").await;
+    assert!(!asked, "a row past its deadline is finished without its plugin");
+}
+
+#[tokio::test]
+async fn a_message_that_no_queue_takes_stays_a_row_spends_no_attempt_and_goes_out_when_a_queue_comes() {
+    let world = World::with(&["message"]).await;
+    let _elsewhere = world.inbox(&["elsewhere"]).await;
+    let mut daemon = world.daemon().await;
+    let id: uuid::Uuid = world.value(r#"SELECT tidings.schedule('message', now(), '{"routing_key":"nowhere","body":1}')"#).await;
+
+    world.until("SELECT refusals > 0 FROM tidings.schedules").await;
+    daemon.wait_for_line("RabbitMQ did not take").await;
+    let error: String = world.value("SELECT last_error FROM tidings.schedules WHERE attempts = 0").await;
+    assert!(error.contains("nowhere") && error.contains("NO_ROUTE"), "{error}");
+
+    let mut inbox = world.inbox(&["nowhere"]).await;
+    let received = inbox.next().await;
+    assert_eq!((received.id(), received.number("tidings-attempt")), (id, 1));
+}
+
+#[tokio::test]
+async fn a_returned_message_does_not_take_the_rest_of_its_batch_with_it() {
+    let world = World::with(&["message"]).await;
+    let mut inbox = world.inbox(&["somewhere"]).await;
+    world
+        .sql(
+            r#"INSERT INTO tidings.schedules (kind, due_at, payload)
+               SELECT 'message', now(), jsonb_build_object('routing_key', CASE WHEN n % 7 = 0 THEN 'nowhere' ELSE 'somewhere' END, 'body', n)
+               FROM generate_series(1, 350) AS n"#,
+        )
+        .await;
+
+    let _daemon = world.daemon().await;
+
+    for _ in 0..300 {
+        assert_ne!(inbox.next().await.text().parse::<u32>().expect("a number") % 7, 0);
+    }
+    world.until("SELECT count(*) = 300 FROM tidings.deliveries").await;
+    world.until("SELECT count(*) = 50 AND bool_and(refusals > 0 AND attempts = 0) FROM tidings.schedules").await;
+}
+
+#[tokio::test]
+async fn a_message_that_a_full_queue_refuses_stays_a_row_and_goes_out_when_there_is_room() {
+    use lapin::types::{AMQPValue, FieldTable};
+    let world = World::with(&["message"]).await;
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-max-length".into(), AMQPValue::LongInt(1));
+    arguments.insert("x-overflow".into(), AMQPValue::LongString("reject-publish".into()));
+    let mut inbox = world.broker.inbox("tidings", "small", &["a"], arguments).await;
+    // Its consumer takes one message at a time, so that another one fills the queue.
+    inbox.channel.basic_qos(1, lapin::options::BasicQosOptions { global: true }).await.expect("one at a time");
+    let _daemon = world.daemon().await;
+    for _ in 0..4 {
+        world.sql(r#"SELECT tidings.schedule('message', now(), '{"routing_key":"a","body":1}')"#).await;
+    }
+
+    world.until("SELECT count(*) > 0 AND bool_and(last_error LIKE '%nack%') FROM tidings.schedules WHERE refusals > 0").await;
+    for _ in 0..4 {
+        inbox.next().await;
+    }
+    world.until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
+}
+
+#[tokio::test]
+async fn while_the_exchange_is_gone_rows_stay_and_afterwards_they_go_out() {
+    let world = World::with(&["message"]).await;
+    let mut daemon = world.daemon().await;
+    let channel = world.broker.channel().await;
+    channel.exchange_delete("tidings".into(), lapin::options::ExchangeDeleteOptions::default()).await.expect("deleted");
+    world.sql(r#"SELECT tidings.schedule('message', now(), '{"routing_key":"a","body":1}')"#).await;
+
+    daemon.wait_for_line("NOT_FOUND").await;
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM tidings.schedules WHERE attempts = 0").await, 1);
+
+    world.inbox(&["a"]).await.next().await;
+}
+
+#[tokio::test]
+async fn a_cancel_waits_for_the_claim_and_tells_the_truth() {
+    let world = World::with(&["misbehave"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let _daemon = world.launch().with("TIDINGS_SWEEP_MS", 600_000).ready().await;
+    // The row that computes for ever keeps the claim open for as long as its limit allows.
+    world
+        .sql("INSERT INTO tidings.schedules (kind, key, due_at) SELECT kind, kind, now() FROM unnest('{echo,spin}'::text[]) AS kind")
+        .await;
+    world.until("SELECT count(*) = 0 FROM (SELECT FROM tidings.schedules WHERE key = 'echo' FOR UPDATE SKIP LOCKED) AS free").await;
+
+    let (cancelled, moved) = (
+        world.value::<bool>("SELECT tidings.cancel('echo', 'echo')").await,
+        world.value::<bool>("SELECT tidings.reschedule('echo', 'echo', now() + interval '1 day')").await,
+    );
+
+    assert!(!cancelled && !moved, "the row was on its way");
+    inbox.next().await;
+}
+
+#[tokio::test]
+async fn a_claim_whose_connection_dies_is_claimed_again_with_the_same_id() {
+    let world = World::with(&["misbehave"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let _daemon = world.launch().with("TIDINGS_SWEEP_MS", 600_000).ready().await;
+    world
+        .sql("INSERT INTO tidings.schedules (kind, key, due_at) SELECT kind, kind, now() FROM unnest('{echo,spin}'::text[]) AS kind")
+        .await;
+    let id: uuid::Uuid = world.value("SELECT id FROM tidings.schedules WHERE key = 'echo'").await;
+    world.until("SELECT count(*) = 0 FROM (SELECT FROM tidings.schedules WHERE key = 'echo' FOR UPDATE SKIP LOCKED) AS free").await;
+
+    world
+        .sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'tidings' AND xact_start IS NOT NULL")
+        .await;
+
+    assert_eq!(inbox.next().await.id(), id);
+    world.until("SELECT count(*) = 1 FROM tidings.deliveries WHERE key = 'echo'").await;
+}

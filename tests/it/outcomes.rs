@@ -1,0 +1,223 @@
+//! What becomes of a row that does not simply become a message: whose fault it was, and what users see of it.
+
+use harness::world::World;
+
+/// Schedules a row of `kind` that is due now, with `payload`.
+async fn schedule(world: &World, kind: &str, payload: &str) -> uuid::Uuid {
+    world.value(&format!("SELECT tidings.schedule('{kind}', now(), '{payload}', key => '{kind}')")).await
+}
+
+#[tokio::test]
+async fn a_payload_that_its_plugin_cannot_use_is_parked_with_the_plugins_sentence() {
+    let world = World::with(&["game-reminder"]).await;
+    let mut daemon = world.daemon().await;
+
+    let id = schedule(&world, "game-reminder", r#"{"game_id": 7}"#).await;
+
+    world.until("SELECT count(*) = 1 FROM tidings.parked").await;
+    let reason: String = world.value(&format!("SELECT reason FROM tidings.parked WHERE id = '{id}' AND parked_at > due_at")).await;
+    assert!(reason.starts_with("the payload is not a game reminder: invalid type"), "{reason}");
+    assert!(world.value::<String>("SELECT plugin FROM tidings.parked").await.starts_with("game-reminder@"));
+    daemon.wait_for_line(&format!("parked {id}")).await;
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM tidings.schedules").await, 0);
+}
+
+#[tokio::test]
+async fn unpark_puts_a_row_back_with_its_id_unless_its_key_is_taken() {
+    let world = World::with(&["misbehave"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let _daemon = world.daemon().await;
+    let id = schedule(&world, "invalid", "{}").await;
+    world.until("SELECT count(*) = 1 FROM tidings.parked").await;
+
+    world.sql("SELECT tidings.schedule('invalid', now() + interval '1 hour', key => 'invalid')").await;
+    let error = world.error(&format!("SELECT tidings.unpark('{id}')")).await;
+    assert!(error.contains(r#"key "invalid" of kind "invalid" has been scheduled again"#), "{error}");
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM tidings.parked").await, 1, "it is still parked");
+    world.sql("SELECT tidings.cancel('invalid', 'invalid')").await;
+
+    // Mended meanwhile: this kind can be built.
+    world.sql("UPDATE tidings.parked SET kind = 'echo', attempts = 7").await;
+    assert!(world.value::<bool>(&format!("SELECT tidings.unpark('{id}')")).await);
+    let received = inbox.next().await;
+    assert_eq!((received.id(), received.number("tidings-attempt")), (id, 1));
+    assert!(!world.value::<bool>(&format!("SELECT tidings.unpark('{id}')")).await, "it is not parked any more");
+}
+
+#[tokio::test]
+async fn skip_finishes_a_row_without_a_message_and_other_parks_it() {
+    let world = World::with(&["misbehave", "game-reminder"]).await;
+    let _daemon = world.daemon().await;
+
+    schedule(&world, "skip", "{}").await;
+    schedule(&world, "other", "{}").await;
+    let started = r#"{"game_id":"6f0f5e2e-6a2b-4b0e-9d0b-3a4f0a6b1c2d","title":"t","starts_at":"2020-01-01T00:00:00Z","reminder_minutes":5}"#;
+    schedule(&world, "game-reminder", started).await;
+
+    world.until("SELECT count(*) = 2 FROM tidings.deliveries WHERE outcome = 'skipped'").await;
+    assert_eq!(world.value::<String>("SELECT detail FROM tidings.deliveries WHERE kind = 'skip'").await, "nothing to send");
+    assert!(world.value::<String>("SELECT detail FROM tidings.deliveries WHERE kind = 'game-reminder'").await.contains("has started"));
+    world.until("SELECT count(*) = 1 FROM tidings.parked WHERE reason = 'something else'").await;
+}
+
+#[tokio::test]
+async fn a_plugin_that_wants_another_attempt_gets_it_when_it_asked_for_it() {
+    let world = World::with(&["misbehave"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let _daemon = world.daemon().await;
+
+    schedule(&world, "retry-once", "{}").await;
+    assert_eq!(inbox.next().await.number("tidings-attempt"), 2);
+
+    schedule(&world, "retry", "3600000").await;
+    world.until("SELECT attempts = 1 FROM tidings.schedules").await;
+    let waits: bool = world
+        .value(
+            "SELECT failures = 0 AND last_error = 'not yet' AND slot_at - now() BETWEEN interval '59 min' AND interval '60 min'
+             FROM tidings.schedules",
+        )
+        .await;
+    assert!(waits, "it does not count towards the maximum, and waits as long as it asked");
+    // However far it asks for.
+    schedule(&world, "retry", "18446744073709551615").await;
+    world.until("SELECT attempts = 1 AND slot_at > now() + interval '9 years' FROM tidings.schedules").await;
+}
+
+#[tokio::test]
+async fn a_row_that_breaks_its_plugin_backs_off_with_the_reason_and_delays_no_other() {
+    let world = World::with(&["misbehave"]).await;
+    let mut inbox = world.inbox(&["misbehave.echo"]).await;
+    let _daemon = world.daemon().await;
+    let broken = [
+        ("trap", "it trapped (unreachable)"),
+        ("spin", "more than 100 ms of CPU time (cpu-ms)"),
+        ("grow", "MiB of memory and may have 64 (memory-mib)"),
+        ("recurse", "its stack overflowed"),
+        ("flood", "handed more than 1024 KiB to the host in one call (output-kib)"),
+        ("empty-key", "its routing-key has 0 bytes"),
+        ("reserved-header", r#"a header is named "x-death""#),
+        ("many-headers", "its headers have"),
+    ];
+    for (kind, _) in broken {
+        world.sql(&format!("SELECT tidings.schedule('{kind}', now() - interval '1 day', key => '{kind}')")).await;
+    }
+    for number in 0..20 {
+        world.sql(&format!("SELECT tidings.schedule('echo', now(), '{number}')")).await;
+    }
+
+    for _ in 0..20 {
+        inbox.next().await;
+    }
+    for (kind, reason) in broken {
+        world.until(&format!("SELECT attempts > 0 AND failures = attempts FROM tidings.schedules WHERE kind = '{kind}'")).await;
+        let error: String = world.value(&format!("SELECT last_error FROM tidings.schedules WHERE kind = '{kind}'")).await;
+        assert!(error.starts_with("plugin misbehave@1+") && error.contains(reason), "{kind}: {error}");
+    }
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM tidings.schedules WHERE slot_at > due_at").await, 8, "all back off");
+}
+
+#[tokio::test]
+async fn a_row_that_keeps_breaking_its_plugin_is_parked_after_the_maximum() {
+    let world = World::with(&["misbehave"]).await;
+    let _daemon = world.launch().with("TIDINGS_MAX_ATTEMPTS", 2).ready().await;
+
+    schedule(&world, "trap", "{}").await;
+
+    world.until("SELECT count(*) = 1 FROM tidings.parked").await;
+    let (reason, attempts): (String, i32) =
+        (world.value("SELECT reason FROM tidings.parked").await, world.value("SELECT attempts FROM tidings.parked").await);
+    assert!(reason.starts_with("failed 2 times, at last: plugin misbehave@1+"), "{reason}");
+    assert_eq!(attempts, 1, "the attempts before the last");
+}
+
+#[tokio::test]
+async fn a_reason_that_postgresql_cannot_store_is_made_storable() {
+    let world = World::with(&["misbehave"]).await;
+    let _daemon = world.daemon().await;
+
+    schedule(&world, "invalid-nul", "{}").await;
+
+    world.until("SELECT count(*) = 1 FROM tidings.parked WHERE reason = 'nul \u{FFFD} inside'").await;
+}
+
+#[tokio::test]
+async fn a_row_is_not_blamed_for_what_others_left_in_the_plugins_memory() {
+    let world = World::with(&["misbehave"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    // Each keeps 5 MB: a dozen fit into the plugin's memory, fifty do not.
+    world.sql("INSERT INTO tidings.schedules (kind, due_at) SELECT 'leak', now() FROM generate_series(1, 50)").await;
+
+    let _daemon = world.daemon().await;
+
+    for _ in 0..50 {
+        assert_eq!(inbox.next().await.number("tidings-attempt"), 1);
+    }
+}
+
+#[tokio::test]
+async fn rows_of_a_kind_that_nobody_serves_are_held_and_released_when_a_daemon_with_the_plugin_comes() {
+    let world = World::with(&["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let mut daemon = world.daemon().await;
+    schedule(&world, "echo", "{}").await;
+    world.sql("SELECT tidings.schedule('echo', now() + interval '1 day', key => 'future')").await;
+
+    world.until("SELECT held AND last_error LIKE 'held: no plugin%' FROM tidings.schedules WHERE key = 'echo'").await;
+    daemon.wait_for_line("no plugin serves it").await;
+    assert!(world.value::<bool>("SELECT NOT held FROM tidings.schedules WHERE key = 'future'").await, "what is not due is not held");
+    schedule(&world, "message", r#"{"routing_key":"a","body":"in time"}"#).await;
+    assert_eq!(inbox.next().await.text(), "in time", "a held row is in nobody's way");
+
+    world.install("misbehave");
+    let _second = world.daemon().await;
+    let received = inbox.next().await;
+    assert_eq!((received.delivery.routing_key.as_str(), received.number("tidings-attempt")), ("misbehave.echo", 1));
+}
+
+#[tokio::test]
+async fn a_held_row_expires_at_its_deadline() {
+    let world = World::with(&["message"]).await;
+    let _daemon = world.daemon().await;
+
+    world.sql("SELECT tidings.schedule('nobody', now(), expires_at => now() + interval '1500 ms')").await;
+
+    world.until("SELECT held FROM tidings.schedules").await;
+    world.until("SELECT count(*) = 1 FROM tidings.deliveries WHERE outcome = 'expired' AND finished_at >= expires_at").await;
+}
+
+#[tokio::test]
+async fn a_kind_that_another_daemon_serves_is_left_to_it() {
+    let world = World::with(&["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let mut one = world.daemon().await;
+    world.install("misbehave");
+    std::fs::remove_file(world.plugin_dir.join("message.wasm")).expect("removed");
+    let _other = world.daemon().await;
+
+    for number in 0..50 {
+        schedule(&world, "echo", &number.to_string()).await;
+        inbox.next().await;
+    }
+
+    one.signal(nix::sys::signal::Signal::SIGTERM);
+    assert!(one.ended().await.success());
+    assert!(!one.log().contains("held"), "{}", one.log());
+}
+
+#[tokio::test]
+async fn old_history_is_removed_and_nothing_else() {
+    let world = World::with(&["message"]).await;
+    world.sql("SELECT tidings.schedule('message', now() + interval '1 day')").await;
+    world
+        .sql(
+            "INSERT INTO tidings.deliveries (id, kind, due_at, finished_at, outcome, attempts, payload, headers)
+             SELECT gen_random_uuid(), 'message', now(), now() - age, 'delivered', 0, '{}', '{}'
+             FROM unnest('{1 day, 47 hours, 49 hours, 30 days}'::interval[]) AS age",
+        )
+        .await;
+
+    let _daemon = world.launch().with("TIDINGS_HISTORY_DAYS", 2).ready().await;
+
+    world.until("SELECT count(*) = 2 AND min(finished_at) > now() - interval '2 days' FROM tidings.deliveries").await;
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM tidings.schedules").await, 1);
+}
