@@ -10,7 +10,7 @@ pub struct Backoff {
 }
 
 /// A plugin's trap, its blown limit, or its wish to retry without saying when.
-pub const BUILD: Backoff = Backoff { first: Duration::from_secs(1), cap: Duration::from_secs(300) };
+pub const BUILD: Backoff = Backoff { first: Duration::from_secs(1), cap: Duration::from_mins(5) };
 /// A message that the broker could not route or refused.
 pub const REFUSED: Backoff = Backoff { first: Duration::from_secs(1), cap: Duration::from_secs(30) };
 /// A server that is away: soon, and then at most every few seconds, as someone is waiting for it to come back.

@@ -45,7 +45,9 @@ pub enum BrokerError {
         source: lapin::Error,
     },
     /// It answers, and does not let us in.
-    #[error("RabbitMQ at {place} refused the login; check the user, the password and the virtual host in TIDINGS_AMQP_URL")]
+    #[error(
+        "RabbitMQ at {place} refused the login; check the user, the password and the virtual host in TIDINGS_AMQP_URL"
+    )]
     Login {
         /// User, host, port and virtual host.
         place: String,

@@ -69,7 +69,10 @@ mod tests {
     fn the_clock_goes_on_from_its_reading() {
         let asked_at = Instant::now();
         let clock = DatabaseClock::new(OffsetDateTime::UNIX_EPOCH, asked_at);
-        assert_eq!(clock.at(asked_at + Duration::from_millis(1_500)), OffsetDateTime::UNIX_EPOCH + Duration::from_millis(1_500));
+        assert_eq!(
+            clock.at(asked_at + Duration::from_millis(1_500)),
+            OffsetDateTime::UNIX_EPOCH + Duration::from_millis(1_500)
+        );
         assert_eq!(clock.at(asked_at), OffsetDateTime::UNIX_EPOCH);
     }
 }

@@ -210,7 +210,11 @@ impl RunArgs {
 fn unknown_variables() -> Vec<String> {
     let known: Vec<String> = {
         let command = RunArgs::augment_args(clap::Command::new("run"));
-        command.get_arguments().filter_map(|arg| arg.get_env()).map(|name| name.to_string_lossy().into_owned()).collect()
+        command
+            .get_arguments()
+            .filter_map(|arg| arg.get_env())
+            .map(|name| name.to_string_lossy().into_owned())
+            .collect()
     };
     let mut mistakes: Vec<String> = std::env::vars_os()
         .map(|(name, _)| name.to_string_lossy().into_owned())

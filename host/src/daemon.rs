@@ -20,7 +20,7 @@ use crate::store::{SchemaError, Store, StoreError};
 use crate::wake::Wake;
 
 /// How often old history is removed.
-const RETENTION_INTERVAL: Duration = Duration::from_secs(60 * 60);
+const RETENTION_INTERVAL: Duration = Duration::from_hours(1);
 
 /// Runs the daemon until `shutdown`.
 ///
@@ -35,22 +35,25 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let broker = Arc::new(Broker::new(&config.amqp_url, &config.exchange, config.queue_type, Arc::clone(&wake)));
     let mut loops: JoinSet<anyhow::Result<()>> = JoinSet::new();
 
+    // What is in flight after the signal still needs its confirms: the broker's connection is closed last.
+    let last = CancellationToken::new();
     let (broker_ready, connected) = oneshot::channel();
     loops.spawn({
-        let (broker, shutdown) = (Arc::clone(&broker), shutdown.clone());
-        async move { Ok(broker.run(shutdown, || _ = broker_ready.send(())).await?) }
+        let (broker, last) = (Arc::clone(&broker), last.clone());
+        async move { Ok(broker.run(last, || _ = broker_ready.send(())).await?) }
     });
     let prepared = prepare(&config, &store);
     let Some(plugins) = unless_ended(&mut loops, &shutdown, prepared).await?.transpose()? else {
-        return drain(loops).await;
+        return drain(loops, &last).await;
     };
     if unless_ended(&mut loops, &shutdown, connected).await?.is_none() {
-        return drain(loops).await;
+        return drain(loops, &last).await;
     }
 
     let kinds = plugins.kinds();
     let (listener_ready, listening) = oneshot::channel();
-    let listener = Listener { store: store.clone(), wake: Arc::clone(&wake), kinds: kinds.clone(), notify: config.notify };
+    let listener =
+        Listener { store: store.clone(), wake: Arc::clone(&wake), kinds: kinds.clone(), notify: config.notify };
     loops.spawn({
         let shutdown = shutdown.clone();
         async move {
@@ -67,7 +70,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     });
     // The listener announces our kinds; before that, another daemon might hold their rows.
     if unless_ended(&mut loops, &shutdown, listening).await?.is_none() {
-        return drain(loops).await;
+        return drain(loops, &last).await;
     }
     let dispatcher = Dispatcher {
         store,
@@ -77,18 +80,14 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         sweep: config.sweep,
         max_attempts: config.max_attempts,
     };
-    loops.spawn({
-        let shutdown = shutdown.clone();
-        async move {
-            dispatcher.run(shutdown).await;
-            Ok(())
-        }
-    });
     info!(kinds = kinds.join(" "), "ready");
 
-    // Nothing more is awaited but the end.
-    let _ = unless_ended(&mut loops, &shutdown, std::future::pending::<()>()).await?;
-    drain(loops).await
+    // It ends when it is asked to and nothing is in flight any more.
+    let dispatched = dispatcher.run(shutdown.clone());
+    tokio::select! {
+        () = dispatched => drain(loops, &last).await,
+        ended = first_to_end(&mut loops, &shutdown) => ended,
+    }
 }
 
 /// The database, its schema, and the plugins.
@@ -145,17 +144,29 @@ async fn unless_ended<T>(
     tokio::select! {
         biased;
         () = shutdown.cancelled() => Ok(None),
-        Some(ended) = loops.join_next() => {
-            shutdown.cancel();
-            ended.context("a loop panicked")??;
-            bail!("a loop ended unasked")
-        }
+        ended = first_to_end(loops, shutdown) => ended.map(|()| None),
         made = work => Ok(Some(made)),
     }
 }
 
-/// Waits for the loops to end after `shutdown`.
-async fn drain(mut loops: JoinSet<anyhow::Result<()>>) -> anyhow::Result<()> {
+/// Waits for the first loop that ends unasked, which is an error whatever it says.
+async fn first_to_end(loops: &mut JoinSet<anyhow::Result<()>>, shutdown: &CancellationToken) -> anyhow::Result<()> {
+    loop {
+        match loops.join_next().await {
+            // Asked: the others are about to end as well.
+            _ if shutdown.is_cancelled() => std::future::pending().await,
+            None => std::future::pending().await,
+            Some(ended) => {
+                ended.context("a loop panicked")??;
+                bail!("a loop ended unasked");
+            }
+        }
+    }
+}
+
+/// Waits for the loops to end after a signal, the broker's last.
+async fn drain(mut loops: JoinSet<anyhow::Result<()>>, last: &CancellationToken) -> anyhow::Result<()> {
+    last.cancel();
     while let Some(ended) = loops.join_next().await {
         ended.context("a loop panicked")??;
     }
@@ -168,7 +179,12 @@ async fn remove_old_history(store: &Store, age: Duration, shutdown: &Cancellatio
         match store.remove_history(age).await {
             Ok(0) => {}
             Ok(removed) => info!(removed, "removed old history"),
-            Err(error) => warn!(error = &error as &dyn std::error::Error, "could not remove old history, trying again in an hour"),
+            Err(error) => {
+                warn!(
+                    error = &error as &dyn std::error::Error,
+                    "could not remove old history, trying again in an hour"
+                );
+            }
         }
         tokio::select! {
             biased;

@@ -89,7 +89,8 @@ impl Delivery {
                     match Message::new(&schedule, built, self.broker.exchange(), clock.now_ms()) {
                         Ok(message) => {
                             messages.push(message);
-                            in_flight.insert(schedule.id, InFlight { plugin, event_digest, refusals: schedule.refusals });
+                            in_flight
+                                .insert(schedule.id, InFlight { plugin, event_digest, refusals: schedule.refusals });
                             continue;
                         }
                         Err(Expired(at)) => Outcome::Expired(format!("its event's deadline, {at} ms, had come")),

@@ -15,7 +15,7 @@ use crate::backoff::RECONNECT;
 use crate::store::{Store, announce};
 use crate::wake::Wake;
 
-/// The channel of the triggers in migrations/0003_triggers.sql.
+/// The channel of the triggers in `migrations/0003_triggers.sql`.
 const CHANNEL: &str = "tidings";
 /// After this long without a notification the connection is asked for a sign of life: a half-open one says nothing for
 /// ever. Source: sqlx sets no keepalive of its own (transact-rs/sqlx issue 3062).

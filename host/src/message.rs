@@ -68,7 +68,8 @@ impl Message {
         headers.push(text("tidings-plugin", &built.plugin));
         headers.push(text("tidings-exchange", exchange));
         headers.push(text("tidings-routing-key", &routing_key));
-        let row_headers = schedule.headers.iter().filter(|(name, _)| event_headers.iter().all(|(other, _)| other != name));
+        let row_headers =
+            schedule.headers.iter().filter(|(name, _)| event_headers.iter().all(|(other, _)| other != name));
         headers.extend(row_headers.map(|(name, value)| text(name, value)));
         headers.extend(event_headers.into_iter().map(|(name, value)| (name, HeaderValue::Text(value))));
 
@@ -175,7 +176,7 @@ mod tests {
                 (Ok(message), None) => prop_assert_eq!(message.expiration_ms, None),
                 (Ok(message), Some(deadline)) => {
                     prop_assert!(deadline > now);
-                    prop_assert_eq!(message.expiration_ms, Some(((deadline - now) as u64).min(LONGEST_TTL_MS)));
+                    prop_assert_eq!(message.expiration_ms, Some((deadline - now).cast_unsigned().min(LONGEST_TTL_MS)));
                 }
                 (Err(Expired(at)), deadline) => {
                     prop_assert_eq!(Some(at), deadline);

@@ -121,7 +121,8 @@ impl PluginSet {
             let Some(plugin) = self.by_kind.get(&row.kind) else { continue };
             by_plugin.entry(plugin.file()).or_insert_with(|| (Arc::clone(plugin), Vec::new())).1.push(row);
         }
-        let builds = by_plugin.into_values().map(|(plugin, rows)| plugin.build(rows, clock, until, Arc::clone(&bodies)));
+        let builds =
+            by_plugin.into_values().map(|(plugin, rows)| plugin.build(rows, clock, until, Arc::clone(&bodies)));
         join_all(builds).await.into_iter().flatten().collect()
     }
 }

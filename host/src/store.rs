@@ -44,7 +44,9 @@ pub enum StoreError {
         source: sqlx::Error,
     },
     /// It answers, and does not let us in.
-    #[error("PostgreSQL at {place} refused the login; check the user, the password and the database in TIDINGS_DATABASE_URL")]
+    #[error(
+        "PostgreSQL at {place} refused the login; check the user, the password and the database in TIDINGS_DATABASE_URL"
+    )]
     Login {
         /// User, host, port and database.
         place: String,
@@ -140,7 +142,10 @@ impl Store {
     /// Host, port and database, for people.
     #[must_use]
     pub fn place(&self) -> String {
-        let host = self.options.get_socket().map_or_else(|| self.options.get_host().to_owned(), |path| path.display().to_string());
+        let host = self
+            .options
+            .get_socket()
+            .map_or_else(|| self.options.get_host().to_owned(), |path| path.display().to_string());
         format!("{host}:{}/{}", self.options.get_port(), self.options.get_database().unwrap_or_default())
     }
 
@@ -166,9 +171,10 @@ impl Store {
 
     fn connect_error(&self, source: sqlx::Error) -> StoreError {
         // 28: invalid authorization; 3D: no such database; 42501: no right to connect.
-        let refused = source.as_database_error().and_then(sqlx::error::DatabaseError::code).is_some_and(|code| {
-            code.starts_with("28") || code.starts_with("3D") || code == "42501"
-        });
+        let refused = source
+            .as_database_error()
+            .and_then(sqlx::error::DatabaseError::code)
+            .is_some_and(|code| code.starts_with("28") || code.starts_with("3D") || code == "42501");
         if refused {
             StoreError::Login { place: format!("{} as {}", self.place(), self.options.get_username()), source }
         } else {
@@ -179,7 +185,10 @@ impl Store {
     /// A pool of one for the listener, which keeps its connection for itself.
     #[must_use]
     pub(crate) fn pool_for_listener(&self) -> PgPool {
-        PgPoolOptions::new().max_connections(1).acquire_timeout(CONNECT_DEADLINE).connect_lazy_with(self.options.clone())
+        PgPoolOptions::new()
+            .max_connections(1)
+            .acquire_timeout(CONNECT_DEADLINE)
+            .connect_lazy_with(self.options.clone())
     }
 
     /// Looks at the head of the queue, in one statement and no transaction. It must begin after the wake was armed.

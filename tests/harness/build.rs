@@ -99,7 +99,8 @@ fn wasm(packages: &[String], dir: &Path) -> anyhow::Result<()> {
     run(cargo)?;
     fs::create_dir_all(dir)?;
     for package in packages {
-        let built = target().join("wasm").join(triple).join("plugin").join(format!("{}.wasm", package.replace('-', "_")));
+        let built =
+            target().join("wasm").join(triple).join("plugin").join(format!("{}.wasm", package.replace('-', "_")));
         // Copied aside and renamed: a daemon that reads the directory never sees half a file.
         let aside = dir.join(format!(".{package}.{}", std::process::id()));
         fs::copy(&built, &aside).with_context(|| format!("{} was not built", built.display()))?;
@@ -114,13 +115,16 @@ fn toolchain() -> anyhow::Result<Toolchain> {
     if let Some(triple) = installed() {
         return Ok(Toolchain::Installed(triple));
     }
-    let debian = Path::new("/usr/lib/rustlib/src/rust/library").exists() && Path::new(DEBIAN_LINKERS).join("wasm-component-ld").exists();
+    let debian = Path::new("/usr/lib/rustlib/src/rust/library").exists()
+        && Path::new(DEBIAN_LINKERS).join("wasm-component-ld").exists();
     if debian {
         return Ok(Toolchain::Debian);
     }
     eprintln!("there is no WebAssembly target; trying: rustup target add {}", TARGETS[0]);
     let added = Command::new("rustup").args(["target", "add", TARGETS[0]]).stdin(Stdio::null()).output();
-    if added.is_ok_and(|output| output.status.success()) && let Some(triple) = installed() {
+    if added.is_ok_and(|output| output.status.success())
+        && let Some(triple) = installed()
+    {
         return Ok(Toolchain::Installed(triple));
     }
     eprintln!("rustup could not add it; trying Debian's own compiler");
@@ -136,7 +140,8 @@ fn toolchain() -> anyhow::Result<Toolchain> {
 
 /// Where the compiler at hand would have the standard library for `triple`.
 fn libraries(triple: &str) -> Option<PathBuf> {
-    let output = Command::new(program("RUSTC", "rustc")).args(["--print", "target-libdir", "--target", triple]).output().ok()?;
+    let output =
+        Command::new(program("RUSTC", "rustc")).args(["--print", "target-libdir", "--target", triple]).output().ok()?;
     output.status.success().then(|| PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()))
 }
 
@@ -173,9 +178,13 @@ fn run(mut command: Command) -> anyhow::Result<()> {
             command.env_remove(name);
         }
     }
-    let status = command.stdin(Stdio::null()).status().with_context(|| format!("could not run {:?}", command.get_program()))?;
+    let status = command
+        .stdin(Stdio::null())
+        .status()
+        .with_context(|| format!("could not run {}", command.get_program().display()))?;
     if !status.success() {
-        bail!("{:?} {:?} failed", command.get_program(), command.get_args().collect::<Vec<_>>());
+        let arguments: Vec<_> = command.get_args().map(std::ffi::OsStr::to_string_lossy).collect();
+        bail!("{} {} failed", command.get_program().display(), arguments.join(" "));
     }
     Ok(())
 }

@@ -6,7 +6,8 @@ use std::time::Duration;
 use futures_util::StreamExt as _;
 use lapin::message::Delivery;
 use lapin::options::{
-    BasicAckOptions, BasicConsumeOptions, BasicNackOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
+    BasicAckOptions, BasicConsumeOptions, BasicNackOptions, ExchangeDeclareOptions, QueueBindOptions,
+    QueueDeclareOptions,
 };
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, Consumer};
@@ -73,10 +74,14 @@ impl Broker {
         channel.queue_declare(queue.into(), QueueDeclareOptions::durable(), arguments).await.expect("a queue");
         for key in keys {
             let options = QueueBindOptions::default();
-            channel.queue_bind(queue.into(), exchange.into(), (*key).into(), options, FieldTable::default()).await.expect("a binding");
+            channel
+                .queue_bind(queue.into(), exchange.into(), (*key).into(), options, FieldTable::default())
+                .await
+                .expect("a binding");
         }
         let options = BasicConsumeOptions::default();
-        let consumer = channel.basic_consume(queue.into(), "".into(), options, FieldTable::default()).await.expect("a consumer");
+        let consumer =
+            channel.basic_consume(queue.into(), "".into(), options, FieldTable::default()).await.expect("a consumer");
         Inbox { channel, queue: queue.to_owned(), consumer }
     }
 }

@@ -36,13 +36,13 @@ impl Launch {
     /// With another subcommand.
     #[must_use]
     pub fn subcommand(mut self, subcommand: &str) -> Self {
-        self.subcommand = subcommand.to_owned();
+        subcommand.clone_into(&mut self.subcommand);
         self
     }
 
     /// With the variable `name` set to `value`; the last one wins.
     #[must_use]
-    pub fn with(mut self, name: &str, value: impl ToString) -> Self {
+    pub fn with(mut self, name: &str, value: impl std::fmt::Display) -> Self {
         self.environment.retain(|(other, _)| other != name);
         self.environment.push((name.to_owned(), value.to_string()));
         self

@@ -36,7 +36,11 @@ pub fn target() -> PathBuf {
 fn profile_dir() -> PathBuf {
     let exe = std::env::current_exe().expect("a program knows where it is");
     let dir = exe.parent().expect("a program lies in a directory");
-    if dir.ends_with("deps") { dir.parent().expect("deps lies in the profile's directory").to_owned() } else { dir.to_owned() }
+    if dir.ends_with("deps") {
+        dir.parent().expect("deps lies in the profile's directory").to_owned()
+    } else {
+        dir.to_owned()
+    }
 }
 
 /// Waits until `check` answers with a value, asking every few milliseconds.

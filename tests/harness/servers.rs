@@ -17,7 +17,7 @@ use crate::setup::{self, Programs};
 /// Hands the ports of running servers on to the programs that are started after it.
 const PORTS: &str = "HARNESS_PORTS";
 /// RabbitMQ takes ten seconds on a busy machine.
-const START_DEADLINE: Duration = Duration::from_secs(120);
+const START_DEADLINE: Duration = Duration::from_mins(2);
 
 /// The two servers.
 #[derive(Debug)]
@@ -58,7 +58,8 @@ impl Servers {
         let postgres = start_postgres(&programs, &dir, postgres_port)?;
         let children = vec![postgres, rabbitmq, epmd];
         let reaper = start_reaper(&dir, &children)?;
-        let servers = Self { postgres_port, rabbitmq_port, management_port, running: Some(Running { children, reaper }) };
+        let servers =
+            Self { postgres_port, rabbitmq_port, management_port, running: Some(Running { children, reaper }) };
         servers.wait().with_context(|| logs(&dir))?;
         Ok(servers)
     }
@@ -108,7 +109,8 @@ fn free_ports<const N: usize>() -> anyhow::Result<[u16; N]> {
     // Held together, so that they differ.
     let listeners: Vec<TcpListener> =
         (0..N).map(|_| TcpListener::bind(("127.0.0.1", 0))).collect::<Result<_, _>>().context("no free ports")?;
-    let ports: Vec<u16> = listeners.iter().map(|listener| listener.local_addr().map(|at| at.port())).collect::<Result<_, _>>()?;
+    let ports: Vec<u16> =
+        listeners.iter().map(|listener| listener.local_addr().map(|at| at.port())).collect::<Result<_, _>>()?;
     ports.try_into().map_err(|_| anyhow::anyhow!("as many ports as asked for"))
 }
 
@@ -169,7 +171,10 @@ fn start_epmd(dir: &Path, port: u16) -> anyhow::Result<Child> {
     // RabbitMQ would start one that outlives it. In the foreground it is a child that we can stop.
     let log = fs::File::create(dir.join("epmd.log"))?;
     let epmd = ["/usr/bin/epmd", "/usr/local/bin/epmd", "/opt/homebrew/bin/epmd"].map(PathBuf::from);
-    let epmd = epmd.into_iter().find(|path| path.exists()).context("epmd, a part of Erlang, is in none of the usual places")?;
+    let epmd = epmd
+        .into_iter()
+        .find(|path| path.exists())
+        .context("epmd, a part of Erlang, is in none of the usual places")?;
     as_user("rabbitmq", &epmd)
         .args(["-port", &port.to_string(), "-address", "127.0.0.1"])
         .stdout(log.try_clone()?)
@@ -248,7 +253,7 @@ fn logs(dir: &Path) -> String {
     for name in ["postgres.log", "epmd.log", "rabbitmq.log"] {
         let log = fs::read_to_string(dir.join(name)).unwrap_or_default();
         let lines: Vec<&str> = log.lines().collect();
-        text.push_str(&format!("\n--- {name}\n{}", lines[lines.len().saturating_sub(15)..].join("\n")));
+        text.extend(["\n--- ", name, "\n", &lines[lines.len().saturating_sub(15)..].join("\n")]);
     }
     text
 }

@@ -28,7 +28,8 @@ pub fn servers() -> anyhow::Result<Programs> {
         missing.push("rabbitmq-server");
     }
     if !missing.is_empty() {
-        install(&missing).context("PostgreSQL 15 or later and RabbitMQ 3.10 or later are needed; install them and try again")?;
+        install(&missing)
+            .context("PostgreSQL 15 or later and RabbitMQ 3.10 or later are needed; install them and try again")?;
     }
     Ok(Programs {
         postgres: postgres().context("initdb and postgres are in none of the usual places")?,
@@ -43,7 +44,11 @@ fn postgres() -> Option<PathBuf> {
         .filter_map(|entry| Some(entry.ok()?.path().join("bin")))
         .collect();
     versions.sort();
-    versions.into_iter().rev().chain(search_path()).find(|dir| dir.join("initdb").exists() && dir.join("postgres").exists())
+    versions
+        .into_iter()
+        .rev()
+        .chain(search_path())
+        .find(|dir| dir.join("initdb").exists() && dir.join("postgres").exists())
 }
 
 fn rabbitmq() -> Option<PathBuf> {
@@ -68,7 +73,9 @@ pub fn install(packages: &[&str]) -> anyhow::Result<()> {
         bail!("{names} cannot be installed from here: there is no apt-get");
     }
     if !nix::unistd::geteuid().is_root() {
-        bail!("{names} cannot be installed from here without root; run: apt-get install --no-install-recommends {names}");
+        bail!(
+            "{names} cannot be installed from here without root; run: apt-get install --no-install-recommends {names}"
+        );
     }
     eprintln!("installing Debian packages: {names}");
     apt(&["update"])?;

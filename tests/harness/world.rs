@@ -42,7 +42,8 @@ fn template(servers: &Servers, daemon: &Path) {
     let create = || async {
         execute(servers.postgres_port, &format!("DROP DATABASE IF EXISTS {TEMPLATE}")).await;
         execute(servers.postgres_port, &format!("CREATE DATABASE {TEMPLATE}")).await;
-        let launch = Launch::new(daemon, "migrate").with("TIDINGS_DATABASE_URL", database_url(servers.postgres_port, TEMPLATE));
+        let launch =
+            Launch::new(daemon, "migrate").with("TIDINGS_DATABASE_URL", database_url(servers.postgres_port, TEMPLATE));
         let (code, output) = launch.finished().await;
         assert_eq!(code, 0, "{output}");
     };
@@ -126,8 +127,10 @@ impl World {
     /// When there is no such plugin.
     pub fn install(&self, plugin: &str) {
         let file = format!("{plugin}.wasm");
-        let from = [&shared().plugins, &shared().fixtures].map(|dir| dir.join(&file)).into_iter().find(|path| path.exists());
-        std::fs::copy(from.unwrap_or_else(|| panic!("no plugin {plugin}")), self.plugin_dir.join(file)).expect("copied");
+        let from =
+            [&shared().plugins, &shared().fixtures].map(|dir| dir.join(&file)).into_iter().find(|path| path.exists());
+        std::fs::copy(from.unwrap_or_else(|| panic!("no plugin {plugin}")), self.plugin_dir.join(file))
+            .expect("copied");
     }
 
     /// How to start a daemon for this world.

@@ -15,7 +15,8 @@ async fn a_payload_that_its_plugin_cannot_use_is_parked_with_the_plugins_sentenc
     let id = schedule(&world, "game-reminder", r#"{"game_id": 7}"#).await;
 
     world.until("SELECT count(*) = 1 FROM tidings.parked").await;
-    let reason: String = world.value(&format!("SELECT reason FROM tidings.parked WHERE id = '{id}' AND parked_at > due_at")).await;
+    let reason: String =
+        world.value(&format!("SELECT reason FROM tidings.parked WHERE id = '{id}' AND parked_at > due_at")).await;
     assert!(reason.starts_with("the payload is not a game reminder: invalid type"), "{reason}");
     assert!(world.value::<String>("SELECT plugin FROM tidings.parked").await.starts_with("game-reminder@"));
     daemon.wait_for_line(&format!("parked {id}")).await;
@@ -55,8 +56,16 @@ async fn skip_finishes_a_row_without_a_message_and_other_parks_it() {
     schedule(&world, "game-reminder", started).await;
 
     world.until("SELECT count(*) = 2 FROM tidings.deliveries WHERE outcome = 'skipped'").await;
-    assert_eq!(world.value::<String>("SELECT detail FROM tidings.deliveries WHERE kind = 'skip'").await, "nothing to send");
-    assert!(world.value::<String>("SELECT detail FROM tidings.deliveries WHERE kind = 'game-reminder'").await.contains("has started"));
+    assert_eq!(
+        world.value::<String>("SELECT detail FROM tidings.deliveries WHERE kind = 'skip'").await,
+        "nothing to send"
+    );
+    assert!(
+        world
+            .value::<String>("SELECT detail FROM tidings.deliveries WHERE kind = 'game-reminder'")
+            .await
+            .contains("has started")
+    );
     world.until("SELECT count(*) = 1 FROM tidings.parked WHERE reason = 'something else'").await;
 }
 
@@ -109,11 +118,18 @@ async fn a_row_that_breaks_its_plugin_backs_off_with_the_reason_and_delays_no_ot
         inbox.next().await;
     }
     for (kind, reason) in broken {
-        world.until(&format!("SELECT attempts > 0 AND failures = attempts FROM tidings.schedules WHERE kind = '{kind}'")).await;
-        let error: String = world.value(&format!("SELECT last_error FROM tidings.schedules WHERE kind = '{kind}'")).await;
+        world
+            .until(&format!("SELECT attempts > 0 AND failures = attempts FROM tidings.schedules WHERE kind = '{kind}'"))
+            .await;
+        let error: String =
+            world.value(&format!("SELECT last_error FROM tidings.schedules WHERE kind = '{kind}'")).await;
         assert!(error.starts_with("plugin misbehave@1+") && error.contains(reason), "{kind}: {error}");
     }
-    assert_eq!(world.value::<i64>("SELECT count(*) FROM tidings.schedules WHERE slot_at > due_at").await, 8, "all back off");
+    assert_eq!(
+        world.value::<i64>("SELECT count(*) FROM tidings.schedules WHERE slot_at > due_at").await,
+        8,
+        "all back off"
+    );
 }
 
 #[tokio::test]
@@ -124,8 +140,10 @@ async fn a_row_that_keeps_breaking_its_plugin_is_parked_after_the_maximum() {
     schedule(&world, "trap", "{}").await;
 
     world.until("SELECT count(*) = 1 FROM tidings.parked").await;
-    let (reason, attempts): (String, i32) =
-        (world.value("SELECT reason FROM tidings.parked").await, world.value("SELECT attempts FROM tidings.parked").await);
+    let (reason, attempts): (String, i32) = (
+        world.value("SELECT reason FROM tidings.parked").await,
+        world.value("SELECT attempts FROM tidings.parked").await,
+    );
     assert!(reason.starts_with("failed 2 times, at last: plugin misbehave@1+"), "{reason}");
     assert_eq!(attempts, 1, "the attempts before the last");
 }
@@ -164,7 +182,10 @@ async fn rows_of_a_kind_that_nobody_serves_are_held_and_released_when_a_daemon_w
 
     world.until("SELECT held AND last_error LIKE 'held: no plugin%' FROM tidings.schedules WHERE key = 'echo'").await;
     daemon.wait_for_line("no plugin serves it").await;
-    assert!(world.value::<bool>("SELECT NOT held FROM tidings.schedules WHERE key = 'future'").await, "what is not due is not held");
+    assert!(
+        world.value::<bool>("SELECT NOT held FROM tidings.schedules WHERE key = 'future'").await,
+        "what is not due is not held"
+    );
     schedule(&world, "message", r#"{"routing_key":"a","body":"in time"}"#).await;
     assert_eq!(inbox.next().await.text(), "in time", "a held row is in nobody's way");
 
@@ -182,7 +203,9 @@ async fn a_held_row_expires_at_its_deadline() {
     world.sql("SELECT tidings.schedule('nobody', now(), expires_at => now() + interval '1500 ms')").await;
 
     world.until("SELECT held FROM tidings.schedules").await;
-    world.until("SELECT count(*) = 1 FROM tidings.deliveries WHERE outcome = 'expired' AND finished_at >= expires_at").await;
+    world
+        .until("SELECT count(*) = 1 FROM tidings.deliveries WHERE outcome = 'expired' AND finished_at >= expires_at")
+        .await;
 }
 
 #[tokio::test]

@@ -59,7 +59,10 @@ async fn a_url_that_cannot_be_understood_is_a_mistake_without_its_password() {
     let (code, output) = launch.finished().await;
 
     assert_eq!(code, 64, "{output}");
-    assert!(output.contains("TIDINGS_DATABASE_URL is not a URL") && output.contains("TIDINGS_AMQP_URL is not a URL"), "{output}");
+    assert!(
+        output.contains("TIDINGS_DATABASE_URL is not a URL") && output.contains("TIDINGS_AMQP_URL is not a URL"),
+        "{output}"
+    );
     assert!(!output.contains("secret"), "{output}");
 }
 
@@ -67,7 +70,9 @@ async fn a_url_that_cannot_be_understood_is_a_mistake_without_its_password() {
 async fn an_unmigrated_an_older_and_a_newer_database_are_refused_with_exit_code_65() {
     let world = World::with(&["message"]).await;
 
-    world.sql("DELETE FROM tidings._sqlx_migrations WHERE version = (SELECT max(version) FROM tidings._sqlx_migrations)").await;
+    world
+        .sql("DELETE FROM tidings._sqlx_migrations WHERE version = (SELECT max(version) FROM tidings._sqlx_migrations)")
+        .await;
     let (code, output) = world.launch().finished().await;
     assert!(code == 65 && output.contains("run `tidings migrate` first"), "{code} {output}");
 
@@ -112,7 +117,8 @@ async fn a_database_that_cannot_store_every_text_is_refused() {
     let name = format!("latin_{}", world.name);
     execute(port, &format!("CREATE DATABASE {name} TEMPLATE template0 ENCODING 'LATIN1' LOCALE 'C'")).await;
     let launch = world.launch().with("TIDINGS_DATABASE_URL", database_url(port, &name));
-    let (code, output) = launch.clone().subcommand("migrate").without("TIDINGS_AMQP_URL").without("TIDINGS_PLUGIN_DIR").finished().await;
+    let (code, output) =
+        launch.clone().subcommand("migrate").without("TIDINGS_AMQP_URL").without("TIDINGS_PLUGIN_DIR").finished().await;
     assert_eq!(code, 0, "{output}");
 
     let (code, output) = launch.finished().await;
@@ -178,14 +184,18 @@ async fn servers_that_go_away_and_come_back_cost_nothing_but_time() {
         .with("TIDINGS_AMQP_URL", amqp_url(to_rabbitmq.port, &world.name))
         .ready()
         .await;
-    for (proxy, line) in [(&to_postgres, "lost the connection for notifications"), (&to_rabbitmq, "lost the connection to RabbitMQ")] {
+    for (proxy, line) in
+        [(&to_postgres, "lost the connection for notifications"), (&to_rabbitmq, "lost the connection to RabbitMQ")]
+    {
         proxy.set(Mode::Cut);
         daemon.wait_for_line(line).await;
-        let id: uuid::Uuid = world.value(r#"SELECT tidings.schedule('message', now(), '{"routing_key":"a","body":1}')"#).await;
+        let id: uuid::Uuid =
+            world.value(r#"SELECT tidings.schedule('message', now(), '{"routing_key":"a","body":1}')"#).await;
         proxy.set(Mode::Pass);
 
         let received = inbox.next().await;
         assert_eq!((received.id(), received.number("tidings-attempt")), (id, 1));
+        world.until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
     }
 }
 
@@ -194,15 +204,24 @@ async fn an_exchange_or_queue_that_exists_otherwise_is_a_start_up_error_that_nam
     let world = World::with(&["message"]).await;
     let channel = world.broker.channel().await;
     let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
-    channel.exchange_declare("shop".into(), ExchangeKind::Direct, durable, FieldTable::default()).await.expect("declared");
+    channel
+        .exchange_declare("shop".into(), ExchangeKind::Direct, durable, FieldTable::default())
+        .await
+        .expect("declared");
     let (code, output) = world.launch().with("TIDINGS_EXCHANGE", "shop").finished().await;
-    assert!(code == 1 && output.contains("the exchange shop") && output.contains("inequivalent arg 'type'"), "{code} {output}");
+    assert!(
+        code == 1 && output.contains("the exchange shop") && output.contains("inequivalent arg 'type'"),
+        "{code} {output}"
+    );
 
     let mut arguments = FieldTable::default();
     arguments.insert("x-message-ttl".into(), AMQPValue::LongInt(1000));
     channel.queue_declare("tidings.dead".into(), QueueDeclareOptions::durable(), arguments).await.expect("declared");
     let (code, output) = world.launch().finished().await;
-    assert!(code == 1 && output.contains("the queue tidings.dead") && output.contains("x-message-ttl"), "{code} {output}");
+    assert!(
+        code == 1 && output.contains("the queue tidings.dead") && output.contains("x-message-ttl"),
+        "{code} {output}"
+    );
 }
 
 #[tokio::test]
@@ -226,13 +245,18 @@ async fn what_a_consumer_rejects_lies_in_the_dead_letters() {
     let world = World::with(&["message"]).await;
     let mut inbox = world.inbox(&["a"]).await;
     let _daemon = world.daemon().await;
-    let id: uuid::Uuid = world.value(r#"SELECT tidings.schedule('message', now(), '{"routing_key":"a","body":1}')"#).await;
+    let id: uuid::Uuid =
+        world.value(r#"SELECT tidings.schedule('message', now(), '{"routing_key":"a","body":1}')"#).await;
     let received = inbox.next_unacknowledged().await;
 
     inbox.reject(&received).await;
 
     let dead = harness::eventually("the dead letter", async || {
-        inbox.channel.basic_get("tidings.dead".into(), lapin::options::BasicGetOptions { no_ack: true }).await.expect("asked")
+        inbox
+            .channel
+            .basic_get("tidings.dead".into(), lapin::options::BasicGetOptions { no_ack: true })
+            .await
+            .expect("asked")
     })
     .await;
     let dead_id = dead.delivery.properties.message_id().as_ref().map(ToString::to_string);

@@ -8,7 +8,9 @@ use uuid::Uuid;
 async fn schedule_with_a_key_replaces_keeps_or_refuses() {
     let world = World::empty().await;
     let schedule = async |payload: &str, on_conflict: &str| {
-        let sql = format!("SELECT tidings.schedule('a', now() + interval '1 hour', '{payload}', key => 'k', on_conflict => '{on_conflict}')");
+        let sql = format!(
+            "SELECT tidings.schedule('a', now() + interval '1 hour', '{payload}', key => 'k', on_conflict => '{on_conflict}')"
+        );
         world.value::<Uuid>(&sql).await
     };
     let pending = "SELECT id::text || payload::text FROM tidings.schedules";
@@ -38,7 +40,8 @@ async fn a_replaced_row_starts_afresh() {
 
     world.sql("SELECT tidings.schedule('a', now(), key => 'k')").await;
 
-    let fresh = "SELECT attempts = 0 AND failures = 0 AND NOT held AND last_error IS NULL AND slot_at <= clock_timestamp()
+    let fresh =
+        "SELECT attempts = 0 AND failures = 0 AND NOT held AND last_error IS NULL AND slot_at <= clock_timestamp()
                  AND subject IS NULL AND headers = '{}' FROM tidings.schedules";
     assert!(world.value::<bool>(fresh).await);
 }
@@ -79,7 +82,11 @@ async fn what_is_rolled_back_was_never_scheduled_rescheduled_or_cancelled() {
     let before: String = world.value("SELECT s::text FROM tidings.schedules AS s").await;
 
     let mut transaction = world.db.begin().await.expect("a transaction");
-    for sql in ["SELECT tidings.schedule('a', now())", "SELECT tidings.reschedule('a', 'k', now())", "SELECT tidings.cancel('a', 'k')"] {
+    for sql in [
+        "SELECT tidings.schedule('a', now())",
+        "SELECT tidings.reschedule('a', 'k', now())",
+        "SELECT tidings.cancel('a', 'k')",
+    ] {
         transaction.execute(sql).await.expect(sql);
     }
     transaction.rollback().await.expect("rolled back");
@@ -125,8 +132,11 @@ async fn misuse_is_an_error_that_names_the_column_in_both_ways_in() {
         let error = world.error(&format!("INSERT INTO tidings.schedules ({columns}) VALUES ({values})")).await;
         assert!(error.contains(named), "INSERT {columns}: {values}: {error}");
 
-        let arguments: Vec<String> =
-            columns.split(", ").zip(values.splitn(columns.split(", ").count(), ", ")).map(|(name, value)| format!("{name} => {value}")).collect();
+        let arguments: Vec<String> = columns
+            .split(", ")
+            .zip(values.splitn(columns.split(", ").count(), ", "))
+            .map(|(name, value)| format!("{name} => {value}"))
+            .collect();
         let error = world.error(&format!("SELECT tidings.schedule({})", arguments.join(", "))).await;
         assert!(error.contains(named), "schedule {columns}: {values}: {error}");
     }
@@ -189,7 +199,8 @@ async fn an_edit_makes_a_waiting_row_due_at_once() {
 
     world.sql("UPDATE tidings.schedules SET payload = '{\"mended\":true}'").await;
 
-    let afresh = "SELECT NOT held AND refusals = 0 AND attempts = 4 AND slot_at <= clock_timestamp() FROM tidings.schedules";
+    let afresh =
+        "SELECT NOT held AND refusals = 0 AND attempts = 4 AND slot_at <= clock_timestamp() FROM tidings.schedules";
     assert!(world.value::<bool>(afresh).await);
 }
 
@@ -216,7 +227,8 @@ async fn a_producer_schedules_in_every_way_and_can_do_nothing_else() {
     ] {
         app.execute(AssertSqlSafe(sql.to_owned())).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
     }
-    let mut copy = app.copy_in_raw("COPY tidings.schedules (kind, key, due_at, payload) FROM STDIN").await.expect("copies");
+    let mut copy =
+        app.copy_in_raw("COPY tidings.schedules (kind, key, due_at, payload) FROM STDIN").await.expect("copies");
     for number in 0..1_000 {
         copy.send(format!("a\t{number}\t2100-01-01Z\t{{\"n\":{number}}}\n").into_bytes()).await.expect("a line");
     }

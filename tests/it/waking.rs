@@ -53,7 +53,10 @@ async fn a_burst_in_one_transaction_is_one_notification_and_all_of_it_is_handled
 
     let mut transaction = world.db.begin().await.expect("a transaction");
     for key in 0..100 {
-        sqlx::query(sqlx::AssertSqlSafe(row(&key.to_string(), "now()"))).execute(&mut *transaction).await.expect("inserted");
+        sqlx::query(sqlx::AssertSqlSafe(row(&key.to_string(), "now()")))
+            .execute(&mut *transaction)
+            .await
+            .expect("inserted");
     }
     transaction.commit().await.expect("committed");
 
@@ -90,7 +93,9 @@ async fn a_long_transaction_decides_by_the_clock_and_not_by_its_beginning() {
     listener.listen("tidings").await.expect("listening");
 
     // Within the horizon of the insert, though not of the transaction's beginning, which lies a second before.
-    world.sql(&format!("DO $$ BEGIN PERFORM pg_sleep(1); {}; END $$", row("k", "now() + interval '30.5 seconds'"))).await;
+    world
+        .sql(&format!("DO $$ BEGIN PERFORM pg_sleep(1); {}; END $$", row("k", "now() + interval '30.5 seconds'")))
+        .await;
     world.sql("NOTIFY tidings, 'the end'").await;
 
     assert_eq!(listener.recv().await.expect("a notification").payload(), "");
@@ -113,7 +118,9 @@ async fn with_notify_off_the_sweep_alone_is_enough() {
     let world = World::with(&["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
     let _daemon = world.launch().with("TIDINGS_NOTIFY", "off").with("TIDINGS_SWEEP_MS", 100).ready().await;
-    let listening: i64 = world.value("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'LISTEN%'").await;
+    let listening: i64 = world
+        .value("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'LISTEN%'")
+        .await;
     assert_eq!(listening, 0);
 
     world.sql(&row("k", "now()")).await;
@@ -143,7 +150,9 @@ async fn the_next_wake_follows_a_row_that_is_moved_earlier_later_or_deleted() {
         world.sql(&row(key, &format!("clock_timestamp() + interval '{due}'"))).await;
     }
 
-    world.sql("UPDATE tidings.schedules SET due_at = clock_timestamp() + interval '800 ms' WHERE key = 'earlier'").await;
+    world
+        .sql("UPDATE tidings.schedules SET due_at = clock_timestamp() + interval '800 ms' WHERE key = 'earlier'")
+        .await;
     world.sql("UPDATE tidings.schedules SET due_at = clock_timestamp() + interval '1500 ms' WHERE key = 'later'").await;
     world.sql("DELETE FROM tidings.schedules WHERE key = 'deleted'").await;
 
@@ -205,8 +214,9 @@ async fn with_many_rows_pending_every_look_and_claim_uses_the_index() {
         world.sql(&row(&key.to_string(), "now()")).await;
         inbox.next().await;
     }
-    world.sql("SELECT tidings.schedule('nobody', now())").await;
-    world.until("SELECT held FROM tidings.schedules WHERE kind = 'nobody'").await;
+    world.sql("SELECT tidings.schedule('nobody', now(), key => 'k')").await;
+    // By its key: this question must not read the whole table either.
+    world.until("SELECT held FROM tidings.schedules WHERE kind = 'nobody' AND key = 'k'").await;
     // A session hands in its statistics at its end at the latest.
     assert!(daemon.stop().await.success());
 

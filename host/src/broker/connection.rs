@@ -116,8 +116,12 @@ impl Broker {
                     info!("RabbitMQ takes messages again");
                     true
                 }
-                Some(Event::Error(error)) => {
-                    warn!(error = &error as &dyn std::error::Error, "lost the connection to RabbitMQ, connecting again");
+                // A channel's error is an event as well; it concerns those who publish on it.
+                Some(Event::Error(error)) if !connection.status().connected() => {
+                    warn!(
+                        error = &error as &dyn std::error::Error,
+                        "lost the connection to RabbitMQ, connecting again"
+                    );
                     false
                 }
                 Some(_) => usable,

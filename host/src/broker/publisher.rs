@@ -55,7 +55,9 @@ impl Broker {
         let deadline = Instant::now() + CONFIRM_DEADLINE;
         let ids: Vec<Uuid> = messages.iter().map(|message| message.id).collect();
         let published = match self.channel().await {
-            Ok(channel) => publish_on(&channel, &self.exchange, messages, deadline).await.map(|verdicts| (channel, verdicts)),
+            Ok(channel) => {
+                publish_on(&channel, &self.exchange, messages, deadline).await.map(|verdicts| (channel, verdicts))
+            }
             Err(error) => Err(error),
         };
         match published {
@@ -67,7 +69,11 @@ impl Broker {
                 verdicts
             }
             Err(error) => {
-                warn!(error = &error as &dyn std::error::Error, messages = ids.len(), "could not publish, the rows stay");
+                warn!(
+                    error = &error as &dyn std::error::Error,
+                    messages = ids.len(),
+                    "could not publish, the rows stay"
+                );
                 ids.into_iter().map(|id| (id, Verdict::Unknown)).collect()
             }
         }

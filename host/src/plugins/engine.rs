@@ -82,7 +82,8 @@ impl Engine {
             .async_stack_size(STACK_BYTES * 4)
             .wasm_memory64(false)
             .wasm_relaxed_simd(false);
-        let wasmtime = wasmtime::Engine::new(&config).map_err(|error| EngineError::WebAssembly(format!("{error:#}")))?;
+        let wasmtime =
+            wasmtime::Engine::new(&config).map_err(|error| EngineError::WebAssembly(format!("{error:#}")))?;
         let linker = link(&wasmtime).map_err(|error| EngineError::WebAssembly(format!("{error:#}")))?;
 
         let ticker = Arc::new(Ticker { active: AtomicUsize::new(0), thread: std::sync::OnceLock::new() });

@@ -40,7 +40,9 @@ pub enum LoadError {
     NotAFile,
     #[error("it has {0} bytes, more than {FILE_BYTES}")]
     TooLarge(u64),
-    #[error("it is {0}, not a WebAssembly component; build it with `cargo build --target wasm32-wasip2` or `cargo component build`")]
+    #[error(
+        "it is {0}, not a WebAssembly component; build it with `cargo build --target wasm32-wasip2` or `cargo component build`"
+    )]
     NotAComponent(&'static str),
     #[error("{} cannot be used: {reason}", .file.display())]
     Settings { file: PathBuf, reason: String },
@@ -129,16 +131,20 @@ impl Plugin {
         let described = self.engine.guests().spawn(async move {
             let _measuring = engine.measure();
             let mut instance = Instance::new(&engine, &pre, label, config, &limits).await?;
-            instance.call(&limits, async |store, bindings| bindings.tidings_plugin_builder().call_describe(store).await).await
+            instance
+                .call(&limits, async |store, bindings| bindings.tidings_plugin_builder().call_describe(store).await)
+                .await
         });
-        let info = described
-            .await
-            .map_err(|panic| LoadError::Describe(panic.to_string()))?
-            .map_err(LoadError::Describe)?;
+        let info =
+            described.await.map_err(|panic| LoadError::Describe(panic.to_string()))?.map_err(LoadError::Describe)?;
 
         for (what, text) in [("name", &info.name), ("version", &info.version)] {
-            if !(1..=100).contains(&text.len()) || text.chars().any(|char| char.is_control() || char == '@' || char == '+' && what == "name") {
-                return Err(LoadError::Description(format!("the {what} {text:?}, which is not 1 to 100 printable bytes")));
+            if !(1..=100).contains(&text.len())
+                || text.chars().any(|char| char.is_control() || char == '@' || char == '+' && what == "name")
+            {
+                return Err(LoadError::Description(format!(
+                    "the {what} {text:?}, which is not 1 to 100 printable bytes"
+                )));
             }
         }
         if info.kinds.is_empty() || info.kinds.len() > KINDS {
@@ -147,7 +153,9 @@ impl Plugin {
         for kind in &info.kinds {
             if !is_kind(&kind.kind) {
                 let shown: String = kind.kind.chars().take(120).collect();
-                return Err(LoadError::Description(format!("the kind {shown:?}, which does not match [a-z0-9][a-z0-9._-]{{0,99}}")));
+                return Err(LoadError::Description(format!(
+                    "the kind {shown:?}, which does not match [a-z0-9][a-z0-9._-]{{0,99}}"
+                )));
             }
         }
         let digest8 = self.label.rsplit('+').next().unwrap_or_default();
@@ -192,14 +200,19 @@ impl Plugin {
             let mut builds = Vec::with_capacity(rows.len());
             for schedule in rows {
                 let enough = Instant::now() >= until || bodies.load(Ordering::Relaxed) == 0;
-                let outcome = if enough { None } else { Some(plugin.build_row(&mut instance, &schedule, clock, &bodies).await) };
+                let outcome =
+                    if enough { None } else { Some(plugin.build_row(&mut instance, &schedule, clock, &bodies).await) };
                 builds.push(Build { schedule, plugin: plugin.label.to_string(), outcome });
             }
             builds
         });
         // A panic of ours: the rows stay as they are, and are claimed again.
         task.await.unwrap_or_else(|panic| {
-            tracing::error!(error = &panic as &dyn std::error::Error, plugin = &*self.label, "a build panicked, its rows stay");
+            tracing::error!(
+                error = &panic as &dyn std::error::Error,
+                plugin = &*self.label,
+                "a build panicked, its rows stay"
+            );
             Vec::new()
         })
     }
@@ -220,7 +233,9 @@ impl Plugin {
             outcome => outcome,
         };
         if let Ok(built) = &outcome {
-            let _ = bodies.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| Some(left.saturating_sub(built.event.body_len())));
+            let _ = bodies.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+                Some(left.saturating_sub(built.event.body_len()))
+            });
         }
         outcome
     }
@@ -234,9 +249,11 @@ impl Plugin {
         let failed = |text: String| BuildError::Failed(format!("plugin {}: {text}", self.label));
         let mut alive = match instance.take() {
             Some(alive) => alive,
-            None => Instance::new(&self.engine, &self.pre, Arc::clone(&self.label), Arc::clone(&self.config), &self.limits)
-                .await
-                .map_err(failed)?,
+            None => {
+                Instance::new(&self.engine, &self.pre, Arc::clone(&self.label), Arc::clone(&self.config), &self.limits)
+                    .await
+                    .map_err(failed)?
+            }
         };
         let now_ms = clock.now_ms();
         let row = row(schedule, now_ms);
@@ -336,14 +353,21 @@ fn other_than_component(bytes: &[u8]) -> Option<&'static str> {
 /// Checks by name what is imported and exported, since the linker's own words are about types.
 fn check_world(engine: &Engine, component: &Component) -> Result<(), LoadError> {
     let component_type = component.component_type();
-    let missing: Vec<String> =
-        component_type.imports(&engine.wasmtime).map(|(name, _)| name.to_owned()).filter(|name| !is_offered(name)).collect();
+    let missing: Vec<String> = component_type
+        .imports(&engine.wasmtime)
+        .map(|(name, _)| name.to_owned())
+        .filter(|name| !is_offered(name))
+        .collect();
     if !missing.is_empty() {
         return Err(LoadError::Imports(missing.join(", ")));
     }
     if component.get_export_index(None, BUILDER).is_none() {
         let exports: Vec<&str> = component_type.exports(&engine.wasmtime).map(|(name, _)| name).collect();
-        let exported = if exports.is_empty() { ", nor anything else".to_owned() } else { format!(", only {}", exports.join(", ")) };
+        let exported = if exports.is_empty() {
+            ", nor anything else".to_owned()
+        } else {
+            format!(", only {}", exports.join(", "))
+        };
         return Err(LoadError::NoBuilder(exported));
     }
     Ok(())
@@ -390,7 +414,12 @@ fn what_happened(error: &wasmtime::Error, guest: &Guest, limits: &Limits) -> Str
 
 /// An error and its causes on one line, without the backtrace.
 fn chain(error: &wasmtime::Error) -> String {
-    error.chain().map(ToString::to_string).filter(|cause| !cause.starts_with("error while executing")).collect::<Vec<_>>().join(": ")
+    error
+        .chain()
+        .map(ToString::to_string)
+        .filter(|cause| !cause.starts_with("error while executing"))
+        .collect::<Vec<_>>()
+        .join(": ")
 }
 
 #[cfg(test)]
@@ -413,7 +442,13 @@ mod tests {
         for name in ["tidings:plugin/host@0.1.0", "wasi:cli/stderr@0.2.12", "wasi:random/random@0.2.0"] {
             assert!(is_offered(name), "{name}");
         }
-        for name in ["wasi:sockets/tcp@0.2.0", "wasi:http/types@0.2.0", "wasi:cli/stderr@0.3.0", "tidings:plugin/host@0.9.0", "env"] {
+        for name in [
+            "wasi:sockets/tcp@0.2.0",
+            "wasi:http/types@0.2.0",
+            "wasi:cli/stderr@0.3.0",
+            "tidings:plugin/host@0.9.0",
+            "env",
+        ] {
             assert!(!is_offered(name), "{name}");
         }
     }

@@ -86,9 +86,7 @@ impl Store {
     /// When the database cannot do it; then nothing is locked.
     pub async fn claim(&self, kinds: &[String], limit: i64) -> Result<Claim, StoreError> {
         let mut connection = self.connection().await?;
-        connection
-            .run("begin to claim", async |connection| sqlx::query("BEGIN").execute(connection).await)
-            .await?;
+        connection.run("begin to claim", async |connection| sqlx::query("BEGIN").execute(connection).await).await?;
         // From here on dropping the claim rolls back.
         let mut claim = Claim {
             connection,
@@ -203,12 +201,13 @@ impl Claim {
         let mut moved = Moved::default();
         let now = self.clock.now();
         for Settlement { id, plugin, outcome } in settlements {
+            let plugin = plugin.as_deref();
             match outcome {
                 Outcome::Delivered { confirmed, event_digest } => {
                     finished.add(id, "delivered", self.clock.at(confirmed.at()), plugin, None, Some(event_digest));
                 }
-                Outcome::Expired(detail) => finished.add(id, "expired", now, plugin, Some(detail), None),
-                Outcome::Skipped(detail) => finished.add(id, "skipped", now, plugin, Some(detail), None),
+                Outcome::Expired(detail) => finished.add(id, "expired", now, plugin, Some(&detail), None),
+                Outcome::Skipped(detail) => finished.add(id, "skipped", now, plugin, Some(&detail), None),
                 Outcome::Parked(reason) => parked.add(id, &reason, plugin),
                 Outcome::Retry { error, after, failed } => moved.add(id, &error, after, 1, failed.into(), 0),
                 Outcome::Refused { error, after } => moved.add(id, &error, after, 0, 0, 1),
@@ -223,7 +222,9 @@ impl Claim {
         if !moved.ids.is_empty() {
             self.connection.run("make rows wait", async |connection| moved.execute(connection).await).await?;
         }
-        self.connection.run("commit a claim", async |connection| sqlx::query("COMMIT").execute(connection).await).await?;
+        self.connection
+            .run("commit a claim", async |connection| sqlx::query("COMMIT").execute(connection).await)
+            .await?;
         self.open = false;
         Ok(())
     }
@@ -254,15 +255,15 @@ impl Finished {
         id: Uuid,
         outcome: &str,
         at: OffsetDateTime,
-        plugin: Option<String>,
-        detail: Option<String>,
+        plugin: Option<&str>,
+        detail: Option<&str>,
         digest: Option<String>,
     ) {
         self.ids.push(id);
         self.outcomes.push(outcome.to_owned());
         self.finished_at.push(at);
-        self.plugins.push(plugin.as_deref().map(storable));
-        self.details.push(detail.as_deref().map(storable));
+        self.plugins.push(plugin.map(storable));
+        self.details.push(detail.map(storable));
         self.digests.push(digest);
     }
 
@@ -309,10 +310,10 @@ struct Parked {
 }
 
 impl Parked {
-    fn add(&mut self, id: Uuid, reason: &str, plugin: Option<String>) {
+    fn add(&mut self, id: Uuid, reason: &str, plugin: Option<&str>) {
         self.ids.push(id);
         self.reasons.push(storable(reason));
-        self.plugins.push(plugin.as_deref().map(storable));
+        self.plugins.push(plugin.map(storable));
     }
 
     async fn execute(&self, connection: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {

@@ -54,9 +54,8 @@ impl Store {
                     ), held AS (
                         UPDATE tidings.schedules AS waiting
                         SET held = true, last_error = 'held: no plugin serves the kind "' || waiting.kind || '" yet'
-                        FROM due
-                        JOIN abandoned USING (kind)
-                        WHERE waiting.id = due.id
+                        -- An array, not a join: the planner would rather read the whole table for that.
+                        WHERE id = ANY (ARRAY(SELECT id FROM due JOIN abandoned USING (kind)))
                         RETURNING waiting.kind
                     )
                     SELECT kind AS "kind!", count(*) AS "rows!" FROM held GROUP BY kind ORDER BY kind
@@ -84,17 +83,15 @@ impl Store {
                 .run("release held rows", async |connection| {
                     sqlx::query!(
                         r#"
-                        WITH ours AS MATERIALIZED (
+                        UPDATE tidings.schedules
+                        SET held = false, last_error = NULL, not_before = tidings.arrival()
+                        WHERE id = ANY (ARRAY(
                             SELECT id
                             FROM tidings.schedules
                             WHERE held AND kind = ANY($1)
                             LIMIT $2
                             FOR UPDATE SKIP LOCKED
-                        )
-                        UPDATE tidings.schedules AS waiting
-                        SET held = false, last_error = NULL, not_before = tidings.arrival()
-                        FROM ours
-                        WHERE waiting.id = ours.id
+                        ))
                         "#,
                         kinds,
                         BATCH,

@@ -25,7 +25,9 @@ pub enum SchemaError {
         known: usize,
     },
     /// It belongs to a newer release.
-    #[error("the database {place} was migrated by a newer tidings (migration {version}): use that release or a later one")]
+    #[error(
+        "the database {place} was migrated by a newer tidings (migration {version}): use that release or a later one"
+    )]
     Newer {
         /// Host, port and database.
         place: String,
@@ -79,7 +81,9 @@ impl Store {
         migrator.dangerous_set_table_name("tidings._sqlx_migrations");
         migrator.create_schema("tidings");
         // The daemon's own limits are too tight for an index over a large table.
-        for setting in ["SET statement_timeout = 0", "SET lock_timeout = '60s'", "SET idle_in_transaction_session_timeout = 0"] {
+        for setting in
+            ["SET statement_timeout = 0", "SET lock_timeout = '60s'", "SET idle_in_transaction_session_timeout = 0"]
+        {
             sqlx::query(setting)
                 .execute(&mut connection)
                 .await
@@ -88,9 +92,9 @@ impl Store {
         match migrator.run_direct(None, &mut connection, false).await {
             Ok(()) => Ok(MIGRATOR.migrations.len() - before.min(MIGRATOR.migrations.len())),
             Err(sqlx::migrate::MigrateError::VersionMissing(version)) => Err(SchemaError::Newer { place, version }),
-            Err(sqlx::migrate::MigrateError::VersionMismatch(version) | sqlx::migrate::MigrateError::Dirty(version)) => {
-                Err(SchemaError::Different { place, version })
-            }
+            Err(
+                sqlx::migrate::MigrateError::VersionMismatch(version) | sqlx::migrate::MigrateError::Dirty(version),
+            ) => Err(SchemaError::Different { place, version }),
             Err(source) => Err(SchemaError::Migrate { place, source }),
         }
     }
@@ -103,11 +107,14 @@ impl Store {
     pub async fn check_schema(&self) -> Result<(), SchemaError> {
         let place = self.place();
         let applied = self.applied().await?;
-        let known: HashMap<i64, &[u8]> = MIGRATOR.iter().map(|migration| (migration.version, &*migration.checksum)).collect();
+        let known: HashMap<i64, &[u8]> =
+            MIGRATOR.iter().map(|migration| (migration.version, &*migration.checksum)).collect();
         for (version, checksum) in &applied {
             match known.get(version) {
                 None => return Err(SchemaError::Newer { place, version: *version }),
-                Some(expected) if expected != checksum => return Err(SchemaError::Different { place, version: *version }),
+                Some(expected) if expected != checksum => {
+                    return Err(SchemaError::Different { place, version: *version });
+                }
                 Some(_) => {}
             }
         }
@@ -118,7 +125,9 @@ impl Store {
             .connection()
             .await?
             .run("read the encoding of the database", async |connection| {
-                sqlx::query_scalar!(r#"SELECT current_setting('server_encoding') AS "encoding!""#).fetch_one(connection).await
+                sqlx::query_scalar!(r#"SELECT current_setting('server_encoding') AS "encoding!""#)
+                    .fetch_one(connection)
+                    .await
             })
             .await?;
         if encoding == "UTF8" { Ok(()) } else { Err(SchemaError::Encoding { place, encoding }) }

@@ -53,8 +53,8 @@ impl<'de> Deserialize<'de> for Instant {
         let instant = OffsetDateTime::parse(&text, &Rfc3339).map_err(|error| {
             serde::de::Error::custom(format!("{text:?} is not an RFC 3339 time such as 2026-11-21T20:00:00Z: {error}"))
         })?;
-        let unix_ms = i64::try_from(instant.unix_timestamp_nanos().div_euclid(1_000_000))
-            .map_err(serde::de::Error::custom)?;
+        let unix_ms =
+            i64::try_from(instant.unix_timestamp_nanos().div_euclid(1_000_000)).map_err(serde::de::Error::custom)?;
         Ok(Self { text, unix_ms })
     }
 }

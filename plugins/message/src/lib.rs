@@ -97,7 +97,9 @@ mod tests {
 
     #[test]
     fn any_other_body_is_sent_as_json_text_digit_by_digit() {
-        for json in ["null", "true", "[1, 2]", r#"{"a": 1.10000000000000000000000001, "b": 123456789012345678901234567890}"#] {
+        for json in
+            ["null", "true", "[1, 2]", r#"{"a": 1.10000000000000000000000001, "b": 123456789012345678901234567890}"#]
+        {
             assert_eq!(body_of(json), (json.into(), "application/json".into()));
         }
     }
