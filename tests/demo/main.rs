@@ -1,2 +1,160 @@
-//! p
-fn main() {}
+//! `cargo demo`: the main job, with everything real. A small application keeps games in a table whose triggers schedule,
+//! reschedule and cancel through the SQL functions; the daemon turns what falls due into messages; a consumer prints
+//! them with their lateness. A minute of the games lasts a tenth of a second.
+//!
+//! Uses the servers of `TIDINGS_DATABASE_URL` and `TIDINGS_AMQP_URL` if both are set (the database must be a scratch
+//! one), and its own otherwise. With `--once` it ends by itself, and succeeds only if everything that it announced
+//! arrived and nothing else did.
+
+mod scenario;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, bail, ensure};
+use harness::consumer::{Broker, Inbox, Received};
+use harness::daemon::{Daemon, Launch};
+use harness::servers::Servers;
+use harness::{PATIENCE, build, world};
+use lapin::types::FieldTable;
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+/// Where the servers are.
+struct Urls {
+    database: String,
+    amqp: String,
+    /// Ours, if we started them.
+    _servers: Option<Servers>,
+}
+
+fn main() -> ExitCode {
+    let once = match std::env::args().skip(1).collect::<Vec<_>>().as_slice() {
+        [] => false,
+        [once] if once == "--once" => true,
+        other => {
+            eprintln!("demo: there is only --once, not {}", other.join(" "));
+            return ExitCode::from(64);
+        }
+    };
+    let outcome = tokio::runtime::Runtime::new().map_err(Into::into).and_then(|runtime| runtime.block_on(demo(once)));
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("demo: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn demo(once: bool) -> anyhow::Result<()> {
+    let urls = servers().await?;
+    println!("building the daemon and the plugins (the first time takes minutes) ...");
+    let binary = build::daemon()?;
+    let plugins = build::plugins()?;
+
+    let (code, output) = Launch::new(&binary, "migrate").with("TIDINGS_DATABASE_URL", &urls.database).finished().await;
+    ensure!(code == 0, "tidings migrate failed: {output}");
+    println!("migrated: {output}");
+    let daemon = start(&binary, &plugins, &urls).await;
+    println!("the daemon is ready, with the plugins of {}", plugins.display());
+
+    let mut db = <PgConnection as sqlx::Connection>::connect(&urls.database).await?;
+    let broker = Broker::connect(&urls.amqp).await;
+    let inbox = broker.inbox("tidings", "demo", &["#"], FieldTable::default()).await;
+    println!("a consumer waits at the queue demo, bound to the exchange tidings with #\n");
+
+    scenario::create_games_table(&mut db).await?;
+    let outcome = tokio::select! {
+        outcome = play(&mut db, inbox, once, &urls) => outcome,
+        _ = tokio::signal::ctrl_c() => Ok(()),
+    };
+    if outcome.is_err() {
+        eprintln!("--- log of the daemon\n{}", daemon.log());
+    }
+    let stopped = daemon.stop().await;
+    println!("the daemon stopped: {stopped}");
+    outcome
+}
+
+/// The servers of the user, or our own.
+async fn servers() -> anyhow::Result<Urls> {
+    let given = |name| std::env::var(name).ok().filter(|url| !url.is_empty());
+    match (given("TIDINGS_DATABASE_URL"), given("TIDINGS_AMQP_URL")) {
+        (Some(database), Some(amqp)) => {
+            println!("using the servers of TIDINGS_DATABASE_URL and TIDINGS_AMQP_URL");
+            Ok(Urls { database, amqp, _servers: None })
+        }
+        (None, None) => {
+            println!("starting a PostgreSQL and a RabbitMQ of our own ...");
+            let servers = Servers::start()?;
+            world::execute(servers.postgres_port, "CREATE DATABASE demo").await;
+            let database = world::database_url(servers.postgres_port, "demo");
+            let amqp = format!("amqp://guest:guest@127.0.0.1:{}/%2f", servers.rabbitmq_port);
+            println!("PostgreSQL: {database}\nRabbitMQ:   {amqp}");
+            Ok(Urls { database, amqp, _servers: Some(servers) })
+        }
+        _ => bail!("set both TIDINGS_DATABASE_URL and TIDINGS_AMQP_URL, or none"),
+    }
+}
+
+async fn start(binary: &Path, plugins: &Path, urls: &Urls) -> Daemon {
+    Launch::new(binary, "run")
+        .with("TIDINGS_DATABASE_URL", &urls.database)
+        .with("TIDINGS_AMQP_URL", &urls.amqp)
+        .with("TIDINGS_PLUGIN_DIR", plugins.display())
+        .ready()
+        .await
+}
+
+/// Plays the scenario, and receives what comes of it.
+async fn play(db: &mut PgConnection, mut inbox: Inbox, once: bool, urls: &Urls) -> anyhow::Result<()> {
+    let mut announced = scenario::play(db).await?;
+    println!("\nthese {} are announced, and nothing else:", announced.len());
+    for what in announced.values() {
+        println!("  {what}");
+    }
+    println!("\n{:<30} {:>11}   body", "routing key", "lateness");
+    let mut late = Vec::new();
+    while !announced.is_empty() {
+        let Some(received) = inbox.within(PATIENCE).await else {
+            let missing: Vec<String> = announced.into_values().collect();
+            bail!("nothing came for {} s, and these are missing: {}", PATIENCE.as_secs(), missing.join(", "));
+        };
+        late.push(show(&received).await?);
+        let what = announced.remove(&received.id());
+        ensure!(what.is_some(), "a message came that was not announced, or a second time: {}", received.text());
+    }
+    late.sort_unstable();
+    println!("\neverything that was announced arrived, {} ms late at most, none early", late.last().unwrap_or(&0));
+    scenario::nothing_is_left(db).await?;
+    if once {
+        return Ok(());
+    }
+    println!(
+        "\nNow you. In another terminal:\n\n  psql {}\n\n\
+         SELECT tidings.schedule('message', now() + interval '5 seconds', '{{\"routing_key\": \"hello\", \"body\": \"Hello!\"}}', key => 'mine');\n\
+         SELECT tidings.reschedule('message', 'mine', now() + interval '20 seconds');\n\
+         SELECT tidings.cancel('message', 'mine');\n\
+         INSERT INTO games (title, starts_at) VALUES ('Yours', now() + interval '10 seconds');\n\n\
+         What becomes due is printed here. Ctrl-C ends it.\n",
+        urls.database
+    );
+    loop {
+        let received = inbox.next_or_never().await;
+        show(&received).await?;
+    }
+}
+
+/// Prints a message and acknowledges it; returns its lateness in milliseconds.
+async fn show(received: &Received) -> anyhow::Result<i64> {
+    let late = received.at_ms - received.number("tidings-due-ms");
+    ensure!(late >= 0, "a message came {} ms before it was due: {}", -late, received.text());
+    println!("{:<30} {:>8} ms   {}", received.delivery.routing_key.as_str(), late, received.text());
+    received.delivery.ack(lapin::options::BasicAckOptions::default()).await.context("could not acknowledge")?;
+    Ok(late)
+}
+
+/// What is announced: the message ids, and what each is.
+type Announced = BTreeMap<Uuid, String>;

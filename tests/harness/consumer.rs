@@ -122,6 +122,19 @@ impl Inbox {
         Some(Received { at_ms: i64::try_from(at_ms).expect("a time"), delivery })
     }
 
+    /// The next message, whenever it comes. Not acknowledged.
+    ///
+    /// # Panics
+    ///
+    /// When the connection breaks.
+    pub async fn next_or_never(&mut self) -> Received {
+        loop {
+            if let Some(received) = self.within(PATIENCE).await {
+                return received;
+            }
+        }
+    }
+
     /// Rejects a message for good: to the dead letters, if the queue has them.
     ///
     /// # Panics

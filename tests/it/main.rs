@@ -4,5 +4,6 @@ mod delivery;
 mod outcomes;
 mod plugins;
 mod process;
+mod queries;
 mod sql;
 mod waking;

@@ -1,2 +1,38 @@
-//! p
-fn main() {}
+//! `cargo verify`: sets up what the tests need, and passes them, on servers that all of them share. What is given after
+//! `--` goes to the tests, a part of a name for instance.
+
+use std::process::{Command, ExitCode};
+
+use anyhow::Context as _;
+use harness::servers::Servers;
+use harness::{build, repository};
+
+fn main() -> ExitCode {
+    match verify() {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("verify: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn verify() -> anyhow::Result<bool> {
+    eprintln!("building the daemon and the plugins ...");
+    build::daemon()?;
+    build::plugins()?;
+    build::fixtures()?;
+    eprintln!("starting a PostgreSQL and a RabbitMQ of our own ...");
+    let servers = Servers::start()?;
+    let (name, ports) = servers.environment();
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let tests = Command::new(cargo)
+        .args(["test", "--workspace", "--"])
+        .args(std::env::args().skip(1))
+        .current_dir(repository())
+        .env(name, ports)
+        .status()
+        .context("could not run cargo test")?;
+    Ok(tests.success())
+}

@@ -1,0 +1,136 @@
+//! The application of the demo: a table of games, and what people do with it.
+
+use anyhow::ensure;
+use sqlx::{Connection as _, Executor as _, PgConnection, Row as _};
+use uuid::Uuid;
+
+use crate::Announced;
+
+/// The application's table. Its triggers are all that it takes: whatever changes a game, in whatever transaction, its
+/// reminders and status changes follow.
+const GAMES: &str = r"
+CREATE TABLE games (
+    id uuid PRIMARY KEY DEFAULT gen_random_uuid(),
+    title text NOT NULL,
+    starts_at timestamptz NOT NULL,
+    minutes integer NOT NULL DEFAULT 20
+);
+
+-- In the demo a minute lasts a tenth of a second.
+CREATE FUNCTION minutes(number integer) RETURNS interval LANGUAGE sql IMMUTABLE
+    RETURN number * interval '100 milliseconds';
+
+CREATE FUNCTION schedule_game() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    before integer;
+BEGIN
+    -- A key that is pending already is replaced, which is what an edit should do.
+    FOREACH before IN ARRAY '{60, 15}'::integer[] LOOP
+        IF NEW.starts_at - minutes(before) > clock_timestamp() THEN
+            PERFORM tidings.schedule(
+                'game-reminder',
+                NEW.starts_at - minutes(before),
+                jsonb_build_object('game_id', NEW.id, 'title', NEW.title, 'starts_at', NEW.starts_at, 'reminder_minutes', before),
+                key => NEW.id || ' ' || before,
+                subject => 'game ' || NEW.id,
+                expires_at => NEW.starts_at
+            );
+        END IF;
+    END LOOP;
+    PERFORM tidings.schedule(
+        'game-status', at,
+        jsonb_build_object('game_id', NEW.id, 'target_status', status, 'transition_time', at),
+        key => NEW.id || ' ' || status,
+        subject => 'game ' || NEW.id
+    )
+    FROM (VALUES ('IN_PROGRESS', NEW.starts_at), ('COMPLETED', NEW.starts_at + minutes(NEW.minutes))) AS change (status, at);
+    RETURN NULL;
+END
+$$;
+
+CREATE FUNCTION cancel_game() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM tidings.cancel_subject('game ' || OLD.id);
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER schedule_game AFTER INSERT OR UPDATE ON games FOR EACH ROW EXECUTE FUNCTION schedule_game();
+CREATE TRIGGER cancel_game AFTER DELETE ON games FOR EACH ROW EXECUTE FUNCTION cancel_game();
+";
+
+/// Creates it.
+pub(super) async fn create_games_table(db: &mut PgConnection) -> anyhow::Result<()> {
+    db.execute("DROP TABLE IF EXISTS games; DROP FUNCTION IF EXISTS minutes, schedule_game, cancel_game").await?;
+    db.execute(GAMES).await?;
+    Ok(())
+}
+
+/// What people do: games are created, moved, deleted, and created by mistake. Returns what must come of it.
+pub(super) async fn play(db: &mut PgConnection) -> anyhow::Result<Announced> {
+    println!("creating the game 'Friday chess', in 9 s, with reminders 60 and 15 'minutes' ahead (6 s and 1.5 s)");
+    db.execute("INSERT INTO games (title, starts_at) VALUES ('Friday chess', now() + interval '9 seconds')").await?;
+    println!("creating the game 'Saturday go', in 8 s, with its reminders");
+    db.execute("INSERT INTO games (title, starts_at) VALUES ('Saturday go', now() + interval '8 seconds')").await?;
+    let before = schedules(db).await?;
+
+    println!("moving 'Friday chess' 1 s ahead: all its rows are rescheduled, with new ids");
+    db.execute("UPDATE games SET starts_at = starts_at - interval '1 second' WHERE title = 'Friday chess'").await?;
+    println!("deleting 'Saturday go': all its rows are cancelled");
+    db.execute("DELETE FROM games WHERE title = 'Saturday go'").await?;
+    println!("creating 'Sunday bridge' and rolling it back: nothing was ever scheduled");
+    let mut transaction = db.begin().await?;
+    transaction
+        .execute("INSERT INTO games (title, starts_at) VALUES ('Sunday bridge', now() + interval '1 second')")
+        .await?;
+    transaction.rollback().await?;
+    println!("scheduling a plain message, due now");
+    db.execute(
+        r#"SELECT tidings.schedule('message', now() + interval '300 milliseconds',
+           '{"routing_key": "demo.hello", "body": {"hello": "world"}}', key => 'hello')"#,
+    )
+    .await?;
+
+    let announced = schedules(db).await?;
+    ensure!(announced.len() == 5, "two reminders, two status changes and a message are pending, not {announced:?}");
+    ensure!(
+        before.len() == 8 && before.keys().all(|id| !announced.contains_key(id)),
+        "every row of the games has a new id"
+    );
+    Ok(announced)
+}
+
+/// What is pending.
+async fn schedules(db: &mut PgConnection) -> anyhow::Result<Announced> {
+    let rows =
+        db.fetch_all("SELECT id, kind, key, due_at - now() AS due_in FROM tidings.schedules ORDER BY due_at").await?;
+    let mut pending = Announced::new();
+    for row in rows {
+        let id: Uuid = row.get("id");
+        pending.insert(id, format!("{id}  {:<14} {}", row.get::<&str, _>("kind"), row.get::<&str, _>("key")));
+    }
+    Ok(pending)
+}
+
+/// The queue is empty, and the history tells what was delivered.
+pub(super) async fn nothing_is_left(db: &mut PgConnection) -> anyhow::Result<()> {
+    // A consumer has a message a moment before its row is committed as delivered.
+    harness::eventually("the last commit", async || {
+        let left = db.fetch_one("SELECT count(*) FROM tidings.schedules").await.ok()?;
+        (left.get::<i64, _>(0) == 0).then_some(())
+    })
+    .await;
+    let row = db
+        .fetch_one(
+            "SELECT count(*) AS rows, count(*) FILTER (WHERE outcome = 'delivered' AND finished_at >= due_at) AS delivered,
+                    (extract(epoch FROM max(finished_at - due_at)) * 1000)::float8 AS latest_ms FROM tidings.deliveries",
+        )
+        .await?;
+    let (rows, delivered): (i64, i64) = (row.get("rows"), row.get("delivered"));
+    println!(
+        "tidings.schedules is empty; tidings.deliveries has {delivered} rows, confirmed {:.1} ms after they were due at most",
+        row.get::<f64, _>("latest_ms")
+    );
+    ensure!(rows == 5 && delivered == 5, "the history has {rows} rows, of which {delivered} were delivered");
+    Ok(())
+}
