@@ -27,13 +27,17 @@ pub fn shutdown_on_signal() -> std::io::Result<CancellationToken> {
         }
         info!("stopping: finishing what is in flight");
         cancelled.cancel();
+        // Whatever is open then is rolled back by the database, and delivered again.
         tokio::select! {
-            _ = terminate.recv() => warn!("a second signal: stopping at once"),
-            _ = interrupt.recv() => warn!("a second signal: stopping at once"),
-            () = tokio::time::sleep(DRAIN_DEADLINE) => error!("still busy {} s after the signal: stopping", DRAIN_DEADLINE.as_secs()),
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            () = tokio::time::sleep(DRAIN_DEADLINE) => {
+                error!("still busy {} s after the signal: stopping", DRAIN_DEADLINE.as_secs());
+                std::process::exit(1);
+            }
         }
-        // Whatever is open is rolled back by the database, and delivered again.
-        std::process::exit(1);
+        warn!("a second signal: stopping at once");
+        std::process::exit(0);
     });
     Ok(token)
 }
