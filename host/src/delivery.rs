@@ -39,14 +39,17 @@ pub struct Delivery {
 }
 
 /// How a batch went.
-#[derive(Clone, Copy, Debug)]
-pub struct Delivered {
-    /// Rows that were locked.
-    pub claimed: usize,
-    /// More rows are due.
-    pub more: bool,
-    /// At least one row was settled.
-    pub progress: bool,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delivered {
+    /// No row could be claimed.
+    Nothing,
+    /// Rows were claimed, and all of them stay as they are: the broker did not confirm, for instance.
+    Unsettled,
+    /// Rows were settled.
+    Settled {
+        /// More rows are due.
+        more: bool,
+    },
 }
 
 /// A message that is on its way, and what to write when it has arrived.
@@ -63,13 +66,10 @@ impl Delivery {
     ///
     /// When the database does not answer. Then the rows are as they were, or as they were to become.
     pub async fn deliver_batch(&self) -> Result<Delivered, StoreError> {
-        let mut claim = self.store.claim(&self.kinds, BATCH).await?;
-        let (claimed, more) = (claim.rows.len(), claim.more);
-        if claimed == 0 {
-            claim.release().await?;
-            return Ok(Delivered { claimed, more, progress: false });
-        }
-        let clock = claim.clock();
+        let Some(mut claim) = self.store.claim(&self.kinds, BATCH).await? else {
+            return Ok(Delivered::Nothing);
+        };
+        let (more, clock) = (claim.more, claim.clock());
 
         let now = clock.now();
         let (expired, due): (Vec<Schedule>, Vec<Schedule>) =
@@ -106,9 +106,9 @@ impl Delivery {
             settlements.extend(arrived(id, sent, verdict));
         }
 
-        let progress = !settlements.is_empty();
+        let settled = settlements.len();
         claim.settle(settlements).await?;
-        Ok(Delivered { claimed, more, progress })
+        Ok(if settled == 0 { Delivered::Unsettled } else { Delivered::Settled { more } })
     }
 
     async fn publish(&self, messages: Vec<Message>) -> Vec<(Uuid, Verdict)> {

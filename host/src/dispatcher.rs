@@ -43,7 +43,7 @@ pub struct Dispatcher {
 #[derive(Default)]
 struct State {
     lanes: JoinSet<Result<Delivered, StoreError>>,
-    /// Claims in a row that got nothing although rows were due.
+    /// Claims in a row that came to nothing although rows were due.
     empty_claims: u32,
     /// Looks and claims in a row that the database did not answer.
     failures: u32,
@@ -119,7 +119,7 @@ impl Dispatcher {
         state: &mut State,
     ) {
         match ended {
-            Ok(Ok(Delivered { claimed: 0, .. })) => match self.store.hold_unserved(kinds).await {
+            Ok(Ok(Delivered::Nothing)) => match self.store.hold_unserved(kinds).await {
                 Ok(held) if held.is_empty() => state.empty_claims = state.empty_claims.saturating_add(1),
                 Ok(held) => {
                     for (kind, rows) in held {
@@ -128,10 +128,11 @@ impl Dispatcher {
                 }
                 Err(error) => drop(state.failed(&error)),
             },
-            Ok(Ok(Delivered { more, progress, .. })) => {
-                state.empty_claims = if progress { 0 } else { state.empty_claims.saturating_add(1) };
+            Ok(Ok(Delivered::Unsettled)) => state.empty_claims = state.empty_claims.saturating_add(1),
+            Ok(Ok(Delivered::Settled { more })) => {
+                state.empty_claims = 0;
                 // More is due than one lane takes at a time: two go on where one ended.
-                for _ in 0..if more && progress { 2 } else { 0 } {
+                for _ in 0..if more { 2 } else { 0 } {
                     if state.lanes.len() < LANES as usize && self.broker.is_open() {
                         state.start(delivery);
                     }

@@ -10,8 +10,10 @@
 //! that reaches outside. What it does wrong is the fault of the row it was asked for, never of another.
 
 mod bindings;
+mod check;
 mod engine;
 mod guest;
+mod instance;
 mod limits;
 mod plugin;
 mod settings;
@@ -30,8 +32,9 @@ use crate::clock::DatabaseClock;
 use crate::event::{BuildError, BuiltEvent};
 use crate::schedule::Schedule;
 
+pub use check::LoadError;
 pub use engine::{Engine, EngineError};
-pub use plugin::{LoadError, Plugin};
+pub use plugin::Plugin;
 
 /// How long the rows of one claim may take to build. Those that were not reached stay due: the claim holds locks.
 const BUILD_BUDGET: Duration = Duration::from_secs(2);

@@ -8,6 +8,7 @@ mod claim;
 mod history;
 mod kinds;
 mod schema;
+mod settle;
 
 use std::str::FromStr as _;
 use std::time::Duration;
@@ -15,16 +16,14 @@ use std::time::Duration;
 use sqlx::ConnectOptions as _;
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions, Postgres};
 use thiserror::Error;
-use time::OffsetDateTime;
-use tokio::time::Instant;
 
-use crate::clock::DatabaseClock;
 use crate::config::SecretUrl;
 use crate::wake::Outlook;
 
-pub use claim::{Claim, Outcome, Settlement};
+pub use claim::Claim;
 pub(crate) use kinds::announce;
 pub use schema::SchemaError;
+pub use settle::{Outcome, Settlement};
 
 /// A statement takes milliseconds; one that takes this long has met a frozen server or a dead link.
 const STATEMENT_DEADLINE: Duration = Duration::from_secs(20);
@@ -234,6 +233,11 @@ impl Store {
     async fn connection(&self) -> Result<Connection, StoreError> {
         match self.pool.acquire().await {
             Ok(connection) => Ok(Connection(connection)),
+            // The pool tries for a while, and then forgets why it failed.
+            Err(sqlx::Error::PoolTimedOut) => match self.connect().await {
+                Err(error) => Err(error),
+                Ok(_) => Err(StoreError::Deadline { doing: "accept a connection", after: CONNECT_DEADLINE }),
+            },
             Err(source) => Err(self.connect_error(source)),
         }
     }
@@ -268,9 +272,4 @@ impl Connection {
     fn discard(&mut self) {
         self.0.close_on_drop();
     }
-}
-
-/// A clock from an answer of the server to a question sent at `asked_at`.
-fn clock(now: OffsetDateTime, asked_at: Instant) -> DatabaseClock {
-    DatabaseClock::new(now, asked_at)
 }

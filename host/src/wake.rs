@@ -35,7 +35,7 @@ pub struct Outlook {
 /// How long to wait from now on, if nobody wakes us.
 ///
 /// `elapsed` is the time since the question behind `outlook` was sent. `empty_claims` counts the claims in a row that
-/// got none of the rows that are due, since others hold their locks. Whatever the outlook, the wait ends with the next
+/// came to nothing although rows are due, since others hold their locks or the broker does not confirm. Whatever the outlook, the wait ends with the next
 /// sweep; and it is at least a millisecond, which is what the timer can do.
 #[must_use]
 pub fn wait(outlook: Outlook, elapsed: Duration, empty_claims: u32, sweep: Duration) -> Duration {

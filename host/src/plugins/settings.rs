@@ -6,8 +6,8 @@ use std::path::Path;
 
 use serde::Deserialize;
 
+use super::check::LoadError;
 use super::limits::Limits;
-use super::plugin::LoadError;
 
 /// What NAME.toml may say.
 #[derive(Debug, Default, Deserialize, PartialEq, Eq)]

@@ -10,11 +10,15 @@ use uuid::Uuid;
 use bindings::exports::tidings::plugin::builder::{BuildError, Built, Guest, PluginInfo, Schedule};
 use bindings::tidings::plugin::types::{Event, KindInfo};
 
-#[expect(unsafe_code, clippy::pedantic, reason = "generated from wit/plugin.wit")]
+#[expect(clippy::pedantic, reason = "generated from wit/plugin.wit")]
+#[cfg_attr(target_family = "wasm", expect(unsafe_code, reason = "generated from wit/plugin.wit"))]
 mod bindings {
     wit_bindgen::generate!({ path: "../../wit", world: "plugin" });
-    use super::Plugin;
+    // Only a component has these exports; a linker for other targets cannot take their names.
+    #[cfg(target_family = "wasm")]
     export!(Plugin);
+    #[cfg(target_family = "wasm")]
+    use super::Plugin;
 }
 
 /// The kind that this plugin serves.

@@ -1,0 +1,86 @@
+//! A plugin in its store: every call is made here, under the limits, and told in words when it fails.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::sync::Arc;
+
+use tokio::time::timeout;
+use wasmtime::{Store, Trap};
+
+use super::bindings::{Plugin as Bindings, PluginPre};
+use super::engine::Engine;
+use super::guest::Guest;
+use super::limits::Limits;
+
+/// A plugin in its store, alive until its first failure.
+pub(super) struct Instance {
+    store: Store<Guest>,
+    bindings: Bindings,
+}
+
+impl Instance {
+    pub(super) async fn new(
+        engine: &Engine,
+        pre: &PluginPre<Guest>,
+        label: Arc<str>,
+        config: Arc<BTreeMap<String, String>>,
+        limits: &Limits,
+    ) -> Result<Self, String> {
+        let mut store = Guest::store(engine, label, config, limits);
+        match timeout(limits.wall(), pre.instantiate_async(&mut store)).await {
+            Ok(Ok(bindings)) => Ok(Self { store, bindings }),
+            Ok(Err(error)) => Err(format!("while starting, {}", what_happened(&error, store.data(), limits))),
+            Err(_) => Err(format!("while starting, it took longer than {} ms (wall-ms)", limits.wall_ms)),
+        }
+    }
+
+    /// One call under the limits. After an error the instance must not be used again.
+    pub(super) async fn call<T>(
+        &mut self,
+        limits: &Limits,
+        call: impl AsyncFnOnce(&mut Store<Guest>, &Bindings) -> wasmtime::Result<T>,
+    ) -> Result<T, String> {
+        self.store.data_mut().begin_call();
+        match timeout(limits.wall(), call(&mut self.store, &self.bindings)).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(error)) => Err(what_happened(&error, self.store.data(), limits)),
+            Err(_) => Err(format!("it took longer than {} ms (wall-ms)", limits.wall_ms)),
+        }
+    }
+}
+
+/// Why a call ended in an error, in the words of the plugin's author.
+fn what_happened(error: &wasmtime::Error, guest: &Guest, limits: &Limits) -> String {
+    let mut text = if let Some(blown) = &guest.limiter.blown {
+        blown.clone()
+    } else if let Some(exit) = error.downcast_ref::<wasmtime_wasi::I32Exit>() {
+        format!("it called exit({})", exit.0)
+    } else {
+        match error.downcast_ref::<Trap>() {
+            Some(Trap::Interrupt) => format!("it used more than {} ms of CPU time (cpu-ms)", limits.cpu_ms),
+            Some(Trap::StackOverflow) => "its stack overflowed (1 MiB), by a recursion perhaps".to_owned(),
+            Some(Trap::UnreachableCodeReached) => "it trapped (unreachable), as a panic does".to_owned(),
+            Some(trap) => format!("it trapped ({trap})"),
+            // Wasmtime has no public type for it.
+            None if chain(error).contains("too much data is being copied") => {
+                format!("it handed more than {} KiB to the host in one call (output-kib)", limits.output_kib)
+            }
+            None => format!("it broke the contract: {}", chain(error)),
+        }
+    };
+    let last_words = guest.last_words();
+    if !last_words.is_empty() {
+        write!(text, "; it wrote: {last_words}").expect("a String takes everything");
+    }
+    text
+}
+
+/// An error and its causes on one line, without the backtrace.
+pub(super) fn chain(error: &wasmtime::Error) -> String {
+    error
+        .chain()
+        .map(ToString::to_string)
+        .filter(|cause| !cause.starts_with("error while executing"))
+        .collect::<Vec<_>>()
+        .join(": ")
+}

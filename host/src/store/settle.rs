@@ -1,0 +1,280 @@
+//! How a claim ends: every row moves on as its settlement says, in one transaction with the claim.
+//!
+//! Nothing here may fail because of a row's data, since its message may have been confirmed already: no unique constraint
+//! on history, texts made fit beforehand.
+
+use std::time::Duration;
+
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use super::StoreError;
+use super::claim::Claim;
+use crate::broker::Confirmed;
+
+/// An error text is cut to this many bytes.
+const TEXT_BYTES: usize = 4 * 1024;
+
+/// What becomes of one claimed row. A row without a settlement stays as it is, and due.
+#[derive(Debug)]
+pub struct Settlement {
+    /// The row.
+    pub id: Uuid,
+    /// `name@version+digest8` of the plugin that was asked, if one was.
+    pub plugin: Option<String>,
+    /// What becomes of it.
+    pub outcome: Outcome,
+}
+
+/// The ways to settle a row.
+#[derive(Debug)]
+pub enum Outcome {
+    /// Its message was confirmed, which only the publisher can say.
+    Delivered {
+        /// The confirm.
+        confirmed: Confirmed,
+        /// SHA-256 of the event.
+        event_digest: String,
+    },
+    /// Its deadline has come before its message was published.
+    Expired(String),
+    /// The plugin says that there is nothing to send.
+    Skipped(String),
+    /// It is set aside for a person.
+    Parked(String),
+    /// Its plugin failed, or asks for another attempt: due again later.
+    Retry {
+        /// Why, for people.
+        error: String,
+        /// From now.
+        after: Duration,
+        /// Whether it counts towards the maximum.
+        failed: bool,
+    },
+    /// The broker could not route its message or refused it: due again later, without an attempt spent.
+    Refused {
+        /// Why, for people.
+        error: String,
+        /// From now.
+        after: Duration,
+    },
+}
+
+impl Claim {
+    /// Moves every row as its settlement says, and commits.
+    ///
+    /// # Errors
+    ///
+    /// When the database does not answer. Then nobody knows whether it committed; the next claim will show.
+    pub async fn settle(mut self, settlements: Vec<Settlement>) -> Result<(), StoreError> {
+        let mut finished = Finished::default();
+        let mut parked = Parked::default();
+        let mut moved = Moved::default();
+        let clock = self.clock();
+        let connection = &mut self.transaction.connection;
+        for Settlement { id, plugin, outcome } in settlements {
+            let plugin = plugin.as_deref();
+            match outcome {
+                Outcome::Delivered { confirmed, event_digest } => {
+                    finished.add(id, "delivered", clock.at(confirmed.at()), plugin, None, Some(event_digest));
+                }
+                Outcome::Expired(detail) => finished.add(id, "expired", clock.now(), plugin, Some(&detail), None),
+                Outcome::Skipped(detail) => finished.add(id, "skipped", clock.now(), plugin, Some(&detail), None),
+                Outcome::Parked(reason) => parked.add(id, &reason, plugin),
+                Outcome::Retry { error, after, failed } => moved.add(id, &error, after, 1, failed.into(), 0),
+                Outcome::Refused { error, after } => moved.add(id, &error, after, 0, 0, 1),
+            }
+        }
+        if !finished.ids.is_empty() {
+            connection.run("finish rows", async |connection| finished.execute(connection).await).await?;
+        }
+        if !parked.ids.is_empty() {
+            connection.run("park rows", async |connection| parked.execute(connection).await).await?;
+        }
+        if !moved.ids.is_empty() {
+            connection.run("make rows wait", async |connection| moved.execute(connection).await).await?;
+        }
+        self.transaction.end("COMMIT").await
+    }
+}
+
+/// Rows that move to the history, column by column.
+#[derive(Debug, Default)]
+struct Finished {
+    ids: Vec<Uuid>,
+    outcomes: Vec<String>,
+    finished_at: Vec<OffsetDateTime>,
+    plugins: Vec<Option<String>>,
+    details: Vec<Option<String>>,
+    digests: Vec<Option<String>>,
+}
+
+impl Finished {
+    fn add(
+        &mut self,
+        id: Uuid,
+        outcome: &str,
+        at: OffsetDateTime,
+        plugin: Option<&str>,
+        detail: Option<&str>,
+        digest: Option<String>,
+    ) {
+        self.ids.push(id);
+        self.outcomes.push(outcome.to_owned());
+        self.finished_at.push(at);
+        self.plugins.push(plugin.map(storable));
+        self.details.push(detail.map(storable));
+        self.digests.push(digest);
+    }
+
+    async fn execute(&self, connection: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {
+        sqlx::query!(
+            r#"
+            WITH settled AS (
+                SELECT * FROM unnest($1::uuid[], $2::text[], $3::timestamptz[], $4::text[], $5::text[], $6::text[])
+                    AS settled (id, outcome, finished_at, plugin, detail, event_digest)
+            ), gone AS (
+                DELETE FROM tidings.schedules WHERE id = ANY($1)
+                RETURNING id, kind, key, subject, due_at, expires_at, payload, headers, attempts
+            )
+            INSERT INTO tidings.deliveries (
+                id, kind, key, subject, due_at, finished_at, outcome, attempts, plugin, detail,
+                expires_at, payload, headers, event_digest
+            )
+            SELECT
+                gone.id, gone.kind, gone.key, gone.subject, gone.due_at, settled.finished_at, settled.outcome,
+                gone.attempts, settled.plugin, settled.detail, gone.expires_at, gone.payload, gone.headers,
+                settled.event_digest
+            FROM gone
+            JOIN settled USING (id)
+            "#,
+            &self.ids,
+            &self.outcomes,
+            &self.finished_at,
+            &self.plugins as &[Option<String>],
+            &self.details as &[Option<String>],
+            &self.digests as &[Option<String>],
+        )
+        .execute(connection)
+        .await
+        .map(drop)
+    }
+}
+
+/// Rows that are set aside, column by column.
+#[derive(Debug, Default)]
+struct Parked {
+    ids: Vec<Uuid>,
+    reasons: Vec<String>,
+    plugins: Vec<Option<String>>,
+}
+
+impl Parked {
+    fn add(&mut self, id: Uuid, reason: &str, plugin: Option<&str>) {
+        self.ids.push(id);
+        self.reasons.push(storable(reason));
+        self.plugins.push(plugin.map(storable));
+    }
+
+    async fn execute(&self, connection: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {
+        sqlx::query!(
+            r#"
+            WITH settled AS (
+                SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[]) AS settled (id, reason, plugin)
+            ), gone AS (
+                DELETE FROM tidings.schedules WHERE id = ANY($1)
+                RETURNING id, kind, key, subject, due_at, expires_at, payload, headers, attempts, last_error, created_at
+            )
+            INSERT INTO tidings.parked (
+                id, kind, key, subject, due_at, expires_at, payload, headers, attempts, last_error, created_at, reason, plugin
+            )
+            SELECT
+                gone.id, gone.kind, gone.key, gone.subject, gone.due_at, gone.expires_at, gone.payload, gone.headers,
+                gone.attempts, gone.last_error, gone.created_at, settled.reason, settled.plugin
+            FROM gone
+            JOIN settled USING (id)
+            "#,
+            &self.ids,
+            &self.reasons,
+            &self.plugins as &[Option<String>],
+        )
+        .execute(connection)
+        .await
+        .map(drop)
+    }
+}
+
+/// Rows that stay and wait, column by column.
+#[derive(Debug, Default)]
+struct Moved {
+    ids: Vec<Uuid>,
+    errors: Vec<String>,
+    delays: Vec<f64>,
+    attempts: Vec<i32>,
+    failures: Vec<i32>,
+    refusals: Vec<i32>,
+}
+
+impl Moved {
+    fn add(&mut self, id: Uuid, error: &str, after: Duration, attempts: i32, failures: i32, refusals: i32) {
+        self.ids.push(id);
+        self.errors.push(storable(error));
+        self.delays.push(after.as_secs_f64());
+        self.attempts.push(attempts);
+        self.failures.push(failures);
+        self.refusals.push(refusals);
+    }
+
+    async fn execute(&self, connection: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {
+        sqlx::query!(
+            r#"
+            UPDATE tidings.schedules AS waiting
+            SET attempts = waiting.attempts + settled.attempts,
+                failures = waiting.failures + settled.failures,
+                -- In a row: another outcome begins the count again.
+                refusals = CASE WHEN settled.refusals = 0 THEN 0 ELSE waiting.refusals + settled.refusals END,
+                last_error = settled.error,
+                -- A row that expires meanwhile comes back then, to be finished.
+                not_before = least(
+                    clock_timestamp() + settled.delay * interval '1 second',
+                    CASE WHEN waiting.expires_at IS NOT NULL THEN greatest(waiting.expires_at, clock_timestamp()) END
+                )
+            FROM unnest($1::uuid[], $2::text[], $3::float8[], $4::int4[], $5::int4[], $6::int4[])
+                AS settled (id, error, delay, attempts, failures, refusals)
+            WHERE waiting.id = settled.id
+            "#,
+            &self.ids,
+            &self.errors,
+            &self.delays,
+            &self.attempts,
+            &self.failures,
+            &self.refusals,
+        )
+        .execute(connection)
+        .await
+        .map(drop)
+    }
+}
+
+/// A text that PostgreSQL takes: without NUL, which it cannot store, and not endless. Plugins write some of them.
+fn storable(text: &str) -> String {
+    let mut text = text.replace('\0', "\u{FFFD}");
+    if text.len() > TEXT_BYTES {
+        text.truncate(text.floor_char_boundary(TEXT_BYTES));
+        text.push('…');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_with_nul_or_without_end_can_be_stored() {
+        assert_eq!(storable("a\0b"), "a\u{FFFD}b");
+        let long = storable(&"é".repeat(TEXT_BYTES));
+        assert!(long.len() <= TEXT_BYTES + '…'.len_utf8());
+        assert!(long.ends_with('…'));
+    }
+}
