@@ -145,15 +145,12 @@ async fn publish_window(channel: &Channel) {
     }
     let properties = BasicProperties::default().with_delivery_mode(2).with_headers(headers);
     let body = [b'x'; BODY_BYTES];
-    let publishes =
-        (0..WINDOW).map(|number| {
-            let properties = properties.clone().with_message_id(format!("{number:036}").into());
-            let body = &body;
-            async move {
-                channel.basic_publish("tidings".into(), "a".into(), options, body, properties).await.expect("written")
-            }
-        });
-    for confirmation in join_all(join_all(publishes).await).await {
+    let publishes = (0..WINDOW).map(|number| {
+        let properties = properties.clone().with_message_id(format!("{number:036}").into());
+        channel.basic_publish("tidings".into(), "a".into(), options, &body, properties)
+    });
+    let published = join_all(publishes).await.into_iter().map(|confirm| confirm.expect("written"));
+    for confirmation in join_all(published).await {
         assert!(matches!(confirmation, Ok(Confirmation::Ack(None))), "{confirmation:?}");
     }
 }
