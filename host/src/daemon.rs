@@ -11,12 +11,12 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::backoff::RECONNECT;
-use crate::broker::{Broker, BrokerError};
+use crate::broker::Broker;
 use crate::config::Config;
 use crate::dispatcher::{Dispatcher, LANES};
 use crate::listener::Listener;
 use crate::plugins::{Engine, PluginSet};
-use crate::store::{SchemaError, Store, StoreError};
+use crate::store::{SchemaError, Store};
 use crate::wake::Wake;
 
 /// How often old history is removed.
@@ -121,14 +121,10 @@ async fn wait_for_database(store: &Store) -> Result<(), SchemaError> {
             },
             Err(error) => error,
         };
-        report(&error);
+        warn!(error = &error as &dyn std::error::Error, "PostgreSQL cannot be used, trying again");
         tokio::time::sleep(RECONNECT.jittered(failures)).await;
         failures = failures.saturating_add(1);
     }
-}
-
-fn report(error: &StoreError) {
-    warn!(error = error as &dyn std::error::Error, "PostgreSQL cannot be used, trying again");
 }
 
 /// What `work` makes, or `None` if it was asked to stop before.
@@ -151,16 +147,13 @@ async fn unless_ended<T>(
 
 /// Waits for the first loop that ends unasked, which is an error whatever it says.
 async fn first_to_end(loops: &mut JoinSet<anyhow::Result<()>>, shutdown: &CancellationToken) -> anyhow::Result<()> {
-    loop {
-        match loops.join_next().await {
-            // Asked: the others are about to end as well.
-            _ if shutdown.is_cancelled() => std::future::pending().await,
-            None => std::future::pending().await,
-            Some(ended) => {
-                ended.context("a loop panicked")??;
-                bail!("a loop ended unasked");
-            }
+    match loops.join_next().await {
+        Some(ended) if !shutdown.is_cancelled() => {
+            ended.context("a loop panicked")??;
+            bail!("a loop ended unasked")
         }
+        // Asked: the others are about to end as well.
+        _ => std::future::pending().await,
     }
 }
 
@@ -198,10 +191,4 @@ async fn remove_old_history(store: &Store, age: Duration, shutdown: &Cancellatio
 #[must_use]
 pub fn is_schema_error(error: &anyhow::Error) -> bool {
     error.downcast_ref::<SchemaError>().is_some_and(|error| !matches!(error, SchemaError::Store(_)))
-}
-
-/// Whether an error of [`run`] is about what exists in the broker.
-#[must_use]
-pub fn is_topology_error(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<BrokerError>().is_some()
 }

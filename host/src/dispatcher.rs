@@ -45,9 +45,9 @@ struct State {
     lanes: JoinSet<Result<Delivered, StoreError>>,
     /// Claims in a row that came to nothing although rows were due.
     empty_claims: u32,
-    /// Looks and claims in a row that the database did not answer.
+    /// Looks and batches in a row that a server did not see through.
     failures: u32,
-    /// No look at the database before this instant.
+    /// Nothing is tried before this instant.
     not_before: Option<Instant>,
 }
 
@@ -78,11 +78,9 @@ impl Dispatcher {
 
     /// Looks at the queue, starts a lane if rows are due, and says how long to wait.
     async fn look_and_start(&self, kinds: &[String], delivery: &Arc<Delivery>, state: &mut State) -> Duration {
-        if let Some(not_before) = state.not_before {
-            let left = not_before.saturating_duration_since(Instant::now());
-            if !left.is_zero() {
-                return left;
-            }
+        let paused = state.not_before.map(|instant| instant.saturating_duration_since(Instant::now()));
+        if let Some(left) = paused.filter(|left| !left.is_zero()) {
+            return left;
         }
         if !self.broker.is_open() {
             // Its return is a wake.
@@ -93,10 +91,10 @@ impl Dispatcher {
             Ok(outlook) => outlook,
             Err(error) => return state.failed(&error),
         };
-        state.failures = 0;
-        state.not_before = None;
-        if outlook.due && state.lanes.len() < LANES as usize {
+        if outlook.due {
             state.start(delivery);
+        } else {
+            state.failures = 0;
         }
         wait(outlook, asked_at.elapsed(), state.empty_claims, self.sweep)
     }
@@ -128,34 +126,46 @@ impl Dispatcher {
                 }
                 Err(error) => drop(state.failed(&error)),
             },
-            Ok(Ok(Delivered::Unsettled)) => state.empty_claims = state.empty_claims.saturating_add(1),
+            // If the broker is away, its return is a wake. If it is there and confirms nothing, asking it again and again
+            // would only make duplicates.
+            Ok(Ok(Delivered::Unsettled)) if self.broker.is_open() => drop(state.pause()),
+            Ok(Ok(Delivered::Unsettled)) => {}
             Ok(Ok(Delivered::Settled { more })) => {
                 state.empty_claims = 0;
+                state.failures = 0;
+                state.not_before = None;
                 // More is due than one lane takes at a time: two go on where one ended.
-                for _ in 0..if more { 2 } else { 0 } {
-                    if state.lanes.len() < LANES as usize && self.broker.is_open() {
-                        state.start(delivery);
-                    }
+                if more && self.broker.is_open() {
+                    state.start(delivery);
+                    state.start(delivery);
                 }
             }
             Ok(Err(error)) => drop(state.failed(&error)),
             Err(panic) => {
                 tracing::error!(error = &panic as &dyn std::error::Error, "a lane panicked, its rows stay");
-                state.empty_claims = state.empty_claims.saturating_add(1);
+                state.pause();
             }
         }
     }
 }
 
 impl State {
+    /// Starts a lane, if one is free.
     fn start(&mut self, delivery: &Arc<Delivery>) {
-        let delivery = Arc::clone(delivery);
-        self.lanes.spawn(async move { delivery.deliver_batch().await });
+        if self.lanes.len() < LANES as usize {
+            let delivery = Arc::clone(delivery);
+            self.lanes.spawn(async move { delivery.deliver_batch().await });
+        }
     }
 
-    /// The database did not do it: a line for the operator, and a pause. Returns its length.
+    /// The database did not do it: a line for the operator, and a pause.
     fn failed(&mut self, error: &StoreError) -> Duration {
         warn!(error = error as &dyn std::error::Error, "the database cannot be used, trying again");
+        self.pause()
+    }
+
+    /// Tries nothing for a while, longer each time until a batch succeeds. Returns for how long.
+    fn pause(&mut self) -> Duration {
         let delay = RECONNECT.jittered(self.failures);
         self.failures = self.failures.saturating_add(1);
         self.not_before = Some(Instant::now() + delay);

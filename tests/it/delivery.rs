@@ -1,13 +1,29 @@
 //! From a due row to a confirmed message: the message contract and the moment.
 
+use harness::daemon::Daemon;
 use harness::world::World;
+use uuid::Uuid;
+
+/// A daemon with the row `echo`, of the plugin misbehave, claimed and not published yet: another row of its batch computes
+/// for as long as it may. Returns the row's id as well.
+pub(crate) async fn row_in_flight(world: &World) -> (Daemon, Uuid) {
+    std::fs::write(world.plugin_dir.join("misbehave.toml"), "[limits]\ncpu-ms = 1000\nwall-ms = 5000\n")
+        .expect("written");
+    let daemon = world.daemon().await;
+    world
+        .sql("INSERT INTO tidings.schedules (kind, key, due_at) SELECT kind, kind, now() FROM unnest('{echo,spin}'::text[]) AS kind")
+        .await;
+    let id = world.value("SELECT id FROM tidings.schedules WHERE key = 'echo'").await;
+    world.until("SELECT count(*) = 0 FROM (SELECT FROM tidings.schedules WHERE key = 'echo' FOR UPDATE SKIP LOCKED) AS free").await;
+    (daemon, id)
+}
 
 #[tokio::test]
 async fn an_overdue_row_becomes_exactly_one_message_with_the_properties_of_the_contract() {
     let world = World::with(&["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
     let _daemon = world.daemon().await;
-    let id: uuid::Uuid = world
+    let id: Uuid = world
         .value(
             r#"SELECT tidings.schedule('message', now() - interval '1 minute', '{"routing_key":"a.b","body":{"n":1}}',
                 key => 'k', subject => 's', headers => '{"traceparent":"00-ab-cd-01"}')"#,
@@ -180,7 +196,7 @@ async fn a_message_that_no_queue_takes_stays_a_row_spends_no_attempt_and_goes_ou
     let world = World::with(&["message"]).await;
     let _elsewhere = world.inbox(&["elsewhere"]).await;
     let mut daemon = world.daemon().await;
-    let id: uuid::Uuid =
+    let id: Uuid =
         world.value(r#"SELECT tidings.schedule('message', now(), '{"routing_key":"nowhere","body":1}')"#).await;
 
     world.until("SELECT refusals > 0 FROM tidings.schedules").await;
@@ -256,12 +272,7 @@ async fn while_the_exchange_is_gone_rows_stay_and_afterwards_they_go_out() {
 async fn a_cancel_waits_for_the_claim_and_tells_the_truth() {
     let world = World::with(&["misbehave"]).await;
     let mut inbox = world.inbox(&["#"]).await;
-    let _daemon = world.launch().with("TIDINGS_SWEEP_MS", 600_000).ready().await;
-    // The row that computes for ever keeps the claim open for as long as its limit allows.
-    world
-        .sql("INSERT INTO tidings.schedules (kind, key, due_at) SELECT kind, kind, now() FROM unnest('{echo,spin}'::text[]) AS kind")
-        .await;
-    world.until("SELECT count(*) = 0 FROM (SELECT FROM tidings.schedules WHERE key = 'echo' FOR UPDATE SKIP LOCKED) AS free").await;
+    let _in_flight = row_in_flight(&world).await;
 
     let (cancelled, moved) = (
         world.value::<bool>("SELECT tidings.cancel('echo', 'echo')").await,
@@ -276,12 +287,7 @@ async fn a_cancel_waits_for_the_claim_and_tells_the_truth() {
 async fn a_claim_whose_connection_dies_is_claimed_again_with_the_same_id() {
     let world = World::with(&["misbehave"]).await;
     let mut inbox = world.inbox(&["#"]).await;
-    let _daemon = world.launch().with("TIDINGS_SWEEP_MS", 600_000).ready().await;
-    world
-        .sql("INSERT INTO tidings.schedules (kind, key, due_at) SELECT kind, kind, now() FROM unnest('{echo,spin}'::text[]) AS kind")
-        .await;
-    let id: uuid::Uuid = world.value("SELECT id FROM tidings.schedules WHERE key = 'echo'").await;
-    world.until("SELECT count(*) = 0 FROM (SELECT FROM tidings.schedules WHERE key = 'echo' FOR UPDATE SKIP LOCKED) AS free").await;
+    let (_daemon, id) = row_in_flight(&world).await;
 
     world
         .sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'tidings' AND xact_start IS NOT NULL")
@@ -289,4 +295,25 @@ async fn a_claim_whose_connection_dies_is_claimed_again_with_the_same_id() {
 
     assert_eq!(inbox.next().await.id(), id);
     world.until("SELECT count(*) = 1 FROM tidings.deliveries WHERE key = 'echo'").await;
+}
+
+#[tokio::test]
+async fn a_batch_that_cannot_be_committed_is_tried_ever_less_often_and_succeeds_when_it_can() {
+    let world = World::with(&["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let mut daemon = world.daemon().await;
+    world.sql("ALTER TABLE tidings.deliveries ADD CONSTRAINT full_disk CHECK (false) NOT VALID").await;
+    let id: Uuid = world.value(r#"SELECT tidings.schedule('message', now(), '{"routing_key":"a","body":1}')"#).await;
+
+    let began = std::time::Instant::now();
+    for _ in 0..5 {
+        assert_eq!(inbox.next().await.id(), id, "a duplicate has the same id");
+        // What wakes the daemon must not make it try more often.
+        world.sql("NOTIFY tidings").await;
+    }
+    assert!(began.elapsed().as_millis() > 1_000, "five times in {:?}", began.elapsed());
+    daemon.wait_for_line("could not finish rows").await;
+
+    world.sql("ALTER TABLE tidings.deliveries DROP CONSTRAINT full_disk").await;
+    world.until("SELECT count(*) = 1 FROM tidings.deliveries").await;
 }

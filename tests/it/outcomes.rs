@@ -198,11 +198,11 @@ async fn rows_of_a_kind_that_nobody_serves_are_held_and_released_when_a_daemon_w
 #[tokio::test]
 async fn a_held_row_expires_at_its_deadline() {
     let world = World::with(&["message"]).await;
-    let _daemon = world.daemon().await;
+    let mut daemon = world.daemon().await;
 
-    world.sql("SELECT tidings.schedule('nobody', now(), expires_at => now() + interval '1500 ms')").await;
+    world.sql("SELECT tidings.schedule('nobody', now(), expires_at => now() + interval '3 seconds')").await;
 
-    world.until("SELECT held FROM tidings.schedules").await;
+    daemon.wait_for_line("no plugin serves it").await;
     world
         .until("SELECT count(*) = 1 FROM tidings.deliveries WHERE outcome = 'expired' AND finished_at >= expires_at")
         .await;

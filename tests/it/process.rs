@@ -11,6 +11,8 @@ use lapin::options::{ExchangeDeclareOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use nix::sys::signal::Signal;
 
+use crate::delivery::row_in_flight;
+
 #[tokio::test]
 async fn all_mistakes_in_the_settings_are_reported_together_with_exit_code_64() {
     let world = World::empty().await;
@@ -280,11 +282,7 @@ async fn a_signal_during_a_long_sleep_ends_the_daemon_at_once_with_exit_code_0()
 async fn a_signal_while_busy_ends_the_daemon_after_what_is_in_flight() {
     let world = World::with(&["misbehave"]).await;
     let mut inbox = world.inbox(&["#"]).await;
-    let mut daemon = world.daemon().await;
-    world
-        .sql("INSERT INTO tidings.schedules (kind, key, due_at) SELECT kind, kind, now() FROM unnest('{echo,spin}'::text[]) AS kind")
-        .await;
-    world.until("SELECT count(*) = 0 FROM (SELECT FROM tidings.schedules WHERE key = 'echo' FOR UPDATE SKIP LOCKED) AS free").await;
+    let (mut daemon, _) = row_in_flight(&world).await;
 
     daemon.signal(Signal::SIGTERM);
 
