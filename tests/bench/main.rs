@@ -161,7 +161,8 @@ async fn idle() {
     let world = World::with(&["message"]).await;
     let mut daemon = world.launch().ready().await;
     world.sql("SELECT tidings.schedule('message', now() + interval '1 day')").await;
-    // Sessions hand in their counts with up to a second's delay, at both ends alike.
+    // Sessions hand in their counts when they have been idle for up to ten seconds: those of the start must be in.
+    tokio::time::sleep(Duration::from_secs(15)).await;
     let transactions = "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = current_database()";
     let before: i64 = world.value(transactions).await;
     tokio::time::sleep(IDLE).await;
