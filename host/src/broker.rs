@@ -22,7 +22,7 @@ use lapin::uri::AMQPUri;
 use thiserror::Error;
 use tokio::sync::Mutex;
 
-use crate::config::{QueueType, SecretUrl};
+use crate::secret_url::SecretUrl;
 use crate::wake::Wake;
 
 pub use publisher::{Confirmed, Verdict};
@@ -31,6 +31,15 @@ pub use publisher::{Confirmed, Verdict};
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 /// For each declaration and each new channel.
 const RPC_DEADLINE: Duration = Duration::from_secs(5);
+
+/// The type of the queues that the daemon declares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QueueType {
+    /// One node keeps it.
+    Classic,
+    /// A majority of the cluster keeps it.
+    Quorum,
+}
 
 /// What went wrong between us and RabbitMQ. Always the infrastructure's fault, never a row's.
 #[derive(Debug, Error)]

@@ -7,29 +7,8 @@ use std::time::Duration;
 
 use clap::Args;
 
-/// A URL with a password in it, perhaps: shown without.
-#[derive(Clone, PartialEq, Eq)]
-pub struct SecretUrl(String);
-
-impl SecretUrl {
-    /// The URL as it was given, password included. Not for people.
-    #[must_use]
-    pub fn expose(&self) -> &str {
-        &self.0
-    }
-}
-
-impl From<String> for SecretUrl {
-    fn from(url: String) -> Self {
-        Self(url)
-    }
-}
-
-impl fmt::Debug for SecretUrl {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("SecretUrl(…)")
-    }
-}
+use crate::broker::QueueType;
+use crate::secret_url::SecretUrl;
 
 /// Where the database is: all that `tidings migrate` needs.
 #[derive(Args, Debug)]
@@ -68,15 +47,6 @@ pub struct RunArgs {
     /// How many days of history to keep
     #[arg(long, env = "TIDINGS_HISTORY_DAYS", value_name = "DAYS", default_value = "7")]
     history_days: String,
-}
-
-/// The type of the queues that the daemon declares.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum QueueType {
-    /// One node keeps it.
-    Classic,
-    /// A majority of the cluster keeps it.
-    Quorum,
 }
 
 /// The settings of `tidings run`, checked.

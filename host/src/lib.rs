@@ -17,6 +17,7 @@ pub mod clock;
 pub mod event;
 pub mod message;
 pub mod schedule;
+pub mod secret_url;
 
 pub mod broker;
 pub mod plugins;

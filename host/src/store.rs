@@ -17,7 +17,7 @@ use sqlx::ConnectOptions as _;
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions, Postgres};
 use thiserror::Error;
 
-use crate::config::SecretUrl;
+use crate::secret_url::SecretUrl;
 use crate::wake::Outlook;
 
 pub use claim::Claim;

@@ -6,8 +6,7 @@ use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Connection, ExchangeKind};
 
-use super::{BrokerError, within};
-use crate::config::QueueType;
+use super::{BrokerError, QueueType, within};
 
 /// Declares everything, each on a channel of its own, since a refusal closes the channel.
 pub(super) async fn declare(connection: &Connection, exchange: &str, queue_type: QueueType) -> Result<(), BrokerError> {

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use super::{SCHEMA, fail};
-use crate::config::SecretUrl;
+use crate::secret_url::SecretUrl;
 use crate::store::{SchemaError, Store};
 
 pub(super) async fn migrate(url: &SecretUrl) -> ExitCode {

@@ -2,7 +2,6 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
 
 use thiserror::Error;
 use tokio::runtime::{Handle, Runtime};
@@ -12,9 +11,8 @@ use wasmtime_wasi::WasiView as _;
 
 use super::bindings;
 use super::guest::Guest;
+use super::limits::TICK;
 
-/// A plugin's CPU time is measured in steps of this length.
-pub(super) const TICK: Duration = Duration::from_millis(10);
 /// What a plugin's own calls may use of the stack; a deeper recursion traps.
 const STACK_BYTES: usize = 1 << 20;
 

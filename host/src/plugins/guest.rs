@@ -11,8 +11,7 @@ use wasmtime_wasi::p2::pipe::MemoryOutputPipe;
 use wasmtime_wasi::{Deterministic, HostMonotonicClock, HostWallClock, WasiCtx, WasiCtxView, WasiView};
 
 use super::bindings::tidings::plugin::{host, types};
-use super::engine::{Engine, TICK};
-use super::limits::{Limiter, Limits};
+use super::limits::{Limiter, Limits, TICK};
 
 /// Lines that one call may log.
 const LOG_LINES: u32 = 100;
@@ -39,7 +38,7 @@ pub(super) struct Guest {
 impl Guest {
     /// A fresh store for one plugin. `label` names it in the log.
     pub(super) fn store(
-        engine: &Engine,
+        engine: &wasmtime::Engine,
         label: Arc<str>,
         config: Arc<BTreeMap<String, String>>,
         limits: &Limits,
@@ -67,7 +66,7 @@ impl Guest {
             ticks: 0,
             ticks_allowed: limits.cpu_ms.div_ceil(u64::try_from(TICK.as_millis()).expect("10")),
         };
-        let mut store = Store::new(&engine.wasmtime, guest);
+        let mut store = Store::new(engine, guest);
         store.limiter(|guest| &mut guest.limiter);
         store.set_hostcall_fuel(limits.output_bytes());
         store.set_max_component_handles(HANDLES);

@@ -26,7 +26,7 @@ impl Instance {
         config: Arc<BTreeMap<String, String>>,
         limits: &Limits,
     ) -> Result<Self, String> {
-        let mut store = Guest::store(engine, label, config, limits);
+        let mut store = Guest::store(&engine.wasmtime, label, config, limits);
         match timeout(limits.wall(), pre.instantiate_async(&mut store)).await {
             Ok(Ok(bindings)) => Ok(Self { store, bindings }),
             Ok(Err(error)) => Err(format!("while starting, {}", what_happened(&error, store.data(), limits))),

@@ -5,6 +5,9 @@ use std::time::Duration;
 use serde::Deserialize;
 use wasmtime::ResourceLimiter;
 
+/// A plugin's CPU time is measured in steps of this length.
+pub(super) const TICK: Duration = Duration::from_millis(10);
+
 /// The `[limits]` of a plugin's NAME.toml. What is not given has the default.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
