@@ -210,7 +210,7 @@ fn url(
         mistakes.push(format!("{name} does not begin with {}", schemes.join(" or ")));
         return None;
     }
-    let url = SecretUrl(value);
+    let url = SecretUrl::from(value);
     match check(&url) {
         Ok(()) => Some(url),
         Err(error) => {

@@ -10,7 +10,7 @@ use tracing::{error, info, warn};
 /// How long work in flight may take after a signal.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(15);
 
-/// A token that the first SIGTERM or SIGINT cancels. The second one, or [`DRAIN_DEADLINE`], ends the process.
+/// A token that the first SIGTERM or SIGINT cancels. The second one ends the process at once, as do 15 s.
 ///
 /// # Errors
 ///
