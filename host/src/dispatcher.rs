@@ -150,9 +150,10 @@ impl Dispatcher {
 }
 
 impl State {
-    /// Starts a lane, if one is free.
+    /// Starts a lane, if one is free. After a failure there is only one, until it succeeds.
     fn start(&mut self, delivery: &Arc<Delivery>) {
-        if self.lanes.len() < LANES as usize {
+        let lanes = if self.failures == 0 { LANES as usize } else { 1 };
+        if self.lanes.len() < lanes {
             let delivery = Arc::clone(delivery);
             self.lanes.spawn(async move { delivery.deliver_batch().await });
         }

@@ -311,7 +311,8 @@ async fn a_batch_that_cannot_be_committed_is_tried_ever_less_often_and_succeeds_
         // What wakes the daemon must not make it try more often.
         world.sql("NOTIFY tidings").await;
     }
-    assert!(began.elapsed().as_millis() > 1_000, "five times in {:?}", began.elapsed());
+    // The pauses are 100, 200, 400 and 800 ms, a fifth less at the least; a second lane may have been on its way already.
+    assert!(began.elapsed().as_millis() > 900, "five times in {:?}", began.elapsed());
     daemon.wait_for_line("could not finish rows").await;
 
     world.sql("ALTER TABLE tidings.deliveries DROP CONSTRAINT full_disk").await;
