@@ -4,7 +4,7 @@ use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::thread::JoinHandle;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -24,6 +24,8 @@ pub struct Launch {
 pub struct Daemon {
     child: Child,
     log: Arc<Mutex<Vec<String>>>,
+    /// They end with its output.
+    readers: Vec<JoinHandle<()>>,
 }
 
 impl Launch {
@@ -79,15 +81,15 @@ impl Launch {
         let log = Arc::new(Mutex::new(Vec::new()));
         let outputs: [Box<dyn std::io::Read + Send>; 2] =
             [Box::new(child.stdout.take().expect("piped")), Box::new(child.stderr.take().expect("piped"))];
-        for output in outputs {
+        let readers = outputs.into_iter().map(|output| {
             let log = Arc::clone(&log);
             std::thread::spawn(move || {
                 for line in BufReader::new(output).lines().map_while(Result::ok) {
                     log.lock().expect("no reader panicked").push(line);
                 }
-            });
-        }
-        Daemon { child, log }
+            })
+        });
+        Daemon { child, readers: readers.collect(), log }
     }
 
     /// Starts it and waits until it is ready.
@@ -156,8 +158,10 @@ impl Daemon {
     /// When it does not end in time.
     pub async fn ended(&mut self) -> ExitStatus {
         let status = eventually("the end of the daemon", async || self.child.try_wait().expect("our child")).await;
-        // The readers of its output end with it; the last lines may still be on their way.
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        // Its last lines may still be on their way.
+        for reader in self.readers.drain(..) {
+            reader.join().expect("no reader panicked");
+        }
         status
     }
 
