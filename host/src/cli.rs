@@ -1,7 +1,8 @@
 //! The command line: one file per subcommand. Exit codes: 0 done or stopped by a signal; 64 usage and settings; 65 the
-//! schema is not ours; 1 anything else.
+//! schema is not ours; 66 not found; 1 anything else.
 
 mod migrate;
+mod plugin;
 mod run;
 
 use std::process::ExitCode;
@@ -14,6 +15,8 @@ use crate::config::{DatabaseArgs, Mistakes, RunArgs};
 const USAGE: u8 = 64;
 /// The database's schema is not ours (`EX_DATAERR` of sysexits.h).
 const SCHEMA: u8 = 65;
+/// There is no such thing (`EX_NOINPUT` of sysexits.h).
+const NOT_FOUND: u8 = 66;
 
 /// Turns rows in PostgreSQL into messages in RabbitMQ, on time.
 #[derive(Debug, Parser)]
@@ -27,6 +30,9 @@ struct Cli {
 enum Command {
     /// Runs the daemon
     Run(Box<RunArgs>),
+    /// For authors of plugins: new, check, test, list, install, replay
+    #[command(subcommand)]
+    Plugin(plugin::Command),
     /// Creates or updates the schema `tidings` in the database
     Migrate(DatabaseArgs),
 }
@@ -51,6 +57,7 @@ pub fn main() -> ExitCode {
             Ok(config) => runtime.block_on(run::run(config)),
             Err(mistakes) => usage(&mistakes),
         },
+        Command::Plugin(command) => runtime.block_on(plugin::run(command)),
         Command::Migrate(args) => match args.check() {
             Ok(url) => runtime.block_on(migrate::migrate(&url)),
             Err(mistakes) => usage(&mistakes),

@@ -2,6 +2,7 @@
 //! the sentences contains a password.
 
 use std::fmt;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -18,6 +19,23 @@ pub struct DatabaseArgs {
     database_url: Option<String>,
 }
 
+/// Where the daemon keeps what it remembers.
+#[derive(Args, Clone, Debug)]
+pub struct StateArgs {
+    /// A private directory for compiled plugins and the last good version of each [default: $STATE_DIRECTORY,
+    /// $XDG_STATE_HOME/tidings, or ~/.local/state/tidings]
+    #[arg(long, env = "TIDINGS_STATE_DIR", value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+}
+
+/// Where the daemon answers over HTTP.
+#[derive(Args, Clone, Debug)]
+pub struct HttpArgs {
+    /// The address and port of the daemon's HTTP interface
+    #[arg(long, env = "TIDINGS_HTTP_ADDR", value_name = "ADDR:PORT", default_value = "127.0.0.1:7070")]
+    http_addr: String,
+}
+
 /// The settings of `tidings run`, as they were typed.
 #[derive(Args, Debug)]
 pub struct RunArgs {
@@ -29,6 +47,10 @@ pub struct RunArgs {
     /// The directory with the plugins, one .wasm file each
     #[arg(long, env = "TIDINGS_PLUGIN_DIR", value_name = "DIR")]
     plugin_dir: Option<String>,
+    #[command(flatten)]
+    state: StateArgs,
+    #[command(flatten)]
+    http: HttpArgs,
     /// The exchange to publish to; the dead-letter exchange and the daemon's queues are named after it
     #[arg(long, env = "TIDINGS_EXCHANGE", value_name = "NAME", default_value = "tidings")]
     exchange: String,
@@ -58,6 +80,10 @@ pub struct Config {
     pub amqp_url: SecretUrl,
     /// `TIDINGS_PLUGIN_DIR`, an existing directory.
     pub plugin_dir: PathBuf,
+    /// `TIDINGS_STATE_DIR`
+    pub state_dir: PathBuf,
+    /// `TIDINGS_HTTP_ADDR`; port 0 = any that is free.
+    pub http_addr: SocketAddr,
     /// `TIDINGS_EXCHANGE`, 1 to 200 bytes, so that the names after it fit as well.
     pub exchange: String,
     /// `TIDINGS_QUEUE_TYPE`
@@ -110,6 +136,43 @@ impl DatabaseArgs {
     }
 }
 
+impl StateArgs {
+    /// The directory, given or by default: that of a systemd unit, else that of the user.
+    #[must_use]
+    pub fn dir(&self) -> PathBuf {
+        let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        (self.state_dir.clone().filter(|dir| !dir.as_os_str().is_empty()))
+            .or_else(|| variable("STATE_DIRECTORY"))
+            .or_else(|| variable("XDG_STATE_HOME").map(|dir| dir.join("tidings")))
+            .or_else(|| variable("HOME").map(|dir| dir.join(".local/state/tidings")))
+            .unwrap_or_else(|| "/var/lib/tidings".into())
+    }
+}
+
+impl HttpArgs {
+    /// Checks the setting.
+    ///
+    /// # Errors
+    ///
+    /// With the mistake.
+    pub fn check(self) -> Result<SocketAddr, Mistakes> {
+        let mut mistakes = unknown_variables();
+        let addr = self.addr(&mut mistakes);
+        addr.filter(|_| mistakes.is_empty()).ok_or(Mistakes(mistakes))
+    }
+
+    fn addr(self, mistakes: &mut Vec<String>) -> Option<SocketAddr> {
+        let addr = self.http_addr.parse().ok();
+        if addr.is_none() {
+            mistakes.push(format!(
+                "TIDINGS_HTTP_ADDR is {:?}, which is not an address and a port, such as 127.0.0.1:7070 or [::]:7070",
+                self.http_addr
+            ));
+        }
+        addr
+    }
+}
+
 impl RunArgs {
     /// Checks the settings.
     ///
@@ -133,6 +196,14 @@ impl RunArgs {
             }
             dir => dir,
         };
+        let state_dir = self.state.dir();
+        if plugin_dir.as_deref().is_some_and(|plugins| state_dir.starts_with(plugins)) {
+            mistakes.push(format!(
+                "TIDINGS_STATE_DIR is {}, inside TIDINGS_PLUGIN_DIR, where authors of plugins may write: give another one",
+                state_dir.display()
+            ));
+        }
+        let http_addr = self.http.addr(&mut mistakes);
         if !(1..=200).contains(&self.exchange.len()) || self.exchange.starts_with("amq.") {
             mistakes.push(format!(
                 "TIDINGS_EXCHANGE is {:?}, which is not a name of 1 to 200 bytes outside RabbitMQ's own amq.*",
@@ -164,6 +235,8 @@ impl RunArgs {
                 database_url: database_url?,
                 amqp_url: amqp_url?,
                 plugin_dir: plugin_dir?,
+                state_dir,
+                http_addr: http_addr?,
                 exchange: self.exchange,
                 queue_type: queue_type?,
                 sweep: Duration::from_millis(sweep_ms?.into()),

@@ -15,7 +15,8 @@ use crate::broker::Broker;
 use crate::config::Config;
 use crate::dispatcher::{Dispatcher, LANES};
 use crate::listener::Listener;
-use crate::plugins::{Engine, PluginSet};
+use crate::http::Http;
+use crate::plugins::{self, Engine, Metering, Registry, StateDir};
 use crate::store::{SchemaError, Store};
 use crate::wake::Wake;
 
@@ -30,8 +31,9 @@ const RETENTION_INTERVAL: Duration = Duration::from_hours(1);
 /// or a loop ended unasked. A server that is away is not an error: it is waited for.
 pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
     let wake = Arc::new(Wake::default());
-    // The lanes, the look, and the removal of history.
-    let store = Store::new(&config.database_url, LANES + 2);
+    // The lanes, the look, the release of held rows, the removal of history, and HTTP.
+    let store = Store::new(&config.database_url, LANES + 4);
+    let http = Http::bind(config.http_addr).await?;
     let broker = Arc::new(Broker::new(&config.amqp_url, &config.exchange, config.queue_type, Arc::clone(&wake)));
     let mut loops: JoinSet<anyhow::Result<()>> = JoinSet::new();
 
@@ -42,18 +44,17 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         let (broker, last) = (Arc::clone(&broker), last.clone());
         async move { Ok(broker.run(last, || _ = broker_ready.send(())).await?) }
     });
-    let prepared = prepare(&config, &store);
-    let Some(plugins) = unless_ended(&mut loops, &shutdown, prepared).await?.transpose()? else {
+    let prepared = prepare(&config, &store, &wake);
+    let Some(registry) = unless_ended(&mut loops, &shutdown, prepared).await?.transpose()? else {
         return drain(loops, &last).await;
     };
     if unless_ended(&mut loops, &shutdown, connected).await?.is_none() {
         return drain(loops, &last).await;
     }
 
-    let kinds = plugins.kinds();
     let (listener_ready, listening) = oneshot::channel();
     let listener =
-        Listener { store: store.clone(), wake: Arc::clone(&wake), kinds: kinds.clone(), notify: config.notify };
+        Listener { store: store.clone(), wake: Arc::clone(&wake), kinds: registry.kinds(), notify: config.notify };
     loops.spawn({
         let shutdown = shutdown.clone();
         async move {
@@ -68,6 +69,17 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
             Ok(())
         }
     });
+    loops.spawn({
+        let (registry, shutdown) = (Arc::clone(&registry), shutdown.clone());
+        async move {
+            plugins::watch(registry, shutdown).await;
+            Ok(())
+        }
+    });
+    loops.spawn({
+        let (registry, store, shutdown) = (Arc::clone(&registry), store.clone(), shutdown.clone());
+        async move { http.run(registry, store, shutdown).await }
+    });
     // The listener announces our kinds; before that, another daemon might hold their rows.
     if unless_ended(&mut loops, &shutdown, listening).await?.is_none() {
         return drain(loops, &last).await;
@@ -76,11 +88,11 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         store,
         broker,
         wake,
-        plugins: Arc::new(plugins),
+        plugins: Arc::clone(&registry),
         sweep: config.sweep,
         max_attempts: config.max_attempts,
     };
-    info!(kinds = kinds.join(" "), "ready");
+    info!(kinds = registry.current().kinds().join(" "), "ready");
 
     // It ends when it is asked to and nothing is in flight any more.
     let dispatched = dispatcher.run(shutdown.clone());
@@ -91,23 +103,18 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
 }
 
 /// The database, its schema, and the plugins.
-async fn prepare(config: &Config, store: &Store) -> anyhow::Result<PluginSet> {
+async fn prepare(config: &Config, store: &Store, wake: &Arc<Wake>) -> anyhow::Result<Arc<Registry>> {
     wait_for_database(store).await?;
     info!(database = store.place(), "connected to PostgreSQL");
-    let engine = Engine::new()?;
-    let loaded = PluginSet::load(&engine, &config.plugin_dir).await;
-    let (plugins, refused) =
-        loaded.with_context(|| format!("could not read the plugin directory {}", config.plugin_dir.display()))?;
-    for plugin in plugins.plugins() {
-        info!(plugin = plugin.label(), kinds = plugin.kinds().join(" "), "loaded {}", plugin.file().display());
+    let state = StateDir::open(&config.state_dir)?;
+    let engine = Engine::new(Some(&state.cache()), Metering::Time)?;
+    let registry = Arc::new(Registry::new(engine, &config.plugin_dir, state, Arc::clone(wake)));
+    let loaded = registry.load_all().await;
+    loaded.with_context(|| format!("could not read the plugin directory {}", config.plugin_dir.display()))?;
+    if registry.current().kinds().is_empty() {
+        warn!("no plugin in {}: every row is held until one comes", config.plugin_dir.display());
     }
-    for refusal in refused {
-        warn!(error = &refusal as &dyn std::error::Error, "a plugin does not serve, the others do");
-    }
-    if plugins.kinds().is_empty() {
-        warn!("no plugin in {}: every row will be held", config.plugin_dir.display());
-    }
-    Ok(plugins)
+    Ok(registry)
 }
 
 /// Waits until the database can be used, and checks its schema.

@@ -16,7 +16,7 @@ use crate::broker::{Broker, Verdict};
 use crate::clock::unix_ms;
 use crate::event::{BuildError, LONGEST_TTL_MS};
 use crate::message::{Expired, Message};
-use crate::plugins::{Build, PluginSet};
+use crate::plugins::{Build, Registry};
 use crate::schedule::Schedule;
 use crate::store::{Outcome, Settlement, Store, StoreError};
 
@@ -24,16 +24,14 @@ use crate::store::{Outcome, Settlement, Store, StoreError};
 const BATCH: i64 = 500;
 
 /// What a batch needs.
-#[derive(Debug)]
+#[expect(missing_debug_implementations, reason = "the plugins have none")]
 pub struct Delivery {
     /// Where the rows are.
     pub store: Store,
     /// Where the messages go.
     pub broker: Arc<Broker>,
     /// What builds the events.
-    pub plugins: Arc<PluginSet>,
-    /// The kinds of `plugins`.
-    pub kinds: Vec<String>,
+    pub plugins: Arc<Registry>,
     /// Failures of a plugin after which a row is parked.
     pub max_attempts: u32,
 }
@@ -56,6 +54,7 @@ pub enum Delivered {
 struct InFlight {
     plugin: String,
     event_digest: String,
+    built_ms: i64,
     refusals: u32,
 }
 
@@ -66,7 +65,9 @@ impl Delivery {
     ///
     /// When the database does not answer. Then the rows are as they were, or as they were to become.
     pub async fn deliver_batch(&self) -> Result<Delivered, StoreError> {
-        let Some(mut claim) = self.store.claim(&self.kinds, BATCH).await? else {
+        // One set from beginning to end, whatever is loaded meanwhile.
+        let plugins = self.plugins.current();
+        let Some(mut claim) = self.store.claim(plugins.kinds(), BATCH).await? else {
             return Ok(Delivered::Nothing);
         };
         let (more, clock) = (claim.more, claim.clock());
@@ -76,7 +77,7 @@ impl Delivery {
             std::mem::take(&mut claim.rows).into_iter().partition(|row| row.expires_at.is_some_and(|at| at <= now));
         let mut settlements: Vec<Settlement> = expired.iter().map(|row| expired_row(row, unix_ms(now))).collect();
 
-        let builds = self.plugins.build(due, clock).await;
+        let builds = plugins.build(due, clock).await;
 
         let mut messages = Vec::new();
         let mut in_flight = HashMap::new();
@@ -85,12 +86,12 @@ impl Delivery {
             let Some(outcome) = outcome else { continue };
             let settlement = match outcome {
                 Ok(built) => {
-                    let event_digest = built.event.digest();
+                    let (event_digest, built_ms) = (built.event.digest(), built.built_ms);
                     match Message::new(&schedule, built, self.broker.exchange(), clock.now_ms()) {
                         Ok(message) => {
                             messages.push(message);
-                            in_flight
-                                .insert(schedule.id, InFlight { plugin, event_digest, refusals: schedule.refusals });
+                            let sent = InFlight { plugin, event_digest, built_ms, refusals: schedule.refusals };
+                            in_flight.insert(schedule.id, sent);
                             continue;
                         }
                         Err(Expired(at)) => Outcome::Expired(format!("its event's deadline, {at} ms, had come")),
@@ -135,6 +136,7 @@ impl Delivery {
                 debug!(schedule.id = %id, schedule.kind = kind, error, ?after, "its plugin wants to be asked again");
                 Outcome::Retry { error, after, failed: false }
             }
+            BuildError::Unavailable(error, after) => Outcome::Waits { error, after },
             BuildError::Failed(reason) if schedule.failures.saturating_add(1) >= self.max_attempts => {
                 let reason = format!("failed {} times, at last: {reason}", self.max_attempts);
                 warn!(schedule.id = %id, schedule.kind = kind, reason, "parked {id}");
@@ -158,9 +160,9 @@ fn expired_row(row: &Schedule, now_ms: i64) -> Settlement {
 
 /// What the broker's verdict makes of a row; nothing if we do not know, since then it stays due.
 fn arrived(id: Uuid, sent: InFlight, verdict: Verdict) -> Option<Settlement> {
-    let InFlight { plugin, event_digest, refusals } = sent;
+    let InFlight { plugin, event_digest, built_ms, refusals } = sent;
     let outcome = match verdict {
-        Verdict::Confirmed(confirmed) => Outcome::Delivered { confirmed, event_digest },
+        Verdict::Confirmed(confirmed) => Outcome::Delivered { confirmed, event_digest, built_ms },
         Verdict::Refused(error) => {
             let after = REFUSED.jittered(refusals);
             // The first is worth a line; the rest can be read in last_error.
@@ -180,14 +182,14 @@ mod tests {
 
     #[test]
     fn an_unknown_verdict_settles_nothing() {
-        let sent = InFlight { plugin: "p".into(), event_digest: "d".into(), refusals: 0 };
+        let sent = InFlight { plugin: "p".into(), event_digest: "d".into(), built_ms: 0, refusals: 0 };
         assert!(arrived(Uuid::nil(), sent, Verdict::Unknown).is_none());
     }
 
     #[test]
     fn a_refusal_waits_longer_each_time_and_spends_no_attempt() {
         let after = |refusals| {
-            let sent = InFlight { plugin: "p".into(), event_digest: "d".into(), refusals };
+            let sent = InFlight { plugin: "p".into(), event_digest: "d".into(), built_ms: 0, refusals };
             match arrived(Uuid::nil(), sent, Verdict::Refused("no queue".into())).map(|settlement| settlement.outcome) {
                 Some(Outcome::Refused { after, .. }) => after,
                 other => panic!("{other:?}"),

@@ -15,15 +15,15 @@ use tracing::{info, warn};
 use crate::backoff::RECONNECT;
 use crate::broker::Broker;
 use crate::delivery::{Delivered, Delivery};
-use crate::plugins::PluginSet;
+use crate::plugins::Registry;
 use crate::store::{Store, StoreError};
-use crate::wake::{Outlook, Wake, wait};
+use crate::wake::{Wake, wait};
 
 /// Batches that are delivered side by side: while one waits for the broker, another keeps the database busy.
 pub const LANES: u32 = 4;
 
 /// What the dispatcher works with.
-#[derive(Debug)]
+#[expect(missing_debug_implementations, reason = "the plugins have none")]
 pub struct Dispatcher {
     /// Where the rows are.
     pub store: Store,
@@ -32,7 +32,7 @@ pub struct Dispatcher {
     /// Reasons to look again.
     pub wake: Arc<Wake>,
     /// What builds the events.
-    pub plugins: Arc<PluginSet>,
+    pub plugins: Arc<Registry>,
     /// The longest time between two looks.
     pub sweep: Duration,
     /// Failures of a plugin after which a row is parked.
@@ -43,6 +43,8 @@ pub struct Dispatcher {
 #[derive(Default)]
 struct State {
     lanes: JoinSet<Result<Delivered, StoreError>>,
+    /// Puts held rows back into the queue, if some were found whose plugin has arrived.
+    release: JoinSet<Result<u64, StoreError>>,
     /// Claims in a row that came to nothing although rows were due.
     empty_claims: u32,
     /// Looks and batches in a row that a server did not see through.
@@ -54,30 +56,30 @@ struct State {
 impl Dispatcher {
     /// Runs until `shutdown`, and then until the batches in flight have ended.
     pub async fn run(self, shutdown: CancellationToken) {
-        let kinds = self.plugins.kinds();
         let delivery = Arc::new(Delivery {
             store: self.store.clone(),
             broker: Arc::clone(&self.broker),
             plugins: Arc::clone(&self.plugins),
-            kinds: kinds.clone(),
             max_attempts: self.max_attempts,
         });
         let mut state = State::default();
         loop {
-            let wait = self.look_and_start(&kinds, &delivery, &mut state).await;
+            let wait = self.look_and_start(&delivery, &mut state).await;
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break,
-                Some(ended) = state.lanes.join_next() => self.lane_ended(ended, &kinds, &delivery, &mut state).await,
+                Some(ended) = state.lanes.join_next() => self.lane_ended(ended, &delivery, &mut state).await,
+                Some(ended) = state.release.join_next() => state.release_ended(ended),
                 () = self.wake.woken() => state.empty_claims = 0,
                 () = tokio::time::sleep(wait) => {}
             }
         }
+        state.release.abort_all();
         while state.lanes.join_next().await.is_some() {}
     }
 
     /// Looks at the queue, starts a lane if rows are due, and says how long to wait.
-    async fn look_and_start(&self, kinds: &[String], delivery: &Arc<Delivery>, state: &mut State) -> Duration {
+    async fn look_and_start(&self, delivery: &Arc<Delivery>, state: &mut State) -> Duration {
         let paused = state.not_before.map(|instant| instant.saturating_duration_since(Instant::now()));
         if let Some(left) = paused.filter(|left| !left.is_zero()) {
             return left;
@@ -87,10 +89,17 @@ impl Dispatcher {
             return self.sweep;
         }
         let asked_at = Instant::now();
-        let outlook = match self.look(kinds).await {
-            Ok(outlook) => outlook,
+        let plugins = self.plugins.current();
+        let look = match self.store.look(plugins.kinds()).await {
+            Ok(look) => look,
             Err(error) => return state.failed(&error),
         };
+        if look.held_for_us && state.release.is_empty() {
+            // Beside the loop, since there may be millions; the first of them are due before the last are released.
+            let (store, wake) = (self.store.clone(), Arc::clone(&self.wake));
+            state.release.spawn(async move { store.release_held(plugins.kinds(), || wake.wake()).await });
+        }
+        let outlook = look.outlook;
         if outlook.due {
             state.start(delivery);
         } else {
@@ -99,25 +108,14 @@ impl Dispatcher {
         wait(outlook, asked_at.elapsed(), state.empty_claims, self.sweep)
     }
 
-    async fn look(&self, kinds: &[String]) -> Result<Outlook, StoreError> {
-        let mut look = self.store.look(kinds).await?;
-        if look.held_for_us {
-            let released = self.store.release_held(kinds).await?;
-            info!(released, "released held rows, their plugin is here");
-            look = self.store.look(kinds).await?;
-        }
-        Ok(look.outlook)
-    }
-
     async fn lane_ended(
         &self,
         ended: Result<Result<Delivered, StoreError>, tokio::task::JoinError>,
-        kinds: &[String],
         delivery: &Arc<Delivery>,
         state: &mut State,
     ) {
         match ended {
-            Ok(Ok(Delivered::Nothing)) => match self.store.hold_unserved(kinds).await {
+            Ok(Ok(Delivered::Nothing)) => match self.store.hold_unserved(self.plugins.current().kinds()).await {
                 Ok(held) if held.is_empty() => state.empty_claims = state.empty_claims.saturating_add(1),
                 Ok(held) => {
                     for (kind, rows) in held {
@@ -156,6 +154,18 @@ impl State {
         if self.lanes.len() < lanes {
             let delivery = Arc::clone(delivery);
             self.lanes.spawn(async move { delivery.deliver_batch().await });
+        }
+    }
+
+    /// Held rows were released, or some of them.
+    fn release_ended(&mut self, ended: Result<Result<u64, StoreError>, tokio::task::JoinError>) {
+        match ended {
+            Ok(Ok(released)) => info!(released, "released held rows, their plugin is here"),
+            Ok(Err(error)) => drop(self.failed(&error)),
+            Err(panic) => {
+                tracing::error!(error = &panic as &dyn std::error::Error, "releasing held rows panicked");
+                self.pause();
+            }
         }
     }
 

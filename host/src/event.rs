@@ -1,6 +1,8 @@
 //! What a plugin makes of a row, checked: whatever passes here can be published without the broker closing the channel
 //! on everybody else. No I/O.
 
+use std::time::Duration;
+
 use sha2::{Digest as _, Sha256};
 use thiserror::Error;
 
@@ -96,6 +98,30 @@ impl Event {
         hex(&hash.finalize())
     }
 
+    /// Where it goes.
+    #[must_use]
+    pub fn routing_key(&self) -> &str {
+        &self.routing_key
+    }
+
+    /// What the body is.
+    #[must_use]
+    pub fn content_type(&self) -> &str {
+        &self.content_type
+    }
+
+    /// The body.
+    #[must_use]
+    pub fn body(&self) -> &[u8] {
+        &self.body
+    }
+
+    /// Its own headers.
+    #[must_use]
+    pub fn headers(&self) -> &[(String, String)] {
+        &self.headers
+    }
+
     /// The length of the body, in bytes.
     #[must_use]
     pub fn body_len(&self) -> usize {
@@ -123,6 +149,8 @@ pub fn hex(bytes: &[u8]) -> String {
 pub struct BuiltEvent {
     /// What to publish.
     pub event: Event,
+    /// The `now-ms` that the plugin was given.
+    pub built_ms: i64,
     /// The instant after which nobody may see it, in milliseconds since the Unix epoch: the plugin's ttl counted from
     /// the `now-ms` that it was given. `None` = the plugin set none.
     pub expires_ms: Option<i64>,
@@ -152,6 +180,8 @@ pub enum BuildError {
     Skip(String),
     /// The plugin trapped, blew a limit or broke the contract.
     Failed(String),
+    /// The plugin was not asked, since it fails whatever it is asked; ask again after this time.
+    Unavailable(String, Duration),
 }
 
 #[cfg(test)]

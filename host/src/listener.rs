@@ -8,11 +8,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::postgres::PgListener;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::backoff::RECONNECT;
-use crate::store::{Store, announce};
+use crate::store::{Store, announce, withdraw};
 use crate::wake::Wake;
 
 /// The channel of the triggers in `migrations/0003_triggers.sql`.
@@ -30,15 +31,15 @@ pub struct Listener {
     pub store: Store,
     /// Woken at every notification and every doubt.
     pub wake: Arc<Wake>,
-    /// The kinds to announce.
-    pub kinds: Vec<String>,
+    /// The kinds to announce, whenever they change.
+    pub kinds: watch::Receiver<Vec<String>>,
     /// Whether to listen, or only to announce.
     pub notify: bool,
 }
 
 impl Listener {
     /// Listens until `shutdown`. `ready` is called when it listens for the first time.
-    pub async fn run(self, shutdown: CancellationToken, ready: impl FnOnce() + Send) {
+    pub async fn run(mut self, shutdown: CancellationToken, ready: impl FnOnce() + Send) {
         let mut ready = Some(ready);
         let mut failures = 0;
         while !shutdown.is_cancelled() {
@@ -65,14 +66,14 @@ impl Listener {
     }
 
     /// Connects, and wakes until something breaks, which it returns.
-    async fn listen(&self, mut connected: impl FnMut()) -> sqlx::Error {
+    async fn listen(&mut self, mut connected: impl FnMut()) -> sqlx::Error {
         match self.try_listen(&mut connected).await {
             Ok(never) => match never {},
             Err(error) => error,
         }
     }
 
-    async fn try_listen(&self, connected: &mut impl FnMut()) -> Result<std::convert::Infallible, sqlx::Error> {
+    async fn try_listen(&mut self, connected: &mut impl FnMut()) -> Result<std::convert::Infallible, sqlx::Error> {
         let pool = self.store.pool_for_listener();
         let mut listener = within(async {
             let mut listener = PgListener::connect_with(&pool).await?;
@@ -84,13 +85,29 @@ impl Listener {
             Ok(listener)
         })
         .await?;
-        within(announce(&mut listener, &self.kinds)).await?;
+        let mut announced = self.kinds.borrow_and_update().clone();
+        within(announce(&mut listener, &announced)).await?;
         info!(notify = self.notify, "connected for notifications");
         // What was written before we listened was not notified to us.
         self.wake.wake();
         connected();
         loop {
-            match tokio::time::timeout(SILENCE, listener.try_recv()).await {
+            let heard = tokio::select! {
+                biased;
+                // Receiving is cancel-safe: what was read stays in the connection's buffer.
+                Ok(()) = self.kinds.changed() => {
+                    let kinds = self.kinds.borrow_and_update().clone();
+                    let (new, gone) = (without(&kinds, &announced), without(&announced, &kinds));
+                    within(announce(&mut listener, &new)).await?;
+                    within(withdraw(&mut listener, &gone)).await?;
+                    announced = kinds;
+                    // Rows of the kinds that are gone can be held from now on.
+                    self.wake.wake();
+                    continue;
+                }
+                heard = tokio::time::timeout(SILENCE, listener.try_recv()) => heard,
+            };
+            match heard {
                 Ok(Ok(Some(_))) => {
                     while listener.next_buffered().is_some() {}
                     self.wake.wake();
@@ -103,6 +120,11 @@ impl Listener {
             }
         }
     }
+}
+
+/// What is in `these` and not in `those`.
+fn without(these: &[String], those: &[String]) -> Vec<String> {
+    these.iter().filter(|kind| !those.contains(kind)).cloned().collect()
 }
 
 /// Gives up after [`PATIENCE`].

@@ -124,7 +124,7 @@ mod tests {
     fn built(expires_ms: Option<i64>) -> BuiltEvent {
         let headers = vec![("both".to_owned(), "event".to_owned())];
         let event = Event::new("a.b".into(), "text/plain".into(), b"body".to_vec(), headers).expect("an event");
-        BuiltEvent { event, expires_ms, plugin: "p@1+00000000".into() }
+        BuiltEvent { event, built_ms: 0, expires_ms, plugin: "p@1+00000000".into() }
     }
 
     #[test]

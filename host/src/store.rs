@@ -21,7 +21,8 @@ use crate::secret_url::SecretUrl;
 use crate::wake::Outlook;
 
 pub use claim::Claim;
-pub(crate) use kinds::announce;
+pub use history::Delivered;
+pub(crate) use kinds::{announce, withdraw};
 pub use schema::SchemaError;
 pub use settle::{Outcome, Settlement};
 

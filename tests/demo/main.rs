@@ -104,6 +104,8 @@ async fn start(binary: &Path, plugins: &Path, urls: &Urls) -> Daemon {
         .with("TIDINGS_DATABASE_URL", &urls.database)
         .with("TIDINGS_AMQP_URL", &urls.amqp)
         .with("TIDINGS_PLUGIN_DIR", plugins.display())
+        .with("TIDINGS_STATE_DIR", harness::target().join("demo-state").display())
+        .with("TIDINGS_HTTP_ADDR", "127.0.0.1:0")
         .ready()
         .await
 }

@@ -15,7 +15,7 @@ use crate::eventually;
 #[derive(Clone, Debug)]
 pub struct Launch {
     binary: PathBuf,
-    subcommand: String,
+    arguments: Vec<String>,
     environment: Vec<(String, String)>,
 }
 
@@ -32,13 +32,20 @@ impl Launch {
     /// `tidings SUBCOMMAND` without any settings.
     #[must_use]
     pub fn new(binary: &Path, subcommand: &str) -> Self {
-        Self { binary: binary.to_owned(), subcommand: subcommand.to_owned(), environment: Vec::new() }
+        Self { binary: binary.to_owned(), arguments: vec![subcommand.to_owned()], environment: Vec::new() }
     }
 
     /// With another subcommand.
     #[must_use]
     pub fn subcommand(mut self, subcommand: &str) -> Self {
-        subcommand.clone_into(&mut self.subcommand);
+        self.arguments = vec![subcommand.to_owned()];
+        self
+    }
+
+    /// With further arguments.
+    #[must_use]
+    pub fn args<A: AsRef<std::ffi::OsStr>>(mut self, arguments: impl IntoIterator<Item = A>) -> Self {
+        self.arguments.extend(arguments.into_iter().map(|argument| argument.as_ref().to_string_lossy().into_owned()));
         self
     }
 
@@ -65,7 +72,7 @@ impl Launch {
     #[must_use]
     pub fn start(&self) -> Daemon {
         let mut command = Command::new(&self.binary);
-        command.arg(&self.subcommand);
+        command.args(&self.arguments);
         for (name, _) in std::env::vars_os() {
             if name.to_string_lossy().starts_with("TIDINGS_") {
                 command.env_remove(name);
@@ -139,6 +146,22 @@ impl Daemon {
     #[must_use]
     pub fn log(&self) -> String {
         self.log.lock().expect("no reader panicked").join("\n")
+    }
+
+    /// The address of its HTTP interface.
+    ///
+    /// # Panics
+    ///
+    /// When it does not say it in time.
+    pub async fn http_addr(&mut self) -> String {
+        let line = self.wait_for_line("HTTP at http://").await;
+        line.rsplit("http://").next().expect("there is one").to_owned()
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// Sends a signal.

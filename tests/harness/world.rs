@@ -126,11 +126,37 @@ impl World {
     ///
     /// When there is no such plugin.
     pub fn install(&self, plugin: &str) {
+        self.put(&format!("{plugin}.wasm"), &std::fs::read(Self::built(plugin)).expect("it is there"));
+    }
+
+    /// The file of a plugin of the repository or of tests/fixtures, as it was built.
+    ///
+    /// # Panics
+    ///
+    /// When there is no such plugin.
+    #[must_use]
+    pub fn built(plugin: &str) -> PathBuf {
         let file = format!("{plugin}.wasm");
-        let from =
-            [&shared().plugins, &shared().fixtures].map(|dir| dir.join(&file)).into_iter().find(|path| path.exists());
-        std::fs::copy(from.unwrap_or_else(|| panic!("no plugin {plugin}")), self.plugin_dir.join(file))
-            .expect("copied");
+        let found = [&shared().plugins, &shared().fixtures].map(|dir| dir.join(&file));
+        found.into_iter().find(|path| path.exists()).unwrap_or_else(|| panic!("no plugin {plugin}"))
+    }
+
+    /// Puts bytes into the plugin directory as `file`, all of them or nothing.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot.
+    pub fn put(&self, file: &str, bytes: &[u8]) {
+        let aside = self.plugin_dir.join(format!(".{file}"));
+        std::fs::write(&aside, bytes).expect("written");
+        std::fs::rename(aside, self.plugin_dir.join(file)).expect("renamed");
+    }
+
+    /// Runs `tidings` with `arguments` in this world to its end, and returns its exit code and what it wrote.
+    pub async fn tidings<A: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> (i32, String) {
+        let mut arguments = arguments.into_iter();
+        let first = arguments.next().map(|first| first.as_ref().to_string_lossy().into_owned()).unwrap_or_default();
+        self.launch().subcommand(&first).args(arguments).finished().await
     }
 
     /// How to start a daemon for this world.
@@ -141,6 +167,15 @@ impl World {
             .with("TIDINGS_DATABASE_URL", database_url(postgres_port, &self.name))
             .with("TIDINGS_AMQP_URL", amqp_url(rabbitmq_port, &self.name))
             .with("TIDINGS_PLUGIN_DIR", self.plugin_dir.display())
+            .with("TIDINGS_STATE_DIR", self.state_dir().display())
+            // Any port that is free: the log says which.
+            .with("TIDINGS_HTTP_ADDR", "127.0.0.1:0")
+    }
+
+    /// What its daemons remember; made by them.
+    #[must_use]
+    pub fn state_dir(&self) -> PathBuf {
+        crate::target().join("plugin-dirs").join(format!("{}.state", self.name))
     }
 
     /// A running daemon, with a sweep so long that only wakes and due times can be what makes it act.

@@ -1,15 +1,17 @@
-//! What is checked of a file before it may serve: that it can be read, is a component, and is of our world. The words are
-//! for the plugin's author; the linker's own are about types.
+//! What is checked of a component before it may serve: that it is of our world. The words are for the plugin's author;
+//! the linker's own are about types.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use thiserror::Error;
 use wasmtime::component::Component;
 
 use super::engine::{Engine, OFFERED};
 
-/// A larger file is not read. Interpreters of other languages are 10 to 40 MiB.
-const FILE_BYTES: u64 = 64 * 1024 * 1024;
+/// The package whose world plugins are of.
+const PACKAGE: &str = "tidings:plugin/";
+/// The version of the package that is served, without the last number, which tells nothing about compatibility.
+const SERVED: &str = "0.1";
 /// The interface that a plugin must export.
 const BUILDER: &str = "tidings:plugin/builder@0.1.0";
 
@@ -21,19 +23,27 @@ pub enum LoadError {
     Read(std::io::Error),
     #[error("it is not a regular file")]
     NotAFile,
-    #[error("it has {0} bytes, more than {FILE_BYTES}")]
-    TooLarge(u64),
+    #[error("it has {bytes} bytes, more than {limit}")]
+    TooLarge { bytes: u64, limit: u64 },
+    #[error("it keeps changing while it is read; copy it aside and rename it, as `tidings plugin install` does")]
+    Changing,
     #[error(
         "it is {0}, not a WebAssembly component; build it with `cargo build --target wasm32-wasip2` or `cargo component build`"
     )]
     NotAComponent(&'static str),
     #[error("{} cannot be used: {reason}", .file.display())]
     Settings { file: PathBuf, reason: String },
-    #[error("it is damaged or uses what this daemon does not know: {0}")]
-    Compile(String),
-    #[error("it imports {0}, which plugins are not given: they have no network, files, environment or clock")]
+    #[error("it is damaged, cut off perhaps, or uses what this daemon does not know: {0}")]
+    Damaged(String),
+    #[error("it is too costly to compile: it has or needs {0}")]
+    TooCostly(String),
+    #[error("the process that compiles it could not be run: {0}")]
+    Process(std::io::Error),
+    #[error("it speaks tidings:plugin {0}; this daemon serves {SERVED}: build it with the wit/plugin.wit of this daemon")]
+    Version(String),
+    #[error("it imports {0}")]
     Imports(String),
-    #[error("it does not export {BUILDER}{0}")]
+    #[error("it does not export {BUILDER}{0}; build it for the world plugin of wit/plugin.wit")]
     NoBuilder(String),
     #[error("it does not fit wit/plugin.wit: {0}")]
     Link(String),
@@ -43,47 +53,37 @@ pub enum LoadError {
     Description(String),
     #[error("the kind {kind:?} is served by {} already", .by.display())]
     KindTaken { kind: String, by: PathBuf },
+    #[error("this version was rolled back and is quarantined ({0}); build a new one, or remove its file below quarantined/ in the state directory")]
+    Quarantined(String),
 }
 
-/// Reads a regular file that is not too large.
-pub(super) fn read(file: &Path) -> Result<Vec<u8>, LoadError> {
-    let metadata = std::fs::metadata(file).map_err(LoadError::Read)?;
-    if !metadata.is_file() {
-        return Err(LoadError::NotAFile);
-    }
-    if metadata.len() > FILE_BYTES {
-        return Err(LoadError::TooLarge(metadata.len()));
-    }
-    std::fs::read(file).map_err(LoadError::Read)
-}
-
-/// What the bytes are, if they are not a component.
-pub(super) fn other_than_component(bytes: &[u8]) -> Option<&'static str> {
-    match bytes {
-        [] => Some("empty"),
-        // The magic number, the version of the component format, and its layer.
-        [0, b'a', b's', b'm', _, _, 1, 0, ..] => None,
-        [0, b'a', b's', b'm', _, _, 0, 0, ..] => Some("a core module"),
-        [0x7f, b'E', b'L', b'F', ..] => Some("native or precompiled code"),
-        [b'(', ..] => Some("WebAssembly text"),
-        [0, b'a', b's', b'm', ..] => Some("cut off"),
-        _ => Some("something else"),
+impl LoadError {
+    /// There is no such file.
+    #[must_use]
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::Read(error) if error.kind() == std::io::ErrorKind::NotFound)
     }
 }
 
-/// Checks by name what is imported and exported, since the linker's own words are about types.
+/// The names of what a component imports.
+pub(super) fn imports(engine: &Engine, component: &Component) -> Vec<String> {
+    component.component_type().imports(&engine.wasmtime).map(|(name, _)| name.to_owned()).collect()
+}
+
+/// Checks by name what is imported and exported.
 pub(super) fn check_world(engine: &Engine, component: &Component) -> Result<(), LoadError> {
-    let component_type = component.component_type();
-    let missing: Vec<String> = component_type
-        .imports(&engine.wasmtime)
-        .map(|(name, _)| name.to_owned())
-        .filter(|name| !is_offered(name))
-        .collect();
+    let imports = imports(engine, component);
+    let exports: Vec<String> =
+        component.component_type().exports(&engine.wasmtime).map(|(name, _)| name.to_owned()).collect();
+    if let Some(version) = imports.iter().chain(&exports).find_map(|name| foreign_version(name)) {
+        return Err(LoadError::Version(version.to_owned()));
+    }
+    let missing: Vec<String> =
+        imports.iter().filter(|name| !is_offered(name)).map(|name| format!("{name}, {}", why_not(name))).collect();
     if !missing.is_empty() {
-        return Err(LoadError::Imports(missing.join(", ")));
+        return Err(LoadError::Imports(missing.join("; ")));
     }
     if component.get_export_index(None, BUILDER).is_none() {
-        let exports: Vec<&str> = component_type.exports(&engine.wasmtime).map(|(name, _)| name).collect();
         let exported = if exports.is_empty() {
             ", nor anything else".to_owned()
         } else {
@@ -94,9 +94,32 @@ pub(super) fn check_world(engine: &Engine, component: &Component) -> Result<(), 
     Ok(())
 }
 
+/// The version of our package in a name, without its last number, if it is another than the one that is served.
+fn foreign_version(name: &str) -> Option<&str> {
+    let (_, version) = name.strip_prefix(PACKAGE)?.split_once('@')?;
+    // A version before a release is compatible with itself only.
+    let end = if version.contains('-') { None } else { version.rfind('.') };
+    let track = &version[..end.unwrap_or(version.len())];
+    (track != SERVED).then_some(track)
+}
+
 fn is_offered(import: &str) -> bool {
     let (interface, version) = import.split_once('@').unwrap_or((import, ""));
     OFFERED.iter().any(|(offered, track)| interface == *offered && version.starts_with(track))
+}
+
+/// Why an import is not there, and what an author can do.
+fn why_not(import: &str) -> &'static str {
+    let interface = import.split('@').next().unwrap_or(import);
+    if interface.starts_with("wasi:sockets") || interface.starts_with("wasi:http") {
+        "the network, which no plugin has: leave out what needs it (in JavaScript `--disable http fetch-event`, in Python `--stub-wasi`)"
+    } else if OFFERED.iter().any(|(offered, _)| interface == *offered) {
+        "of a version that is not served"
+    } else if interface.starts_with("wasi:") {
+        "a part of WASI that plugins are not given"
+    } else {
+        "which this daemon does not know: a plugin may import tidings:plugin/host and the inert parts of WASI 0.2"
+    }
 }
 
 pub(super) fn is_kind(kind: &str) -> bool {
@@ -112,17 +135,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_no_component_is_named() {
-        assert_eq!(other_than_component(b""), Some("empty"));
-        assert_eq!(other_than_component(b"\0asm\x01\0\0\0"), Some("a core module"));
-        assert_eq!(other_than_component(b"\0asm\x0d\0\x01\0"), None);
-        assert_eq!(other_than_component(b"\0asm\x0d"), Some("cut off"));
-        assert_eq!(other_than_component(b"(component)"), Some("WebAssembly text"));
-        assert_eq!(other_than_component(b"\x7fELF"), Some("native or precompiled code"));
-        assert_eq!(other_than_component(b"MZ"), Some("something else"));
-    }
-
-    #[test]
     fn only_inert_interfaces_of_the_known_versions_are_offered() {
         for name in ["tidings:plugin/host@0.1.0", "wasi:cli/stderr@0.2.12", "wasi:random/random@0.2.0"] {
             assert!(is_offered(name), "{name}");
@@ -136,6 +148,16 @@ mod tests {
         ] {
             assert!(!is_offered(name), "{name}");
         }
+    }
+
+    #[test]
+    fn another_version_of_our_package_is_told_from_a_compatible_one() {
+        assert_eq!(foreign_version("tidings:plugin/builder@0.1.0"), None);
+        assert_eq!(foreign_version("tidings:plugin/host@0.1.7"), None);
+        assert_eq!(foreign_version("tidings:plugin/builder@0.9.3"), Some("0.9"));
+        assert_eq!(foreign_version("tidings:plugin/types@1.0.0"), Some("1.0"));
+        assert_eq!(foreign_version("tidings:plugin/types@0.1.0-rc.1"), Some("0.1.0-rc.1"));
+        assert_eq!(foreign_version("wasi:cli/stderr@0.2.0"), None);
     }
 
     #[test]

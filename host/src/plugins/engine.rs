@@ -1,12 +1,13 @@
 //! One wasmtime engine, what is linked to every plugin, the clock that ends their loops, and threads of their own.
 
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
 use thiserror::Error;
 use tokio::runtime::{Handle, Runtime};
 use wasmtime::component::{HasData, Linker, ResourceTable};
-use wasmtime::{Config, EngineWeak, Strategy};
+use wasmtime::{Cache, CacheConfig, Config, EngineWeak, Strategy};
 use wasmtime_wasi::WasiView as _;
 
 use super::bindings;
@@ -15,6 +16,9 @@ use super::limits::TICK;
 
 /// What a plugin's own calls may use of the stack; a deeper recursion traps.
 const STACK_BYTES: usize = 1 << 20;
+
+/// The compiled code that is kept; the least used is removed beyond that.
+const CACHE_BYTES: u64 = 1 << 30;
 
 /// The interfaces that are linked, without their versions. Those of WASI are there since ordinary toolchains import
 /// them; nothing is behind them. Sockets and HTTP are not linked, so that a plugin with them is refused when it is loaded.
@@ -54,34 +58,70 @@ pub enum EngineError {
     Threads(#[from] std::io::Error),
 }
 
+/// How the work of plugins is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Metering {
+    /// By time, which costs next to nothing.
+    Time,
+    /// By counting instructions as well: the same on every machine, at half the speed. For `tidings plugin test`.
+    Fuel,
+}
+
+impl Metering {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Time => "time",
+            Self::Fuel => "fuel",
+        }
+    }
+
+    pub(super) fn named(name: &str) -> Option<Self> {
+        [Self::Time, Self::Fuel].into_iter().find(|metering| metering.name() == name)
+    }
+}
+
+/// Wasmtime, set up as everywhere here: compiled code is found again only under the same configuration.
+pub(super) fn wasmtime_engine(cache: Option<&Path>, metering: Metering) -> Result<wasmtime::Engine, String> {
+    let mut config = Config::new();
+    config
+        .strategy(Strategy::Cranelift)
+        .epoch_interruption(true)
+        .consume_fuel(metering == Metering::Fuel)
+        .max_wasm_stack(STACK_BYTES)
+        // What the host's functions need on the same stack stays free.
+        .async_stack_size(STACK_BYTES * 4)
+        .wasm_memory64(false)
+        .wasm_relaxed_simd(false);
+    if let Some(dir) = cache {
+        let mut cache = CacheConfig::new();
+        cache.with_directory(dir).with_files_total_size_soft_limit(CACHE_BYTES);
+        config.cache(Some(Cache::new(cache).map_err(|error| format!("{error:#}"))?));
+    }
+    wasmtime::Engine::new(&config).map_err(|error| format!("{error:#}"))
+}
+
 /// What all plugins share.
 #[expect(missing_debug_implementations, reason = "wasmtime's linker has none")]
 pub struct Engine {
     pub(super) wasmtime: wasmtime::Engine,
     pub(super) linker: Linker<Guest>,
+    /// Where compiled code is kept.
+    pub(super) cache: Option<PathBuf>,
+    pub(super) metering: Metering,
     ticker: Arc<Ticker>,
     /// Guests run here: one that computes for long never delays the daemon's own tasks. `None` only while dropping.
     guests: Option<Runtime>,
 }
 
 impl Engine {
-    /// Sets everything up.
+    /// Sets everything up. `cache` is where compiled code is kept, a private directory; without one every file is compiled
+    /// in this process.
     ///
     /// # Errors
     ///
     /// When this machine cannot run WebAssembly, or has no threads left.
-    pub fn new() -> Result<Arc<Self>, EngineError> {
-        let mut config = Config::new();
-        config
-            .strategy(Strategy::Cranelift)
-            .epoch_interruption(true)
-            .max_wasm_stack(STACK_BYTES)
-            // What the host's functions need on the same stack stays free.
-            .async_stack_size(STACK_BYTES * 4)
-            .wasm_memory64(false)
-            .wasm_relaxed_simd(false);
-        let wasmtime =
-            wasmtime::Engine::new(&config).map_err(|error| EngineError::WebAssembly(format!("{error:#}")))?;
+    pub fn new(cache: Option<&Path>, metering: Metering) -> Result<Arc<Self>, EngineError> {
+        let wasmtime = wasmtime_engine(cache, metering).map_err(EngineError::WebAssembly)?;
         let linker = link(&wasmtime).map_err(|error| EngineError::WebAssembly(format!("{error:#}")))?;
 
         let ticker = Arc::new(Ticker { active: AtomicUsize::new(0), thread: std::sync::OnceLock::new() });
@@ -95,7 +135,7 @@ impl Engine {
             .thread_name("plugin")
             .enable_time()
             .build()?;
-        Ok(Arc::new(Self { wasmtime, linker, ticker, guests: Some(guests) }))
+        Ok(Arc::new(Self { wasmtime, linker, cache: cache.map(Path::to_owned), metering, ticker, guests: Some(guests) }))
     }
 
     /// Where guests run.

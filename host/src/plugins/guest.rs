@@ -7,18 +7,16 @@ use tracing::Level;
 use wasmtime::Store;
 use wasmtime::UpdateDeadline;
 use wasmtime::component::ResourceTable;
-use wasmtime_wasi::p2::pipe::MemoryOutputPipe;
 use wasmtime_wasi::{Deterministic, HostMonotonicClock, HostWallClock, WasiCtx, WasiCtxView, WasiView};
 
 use super::bindings::tidings::plugin::{host, types};
+use super::last_words::LastWords;
 use super::limits::{Limiter, Limits, TICK};
 
 /// Lines that one call may log.
 const LOG_LINES: u32 = 100;
 /// Bytes of one line.
 const LOG_LINE_BYTES: usize = 4 * 1024;
-/// What is kept of what a plugin writes to its standard error, where toolchains put the text of a panic.
-const STDERR_BYTES: usize = 64 * 1024;
 /// Resources that a plugin may hold at once.
 const HANDLES: usize = 1_000;
 
@@ -29,7 +27,7 @@ pub(super) struct Guest {
     pub(super) limiter: Limiter,
     wasi: WasiCtx,
     table: ResourceTable,
-    stderr: MemoryOutputPipe,
+    last_words: LastWords,
     log_lines: u32,
     ticks: u64,
     ticks_allowed: u64,
@@ -43,11 +41,11 @@ impl Guest {
         config: Arc<BTreeMap<String, String>>,
         limits: &Limits,
     ) -> Store<Self> {
-        let stderr = MemoryOutputPipe::new(STDERR_BYTES);
+        let last_words = LastWords::default();
         let mut table = ResourceTable::new();
         table.set_max_capacity(HANDLES);
         let wasi = WasiCtx::builder()
-            .stderr(stderr.clone())
+            .stderr(last_words.clone())
             .wall_clock(NoClock)
             .monotonic_clock(NoClock)
             .secure_random(Deterministic::new(vec![0]))
@@ -61,7 +59,7 @@ impl Guest {
             limiter: Limiter::new(limits),
             wasi,
             table,
-            stderr,
+            last_words,
             log_lines: 0,
             ticks: 0,
             ticks_allowed: limits.cpu_ms.div_ceil(u64::try_from(TICK.as_millis()).expect("10")),
@@ -88,13 +86,17 @@ impl Guest {
     pub(super) fn begin_call(&mut self) {
         self.ticks = 0;
         self.log_lines = 0;
+        self.last_words.clear();
     }
 
-    /// The end of what the plugin wrote to its standard error.
+    /// The end of what the plugin wrote to its standard error during this call.
     pub(super) fn last_words(&self) -> String {
-        let contents = self.stderr.contents();
-        let tail = &contents[contents.len().saturating_sub(2_000)..];
-        String::from_utf8_lossy(tail).trim().to_owned()
+        self.last_words.text()
+    }
+
+    /// CPU time of this call so far, in steps of [`TICK`].
+    pub(super) fn cpu_ticks(&self) -> u64 {
+        self.ticks
     }
 }
 

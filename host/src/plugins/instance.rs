@@ -5,12 +5,17 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 
 use tokio::time::timeout;
-use wasmtime::{Store, Trap};
+use wasmtime::{Store, Trap, WasmBacktrace};
 
 use super::bindings::{Plugin as Bindings, PluginPre};
-use super::engine::Engine;
+use super::engine::{Engine, Metering};
 use super::guest::Guest;
-use super::limits::Limits;
+use super::limits::{Limits, TICK};
+
+/// Functions that are named when a plugin traps.
+const FRAMES: usize = 3;
+/// Parts of the names of functions in which every panic ends.
+const PANIC_MACHINERY: [&str; 6] = ["rust_panic", "panicking", "panic_fmt", "begin_panic", "__rust_", "abort"];
 
 /// A plugin in its store, alive until its first failure.
 pub(super) struct Instance {
@@ -27,6 +32,9 @@ impl Instance {
         limits: &Limits,
     ) -> Result<Self, String> {
         let mut store = Guest::store(&engine.wasmtime, label, config, limits);
+        if engine.metering == Metering::Fuel {
+            store.set_fuel(u64::MAX).expect("this engine counts fuel");
+        }
         match timeout(limits.wall(), pre.instantiate_async(&mut store)).await {
             Ok(Ok(bindings)) => Ok(Self { store, bindings }),
             Ok(Err(error)) => Err(format!("while starting, {}", what_happened(&error, store.data(), limits))),
@@ -47,6 +55,26 @@ impl Instance {
             Err(_) => Err(format!("it took longer than {} ms (wall-ms)", limits.wall_ms)),
         }
     }
+}
+
+impl Instance {
+    /// What was used so far: memory at its peak, CPU time of the last call, and fuel since the start if it is counted.
+    pub(super) fn used(&self) -> Used {
+        let ticks = self.store.data().cpu_ticks();
+        Used {
+            memory_bytes: self.store.data().limiter.peak,
+            cpu_ms: ticks * u64::try_from(TICK.as_millis()).expect("10"),
+            fuel: self.store.get_fuel().ok().map(|left| u64::MAX - left),
+        }
+    }
+}
+
+/// What calls have used.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Used {
+    pub(super) memory_bytes: usize,
+    pub(super) cpu_ms: u64,
+    pub(super) fuel: Option<u64>,
 }
 
 /// Why a call ended in an error, in the words of the plugin's author.
@@ -71,8 +99,23 @@ fn what_happened(error: &wasmtime::Error, guest: &Guest, limits: &Limits) -> Str
     let last_words = guest.last_words();
     if !last_words.is_empty() {
         write!(text, "; it wrote: {last_words}").expect("a String takes everything");
+    } else if let Some(place) = place(error) {
+        // Toolchains without a standard error leave only the names of functions.
+        write!(text, "; in {place}").expect("a String takes everything");
     }
     text
+}
+
+/// The innermost functions of the plugin itself when it trapped, as far as their names were left in the file.
+fn place(error: &wasmtime::Error) -> Option<String> {
+    let frames = error.downcast_ref::<WasmBacktrace>()?.frames();
+    let names: Vec<&str> = frames
+        .iter()
+        .filter_map(|frame| frame.func_name())
+        .filter(|name| !PANIC_MACHINERY.iter().any(|part| name.contains(part)))
+        .take(FRAMES)
+        .collect();
+    (!names.is_empty()).then(|| names.join(", called by "))
 }
 
 /// An error and its causes on one line, without the backtrace.

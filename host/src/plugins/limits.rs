@@ -2,24 +2,24 @@
 
 use std::time::Duration;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use wasmtime::ResourceLimiter;
 
 /// A plugin's CPU time is measured in steps of this length.
 pub(super) const TICK: Duration = Duration::from_millis(10);
 
 /// The `[limits]` of a plugin's NAME.toml. What is not given has the default.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, PartialEq, Eq)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
-pub(super) struct Limits {
+pub struct Limits {
     /// CPU time of one call, in milliseconds, 10 to 60,000; default 100. Measured in steps of 10.
-    pub(super) cpu_ms: u64,
+    pub cpu_ms: u64,
     /// Wall-clock time of one call, in milliseconds, 10 to 60,000; default 1,000.
-    pub(super) wall_ms: u64,
+    pub wall_ms: u64,
     /// All linear memories together, in MiB, 1 to 4,096; default 64.
-    pub(super) memory_mib: u64,
+    pub memory_mib: u64,
     /// What one call may hand to the host, in KiB, 1 to 131,072; default 1,024.
-    pub(super) output_kib: u64,
+    pub output_kib: u64,
 }
 
 impl Default for Limits {
@@ -63,6 +63,8 @@ const TABLE_ELEMENTS: usize = 100_000;
 pub(super) struct Limiter {
     memory_limit: usize,
     memory: usize,
+    /// The most that was used at once, in bytes.
+    pub(super) peak: usize,
     last_growth: usize,
     table_elements: usize,
     /// The limit that was blown, in words.
@@ -71,7 +73,7 @@ pub(super) struct Limiter {
 
 impl Limiter {
     pub(super) fn new(limits: &Limits) -> Self {
-        Self { memory_limit: limits.memory_bytes(), memory: 0, last_growth: 0, table_elements: 0, blown: None }
+        Self { memory_limit: limits.memory_bytes(), memory: 0, peak: 0, last_growth: 0, table_elements: 0, blown: None }
     }
 }
 
@@ -90,6 +92,7 @@ impl ResourceLimiter for Limiter {
             return Err(wasmtime::Error::msg(blown));
         }
         self.memory = wanted;
+        self.peak = self.peak.max(wanted);
         self.last_growth = growth;
         Ok(true)
     }

@@ -2,11 +2,9 @@
 //! a configuration would be worse.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use serde::Deserialize;
 
-use super::check::LoadError;
 use super::limits::Limits;
 
 /// What NAME.toml may say.
@@ -20,18 +18,8 @@ pub(super) struct Settings {
 }
 
 impl Settings {
-    /// Reads the file that belongs to `wasm`; without one the defaults hold.
-    pub(super) fn beside(wasm: &Path) -> Result<Self, LoadError> {
-        let file = wasm.with_extension("toml");
-        let text = match std::fs::read_to_string(&file) {
-            Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
-            Err(error) => return Err(LoadError::Settings { file, reason: error.to_string() }),
-        };
-        Self::parse(&text).map_err(|reason| LoadError::Settings { file, reason })
-    }
-
-    fn parse(text: &str) -> Result<Self, String> {
+    /// Understands the text of the file.
+    pub(super) fn parse(text: &str) -> Result<Self, String> {
         let settings: Self = toml::from_str(text).map_err(|error| error.to_string())?;
         settings.limits.mistake().map_or(Ok(settings), Err)
     }

@@ -152,7 +152,7 @@ impl Drop for Transaction {
 }
 
 /// The headers of a row: the table's constraint has seen to it that they are an object of strings.
-fn headers(json: &str) -> Vec<(String, String)> {
+pub(super) fn headers(json: &str) -> Vec<(String, String)> {
     if json == "{}" {
         return Vec::new();
     }

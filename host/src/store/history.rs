@@ -1,8 +1,11 @@
-//! Retention of `tidings.deliveries`. It never touches a row that waits or is parked.
+//! `tidings.deliveries`: what was delivered last, and retention, which never touches a row that waits or is parked.
 
 use std::time::Duration;
 
+use super::claim::headers;
 use super::{Store, StoreError};
+use crate::clock::unix_ms;
+use crate::schedule::Schedule;
 
 /// Rows that are removed by one statement: few enough that nobody waits for it.
 const BATCH: i64 = 10_000;
@@ -42,5 +45,97 @@ impl Store {
                 return Ok(removed);
             }
         }
+    }
+}
+
+/// A row that was delivered, with what it takes to build it again.
+#[derive(Clone, Debug)]
+pub struct Delivered {
+    /// The row as it was.
+    pub schedule: Schedule,
+    /// When it was confirmed, in milliseconds since the Unix epoch.
+    finished_ms: i64,
+    built_ms: Option<i64>,
+    /// `name@version+digest8` of the plugin that built it.
+    pub plugin: Option<String>,
+    /// SHA-256 of the event.
+    pub event_digest: Option<String>,
+}
+
+impl Delivered {
+    /// The `now-ms` that the plugin was given; nearly, for a row of an older release.
+    #[must_use]
+    pub fn now_ms(&self) -> i64 {
+        self.built_ms.unwrap_or(self.finished_ms)
+    }
+}
+
+impl Store {
+    /// The last `count` delivered rows of `kinds`, the latest first.
+    ///
+    /// # Errors
+    ///
+    /// When the database cannot be asked.
+    pub async fn last_delivered(&self, kinds: &[String], count: u32) -> Result<Vec<Delivered>, StoreError> {
+        // The history has an index of blocks by time, which does not tell an order: look further back only if need be.
+        let mut last = Vec::new();
+        for minutes in [1.0, 15.0, 240.0, 2880.0, f64::INFINITY] {
+            last = self.delivered_within(kinds, count, minutes).await?;
+            if last.len() >= count as usize {
+                break;
+            }
+        }
+        Ok(last)
+    }
+
+    async fn delivered_within(&self, kinds: &[String], count: u32, minutes: f64) -> Result<Vec<Delivered>, StoreError> {
+        let mut connection = self.connection().await?;
+        let rows = connection
+            .run("read the history", async |connection| {
+                sqlx::query!(
+                    r#"
+                    SELECT
+                        id, kind, key, subject, due_at, expires_at, finished_at, attempts, plugin, event_digest, built_ms,
+                        payload::text AS "payload!", headers::text AS "headers!"
+                    FROM tidings.deliveries
+                    WHERE finished_at > CASE
+                            WHEN $3::float8 = 'infinity' THEN '-infinity'
+                            ELSE statement_timestamp() - $3::float8 * interval '1 minute'
+                        END
+                        AND kind = ANY($1)
+                        AND outcome = 'delivered'
+                    ORDER BY finished_at DESC
+                    LIMIT $2
+                    "#,
+                    kinds,
+                    i64::from(count),
+                    minutes,
+                )
+                .fetch_all(connection)
+                .await
+            })
+            .await?;
+        Ok(rows
+            .into_iter()
+            .map(|row| Delivered {
+                schedule: Schedule {
+                    id: row.id,
+                    kind: row.kind,
+                    key: row.key,
+                    subject: row.subject,
+                    due_at: row.due_at,
+                    expires_at: row.expires_at,
+                    payload: row.payload,
+                    headers: headers(&row.headers),
+                    attempts: u32::try_from(row.attempts).unwrap_or(0),
+                    failures: 0,
+                    refusals: 0,
+                },
+                finished_ms: unix_ms(row.finished_at),
+                built_ms: row.built_ms,
+                plugin: row.plugin,
+                event_digest: row.event_digest,
+            })
+            .collect())
     }
 }

@@ -28,6 +28,24 @@ pub(crate) async fn announce(connection: impl sqlx::PgExecutor<'_>, kinds: &[Str
     .map(drop)
 }
 
+/// Withdraws `kinds`: whether another daemon serves them decides what becomes of their rows.
+///
+/// # Errors
+///
+/// When the database does not do it.
+pub(crate) async fn withdraw(connection: impl sqlx::PgExecutor<'_>, kinds: &[String]) -> Result<(), sqlx::Error> {
+    sqlx::query!(
+        r#"
+        SELECT count(pg_advisory_unlock_shared(hashtextextended('tidings.kind ' || kind, 0))) AS "withdrawn!"
+        FROM unnest($1::text[]) AS kind
+        "#,
+        kinds,
+    )
+    .fetch_one(connection)
+    .await
+    .map(drop)
+}
+
 impl Store {
     /// Holds due rows of kinds that no daemon serves, at most a few thousand at a time. Returns how many, by kind.
     ///
@@ -70,12 +88,32 @@ impl Store {
         Ok(rows.into_iter().map(|row| (row.kind, row.rows)).collect())
     }
 
-    /// Puts held rows of `kinds` back into the queue, due now. Returns how many.
+    /// How many rows are held, by kind.
+    ///
+    /// # Errors
+    ///
+    /// When the database cannot be asked.
+    pub async fn held(&self) -> Result<Vec<(String, i64)>, StoreError> {
+        let mut connection = self.connection().await?;
+        let rows = connection
+            .run("count held rows", async |connection| {
+                sqlx::query!(
+                    r#"SELECT kind AS "kind!", count(*) AS "rows!" FROM tidings.schedules WHERE held GROUP BY kind ORDER BY kind"#
+                )
+                .fetch_all(connection)
+                .await
+            })
+            .await?;
+        Ok(rows.into_iter().map(|row| (row.kind, row.rows)).collect())
+    }
+
+    /// Puts held rows of `kinds` back into the queue, due now, a few thousand at a time, and calls `some` after each.
+    /// Returns how many.
     ///
     /// # Errors
     ///
     /// When the database cannot do it.
-    pub async fn release_held(&self, kinds: &[String]) -> Result<u64, StoreError> {
+    pub async fn release_held(&self, kinds: &[String], some: impl Fn()) -> Result<u64, StoreError> {
         let mut released = 0;
         loop {
             let mut connection = self.connection().await?;
@@ -101,6 +139,7 @@ impl Store {
                 })
                 .await?;
             released += answer.rows_affected();
+            some();
             if answer.rows_affected() < BATCH.unsigned_abs() {
                 return Ok(released);
             }

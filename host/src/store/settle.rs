@@ -35,6 +35,8 @@ pub enum Outcome {
         confirmed: Confirmed,
         /// SHA-256 of the event.
         event_digest: String,
+        /// The `now-ms` that the plugin was given: with it the event can be built again.
+        built_ms: i64,
     },
     /// Its deadline has come before its message was published.
     Expired(String),
@@ -50,6 +52,13 @@ pub enum Outcome {
         after: Duration,
         /// Whether it counts towards the maximum.
         failed: bool,
+    },
+    /// Its plugin is not asked for a while, since it fails at everything: due again later, without an attempt spent.
+    Waits {
+        /// Why, for people.
+        error: String,
+        /// From now.
+        after: Duration,
     },
     /// The broker could not route its message or refused it: due again later, without an attempt spent.
     Refused {
@@ -75,11 +84,13 @@ impl Claim {
         for Settlement { id, plugin, outcome } in settlements {
             let plugin = plugin.as_deref();
             match outcome {
-                Outcome::Delivered { confirmed, event_digest } => {
-                    finished.add(id, "delivered", clock.at(confirmed.at()), plugin, None, Some(event_digest));
+                Outcome::Delivered { confirmed, event_digest, built_ms } => {
+                    let event = Some((event_digest, built_ms));
+                    finished.add(id, "delivered", clock.at(confirmed.at()), plugin, None, event);
                 }
                 Outcome::Expired(detail) => finished.add(id, "expired", clock.now(), plugin, Some(&detail), None),
                 Outcome::Skipped(detail) => finished.add(id, "skipped", clock.now(), plugin, Some(&detail), None),
+                Outcome::Waits { error, after } => moved.add(id, &error, after, 0, 0, 0),
                 Outcome::Parked(reason) => parked.add(id, &reason, plugin),
                 Outcome::Retry { error, after, failed } => moved.add(id, &error, after, 1, failed.into(), 0),
                 Outcome::Refused { error, after } => moved.add(id, &error, after, 0, 0, 1),
@@ -107,6 +118,7 @@ struct Finished {
     plugins: Vec<Option<String>>,
     details: Vec<Option<String>>,
     digests: Vec<Option<String>>,
+    built_ms: Vec<Option<i64>>,
 }
 
 impl Finished {
@@ -117,34 +129,36 @@ impl Finished {
         at: OffsetDateTime,
         plugin: Option<&str>,
         detail: Option<&str>,
-        digest: Option<String>,
+        event: Option<(String, i64)>,
     ) {
+        let (digest, built_ms) = event.unzip();
         self.ids.push(id);
         self.outcomes.push(outcome.to_owned());
         self.finished_at.push(at);
         self.plugins.push(plugin.map(storable));
         self.details.push(detail.map(storable));
         self.digests.push(digest);
+        self.built_ms.push(built_ms);
     }
 
     async fn execute(&self, connection: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {
         sqlx::query!(
             r#"
             WITH settled AS (
-                SELECT * FROM unnest($1::uuid[], $2::text[], $3::timestamptz[], $4::text[], $5::text[], $6::text[])
-                    AS settled (id, outcome, finished_at, plugin, detail, event_digest)
+                SELECT * FROM unnest($1::uuid[], $2::text[], $3::timestamptz[], $4::text[], $5::text[], $6::text[], $7::bigint[])
+                    AS settled (id, outcome, finished_at, plugin, detail, event_digest, built_ms)
             ), gone AS (
                 DELETE FROM tidings.schedules WHERE id = ANY($1)
                 RETURNING id, kind, key, subject, due_at, expires_at, payload, headers, attempts
             )
             INSERT INTO tidings.deliveries (
                 id, kind, key, subject, due_at, finished_at, outcome, attempts, plugin, detail,
-                expires_at, payload, headers, event_digest
+                expires_at, payload, headers, event_digest, built_ms
             )
             SELECT
                 gone.id, gone.kind, gone.key, gone.subject, gone.due_at, settled.finished_at, settled.outcome,
                 gone.attempts, settled.plugin, settled.detail, gone.expires_at, gone.payload, gone.headers,
-                settled.event_digest
+                settled.event_digest, settled.built_ms
             FROM gone
             JOIN settled USING (id)
             "#,
@@ -154,6 +168,7 @@ impl Finished {
             &self.plugins as &[Option<String>],
             &self.details as &[Option<String>],
             &self.digests as &[Option<String>],
+            &self.built_ms as &[Option<i64>],
         )
         .execute(connection)
         .await

@@ -1,0 +1,78 @@
+//! `tidings plugin install`: checked, copied aside, on disk, and then renamed: a daemon never sees half a file.
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, bail, ensure};
+use clap::Args;
+
+use super::{PluginArgs, check, engine, open};
+use crate::plugins::Metering;
+
+/// What to install, and where.
+#[derive(Args, Debug)]
+pub(crate) struct InstallArgs {
+    #[command(flatten)]
+    plugin: PluginArgs,
+    /// The daemon's plugin directory
+    #[arg(long, env = "TIDINGS_PLUGIN_DIR", value_name = "DIR")]
+    plugin_dir: PathBuf,
+    /// The name there, without .wasm [default: that of the file]
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+}
+
+pub(super) async fn install(args: &InstallArgs) -> anyhow::Result<ExitCode> {
+    let dir = &args.plugin_dir;
+    ensure!(dir.is_dir(), "{} is not a directory; give the daemon's plugin directory with --plugin-dir", dir.display());
+    let engine = engine(&args.plugin.state, Metering::Time)?;
+    let plugin = open(&engine, &args.plugin.file, args.plugin.settings.as_deref()).await?;
+    let stem = args.name.clone().or_else(|| Some(args.plugin.file.file_stem()?.to_str()?.to_owned()));
+    let stem = stem.filter(|stem| !stem.starts_with('.') && !stem.is_empty() && !stem.contains('/'));
+    let stem = stem.context("the name of the file cannot be that of a plugin; give one with --name")?;
+    let target = dir.join(format!("{stem}.wasm"));
+
+    for entry in fs::read_dir(dir)? {
+        let other = entry?.path();
+        let hidden = other.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+        if hidden || other == target || other.extension().is_none_or(|extension| extension != "wasm") {
+            continue;
+        }
+        // What the daemon refuses takes no kind.
+        let Ok(other) = open(&engine, &other, None).await else { continue };
+        if let Some(kind) = plugin.kinds().keys().find(|kind| other.kinds().contains_key(*kind)) {
+            bail!("the kind {kind:?} is served by {} already; remove that one, or install under its name with --name", other.file().display());
+        }
+    }
+
+    let beside = args.plugin.file.with_extension("toml");
+    let settings = args.plugin.settings.clone().or_else(|| beside.exists().then_some(beside));
+    // The settings first: with the old plugin they are there for a moment only.
+    if let Some(settings) = settings {
+        put(&settings, &target.with_extension("toml"))?;
+    }
+    put(&args.plugin.file, &target)?;
+    check::report(&plugin);
+    println!("installed as {}", target.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Copies `from` to `to`, all of it or nothing.
+fn put(from: &Path, to: &Path) -> anyhow::Result<()> {
+    let name = to.file_name().expect("it has one").to_string_lossy();
+    let aside = to.with_file_name(format!(".{name}.{}", std::process::id()));
+    let put = || {
+        let bytes = fs::read(from)?;
+        let mut file = File::create(&aside)?;
+        file.write_all(&bytes)?;
+        file.sync_all()?;
+        fs::rename(&aside, to)?;
+        File::open(to.parent().expect("it lies in a directory"))?.sync_all()
+    };
+    put().with_context(|| {
+        let _ = fs::remove_file(&aside);
+        format!("could not write {}", to.display())
+    })
+}

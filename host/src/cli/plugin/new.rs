@@ -1,0 +1,82 @@
+//! `tidings plugin new`: a plugin that builds as it stands. It depends on nothing, so no registry is needed: its bindings
+//! to wit/plugin.wit were generated beforehand.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, bail, ensure};
+use clap::Args;
+
+/// The files, and what is in them, with the name to be filled in.
+const FILES: [(&str, &str); 9] = [
+    ("Cargo.toml", include_str!("../../../template/Cargo.toml.template")),
+    ("README.md", include_str!("../../../template/README.md")),
+    (".gitignore", include_str!("../../../template/gitignore")),
+    ("src/lib.rs", include_str!("../../../template/src/lib.rs")),
+    ("src/tidings.rs", include_str!("../../../template/src/tidings.rs")),
+    ("wit/plugin.wit", include_str!("../../../../wit/plugin.wit")),
+    ("fixtures/event.json", include_str!("../../../template/fixtures/event.json")),
+    ("fixtures/late.json", include_str!("../../../template/fixtures/late.json")),
+    ("fixtures/null.json", include_str!("../../../template/fixtures/null.json")),
+];
+/// What stands for the name in them.
+const NAME: &str = "__NAME__";
+/// What stands for the kind, which is named after the plugin.
+const KIND: &str = "__KIND__";
+
+/// What to call it.
+#[derive(Args, Debug)]
+pub(crate) struct NewArgs {
+    /// The name of the plugin, and of its kind: lower-case letters, digits and hyphens
+    name: String,
+    /// Where to write it [default: a directory of that name, here]
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+}
+
+pub(super) fn new(args: &NewArgs) -> anyhow::Result<ExitCode> {
+    let name = &args.name;
+    ensure!(
+        is_name(name),
+        "{name:?} cannot be the name of a plugin: 1 to 64 lower-case letters, digits and single hyphens, beginning with a letter"
+    );
+    let dir = args.dir.clone().unwrap_or_else(|| Path::new(name).to_owned());
+    if dir.exists() {
+        bail!("{} exists already; choose another name, or another directory with --dir", dir.display());
+    }
+    for (path, text) in FILES {
+        let path = dir.join(path);
+        let write = || {
+            fs::create_dir_all(path.parent().expect("it lies in a directory"))?;
+            fs::write(&path, text.replace(NAME, name).replace(KIND, name))
+        };
+        write().with_context(|| format!("could not write {}", path.display()))?;
+    }
+    println!("wrote the plugin {name} into {}; its README.md says how to go on", dir.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A name that is one for cargo, for a file, and for a kind.
+fn is_name(name: &str) -> bool {
+    (1..=64).contains(&name.len())
+        && name.starts_with(|char: char| char.is_ascii_lowercase())
+        && !name.ends_with('-')
+        && !name.contains("--")
+        && name.chars().all(|char| char.is_ascii_lowercase() || char.is_ascii_digit() || char == '-')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_good_for_cargo_for_a_file_and_for_a_kind() {
+        for name in ["a", "game-reminder", "x2"] {
+            assert!(is_name(name), "{name}");
+        }
+        for name in ["", "A", "2x", "-a", "a-", "a--b", "a_b", "a.b", "a/b", "é", &"a".repeat(65)] {
+            assert!(!is_name(name), "{name}");
+        }
+    }
+}

@@ -1,0 +1,79 @@
+//! The daemon's HTTP interface. It shows; it never decides, and nothing waits for it.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use serde::Serialize;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+use crate::plugins::{PluginStatus, Registry};
+use crate::store::Store;
+
+/// The interface, bound to its address.
+#[derive(Debug)]
+pub struct Http(TcpListener);
+
+/// What `GET /api/plugins` answers.
+#[derive(Debug, Serialize)]
+struct Plugins {
+    plugins: Vec<PluginStatus>,
+    held: Vec<Held>,
+}
+
+/// Rows that wait for a plugin of their kind.
+#[derive(Debug, Serialize)]
+struct Held {
+    kind: String,
+    rows: i64,
+}
+
+impl Http {
+    /// Binds the address.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be had.
+    pub async fn bind(addr: SocketAddr) -> anyhow::Result<Self> {
+        let bound = TcpListener::bind(addr).await;
+        let bound = bound
+            .with_context(|| format!("could not listen at {addr} for HTTP; give another address with TIDINGS_HTTP_ADDR"))?;
+        Ok(Self(bound))
+    }
+
+    /// Answers until `shutdown`.
+    ///
+    /// # Errors
+    ///
+    /// When the address is lost.
+    pub async fn run(self, plugins: Arc<Registry>, store: Store, shutdown: CancellationToken) -> anyhow::Result<()> {
+        info!("HTTP at http://{}", self.0.local_addr()?);
+        let router = Router::new().route("/api/plugins", get(list_plugins)).with_state((plugins, store));
+        // Requests in flight are not waited for: whoever asked can ask again.
+        tokio::select! {
+            biased;
+            () = shutdown.cancelled() => Ok(()),
+            ended = axum::serve(self.0, router) => Ok(ended?),
+        }
+    }
+}
+
+async fn list_plugins(State((plugins, store)): State<(Arc<Registry>, Store)>) -> Response {
+    match store.held().await {
+        Ok(held) => {
+            let held = held.into_iter().map(|(kind, rows)| Held { kind, rows }).collect();
+            Json(Plugins { plugins: plugins.status(), held }).into_response()
+        }
+        Err(error) => {
+            let error = format!("{:#}", anyhow::Error::from(error));
+            (StatusCode::SERVICE_UNAVAILABLE, Json(serde_json::json!({ "error": error }))).into_response()
+        }
+    }
+}

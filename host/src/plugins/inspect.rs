@@ -1,0 +1,104 @@
+//! What is checked of a file before anything is compiled: that it is a component, whole, and not built to be expensive.
+//! Wasmtime's own limits are those of the format, a thousand times what a plugin needs.
+
+use wasmparser::{Parser, Payload};
+
+use super::check::LoadError;
+
+/// The code of one function. The largest of the interpreters of other languages has some 300 KiB.
+const FUNCTION_BYTES: usize = 1024 * 1024;
+/// Functions of one file. An interpreter has some 30,000.
+const FUNCTIONS: u32 = 300_000;
+/// Modules and components inside one file. An interpreter has some 40.
+const PARTS: u32 = 200;
+/// Instances that one file makes of them.
+const INSTANCES: u32 = 1_000;
+/// How deep they may be nested.
+const DEPTH: usize = 8;
+
+/// What the bytes are, if they are not a component.
+fn other_than_component(bytes: &[u8]) -> Option<&'static str> {
+    match bytes {
+        [] => Some("empty"),
+        // The magic number, the version of the component format, and its layer.
+        [0, b'a', b's', b'm', _, _, 1, 0, ..] => None,
+        [0, b'a', b's', b'm', _, _, 0, 0, ..] => Some("a core module"),
+        [0x7f, b'E', b'L', b'F', ..] => Some("native or precompiled code"),
+        [b'M', b'Z', ..] => Some("a program for Windows"),
+        [0x1f, 0x8b, ..] => Some("a gzip archive"),
+        [b'(', ..] => Some("WebAssembly text"),
+        [0, b'a', b's', b'm', ..] => Some("cut off"),
+        _ => Some("something else"),
+    }
+}
+
+/// Reads the sections of a component and counts what is in them. Nothing is compiled, and nothing is allocated but a
+/// stack of at most [`DEPTH`] parsers.
+pub(super) fn inspect(bytes: &[u8]) -> Result<(), LoadError> {
+    if let Some(what) = other_than_component(bytes) {
+        return Err(LoadError::NotAComponent(what));
+    }
+    let too_much = |what: String| Err(LoadError::TooCostly(what));
+    let (mut functions, mut parts, mut instances, mut depth) = (0_u32, 0_u32, 0_u32, 0_usize);
+    for payload in Parser::new(0).parse_all(bytes) {
+        match payload.map_err(|error| LoadError::Damaged(error.message().to_owned()))? {
+            Payload::ModuleSection { .. } | Payload::ComponentSection { .. } => {
+                parts += 1;
+                depth += 1;
+                if depth > DEPTH {
+                    return too_much(format!("modules and components that are nested more than {DEPTH} deep"));
+                }
+                if parts > PARTS {
+                    return too_much(format!("more than {PARTS} modules and components"));
+                }
+            }
+            Payload::End(_) => depth = depth.saturating_sub(1),
+            Payload::InstanceSection(section) => instances = instances.saturating_add(section.count()),
+            Payload::ComponentInstanceSection(section) => instances = instances.saturating_add(section.count()),
+            Payload::CodeSectionStart { count, .. } => functions = functions.saturating_add(count),
+            Payload::CodeSectionEntry(body) => {
+                let bytes = body.range().len();
+                if bytes > FUNCTION_BYTES {
+                    return too_much(format!("a function of {bytes} bytes, more than {FUNCTION_BYTES}"));
+                }
+            }
+            _ => {}
+        }
+        if functions > FUNCTIONS {
+            return too_much(format!("{functions} functions, more than {FUNCTIONS}"));
+        }
+        if instances > INSTANCES {
+            return too_much(format!("{instances} instances, more than {INSTANCES}"));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn what_is_no_component_is_named() {
+        assert_eq!(other_than_component(b""), Some("empty"));
+        assert_eq!(other_than_component(b"\0asm\x01\0\0\0"), Some("a core module"));
+        assert_eq!(other_than_component(b"\0asm\x0d\0\x01\0"), None);
+        assert_eq!(other_than_component(b"\0asm\x0d"), Some("cut off"));
+        assert_eq!(other_than_component(b"(component)"), Some("WebAssembly text"));
+        assert_eq!(other_than_component(b"\x7fELF"), Some("native or precompiled code"));
+        assert_eq!(other_than_component(b"MZ"), Some("a program for Windows"));
+        assert_eq!(other_than_component(b"\x1f\x8b\x08"), Some("a gzip archive"));
+        assert_eq!(other_than_component(b"hello"), Some("something else"));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_get_an_answer(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let component = [b"\0asm\x0d\0\x01\0".as_slice(), &bytes].concat();
+            let _ = inspect(&component);
+            let _ = inspect(&bytes);
+        }
+    }
+}
