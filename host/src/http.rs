@@ -43,8 +43,9 @@ impl Http {
     /// When it cannot be had.
     pub async fn bind(addr: SocketAddr) -> anyhow::Result<Self> {
         let bound = TcpListener::bind(addr).await;
-        let bound = bound
-            .with_context(|| format!("could not listen at {addr} for HTTP; give another address with TIDINGS_HTTP_ADDR"))?;
+        let bound = bound.with_context(|| {
+            format!("could not listen at {addr} for HTTP; give another address with TIDINGS_HTTP_ADDR")
+        })?;
         Ok(Self(bound))
     }
 

@@ -2,6 +2,8 @@
 //! are tried in order: the target as it is installed; `rustup target add`; Debian's own compiler, whose standard library
 //! is built from source on the way.
 
+mod languages;
+
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,6 +13,8 @@ use std::sync::Mutex;
 use anyhow::{Context as _, bail};
 
 use crate::{profile_dir, repository, setup, target};
+
+pub use languages::{cargo_component, javascript, python};
 
 /// Debian's packages: a current compiler under names of its own, the source of its standard library, linkers.
 const DEBIAN_PACKAGES: [&str; 5] = ["rustc-web", "cargo-web", "rust-web-src", "rust-web-llvm", "lld-22"];
@@ -107,6 +111,40 @@ fn wasm(packages: &[String], dir: &Path) -> anyhow::Result<()> {
         fs::rename(&aside, dir.join(format!("{package}.wasm")))?;
     }
     Ok(())
+}
+
+/// Builds the crate in `dir`, which has no dependencies, without a network, and returns the component.
+///
+/// # Errors
+///
+/// As [`plugins`].
+pub fn component(dir: &Path, name: &str) -> anyhow::Result<PathBuf> {
+    let (mut cargo, triple) = match toolchain()? {
+        Toolchain::Installed(triple) => (cargo(), triple),
+        Toolchain::Debian => (debian_cargo(), "wasm32-unknown-unknown"),
+    };
+    if triple == "wasm32-unknown-unknown" {
+        cargo.env("RUSTFLAGS", "-C linker=wasm-component-ld");
+    }
+    cargo.env("CARGO_NET_OFFLINE", "true").env_remove("CARGO_TARGET_DIR").current_dir(dir);
+    cargo.args(["build", "--quiet", "--release", "--target", triple]);
+    run(cargo)?;
+    Ok(dir.join("target").join(triple).join("release").join(format!("{}.wasm", name.replace('-', "_"))))
+}
+
+/// Runs the tests of the crate in `dir`, without a network, and returns what they said.
+///
+/// # Panics
+///
+/// When they fail.
+#[must_use]
+pub fn cargo_test(dir: &Path) -> String {
+    let mut cargo = cargo();
+    cargo.current_dir(dir).env_remove("CARGO_TARGET_DIR").args(["test", "--offline"]);
+    let output = cargo.output().expect("cargo runs");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
+    said
 }
 
 fn toolchain() -> anyhow::Result<Toolchain> {

@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::eventually;
+use crate::{PATIENCE, eventually, eventually_within};
 
 /// How to start a daemon.
 #[derive(Clone, Debug)]
@@ -129,7 +130,20 @@ impl Daemon {
     ///
     /// When there is none in time, or the daemon ended without.
     pub async fn wait_for_line(&mut self, text: &str) -> String {
-        eventually(&format!("the log line {text:?}"), async || {
+        self.line(text, PATIENCE).await
+    }
+
+    /// The same for what takes minutes: compiling the interpreter of another language, or a hundred plugins.
+    ///
+    /// # Panics
+    ///
+    /// As [`Daemon::wait_for_line`].
+    pub async fn wait_longer_for_line(&mut self, text: &str) -> String {
+        self.line(text, 10 * PATIENCE).await
+    }
+
+    async fn line(&mut self, text: &str, patience: Duration) -> String {
+        eventually_within(patience, &format!("the log line {text:?}"), async || {
             let ended = self.child.try_wait().expect("our child").is_some();
             let found = self.log.lock().expect("no reader panicked").iter().find(|line| line.contains(text)).cloned();
             assert!(found.is_some() || !ended, "the daemon ended without the line {text:?}:\n{}", self.log());

@@ -1,6 +1,6 @@
 //! Guests that no toolchain would make, made in the test run: those that must be refused when they are loaded, those
 //! whose builds must fail with a reason, and those that look odd and must be served all the same. Their numbers are
-//! those of the catalogue of hostile plugins in the notes of the project.
+//! those of the project's catalogue of hostile plugins: those with the same number are variations of one idea.
 
 mod binary;
 mod misbehaving;
@@ -35,18 +35,30 @@ impl std::fmt::Debug for Hostile {
 }
 
 /// A guest that serves `kinds`: every row becomes an event with the routing key `hostile.NAME` and the body `tag`.
+///
+/// # Panics
+///
+/// When the repository's contract has changed so much that it cannot be made.
 #[must_use]
 pub fn well_behaved(name: &str, kinds: &[&str], tag: &str) -> Vec<u8> {
     tagged(name, kinds, tag).component()
 }
 
 /// The same, but every row takes `time` of waiting, which is no CPU time.
+///
+/// # Panics
+///
+/// When the repository's contract has changed so much that it cannot be made.
 #[must_use]
 pub fn slow(name: &str, kinds: &[&str], tag: &str, time: Duration) -> Vec<u8> {
     tagged(name, kinds, tag).sleep(time).component()
 }
 
 /// The same, but it traps at the rows whose payload is `true`.
+///
+/// # Panics
+///
+/// When the repository's contract has changed so much that it cannot be made.
 #[must_use]
 pub fn trapping_at_true(name: &str, kinds: &[&str], tag: &str) -> Vec<u8> {
     // The row lies where the parameter points to; 76 bytes further is the address of its payload.
@@ -56,12 +68,20 @@ pub fn trapping_at_true(name: &str, kinds: &[&str], tag: &str) -> Vec<u8> {
 }
 
 /// A guest that serves `kinds` and traps whenever it should build.
+///
+/// # Panics
+///
+/// When the repository's contract has changed so much that it cannot be made.
 #[must_use]
 pub fn trapping(name: &str, kinds: &[&str]) -> Vec<u8> {
     Module::new(name, kinds).build("unreachable").component()
 }
 
 /// A guest that serves `kinds` and never comes to an end when it should build.
+///
+/// # Panics
+///
+/// When the repository's contract has changed so much that it cannot be made.
 #[must_use]
 pub fn spinning(name: &str, kinds: &[&str]) -> Vec<u8> {
     Module::new(name, kinds).build(FOREVER).component()
@@ -77,8 +97,8 @@ pub fn with_custom_section(bytes: &[u8], text: &str) -> Vec<u8> {
     [bytes, &binary::custom("tests", text.as_bytes())].concat()
 }
 
-/// Beginnings of `bytes`: every one of the first 1,000, then at about 1,000 lengths, and all but the last 100 ones.
-/// Never all of it.
+/// Beginnings of `bytes`, never all of it: the 1,000 shortest, about 1,000 in between, and the 100 longest. One that ends
+/// where a section ends is whole, and may even be a good component that has lost no more than notes.
 pub fn truncations(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     let step = (bytes.len() / 1_000).max(1);
     let early = 1_000.min(bytes.len());
@@ -86,7 +106,11 @@ pub fn truncations(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     (0..early).chain((early..late).step_by(step)).chain(late..bytes.len()).map(|length| &bytes[..length])
 }
 
-/// Copies of `bytes`, each with one to eight bits flipped. Endless, and the same for the same `seed`.
+/// Copies of `bytes`, each with up to eight bits flipped. Endless, and the same for the same `seed`.
+///
+/// # Panics
+///
+/// When there are no bytes.
 pub fn bit_flips(bytes: &[u8], seed: u64) -> impl Iterator<Item = Vec<u8>> {
     let mut state = seed;
     // SplitMix64: no more than a test needs, and the same on every machine and for all time.

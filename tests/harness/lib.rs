@@ -1,9 +1,11 @@
 //! What the tests, the demo and the measurements stand on: private servers, the built plugins, the real daemon, and
 //! somebody who consumes. Never a mock.
 
+pub mod bindings;
 pub mod build;
 pub mod consumer;
 pub mod daemon;
+pub mod guests;
 pub mod proxy;
 pub mod servers;
 pub mod setup;
@@ -48,13 +50,17 @@ fn profile_dir() -> PathBuf {
 /// # Panics
 ///
 /// When it has not within [`PATIENCE`].
-pub async fn eventually<T>(what: &str, mut check: impl AsyncFnMut() -> Option<T>) -> T {
-    let deadline = tokio::time::Instant::now() + PATIENCE;
+pub async fn eventually<T>(what: &str, check: impl AsyncFnMut() -> Option<T>) -> T {
+    eventually_within(PATIENCE, what, check).await
+}
+
+async fn eventually_within<T>(patience: Duration, what: &str, mut check: impl AsyncFnMut() -> Option<T>) -> T {
+    let deadline = tokio::time::Instant::now() + patience;
     loop {
         if let Some(value) = check().await {
             return value;
         }
-        assert!(tokio::time::Instant::now() < deadline, "{what} did not happen within {} s", PATIENCE.as_secs());
+        assert!(tokio::time::Instant::now() < deadline, "{what} did not happen within {} s", patience.as_secs());
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }

@@ -187,6 +187,17 @@ impl World {
         self.launch().with("TIDINGS_SWEEP_MS", 600_000).ready().await
     }
 
+    /// The same with many plugins, which take their time to load.
+    ///
+    /// # Panics
+    ///
+    /// When it does not start within minutes.
+    pub async fn daemon_of_many(&self) -> Daemon {
+        let mut daemon = self.launch().with("TIDINGS_SWEEP_MS", 600_000).start();
+        daemon.wait_longer_for_line(" ready ").await;
+        daemon
+    }
+
     /// The ports of PostgreSQL and RabbitMQ.
     #[must_use]
     pub fn ports(&self) -> (u16, u16) {

@@ -216,7 +216,8 @@ async fn a_kind_that_another_daemon_serves_is_left_to_it() {
     let dir = world.plugin_dir.join("other");
     std::fs::create_dir(&dir).expect("made");
     std::fs::copy(World::built("misbehave"), dir.join("misbehave.wasm")).expect("copied");
-    let _other = world.launch().with("TIDINGS_SWEEP_MS", 600_000).with("TIDINGS_PLUGIN_DIR", dir.display()).ready().await;
+    let _other =
+        world.launch().with("TIDINGS_SWEEP_MS", 600_000).with("TIDINGS_PLUGIN_DIR", dir.display()).ready().await;
 
     for number in 0..50 {
         schedule(&world, "echo", &number.to_string()).await;

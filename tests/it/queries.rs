@@ -23,3 +23,33 @@ async fn the_checked_queries_are_those_of_the_schema() {
     }
     assert!(checked > 0, "there are none");
 }
+
+#[tokio::test]
+async fn a_look_at_the_queue_costs_the_same_however_many_rows_are_held() {
+    let world = World::empty().await;
+    world
+        .sql(
+            "INSERT INTO tidings.schedules (kind, due_at, held)
+             SELECT 'nobody-' || number % 7, now() - interval '1 day', true FROM generate_series(1, 100000) AS number",
+        )
+        .await;
+    world.sql("INSERT INTO tidings.schedules (kind, due_at) SELECT 'message', now() + interval '1 day' FROM generate_series(1, 10)").await;
+    world.sql("ANALYZE tidings.schedules").await;
+    let dir = std::fs::read_dir(harness::repository().join(".sqlx")).expect("the checked queries");
+    let queries = dir.map(|entry| std::fs::read_to_string(entry.expect("an entry").path()).expect("a file"));
+    let queries: Vec<serde_json::Value> = queries.map(|text| serde_json::from_str(&text).expect("JSON")).collect();
+    let texts = queries.iter().map(|file| file["query"].as_str().expect("a query"));
+    let look = texts.filter(|text| text.contains("held_for_us")).next().expect("the look is among them");
+    let mut connection = world.db.acquire().await.expect("a connection");
+    let mut run =
+        async |sql: String| sqlx::query(AssertSqlSafe(sql)).fetch_all(&mut *connection).await.expect("it runs");
+
+    run(format!("PREPARE look(text[]) AS {look}")).await;
+    let plan = run("EXPLAIN (ANALYZE, BUFFERS, COSTS OFF) EXECUTE look('{message,other}')".into()).await;
+
+    let plan: Vec<String> = plan.iter().map(|row| sqlx::Row::get(row, 0)).collect();
+    // The first is that of the whole statement.
+    let buffers = plan.iter().find(|line| line.contains("Buffers: shared")).expect("they are counted");
+    let pages = buffers.split(['=', ' ']).filter_map(|word| word.parse::<u64>().ok());
+    assert!(pages.sum::<u64>() < 40, "{}", plan.join("\n"));
+}

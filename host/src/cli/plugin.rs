@@ -89,5 +89,7 @@ fn engine(state: &StateArgs, metering: Metering) -> anyhow::Result<Arc<Engine>> 
 /// Loads one file.
 async fn open(engine: &Arc<Engine>, file: &Path, settings: Option<&Path>) -> anyhow::Result<Arc<Plugin>> {
     let opened = Plugin::open(engine, file, settings).await;
-    Ok(Arc::new(opened.map_err(|error| anyhow::Error::from(error).context(format!("{} would be refused", file.display())))?))
+    Ok(Arc::new(
+        opened.map_err(|error| anyhow::Error::from(error).context(format!("{} would be refused", file.display())))?,
+    ))
 }

@@ -1,12 +1,13 @@
 //! What is checked of a component before it may serve: that it is of our world. The words are for the plugin's author;
 //! the linker's own are about types.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use thiserror::Error;
-use wasmtime::component::Component;
 
-use super::engine::{Engine, OFFERED};
+use super::engine::OFFERED;
+use super::inspect::World;
 
 /// The package whose world plugins are of.
 const PACKAGE: &str = "tidings:plugin/";
@@ -14,6 +15,8 @@ const PACKAGE: &str = "tidings:plugin/";
 const SERVED: &str = "0.1";
 /// The interface that a plugin must export.
 const BUILDER: &str = "tidings:plugin/builder@0.1.0";
+/// What its name begins with in every compatible version.
+const BUILDER_TRACK: &str = "tidings:plugin/builder@0.1.";
 
 /// Why a file does not serve.
 #[derive(Debug, Error)]
@@ -39,7 +42,11 @@ pub enum LoadError {
     TooCostly(String),
     #[error("the process that compiles it could not be run: {0}")]
     Process(std::io::Error),
-    #[error("it speaks tidings:plugin {0}; this daemon serves {SERVED}: build it with the wit/plugin.wit of this daemon")]
+    #[error("what was compiled of it could not be written to {}; is the disk full?", .0.display())]
+    NotKept(PathBuf),
+    #[error(
+        "it speaks tidings:plugin {0}; this daemon serves {SERVED}: build it with the wit/plugin.wit of this daemon"
+    )]
     Version(String),
     #[error("it imports {0}")]
     Imports(String),
@@ -53,7 +60,9 @@ pub enum LoadError {
     Description(String),
     #[error("the kind {kind:?} is served by {} already", .by.display())]
     KindTaken { kind: String, by: PathBuf },
-    #[error("this version was rolled back and is quarantined ({0}); build a new one, or remove its file below quarantined/ in the state directory")]
+    #[error(
+        "this version was rolled back and is quarantined ({0}); build a new one, or remove its file below quarantined/ in the state directory"
+    )]
     Quarantined(String),
 }
 
@@ -65,25 +74,23 @@ impl LoadError {
     }
 }
 
-/// The names of what a component imports.
-pub(super) fn imports(engine: &Engine, component: &Component) -> Vec<String> {
-    component.component_type().imports(&engine.wasmtime).map(|(name, _)| name.to_owned()).collect()
-}
-
 /// Checks by name what is imported and exported.
-pub(super) fn check_world(engine: &Engine, component: &Component) -> Result<(), LoadError> {
-    let imports = imports(engine, component);
-    let exports: Vec<String> =
-        component.component_type().exports(&engine.wasmtime).map(|(name, _)| name.to_owned()).collect();
-    if let Some(version) = imports.iter().chain(&exports).find_map(|name| foreign_version(name)) {
+pub(super) fn check_world(world: &World) -> Result<(), LoadError> {
+    let World { imports, exports } = world;
+    if let Some(version) = imports.iter().chain(exports).find_map(|name| foreign_version(name)) {
         return Err(LoadError::Version(version.to_owned()));
     }
-    let missing: Vec<String> =
-        imports.iter().filter(|name| !is_offered(name)).map(|name| format!("{name}, {}", why_not(name))).collect();
+    // Each reason once, behind all that it is the reason for.
+    let mut missing: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for import in imports.iter().filter(|name| !is_offered(name)) {
+        missing.entry(why_not(import)).or_default().push(import);
+    }
     if !missing.is_empty() {
+        let missing: Vec<String> =
+            missing.into_iter().map(|(why, imports)| format!("{}: {why}", imports.join(", "))).collect();
         return Err(LoadError::Imports(missing.join("; ")));
     }
-    if component.get_export_index(None, BUILDER).is_none() {
+    if !exports.iter().any(|name| name.starts_with(BUILDER_TRACK)) {
         let exported = if exports.is_empty() {
             ", nor anything else".to_owned()
         } else {
@@ -112,13 +119,13 @@ fn is_offered(import: &str) -> bool {
 fn why_not(import: &str) -> &'static str {
     let interface = import.split('@').next().unwrap_or(import);
     if interface.starts_with("wasi:sockets") || interface.starts_with("wasi:http") {
-        "the network, which no plugin has: leave out what needs it (in JavaScript `--disable http fetch-event`, in Python `--stub-wasi`)"
+        "the network, which no plugin has; leave out what needs it (in JavaScript `--disable http fetch-event`, in Python `--stub-wasi`)"
     } else if OFFERED.iter().any(|(offered, _)| interface == *offered) {
         "of a version that is not served"
     } else if interface.starts_with("wasi:") {
         "a part of WASI that plugins are not given"
     } else {
-        "which this daemon does not know: a plugin may import tidings:plugin/host and the inert parts of WASI 0.2"
+        "not known to this daemon; a plugin may import tidings:plugin/host and the inert parts of WASI 0.2"
     }
 }
 

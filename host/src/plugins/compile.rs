@@ -13,32 +13,32 @@ use wasmtime::component::Component;
 
 use super::check::LoadError;
 use super::engine::{self, Engine};
-use super::inspect::inspect;
 use super::instance::chain;
 
 /// How long compiling one file may take: several times what the interpreter of another language does.
-const DEADLINE: Duration = Duration::from_secs(90);
+const DEADLINE: Duration = Duration::from_mins(2);
 /// The address space of the process that compiles.
 const MEMORY_BYTES: u64 = 6 << 30;
 /// What is read of its complaint.
 const COMPLAINT_BYTES: u64 = 4 * 1024;
 
+/// What the process says if the code could not be written.
+const NOT_KEPT: &str = "the compiled code could not be kept";
+
 /// The subcommand that compiles, as the process is called with it.
 const SUBCOMMAND: [&str; 2] = ["plugin", "compile"];
 
-/// Compiles `bytes`, off the threads that others wait for. Not cancel-safe, but harmless to cancel: the process is killed.
+/// Compiles `bytes`, which were inspected, off the threads that others wait for. Not cancel-safe, but harmless to cancel:
+/// the process is killed.
 pub(super) async fn compile(engine: &Arc<Engine>, bytes: Arc<[u8]>) -> Result<Component, LoadError> {
     if let Some(cache) = &engine.cache {
-        inspect(&bytes)?;
         compile_into_cache(cache, engine.metering, &bytes).await?;
     }
     let engine = Arc::clone(engine);
     // With the code in the cache this is a matter of milliseconds.
-    let compiled = tokio::task::spawn_blocking(move || {
-        inspect(&bytes)?;
-        Component::from_binary(&engine.wasmtime, &bytes).map_err(|error| LoadError::Damaged(chain(&error)))
-    });
-    compiled.await.map_err(|panic| LoadError::Damaged(panic.to_string()))?
+    let compiled = tokio::task::spawn_blocking(move || Component::from_binary(&engine.wasmtime, &bytes));
+    let compiled = compiled.await.map_err(|panic| LoadError::Damaged(panic.to_string()))?;
+    compiled.map_err(|error| LoadError::Damaged(chain(&error)))
 }
 
 /// Has a process of its own compile `bytes` into the cache.
@@ -70,9 +70,8 @@ async fn compile_into_cache(cache: &Path, metering: engine::Metering, bytes: &[u
     };
     match tokio::time::timeout(DEADLINE, work).await {
         Ok(Ok((status, _))) if status.success() => Ok(()),
-        Ok(Ok((status, complaint))) if status.code() == Some(1) => {
-            Err(LoadError::Damaged(complaint.trim().to_owned()))
-        }
+        Ok(Ok((_, complaint))) if complaint.trim() == NOT_KEPT => Err(LoadError::NotKept(cache.to_owned())),
+        Ok(Ok((status, complaint))) if status.code() == Some(1) => Err(LoadError::Damaged(complaint.trim().to_owned())),
         // Killed, or aborted for want of memory.
         Ok(Ok((status, _))) => Err(LoadError::TooCostly(format!(
             "more than {} GiB of memory or {} s to compile it ({status})",
@@ -98,6 +97,14 @@ pub fn compile_here(metering: &str, cache: &Path, bytes: &[u8]) -> Result<(), St
     }
     let _ = nice(10);
     let metering = engine::Metering::named(metering).ok_or("no such metering")?;
-    let engine = engine::wasmtime_engine(Some(cache), metering)?;
-    Component::from_binary(&engine, bytes).map(drop).map_err(|error| chain(&error))
+    let cache = engine::open_cache(cache)?;
+    let engine = engine::wasmtime_engine(Some(cache.clone()), metering)?;
+    Component::from_binary(&engine, bytes).map_err(|error| chain(&error))?;
+    // Wasmtime says nothing when it cannot write: the daemon would compile it once more, without limits.
+    let hits = cache.cache_hits();
+    Component::from_binary(&engine, bytes).map_err(|error| chain(&error))?;
+    if cache.cache_hits() == hits {
+        return Err(NOT_KEPT.to_owned());
+    }
+    Ok(())
 }

@@ -81,7 +81,7 @@ impl Metering {
 }
 
 /// Wasmtime, set up as everywhere here: compiled code is found again only under the same configuration.
-pub(super) fn wasmtime_engine(cache: Option<&Path>, metering: Metering) -> Result<wasmtime::Engine, String> {
+pub(super) fn wasmtime_engine(cache: Option<Cache>, metering: Metering) -> Result<wasmtime::Engine, String> {
     let mut config = Config::new();
     config
         .strategy(Strategy::Cranelift)
@@ -92,12 +92,15 @@ pub(super) fn wasmtime_engine(cache: Option<&Path>, metering: Metering) -> Resul
         .async_stack_size(STACK_BYTES * 4)
         .wasm_memory64(false)
         .wasm_relaxed_simd(false);
-    if let Some(dir) = cache {
-        let mut cache = CacheConfig::new();
-        cache.with_directory(dir).with_files_total_size_soft_limit(CACHE_BYTES);
-        config.cache(Some(Cache::new(cache).map_err(|error| format!("{error:#}"))?));
-    }
+    config.cache(cache);
     wasmtime::Engine::new(&config).map_err(|error| format!("{error:#}"))
+}
+
+/// Where compiled code is kept.
+pub(super) fn open_cache(dir: &Path) -> Result<Cache, String> {
+    let mut config = CacheConfig::new();
+    config.with_directory(dir).with_files_total_size_soft_limit(CACHE_BYTES);
+    Cache::new(config).map_err(|error| format!("{error:#}"))
 }
 
 /// What all plugins share.
@@ -121,7 +124,11 @@ impl Engine {
     ///
     /// When this machine cannot run WebAssembly, or has no threads left.
     pub fn new(cache: Option<&Path>, metering: Metering) -> Result<Arc<Self>, EngineError> {
-        let wasmtime = wasmtime_engine(cache, metering).map_err(EngineError::WebAssembly)?;
+        let wasmtime = cache
+            .map(open_cache)
+            .transpose()
+            .and_then(|cache| wasmtime_engine(cache, metering))
+            .map_err(EngineError::WebAssembly)?;
         let linker = link(&wasmtime).map_err(|error| EngineError::WebAssembly(format!("{error:#}")))?;
 
         let ticker = Arc::new(Ticker { active: AtomicUsize::new(0), thread: std::sync::OnceLock::new() });
@@ -135,7 +142,14 @@ impl Engine {
             .thread_name("plugin")
             .enable_time()
             .build()?;
-        Ok(Arc::new(Self { wasmtime, linker, cache: cache.map(Path::to_owned), metering, ticker, guests: Some(guests) }))
+        Ok(Arc::new(Self {
+            wasmtime,
+            linker,
+            cache: cache.map(Path::to_owned),
+            metering,
+            ticker,
+            guests: Some(guests),
+        }))
     }
 
     /// Where guests run.

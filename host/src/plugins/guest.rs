@@ -115,6 +115,10 @@ impl host::Host for Guest {
             return;
         }
         let text = printable(&message);
+        // A plugin without a standard error logs the text of its panic: if it traps next, these are its last words.
+        if level == host::Level::Error {
+            self.last_words.hear(&text);
+        }
         let plugin = &*self.label;
         match level {
             host::Level::Trace => tracing::event!(target: "plugin", Level::TRACE, plugin, "{text}"),

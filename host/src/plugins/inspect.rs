@@ -5,10 +5,12 @@ use wasmparser::{Parser, Payload};
 
 use super::check::LoadError;
 
-/// The code of one function. The largest of the interpreters of other languages has some 300 KiB.
+/// The code of one function. The largest of the interpreters of other languages has some 420 KiB.
 const FUNCTION_BYTES: usize = 1024 * 1024;
-/// Functions of one file. An interpreter has some 30,000.
-const FUNCTIONS: u32 = 300_000;
+/// The local variables of one function. An interpreter's has some 300.
+const LOCALS: u32 = 10_000;
+/// Functions of one file. An interpreter has some 13,000.
+const FUNCTIONS: u32 = 100_000;
 /// Modules and components inside one file. An interpreter has some 40.
 const PARTS: u32 = 200;
 /// Instances that one file makes of them.
@@ -26,22 +28,47 @@ fn other_than_component(bytes: &[u8]) -> Option<&'static str> {
         [0x7f, b'E', b'L', b'F', ..] => Some("native or precompiled code"),
         [b'M', b'Z', ..] => Some("a program for Windows"),
         [0x1f, 0x8b, ..] => Some("a gzip archive"),
-        [b'(', ..] => Some("WebAssembly text"),
+        [b'(' | b';' | b' ' | b'\t' | b'\n' | b'\r', ..] if is_text_format(bytes) => Some("WebAssembly text"),
         [0, b'a', b's', b'm', ..] => Some("cut off"),
         _ => Some("something else"),
     }
 }
 
-/// Reads the sections of a component and counts what is in them. Nothing is compiled, and nothing is allocated but a
+/// The names of what a component asks for and offers.
+#[derive(Debug, Default)]
+pub(super) struct World {
+    pub(super) imports: Vec<String>,
+    pub(super) exports: Vec<String>,
+}
+
+/// Whether the first thing that is no comment opens a parenthesis.
+fn is_text_format(bytes: &[u8]) -> bool {
+    let lines = bytes.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii_start);
+    lines.filter(|line| !line.is_empty() && !line.starts_with(b";;")).map(|line| line[0]).next() == Some(b'(')
+}
+
+/// Reads the sections of a component and counts what is in them. Nothing is compiled, and little is allocated but a
 /// stack of at most [`DEPTH`] parsers.
-pub(super) fn inspect(bytes: &[u8]) -> Result<(), LoadError> {
+pub(super) fn inspect(bytes: &[u8]) -> Result<World, LoadError> {
     if let Some(what) = other_than_component(bytes) {
         return Err(LoadError::NotAComponent(what));
     }
     let too_much = |what: String| Err(LoadError::TooCostly(what));
+    let damaged = |error: wasmparser::BinaryReaderError| LoadError::Damaged(error.message().to_owned());
+    let mut world = World::default();
     let (mut functions, mut parts, mut instances, mut depth) = (0_u32, 0_u32, 0_u32, 0_usize);
     for payload in Parser::new(0).parse_all(bytes) {
-        match payload.map_err(|error| LoadError::Damaged(error.message().to_owned()))? {
+        match payload.map_err(damaged)? {
+            Payload::ComponentImportSection(section) if depth == 0 => {
+                for import in section {
+                    world.imports.push(import.map_err(damaged)?.name.name.to_owned());
+                }
+            }
+            Payload::ComponentExportSection(section) if depth == 0 => {
+                for export in section {
+                    world.exports.push(export.map_err(damaged)?.name.name.to_owned());
+                }
+            }
             Payload::ModuleSection { .. } | Payload::ComponentSection { .. } => {
                 parts += 1;
                 depth += 1;
@@ -61,6 +88,13 @@ pub(super) fn inspect(bytes: &[u8]) -> Result<(), LoadError> {
                 if bytes > FUNCTION_BYTES {
                     return too_much(format!("a function of {bytes} bytes, more than {FUNCTION_BYTES}"));
                 }
+                let mut locals = 0_u32;
+                for local in body.get_locals_reader().map_err(damaged)? {
+                    locals = locals.saturating_add(local.map_err(damaged)?.0);
+                }
+                if locals > LOCALS {
+                    return too_much(format!("a function with {locals} locals, more than {LOCALS}"));
+                }
             }
             _ => {}
         }
@@ -71,7 +105,7 @@ pub(super) fn inspect(bytes: &[u8]) -> Result<(), LoadError> {
             return too_much(format!("{instances} instances, more than {INSTANCES}"));
         }
     }
-    Ok(())
+    Ok(world)
 }
 
 #[cfg(test)]

@@ -28,6 +28,19 @@ impl LastWords {
             .join(" ")
     }
 
+    /// Adds a line.
+    pub(super) fn hear(&self, line: &str) {
+        self.keep(line.as_bytes());
+        self.keep(b"\n");
+    }
+
+    fn keep(&self, bytes: &[u8]) {
+        let mut kept = self.0.lock().expect("no writer panicked");
+        kept.extend_from_slice(&bytes[bytes.len().saturating_sub(KEPT_BYTES)..]);
+        let surplus = kept.len().saturating_sub(KEPT_BYTES);
+        kept.drain(..surplus);
+    }
+
     /// Forgets everything, for the next call.
     pub(super) fn clear(&self) {
         self.0.lock().expect("no writer panicked").clear();
@@ -53,10 +66,7 @@ impl StdoutStream for LastWords {
 
 impl OutputStream for LastWords {
     fn write(&mut self, bytes: Bytes) -> StreamResult<()> {
-        let mut kept = self.0.lock().expect("no writer panicked");
-        kept.extend_from_slice(&bytes[bytes.len().saturating_sub(KEPT_BYTES)..]);
-        let surplus = kept.len().saturating_sub(KEPT_BYTES);
-        kept.drain(..surplus);
+        self.keep(&bytes);
         Ok(())
     }
 
@@ -84,7 +94,9 @@ mod tests {
         for _ in 0..100 {
             words.write(Bytes::from(vec![b'x'; 70_000])).expect("written");
         }
-        words.write("\nthread panicked at src/lib.rs:1:2:\nas\u{1b}[1m asked\nnote: run with `RUST_BACKTRACE=1`".into()).expect("written");
+        words
+            .write("\nthread panicked at src/lib.rs:1:2:\nas\u{1b}[1m asked\nnote: run with `RUST_BACKTRACE=1`".into())
+            .expect("written");
         assert!(words.text().ends_with("x thread panicked at src/lib.rs:1:2: as [1m asked"), "{}", words.text());
         assert!(words.text().len() <= KEPT_BYTES);
         words.clear();

@@ -13,10 +13,11 @@ use super::bindings::PluginPre;
 use super::bindings::exports::tidings::plugin::builder as wit;
 use super::bindings::tidings::plugin::types::KindInfo;
 use super::breaker::{Admission, Breaker, BreakerState, Failure};
-use super::check::{LoadError, check_world, imports, is_kind};
+use super::check::{LoadError, check_world, is_kind};
 use super::compile::compile;
 use super::engine::Engine;
 use super::guest::Guest;
+use super::inspect::inspect;
 use super::instance::{Instance, Used, chain};
 use super::limits::Limits;
 use super::settings::Settings;
@@ -26,6 +27,8 @@ use crate::event::{BuildError, BuiltEvent, Event, deadline_ms};
 use crate::schedule::Schedule;
 use crate::wake::Wake;
 
+/// Wasmtime's words for an export of another type than ours.
+const WRONG_TYPE: &str = "failed to convert function to given type";
 /// Kinds of one plugin.
 const KINDS: usize = 1_000;
 
@@ -119,8 +122,14 @@ impl Plugin {
         let settings = Settings::parse(source.settings.as_deref().unwrap_or_default())
             .map_err(|reason| LoadError::Settings { file: settings_file(file), reason })?;
         let (identity, digest, size) = (source.identity(), source.digest().to_owned(), source.wasm.len());
-        let component = compile(engine, source.wasm.into()).await?;
-        check_world(engine, &component)?;
+        let bytes: Arc<[u8]> = source.wasm.into();
+        let inspected = tokio::task::spawn_blocking({
+            let bytes = Arc::clone(&bytes);
+            move || inspect(&bytes)
+        });
+        let world = inspected.await.map_err(|panic| LoadError::Damaged(panic.to_string()))??;
+        check_world(&world)?;
+        let component = compile(engine, bytes).await?;
         let pre = engine.linker.instantiate_pre(&component).map_err(|error| LoadError::Link(chain(&error)))?;
         let pre = PluginPre::new(pre).map_err(|error| LoadError::Link(chain(&error)))?;
         let mut plugin = Self {
@@ -132,7 +141,7 @@ impl Plugin {
             digest,
             size,
             kinds: BTreeMap::new(),
-            imports: imports(engine, &component),
+            imports: world.imports,
             config: Arc::new(settings.config),
             limits: settings.limits,
             pre,
@@ -155,8 +164,15 @@ impl Plugin {
                 .call(&limits, async |store, bindings| bindings.tidings_plugin_builder().call_describe(store).await)
                 .await
         });
-        let info =
-            described.await.map_err(|panic| LoadError::Describe(panic.to_string()))?.map_err(LoadError::Describe)?;
+        let info = described.await.map_err(|panic| LoadError::Describe(panic.to_string()))?;
+        // Wasmtime compares the types of exported functions when it starts the component.
+        let info = info.map_err(|text| match text.split_once(WRONG_TYPE) {
+            Some((_, types)) => LoadError::Link(format!(
+                "a function of its builder has another type: {}",
+                types.trim_start_matches(": ")
+            )),
+            None => LoadError::Describe(text),
+        })?;
 
         for (what, text) in [("name", &info.name), ("version", &info.version)] {
             if !(1..=100).contains(&text.len())
@@ -235,6 +251,12 @@ impl Plugin {
         self.limits
     }
 
+    /// The name that it gives itself.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.label.split('@').next().unwrap_or_default()
+    }
+
     /// `name@version+digest8`.
     #[must_use]
     pub fn label(&self) -> &str {
@@ -297,7 +319,8 @@ impl Plugin {
         if let Some(kind) = self.kinds.get(&schedule.kind)
             && let Admission::Wait(after) = kind.breaker.lock().expect("nobody panics with it").admit(Instant::now())
         {
-            let reason = format!("plugin {}: it fails at row after row, so this one waits until one succeeds", self.label);
+            let reason =
+                format!("plugin {}: it fails at row after row, so this one waits until one succeeds", self.label);
             return Err(BuildError::Unavailable(reason, after));
         }
         let used = instance.is_some();

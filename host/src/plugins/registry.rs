@@ -260,9 +260,15 @@ impl Registry {
         if let Some(why) = self.memory.quarantined(&identity) {
             return self.refuse(file, seen, &LoadError::Quarantined(why), Some(identity), gone).await;
         }
-        let admitted = self.load(file, source).await.and_then(|plugin| self.admit(file, plugin, gone));
-        if let Err(error) = admitted {
-            self.refuse(file, seen, &error, Some(identity), gone).await;
+        match self.load(file, source).await.and_then(|plugin| self.admit(file, plugin, gone)) {
+            Ok(before) => {
+                // A version that fails when it is replaced is nothing to go back to.
+                let kinds = before.iter().flat_map(|before| before.kinds());
+                for (kind, _) in kinds.filter(|(_, kind)| kind.breaker().0 != BreakerState::Closed) {
+                    self.warn_of_memory(self.memory.forget_kind(kind));
+                }
+            }
+            Err(error) => self.refuse(file, seen, &error, Some(identity), gone).await,
         }
     }
 
@@ -275,8 +281,8 @@ impl Registry {
         Plugin::load(&self.engine, &self.dir.join(file), source, generation, Arc::clone(&self.bell)).await
     }
 
-    /// Lets `plugin` serve in place of what served from this file.
-    fn admit(&self, file: &str, plugin: Plugin, gone: &[String]) -> Result<(), LoadError> {
+    /// Lets `plugin` serve in place of what served from this file, which is returned.
+    fn admit(&self, file: &str, plugin: Plugin, gone: &[String]) -> Result<Option<Arc<Plugin>>, LoadError> {
         let mut slots = self.slots();
         for (other, slot) in &slots.by_file {
             let Some(active) = &slot.active else { continue };
@@ -315,15 +321,18 @@ impl Registry {
         for other in renamed {
             self.forget(other);
         }
-        // A version that failed is nothing to go back to.
-        for (kind, _) in before.iter().flat_map(|before| before.kinds()).filter(|(_, kind)| kind.breaker().0 != BreakerState::Closed) {
-            self.warn_of_memory(self.memory.forget_kind(kind));
-        }
-        Ok(())
+        Ok(before)
     }
 
     /// Notes why a file does not serve. What served from it goes on; if nothing did, the version that built rows last.
-    async fn refuse(&self, file: &str, seen: Option<Seen>, error: &LoadError, identity: Option<Identity>, gone: &[String]) {
+    async fn refuse(
+        &self,
+        file: &str,
+        seen: Option<Seen>,
+        error: &LoadError,
+        identity: Option<Identity>,
+        gone: &[String],
+    ) {
         let waits_for_kind = matches!(error, LoadError::KindTaken { .. });
         let active = {
             let mut slots = self.slots();
@@ -350,7 +359,7 @@ impl Registry {
         {
             let kept = (self.slots().by_file.get_mut(file)).and_then(|slot| slot.problem.take());
             match self.load(file, source).await.and_then(|plugin| self.admit(file, plugin, gone)) {
-                Ok(()) => warn!("in place of {}, the version that built rows last serves", path.display()),
+                Ok(_) => warn!("in place of {}, the version that built rows last serves", path.display()),
                 Err(error) => warn!(reason = %error, "nor does the version that built rows last serve"),
             }
             if let Some(slot) = self.slots().by_file.get_mut(file) {
@@ -418,13 +427,18 @@ impl Registry {
     async fn roll_back(&self, kind: &str, file: &str, plugin: &Plugin, why: &str) {
         let label = plugin.label();
         let Some(source) = self.memory.good(kind, file).filter(|source| source.identity() != *plugin.identity()) else {
-            warn!(plugin = label, schedule.kind = kind, error = why, "the breaker is open from the start: rows of the kind wait until one succeeds");
+            warn!(
+                plugin = label,
+                schedule.kind = kind,
+                error = why,
+                "the breaker is open from the start: rows of the kind wait until one succeeds"
+            );
             return;
         };
         let why = format!("{label} failed at every row of the kind {kind:?} from the start, at last: {why}");
         self.warn_of_memory(self.memory.quarantine(plugin.identity(), &why));
         match self.load(file, source).await.and_then(|plugin| self.admit(file, plugin, &[])) {
-            Ok(()) => {
+            Ok(_) => {
                 let mut slots = self.slots();
                 let slot = slots.by_file.entry(file.to_owned()).or_default();
                 slot.problem = Some((LoadError::Quarantined(why.clone()).to_string(), Some(plugin.identity().clone())));

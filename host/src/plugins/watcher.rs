@@ -64,9 +64,9 @@ fn start(dir: &Path, bell: &Arc<Wake>) -> notify::Result<RecommendedWatcher> {
     let bell = Arc::clone(bell);
     let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
         // Our own reading is an event as well, and must not be a reason to read.
-        let ours = event.is_ok_and(|event| {
-            matches!(event.kind, EventKind::Access(kind) if kind != AccessKind::Close(AccessMode::Write))
-        });
+        let ours = event.is_ok_and(
+            |event| matches!(event.kind, EventKind::Access(kind) if kind != AccessKind::Close(AccessMode::Write)),
+        );
         if !ours {
             bell.wake();
         }

@@ -1,7 +1,6 @@
 //! Guests that can be loaded. What they do when they should build must end as a failure with a reason; of the harmless
 //! ones, it only looks odd.
 
-use std::fmt::Write as _;
 use std::time::Duration;
 
 use wit_component::StringEncoding;
@@ -11,7 +10,7 @@ use super::{Hostile, binary};
 
 const LOG: &str = "(func $log (param i32 i32 i32))";
 /// The longest time there is might overflow into a short one.
-const TEN_YEARS: Duration = Duration::from_secs(315_360_000);
+const TEN_YEARS: Duration = Duration::from_hours(87_600);
 const CPU: &str = "it used more than 100 ms of CPU time (cpu-ms)";
 const MEMORY: &str = "MiB of memory and may have 64 (memory-mib)";
 const OUTPUT: &str = "it handed more than 1024 KiB to the host in one call (output-kib)";
@@ -52,11 +51,8 @@ pub fn harmless() -> Vec<Hostile> {
         guest(20, "ttl-longest", "good", |it| it.poke(TTL, &[1]).poke(TTL + 8, &u64::MAX.to_le_bytes())),
         guest(25, "version-0-1-9", "good", |it| it.replace("0.1.0", "0.1.9")),
         guest(26, "exports-more", "good", |it| {
-            it.wit(|text| {
-                text.replace("export builder;", "export builder;\n  export more;")
-                    + "interface more { further: func(); }"
-            })
-            .fields(r#"(func (export "tidings:plugin/more@0.1.0#further"))"#)
+            it.world("export more;", "interface more { further: func(); }")
+                .fields(r#"(func (export "tidings:plugin/more@0.1.0#further"))"#)
         }),
         Hostile { number: 31, name: "blocks-10000".to_owned(), bytes: with_blocks, says: "good" },
     ]
@@ -92,14 +88,8 @@ fn time() -> Vec<Hostile> {
 
 /// Those that take too much.
 fn memory() -> Vec<Hostile> {
-    let others: String = (0..10).fold(String::new(), |mut text, number| {
-        write!(text, "(memory $other{number} 1)").expect("a String takes everything");
-        text
-    });
-    let grow_others: String = (0..10).fold(String::new(), |mut text, number| {
-        write!(text, "(drop (memory.grow $other{number} (i32.const 160)))").expect("a String takes everything");
-        text
-    });
+    let others = each(10, |number| format!("(memory $other{number} 1)"));
+    let grow_others = each(10, |number| format!("(drop (memory.grow $other{number} (i32.const 160)))"));
     vec![
         guest(6, "memory-steps", MEMORY, |it| {
             it.build("(loop $again (drop (memory.grow (i32.const 16))) (br $again))")
@@ -153,16 +143,16 @@ fn stack_and_traps() -> Vec<Hostile> {
 
 /// A recursion with frames so large that it comes to its end before its time is up, and `code` in each.
 fn wide_recursion(code: &str) -> String {
-    let mut parts = [String::new(), String::new(), String::new()];
-    for number in 0..100 {
-        let at = number * 8;
-        write!(parts[0], "(local $l{number} i64)").expect("a String takes everything");
-        write!(parts[1], "(local.set $l{number} (i64.load (i32.const {at})))").expect("a String takes everything");
-        write!(parts[2], "(i64.store (i32.const {at}) (local.get $l{number}))").expect("a String takes everything");
-    }
-    let [locals, load, store] = parts;
+    let locals = each(100, |number| format!("(local $l{number} i64)"));
+    let load = each(100, |number| format!("(local.set $l{number} (i64.load (i32.const {})))", number * 8));
+    let store = each(100, |number| format!("(i64.store (i32.const {}) (local.get $l{number}))", number * 8));
     // What was read before the call is written after it, and must be kept on the stack meanwhile.
     format!("(func $wide {locals} {load} {code} (call $wide) {store})")
+}
+
+/// What `text` makes of the numbers below `count`, together.
+fn each(count: u32, text: impl FnMut(u32) -> String) -> String {
+    (0..count).map(text).collect::<Vec<_>>().concat()
 }
 
 /// Those that return addresses and lengths that lead astray, or to more than there should be.
@@ -204,10 +194,10 @@ fn lists() -> Vec<Hostile> {
 
 /// Those whose texts are none.
 fn texts() -> Vec<Hostile> {
+    const ENDLESS: &str = "it broke the contract: string pointer/length out of bounds of memory";
     let encoded = |encoding, name: &'static str| move |_| Module::encoded(encoding, name, &[name]);
     let utf16 = |name| encoded(StringEncoding::UTF16, name);
     let compact = |name| encoded(StringEncoding::CompactUTF16, name);
-    const ENDLESS: &str = "it broke the contract: string pointer/length out of bounds of memory";
     // Half of a surrogate pair, alone.
     let lone: &[u8] = &[0x00, 0xd8];
     vec![
@@ -272,7 +262,7 @@ fn handles() -> Vec<Hostile> {
     let things = "interface things { resource thing { constructor(); } }";
     vec![
         guest(34, "handles-of-its-own", "it broke the contract: cannot allocate another handle", |it| {
-            it.wit(|text| text.replace("export builder;", "export builder;\n  export things;") + things)
+            it.world("export things;", things)
                 .core_import(
                     "[export]tidings:plugin/things@0.1.0",
                     "[resource-new]thing",

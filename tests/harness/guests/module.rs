@@ -37,7 +37,7 @@ pub(super) const ZEROS: u32 = 1 << 20;
 
 /// The daemon's interface.
 pub(super) const HOST: &str = "tidings:plugin/host@0.1.0";
-/// The line of the contract that more lines are put beside.
+/// The line of the world that others are put beside.
 pub(super) const EXPORT: &str = "export builder;";
 /// What a function of a guest does that never returns.
 pub(super) const FOREVER: &str = "(loop $again (br $again))";
@@ -89,24 +89,22 @@ impl Module {
         guest.text(ROUTING_KEY, &routing_key).text(CONTENT_TYPE, "text/plain").bytes(BODY, b"good")
     }
 
-    /// Another contract than wit/plugin.wit.
-    pub(super) fn wit(mut self, change: impl FnOnce(&str) -> String) -> Self {
-        let changed = change(&self.wit);
-        assert_ne!(changed, self.wit, "wit/plugin.wit has no longer what was to be changed");
-        self.wit = changed;
+    /// Another contract than wit/plugin.wit: with `other` in place of `text`.
+    pub(super) fn replace(mut self, text: &str, other: &str) -> Self {
+        assert!(self.wit.contains(text), "wit/plugin.wit has no {text:?} any more");
+        self.wit = self.wit.replace(text, other);
         self
     }
 
-    /// Another contract than wit/plugin.wit: with `other` in place of `text`.
-    pub(super) fn replace(self, text: &str, other: &str) -> Self {
-        self.wit(|wit| wit.replace(text, other))
+    /// Another contract than wit/plugin.wit: with `line` in its world, and `declarations` of what the line is about.
+    pub(super) fn world(mut self, line: &str, declarations: &str) -> Self {
+        self.wit += declarations;
+        self.replace(EXPORT, &format!("{line}\n  {EXPORT}"))
     }
 
-    /// Imports `function` of `interface`. The contract gets the import, the packages `wit` that declare it, and the core
-    /// module the function, as `core`.
-    pub(super) fn import(self, interface: &str, wit: &str, function: &str, core: &str) -> Self {
-        let import = format!("import {interface};\n  {EXPORT}");
-        self.wit(|text| text.replace(EXPORT, &import) + wit).core_import(interface, function, core)
+    /// Imports `function` of `interface`, which `declarations` declare. The core module imports it as `core`.
+    pub(super) fn import(self, interface: &str, declarations: &str, function: &str, core: &str) -> Self {
+        self.world(&format!("import {interface};"), declarations).core_import(interface, function, core)
     }
 
     /// Imports `function` of an `interface` that the contract has.

@@ -33,5 +33,5 @@ pub(super) fn report(plugin: &Plugin) {
         if names.is_empty() { "nothing".to_owned() } else { names.into_iter().cloned().collect::<Vec<_>>().join(", ") }
     };
     println!("  imports   {}", list(ours));
-    println!("  inert     {} (nothing is behind it)", list(inert));
+    println!("  inert     {} (nothing is behind what is offered of WASI)", list(inert));
 }

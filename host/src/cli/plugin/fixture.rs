@@ -99,7 +99,9 @@ pub(super) fn outcome(outcome: &Result<BuiltEvent, BuildError>, now_ms: i64) -> 
         Err(BuildError::Invalid(reason)) => json!({ "invalid": reason }),
         Err(BuildError::Skip(reason)) => json!({ "skip": reason }),
         Err(BuildError::Retry(reason, None)) => json!({ "retry": { "reason": reason } }),
-        Err(BuildError::Retry(reason, Some(after_ms))) => json!({ "retry": { "reason": reason, "after-ms": after_ms } }),
+        Err(BuildError::Retry(reason, Some(after_ms))) => {
+            json!({ "retry": { "reason": reason, "after-ms": after_ms } })
+        }
         Err(BuildError::Failed(reason) | BuildError::Unavailable(reason, _)) => json!({ "failed": reason }),
     }
 }
@@ -187,6 +189,9 @@ mod tests {
     #[test]
     fn only_what_differs_is_shown() {
         let difference = difference(&json!({ "skip": "a", "x": 1 }), &json!({ "skip": "b", "x": 1 }));
-        assert_eq!(difference, "      {\n    -   \"skip\": \"a\",\n    +   \"skip\": \"b\",\n        \"x\": 1\n      }\n");
+        assert_eq!(
+            difference,
+            "      {\n    -   \"skip\": \"a\",\n    +   \"skip\": \"b\",\n        \"x\": 1\n      }\n"
+        );
     }
 }

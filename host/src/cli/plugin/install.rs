@@ -19,7 +19,7 @@ pub(crate) struct InstallArgs {
     /// The daemon's plugin directory
     #[arg(long, env = "TIDINGS_PLUGIN_DIR", value_name = "DIR")]
     plugin_dir: PathBuf,
-    /// The name there, without .wasm [default: that of the file]
+    /// The name there, without .wasm [default: the name that the plugin gives itself]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
 }
@@ -29,9 +29,11 @@ pub(super) async fn install(args: &InstallArgs) -> anyhow::Result<ExitCode> {
     ensure!(dir.is_dir(), "{} is not a directory; give the daemon's plugin directory with --plugin-dir", dir.display());
     let engine = engine(&args.plugin.state, Metering::Time)?;
     let plugin = open(&engine, &args.plugin.file, args.plugin.settings.as_deref()).await?;
-    let stem = args.name.clone().or_else(|| Some(args.plugin.file.file_stem()?.to_str()?.to_owned()));
-    let stem = stem.filter(|stem| !stem.starts_with('.') && !stem.is_empty() && !stem.contains('/'));
-    let stem = stem.context("the name of the file cannot be that of a plugin; give one with --name")?;
+    let stem = args.name.as_deref().unwrap_or(plugin.name());
+    ensure!(
+        !stem.starts_with('.') && !stem.contains('/'),
+        "{stem:?} cannot be the name of a file; give one with --name"
+    );
     let target = dir.join(format!("{stem}.wasm"));
 
     for entry in fs::read_dir(dir)? {
@@ -43,7 +45,10 @@ pub(super) async fn install(args: &InstallArgs) -> anyhow::Result<ExitCode> {
         // What the daemon refuses takes no kind.
         let Ok(other) = open(&engine, &other, None).await else { continue };
         if let Some(kind) = plugin.kinds().keys().find(|kind| other.kinds().contains_key(*kind)) {
-            bail!("the kind {kind:?} is served by {} already; remove that one, or install under its name with --name", other.file().display());
+            bail!(
+                "the kind {kind:?} is served by {} already; remove that one, or install under its name with --name",
+                other.file().display()
+            );
         }
     }
 

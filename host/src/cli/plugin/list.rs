@@ -26,9 +26,10 @@ pub(super) fn list(args: ListArgs) -> anyhow::Result<ExitCode> {
         Err(mistakes) => return Ok(usage(&mistakes)),
     };
     let agent = ureq::Agent::config_builder().timeout_global(Some(Duration::from_secs(30))).build().new_agent();
-    let mut answer = agent.get(format!("http://{addr}/api/plugins")).call().with_context(|| {
-        format!("no daemon answers at {addr}; is it running, and is that its TIDINGS_HTTP_ADDR?")
-    })?;
+    let mut answer = agent
+        .get(format!("http://{addr}/api/plugins"))
+        .call()
+        .with_context(|| format!("no daemon answers at {addr}; is it running, and is that its TIDINGS_HTTP_ADDR?"))?;
     let text = answer.body_mut().read_to_string().context("the answer broke off")?;
     if args.json {
         println!("{text}");

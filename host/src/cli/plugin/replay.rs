@@ -62,7 +62,8 @@ pub(super) async fn replay(args: ReplayArgs) -> anyhow::Result<ExitCode> {
 
     let (mut same, mut differ, mut broken) = (0, 0, 0);
     for row in rows {
-        let title = format!("{}  {}  {}", row.schedule.id, row.schedule.kind, row.schedule.key.as_deref().unwrap_or("-"));
+        let title =
+            format!("{}  {}  {}", row.schedule.id, row.schedule.kind, row.schedule.key.as_deref().unwrap_or("-"));
         let now_ms = row.now_ms();
         let built = new.try_row(row.schedule.clone(), now_ms).await.outcome;
         let breaks = built.is_err();
@@ -78,7 +79,10 @@ pub(super) async fn replay(args: ReplayArgs) -> anyhow::Result<ExitCode> {
             Comparison::Unknown(new) => {
                 differ += 1;
                 let by = row.plugin.as_deref().unwrap_or("a plugin that is not known");
-                println!("differs {title}\n    from what {by} sent, which cannot be built here any more; now it would be\n{}", difference(&Value::Null, &new).trim_end());
+                println!(
+                    "differs {title}\n    from what {by} sent, which cannot be built here any more; now it would be\n{}",
+                    difference(&Value::Null, &new).trim_end()
+                );
             }
         }
         broken += u32::from(breaks);
@@ -88,7 +92,11 @@ pub(super) async fn replay(args: ReplayArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// The plugins in the directory that serve kinds of `new`.
-async fn serving(engine: &Arc<Engine>, dir: Option<&std::path::Path>, new: &Plugin) -> anyhow::Result<Vec<Arc<Plugin>>> {
+async fn serving(
+    engine: &Arc<Engine>,
+    dir: Option<&std::path::Path>,
+    new: &Plugin,
+) -> anyhow::Result<Vec<Arc<Plugin>>> {
     let Some(dir) = dir else { return Ok(Vec::new()) };
     let mut plugins = Vec::new();
     for entry in std::fs::read_dir(dir).with_context(|| format!("could not read {}", dir.display()))? {
@@ -113,7 +121,11 @@ async fn compare(row: &Delivered, built: Result<BuiltEvent, BuildError>, old: &[
     let new = outcome(&built, now_ms);
     let Some(plugin) = old.iter().find(|plugin| plugin.kinds().contains_key(&row.schedule.kind)) else {
         let digest = built.ok().map(|built| built.event.digest());
-        return if digest.is_some() && digest == row.event_digest { Comparison::Same } else { Comparison::Unknown(new) };
+        return if digest.is_some() && digest == row.event_digest {
+            Comparison::Same
+        } else {
+            Comparison::Unknown(new)
+        };
     };
     let before = plugin.try_row(row.schedule.clone(), now_ms).await.outcome;
     let ttl = |outcome: &Result<BuiltEvent, BuildError>| outcome.as_ref().ok().map(|built| built.expires_ms);

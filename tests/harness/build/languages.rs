@@ -1,0 +1,157 @@
+//! Plugins by other tools than cargo alone. Each tool is installed below the target directory when it is first needed,
+//! from its ordinary registry, and nowhere else.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+
+use anyhow::Context as _;
+
+use super::{Toolchain, cargo, debian_cargo, run, toolchain};
+use crate::{repository, setup, target};
+
+/// The tools share registries and caches, and each takes all there is of the machine.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+/// The last release there will be.
+const CARGO_COMPONENT: &str = "0.21.1";
+
+fn tools() -> PathBuf {
+    target().join("tools")
+}
+
+fn fixtures() -> PathBuf {
+    repository().join("tests/fixtures/languages")
+}
+
+fn guard() -> std::sync::MutexGuard<'static, ()> {
+    ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Builds one of the repository's plugins with `cargo component build`, and returns the component.
+///
+/// # Errors
+///
+/// When a tool cannot be installed, or fails.
+pub fn cargo_component(plugin: &str) -> anyhow::Result<PathBuf> {
+    let _guard = guard();
+    let tool = tools().join("bin/cargo-component");
+    if !tool.exists() {
+        eprintln!("installing cargo-component (some minutes) ...");
+        let build = tools().join("build");
+        let mut install = cargo();
+        // Its own speed does not matter, that of its build does.
+        install.args(["install", "--quiet", "--debug", "--locked", "cargo-component", "--version", CARGO_COMPONENT]);
+        install.arg("--root").arg(tools()).env("CARGO_TARGET_DIR", &build).env("CARGO_PROFILE_DEV_DEBUG", "0");
+        run(install)?;
+        fs::remove_dir_all(build)?;
+    }
+    let (toolchain, triple) = match toolchain()? {
+        Toolchain::Installed(triple) => (cargo(), triple),
+        Toolchain::Debian => (debian_cargo(), "wasm32-unknown-unknown"),
+    };
+    let mut component = Command::new(tool);
+    component.arg("component").arg("build").args(["--release", "--target", triple]);
+    // What the toolchain needs, its cargo among it.
+    component.args(toolchain.get_args());
+    for (name, value) in toolchain.get_envs() {
+        match value {
+            Some(value) => component.env(name, value),
+            None => component.env_remove(name),
+        };
+    }
+    component.env("CARGO", toolchain.get_program()).env("CARGO_TARGET_DIR", target().join("component"));
+    component.current_dir(repository().join("plugins").join(plugin));
+    run(component)?;
+    // It writes bindings that nobody uses, since the crate makes its own.
+    let _ = fs::remove_file(repository().join("plugins").join(plugin).join("src/bindings.rs"));
+    Ok(target().join("component").join(triple).join("release").join(format!("{plugin}.wasm")))
+}
+
+/// Builds the plugin in JavaScript, and returns the component.
+///
+/// # Errors
+///
+/// As [`cargo_component`].
+pub fn javascript() -> anyhow::Result<PathBuf> {
+    let _guard = guard();
+    let (tools, wasm) = (tools().join("javascript"), target().join("fixtures/greeting-js.wasm"));
+    let source = fixtures().join("greeting.js");
+    let jco = tools.join("node_modules/.bin/jco");
+    if !jco.exists() {
+        if !on_path("npm") {
+            setup::install(&["nodejs", "npm"])?;
+        }
+        eprintln!("installing jco ...");
+        fs::create_dir_all(&tools)?;
+        for file in ["package.json", "package-lock.json"] {
+            fs::copy(fixtures().join(file), tools.join(file))?;
+        }
+        let mut npm = Command::new("npm");
+        npm.args(["ci", "--silent", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix"]).arg(&tools);
+        run(npm)?;
+    }
+    if up_to_date(&source, &wasm) {
+        return Ok(wasm);
+    }
+    let mut command = Command::new(jco);
+    command.arg("componentize").arg(&source).arg("--wit").arg(repository().join("wit")).args(["-n", "plugin"]);
+    command.args(["--disable", "http", "fetch-event", "clocks", "random", "-o"]).arg(&wasm);
+    command.stdout(std::process::Stdio::null());
+    run(command)?;
+    Ok(wasm)
+}
+
+/// Builds the plugin in Python, and returns the component.
+///
+/// # Errors
+///
+/// As [`cargo_component`].
+pub fn python() -> anyhow::Result<PathBuf> {
+    let _guard = guard();
+    let (tools, wasm) = (tools().join("python"), target().join("fixtures/greeting-py.wasm"));
+    let source = fixtures().join("greeting_py.py");
+    let tool = tools.join("bin/componentize-py");
+    if !tool.exists() {
+        if !has_pip() {
+            setup::install(&["python3", "python3-pip"])?;
+        }
+        eprintln!("installing componentize-py ...");
+        let mut pip = Command::new("python3");
+        pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--root-user-action", "ignore"]);
+        pip.args(["--no-deps", "--target"]).arg(&tools).arg("-r").arg(fixtures().join("requirements.txt"));
+        run(pip)?;
+    }
+    if up_to_date(&source, &wasm) {
+        return Ok(wasm);
+    }
+    // It leaves files beside the source.
+    let work = tools.join("work");
+    fs::create_dir_all(&work)?;
+    fs::copy(&source, work.join("greeting_py.py"))?;
+    let mut command = Command::new("python3");
+    command.arg(tool).env("PYTHONPATH", &tools).args(["-q", "-d"]).arg(repository().join("wit"));
+    command
+        .args(["-w", "plugin", "componentize", "--stub-wasi", "-p"])
+        .arg(work)
+        .args(["greeting_py", "-o"])
+        .arg(&wasm);
+    run(command)?;
+    Ok(wasm)
+}
+
+/// Whether `built` was made of `source` as it is: these tools take half a minute each.
+fn up_to_date(source: &Path, built: &Path) -> bool {
+    let modified = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
+    let newest = modified(source).max(modified(&repository().join("wit/plugin.wit")));
+    modified(built).is_some_and(|built| Some(built) > newest)
+}
+
+fn on_path(program: &str) -> bool {
+    std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).exists()))
+}
+
+fn has_pip() -> bool {
+    let pip = Command::new("python3").args(["-m", "pip", "--version"]).output().context("no python3");
+    pip.is_ok_and(|output| output.status.success())
+}

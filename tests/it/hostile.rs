@@ -1,0 +1,159 @@
+//! Plugins that no toolchain would make: what cannot be served is refused with a sentence, what misbehaves fails with one,
+//! and whatever they do, the other kinds go on.
+
+use std::collections::BTreeMap;
+
+use harness::daemon::Daemon;
+use harness::guests::{Hostile, bit_flips, harmless, misbehaving, refused, truncations, well_behaved};
+use harness::world::World;
+
+fn put(world: &World, hostile: &[Hostile]) {
+    for Hostile { name, bytes, .. } in hostile {
+        world.put(&format!("{name}.wasm"), bytes);
+    }
+}
+
+/// The lines of the log in which a file was refused, by the stem of its name.
+fn refusals(daemon: &Daemon) -> BTreeMap<String, String> {
+    let log = daemon.log();
+    let refusal = |line: &str| {
+        let (_, path) = line.split_once("refused the plugin ")?;
+        let (path, _) = path.split_once(".wasm")?;
+        Some((path.rsplit('/').next()?.to_owned(), line.to_owned()))
+    };
+    log.lines().filter_map(refusal).collect()
+}
+
+async fn serves(world: &World) {
+    let mut inbox =
+        world.broker.inbox("tidings", "serves", &["hostile.good"], lapin::types::FieldTable::default()).await;
+    world.sql("SELECT tidings.schedule('good', now())").await;
+    assert_eq!(inbox.next().await.text(), "served");
+}
+
+#[tokio::test]
+async fn what_cannot_be_served_is_refused_with_a_sentence_and_the_others_serve() {
+    let world = World::empty().await;
+    let hostile = refused();
+    put(&world, &hostile);
+    // Behind all of them in the order of names.
+    world.put("zzz.wasm", &well_behaved("good", &["good"], "served"));
+    let mut daemon = world.daemon_of_many().await;
+
+    let said = refusals(&daemon);
+    let wrong: Vec<String> = hostile
+        .iter()
+        .filter(|hostile| !said.get(&hostile.name).is_some_and(|line| line.contains(hostile.says)))
+        .map(|hostile| format!("{hostile:?}\n    said: {:?}", said.get(&hostile.name)))
+        .collect();
+    assert!(wrong.is_empty(), "{} of {} have another reason:\n{}", wrong.len(), hostile.len(), wrong.join("\n"));
+    serves(&world).await;
+    let (_, list) = world.tidings(["plugin", "list", "--http-addr", &daemon.http_addr().await]).await;
+    assert_eq!(list.matches("does not serve").count(), hostile.len(), "{list}");
+    assert!(daemon.stop().await.success());
+}
+
+#[tokio::test]
+async fn what_misbehaves_fails_with_a_sentence_and_the_others_serve() {
+    let world = World::empty().await;
+    let hostile = misbehaving();
+    put(&world, &hostile);
+    world.put("good.wasm", &well_behaved("good", &["good"], "served"));
+    let _daemon = world.daemon_of_many().await;
+
+    for Hostile { name, .. } in &hostile {
+        world.sql(&format!("SELECT tidings.schedule('{name}', now())")).await;
+    }
+    serves(&world).await;
+    world.until("SELECT NOT EXISTS (SELECT FROM tidings.schedules WHERE last_error IS NULL)").await;
+
+    let mut wrong = Vec::new();
+    for hostile in &hostile {
+        let error: String = world
+            .value(&format!(
+                "SELECT last_error FROM tidings.schedules WHERE kind = '{}' AND attempts > 0",
+                hostile.name
+            ))
+            .await;
+        if !error.contains(hostile.says) {
+            wrong.push(format!("{hostile:?}\n    said: {error}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{} of {} have another reason:\n{}", wrong.len(), hostile.len(), wrong.join("\n"));
+    serves(&world).await;
+}
+
+#[tokio::test]
+async fn what_only_looks_odd_is_served() {
+    let world = World::empty().await;
+    let odd = harmless();
+    put(&world, &odd);
+    let mut inbox = world.inbox(&["hostile.#"]).await;
+    let _daemon = world.daemon_of_many().await;
+
+    for Hostile { name, says, .. } in &odd {
+        world.sql(&format!("SELECT tidings.schedule('{name}', now())")).await;
+        let received = inbox.next().await;
+        assert_eq!(received.delivery.routing_key.as_str(), format!("hostile.{name}"));
+        assert!(String::from_utf8_lossy(&received.delivery.data).contains(says), "{name}");
+    }
+}
+
+#[tokio::test]
+async fn a_file_cut_off_anywhere_or_damaged_by_a_bit_never_stops_the_daemon() {
+    let world = World::empty().await;
+    world.put("good.wasm", &well_behaved("good", &["good"], "served"));
+    let victim = well_behaved("victim", &["victim"], "v");
+    let mut spoilt: Vec<Vec<u8>> = truncations(&victim).map(<[u8]>::to_vec).collect();
+    let step = spoilt.len() / 60;
+    spoilt = spoilt.into_iter().step_by(step.max(1)).chain(bit_flips(&victim, 1).take(40)).collect();
+    for (number, bytes) in spoilt.iter().enumerate() {
+        world.put(&format!("spoilt-{number}.wasm"), bytes);
+    }
+    let daemon = world.daemon_of_many().await;
+
+    // Some bits do not matter: those files are served, or claim the same kind as another that is.
+    let refused = refusals(&daemon).len();
+    assert!(refused > spoilt.len() / 2, "{refused} of {}", spoilt.len());
+    serves(&world).await;
+    assert!(daemon.stop().await.success());
+}
+
+#[tokio::test]
+async fn what_is_no_regular_file_is_never_opened() {
+    let world = World::empty().await;
+    world.put("good.wasm", &well_behaved("good", &["good"], "served"));
+    let path = |name: &str| world.plugin_dir.join(name);
+    let made = std::process::Command::new("mkfifo").arg(path("fifo.wasm")).status().expect("mkfifo runs");
+    assert!(made.success());
+    std::fs::create_dir(path("directory.wasm")).expect("made");
+    std::os::unix::fs::symlink("/dev/zero", path("device.wasm")).expect("linked");
+    std::os::unix::fs::symlink("nowhere", path("dangling.wasm")).expect("linked");
+    std::fs::File::create(path("sparse.wasm")).and_then(|file| file.set_len(5 << 30)).expect("made");
+    let daemon = world.daemon().await;
+
+    let said = refusals(&daemon);
+    for (name, reason) in [
+        ("fifo", "it is not a regular file"),
+        ("directory", "it is not a regular file"),
+        ("device", "it is not a regular file"),
+        ("dangling", "it cannot be read"),
+        ("sparse", "it has 5368709120 bytes, more than 67108864"),
+    ] {
+        assert!(said.get(name).is_some_and(|line| line.contains(reason)), "{name}: {:?}", said.get(name));
+    }
+    serves(&world).await;
+}
+
+#[tokio::test]
+async fn a_panic_reaches_the_log_and_last_error_with_its_text_file_and_line() {
+    let world = World::with(&["misbehave"]).await;
+    let mut daemon = world.daemon().await;
+    world.sql("SELECT tidings.schedule('trap', now())").await;
+
+    world.until("SELECT coalesce(last_error LIKE '%as asked%', false) FROM tidings.schedules").await;
+    let error: String = world.value("SELECT last_error FROM tidings.schedules").await;
+    assert!(error.contains("panicked at ") && error.contains("src/lib.rs:"), "{error}");
+    let line = daemon.wait_for_line("could not build").await;
+    assert!(line.contains("as asked") && line.contains("src/lib.rs:"), "{line}");
+}

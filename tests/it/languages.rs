@@ -1,0 +1,83 @@
+//! Every way to build a plugin: the routes of Rust from one source, and one plugin each in JavaScript and Python.
+
+use harness::build;
+use harness::world::World;
+use serde_json::json;
+
+#[tokio::test]
+async fn cargo_component_makes_the_same_plugin_from_the_same_source() {
+    let world = World::empty().await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let component = build::cargo_component("message").expect("it builds");
+    world.put("message.wasm", &std::fs::read(component).expect("it was built"));
+    let plain = std::fs::read(World::built("message")).expect("it was built");
+    let _daemon = world.daemon().await;
+    let rows = [
+        r#"{"routing_key": "a", "body": "text", "headers": {"b": "c"}, "ttl_ms": 60000}"#,
+        r#"{"routing_key": "a", "body": {"n": 1.10}}"#,
+    ];
+    for row in rows {
+        world.sql(&format!("SELECT tidings.schedule('message', now(), '{row}')")).await;
+        inbox.next().await;
+    }
+    world.sql(r#"SELECT tidings.schedule('message', now(), '{"routing_key": 7}')"#).await;
+    world
+        .until(
+            "SELECT count(*) = 1 FROM tidings.parked WHERE reason LIKE 'the payload is not a message: invalid type%'",
+        )
+        .await;
+    world.until("SELECT count(*) = 2 FROM tidings.deliveries").await;
+
+    // To the byte: what the one made, the other makes.
+    let other = world.plugin_dir.with_extension("plain.wasm");
+    std::fs::write(&other, plain).expect("written");
+    let (code, output) = world.tidings(["plugin", "replay", other.to_str().expect("UTF-8")]).await;
+    assert!(code == 0 && output.contains("2 same, 0 differ"), "{output}");
+}
+
+/// The same plugin in another language: its rows, its settings, its mistakes.
+async fn greets(language: &str, wasm: &std::path::Path, panic: &str) {
+    let world = World::empty().await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let kind = format!("greeting-{language}");
+    // An interpreter needs its memory, and its time in the first call.
+    let settings =
+        "[config]\ngreeting = \"Good morning\"\n[limits]\nmemory-mib = 256\ncpu-ms = 5000\nwall-ms = 20000\n";
+    world.put("greeting.toml", settings.as_bytes());
+    world.put("greeting.wasm", &std::fs::read(wasm).expect("it was built"));
+    let _daemon = world.daemon_of_many().await;
+    let schedule = async |payload: &str| {
+        world.sql(&format!("SELECT tidings.schedule('{kind}', '2026-01-01Z', '{payload}')")).await
+    };
+
+    schedule(r#"{"name": "Zoë"}"#).await;
+    let received = inbox.next().await;
+    assert_eq!(received.delivery.routing_key.as_str(), "greeting.due");
+    assert_eq!(received.json(), json!({ "greeting": "Good morning, Zoë!", "due_ms": 1_767_225_600_000_i64 }));
+    assert_eq!(received.headers()["lang"], language);
+    assert!(received.properties().expiration().is_some());
+    schedule(r#"{"name": "Ada", "later": true}"#).await;
+    assert_eq!(inbox.next().await.number("tidings-attempt"), 2);
+    schedule(r#"{"name": ""}"#).await;
+    world
+        .until("SELECT count(*) = 1 FROM tidings.deliveries WHERE outcome = 'skipped' AND detail = 'nobody to greet'")
+        .await;
+    schedule(r#"{"name": 7}"#).await;
+    world
+        .until("SELECT count(*) = 1 FROM tidings.parked WHERE reason = 'the payload is not a greeting: name must be a text'")
+        .await;
+    schedule(r#"{"name": "boom"}"#).await;
+    world.until(&format!("SELECT coalesce(last_error LIKE '%{panic}%', false) FROM tidings.schedules")).await;
+    schedule(r#"{"name": "Bob"}"#).await;
+    assert_eq!(inbox.next().await.json()["greeting"], "Good morning, Bob!");
+}
+
+#[tokio::test]
+async fn a_plugin_in_javascript_is_built_from_its_package_and_serves() {
+    greets("js", &build::javascript().expect("it builds"), "Error: boom").await;
+}
+
+#[tokio::test]
+async fn a_plugin_in_python_is_built_from_its_package_and_serves() {
+    greets("py", &build::python().expect("it builds"), "RuntimeError(%boom%) at %greeting_py.py:").await;
+}
