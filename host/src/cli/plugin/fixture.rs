@@ -40,9 +40,15 @@ struct Row {
     expires_ms: Option<i64>,
     #[serde(default = "one")]
     attempt: u32,
-    payload: Option<Box<RawValue>>,
+    // Not an option, for which null would be none.
+    #[serde(default = "empty")]
+    payload: Box<RawValue>,
     #[serde(default)]
     headers: BTreeMap<String, String>,
+}
+
+fn empty() -> Box<RawValue> {
+    RawValue::from_string("{}".to_owned()).expect("it is JSON")
 }
 
 fn one() -> u32 {
@@ -66,7 +72,7 @@ impl Fixture {
             subject: row.subject,
             due_at: at(row.due_ms.unwrap_or(now_ms)),
             expires_at: row.expires_ms.map(at),
-            payload: row.payload.map_or_else(|| "{}".to_owned(), |payload| payload.get().to_owned()),
+            payload: row.payload.get().to_owned(),
             headers: row.headers.into_iter().collect(),
             attempts: row.attempt.saturating_sub(1),
             failures: 0,
