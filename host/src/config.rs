@@ -22,8 +22,8 @@ pub struct DatabaseArgs {
 /// Where the daemon keeps what it remembers.
 #[derive(Args, Clone, Debug)]
 pub struct StateArgs {
-    /// A private directory for compiled plugins and the last good version of each [default: $STATE_DIRECTORY,
-    /// $XDG_STATE_HOME/tidings, or ~/.local/state/tidings]
+    /// A private directory for compiled plugins and the last good version of each [default: `$STATE_DIRECTORY`,
+    /// `$XDG_STATE_HOME/tidings`, or `~/.local/state/tidings`]
     #[arg(long, env = "TIDINGS_STATE_DIR", value_name = "DIR")]
     state_dir: Option<PathBuf>,
 }

@@ -76,7 +76,8 @@ pub struct Build {
 
 impl PluginSet {
     /// The set of these plugins; no two of them serve the same kind.
-    fn of(plugins: impl IntoIterator<Item = Arc<Plugin>>) -> Self {
+    #[must_use]
+    pub fn of(plugins: impl IntoIterator<Item = Arc<Plugin>>) -> Self {
         let mut by_kind = BTreeMap::new();
         for plugin in plugins {
             by_kind.extend(plugin.kinds().keys().map(|kind| (kind.clone(), Arc::clone(&plugin))));

@@ -1,5 +1,8 @@
 //! `cargo measure`: how fast and how punctual the daemon is, each figure beside its limit in the same run. Shared machines
-//! are noisy: every figure is the median of several rounds, and the ratio says more than the number.
+//! are noisy: every figure is the median of several rounds, and the ratio says more than the number. `cargo measure --
+//! queue` and `cargo measure -- plugins` measure one half.
+
+mod plugins;
 
 use std::time::{Duration, Instant};
 
@@ -31,11 +34,18 @@ async fn main() {
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
     println!("PostgreSQL {postgres}, {cores} cores, persistent messages with bodies of {BODY_BYTES} bytes\n");
 
-    due_now().await;
-    for queue_type in ["classic", "quorum"] {
-        drain(queue_type).await;
+    let only = std::env::args().nth(1);
+    let wanted = |what: &str| only.as_deref().is_none_or(|only| only == what);
+    if wanted("queue") {
+        due_now().await;
+        for queue_type in ["classic", "quorum"] {
+            drain(queue_type).await;
+        }
+        idle().await;
     }
-    idle().await;
+    if wanted("plugins") {
+        plugins::plugins().await;
+    }
 }
 
 /// One row at a time: from the return of its commit to the consumer.

@@ -9,7 +9,7 @@
 mod scenario;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, bail, ensure};
@@ -57,8 +57,9 @@ async fn demo(once: bool) -> anyhow::Result<()> {
     let (code, output) = Launch::new(&binary, "migrate").with("TIDINGS_DATABASE_URL", &urls.database).finished().await;
     ensure!(code == 0, "tidings migrate failed: {output}");
     println!("migrated: {output}");
-    let daemon = start(&binary, &plugins, &urls).await;
-    println!("the daemon is ready, with the plugins of {}", plugins.display());
+    let directory = Directory::with(&plugins, &["game-reminder", "game-status"])?;
+    let mut daemon = start(&binary, &directory.0, &urls).await;
+    println!("the daemon is ready, with the plugins game-reminder and game-status in {}", directory.0.display());
 
     let mut db = <PgConnection as sqlx::Connection>::connect(&urls.database).await?;
     let broker = Broker::connect(&urls.amqp).await;
@@ -67,7 +68,7 @@ async fn demo(once: bool) -> anyhow::Result<()> {
 
     scenario::create_games_table(&mut db).await?;
     let outcome = tokio::select! {
-        outcome = play(&mut db, inbox, once, &urls) => outcome,
+        outcome = play(&mut db, inbox, once, &urls, &mut daemon, || directory.add(&plugins, "message")) => outcome,
         _ = tokio::signal::ctrl_c() => Ok(()),
     };
     if outcome.is_err() {
@@ -110,9 +111,48 @@ async fn start(binary: &Path, plugins: &Path, urls: &Urls) -> Daemon {
         .await
 }
 
+/// The daemon's plugin directory, removed in the end.
+struct Directory(PathBuf);
+
+impl Directory {
+    fn with(built: &Path, plugins: &[&str]) -> anyhow::Result<Self> {
+        let directory = Self(harness::target().join(format!("demo-plugins-{}", std::process::id())));
+        std::fs::create_dir_all(&directory.0)?;
+        for plugin in plugins {
+            directory.add(built, plugin)?;
+        }
+        Ok(directory)
+    }
+
+    /// Puts a plugin there as one should: aside, and then renamed.
+    fn add(&self, built: &Path, plugin: &str) -> anyhow::Result<()> {
+        let aside = self.0.join(format!(".{plugin}"));
+        std::fs::copy(built.join(format!("{plugin}.wasm")), &aside)?;
+        std::fs::rename(aside, self.0.join(format!("{plugin}.wasm")))?;
+        Ok(())
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
 /// Plays the scenario, and receives what comes of it.
-async fn play(db: &mut PgConnection, mut inbox: Inbox, once: bool, urls: &Urls) -> anyhow::Result<()> {
+async fn play(
+    db: &mut PgConnection,
+    mut inbox: Inbox,
+    once: bool,
+    urls: &Urls,
+    daemon: &mut Daemon,
+    drop_in: impl FnOnce() -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let mut announced = scenario::play(db).await?;
+    let held = daemon.wait_for_line("held rows").await;
+    println!("its log: {}", held.split("held rows").last().map(|rest| format!("held rows{rest}")).unwrap_or_default());
+    println!("dropping in message.wasm, while it runs");
+    drop_in()?;
     println!("\nthese {} are announced, and nothing else:", announced.len());
     for what in announced.values() {
         println!("  {what}");
@@ -124,12 +164,19 @@ async fn play(db: &mut PgConnection, mut inbox: Inbox, once: bool, urls: &Urls) 
             let missing: Vec<String> = announced.into_values().collect();
             bail!("nothing came for {} s, and these are missing: {}", PATIENCE.as_secs(), missing.join(", "));
         };
-        late.push(show(&received).await?);
+        let lateness = show(&received).await?;
+        // This one had to wait for its plugin.
+        if received.delivery.routing_key.as_str() != "demo.hello" {
+            late.push(lateness);
+        }
         let what = announced.remove(&received.id());
         ensure!(what.is_some(), "a message came that was not announced, or a second time: {}", received.text());
     }
     late.sort_unstable();
-    println!("\neverything that was announced arrived, {} ms late at most, none early", late.last().unwrap_or(&0));
+    println!(
+        "\neverything that was announced arrived, {} ms late at most (but the one that waited for its plugin), none early",
+        late.last().unwrap_or(&0)
+    );
     scenario::nothing_is_left(db).await?;
     if once {
         return Ok(());

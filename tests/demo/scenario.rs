@@ -84,9 +84,9 @@ pub(super) async fn play(db: &mut PgConnection) -> anyhow::Result<Announced> {
         .execute("INSERT INTO games (title, starts_at) VALUES ('Sunday bridge', now() + interval '1 second')")
         .await?;
     transaction.rollback().await?;
-    println!("scheduling a plain message, due now");
+    println!("scheduling a plain message, due at once, of the kind 'message', for which there is no plugin yet");
     db.execute(
-        r#"SELECT tidings.schedule('message', now() + interval '300 milliseconds',
+        r#"SELECT tidings.schedule('message', now(),
            '{"routing_key": "demo.hello", "body": {"hello": "world"}}', key => 'hello')"#,
     )
     .await?;
@@ -123,12 +123,12 @@ pub(super) async fn nothing_is_left(db: &mut PgConnection) -> anyhow::Result<()>
     let row = db
         .fetch_one(
             "SELECT count(*) AS rows, count(*) FILTER (WHERE outcome = 'delivered' AND finished_at >= due_at) AS delivered,
-                    (extract(epoch FROM max(finished_at - due_at)) * 1000)::float8 AS latest_ms FROM tidings.deliveries",
+                    (extract(epoch FROM max(finished_at - due_at) FILTER (WHERE kind <> 'message')) * 1000)::float8 AS latest_ms FROM tidings.deliveries",
         )
         .await?;
     let (rows, delivered): (i64, i64) = (row.get("rows"), row.get("delivered"));
     println!(
-        "tidings.schedules is empty; tidings.deliveries has {delivered} rows, confirmed {:.1} ms after they were due at most",
+        "tidings.schedules is empty; tidings.deliveries has {delivered} rows, confirmed {:.1} ms after they were due at most (but the one that waited for its plugin)",
         row.get::<f64, _>("latest_ms")
     );
     ensure!(rows == 5 && delivered == 5, "the history has {rows} rows, of which {delivered} were delivered");

@@ -76,6 +76,9 @@ fn cdylibs(dir: &Path) -> anyhow::Result<Vec<String>> {
     Ok(names)
 }
 
+/// The targets whose build is a component at once.
+const TARGETS: [&str; 2] = ["wasm32-wasip2", "wasm32-unknown-unknown"];
+
 /// A way to build WebAssembly components.
 enum Toolchain {
     /// The compiler at hand has this target.
@@ -84,17 +87,59 @@ enum Toolchain {
     Debian,
 }
 
+impl Toolchain {
+    fn triple(&self) -> &'static str {
+        match self {
+            Self::Installed(triple) => triple,
+            Self::Debian => "wasm32-unknown-unknown",
+        }
+    }
+
+    /// Its cargo, ready to build a component.
+    fn cargo(&self) -> Command {
+        let mut cargo = match self {
+            Self::Installed(_) => cargo(),
+            Self::Debian => debian_cargo(),
+        };
+        if self.triple() == "wasm32-unknown-unknown" {
+            cargo.env("RUSTFLAGS", "-C linker=wasm-component-ld");
+        }
+        cargo
+    }
+}
+
+/// Builds one of the repository's plugins for every target there is, and returns the components by the names of the
+/// targets. Debian's compiler has one; a rustup gets what it lacks, if it can be had.
+///
+/// # Errors
+///
+/// As [`plugins`].
+pub fn every_target(plugin: &str) -> anyhow::Result<Vec<(&'static str, PathBuf)>> {
+    let toolchains = match toolchain()? {
+        Toolchain::Debian => vec![Toolchain::Debian],
+        Toolchain::Installed(_) => {
+            let _ = Command::new("rustup").args(["target", "add"]).args(TARGETS).stdin(Stdio::null()).output();
+            TARGETS.into_iter().filter(|triple| is_installed(triple)).map(Toolchain::Installed).collect()
+        }
+    };
+    let mut built = Vec::new();
+    for toolchain in toolchains {
+        let (triple, mut cargo, dir) = (toolchain.triple(), toolchain.cargo(), target().join("wasm"));
+        cargo.env("CARGO_TARGET_DIR", &dir);
+        cargo.args(["build", "--quiet", "--profile", "plugin", "--target", triple, "--package", plugin]);
+        run(cargo)?;
+        built.push((triple, dir.join(triple).join("plugin").join(format!("{plugin}.wasm"))));
+    }
+    Ok(built)
+}
+
 /// Builds `packages` and puts each as `NAME.wasm` into `dir`.
 fn wasm(packages: &[String], dir: &Path) -> anyhow::Result<()> {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _guard = ONE_AT_A_TIME.lock().expect("no builder panicked");
-    let (mut cargo, triple) = match toolchain()? {
-        Toolchain::Installed(triple) => (cargo(), triple),
-        Toolchain::Debian => (debian_cargo(), "wasm32-unknown-unknown"),
-    };
-    if triple == "wasm32-unknown-unknown" {
-        cargo.env("RUSTFLAGS", "-C linker=wasm-component-ld");
-    }
+    let toolchain = toolchain()?;
+    let triple = toolchain.triple();
+    let mut cargo = toolchain.cargo();
     cargo.env("CARGO_TARGET_DIR", target().join("wasm"));
     cargo.args(["build", "--quiet", "--profile", "plugin", "--target", triple]);
     for package in packages {
@@ -119,13 +164,9 @@ fn wasm(packages: &[String], dir: &Path) -> anyhow::Result<()> {
 ///
 /// As [`plugins`].
 pub fn component(dir: &Path, name: &str) -> anyhow::Result<PathBuf> {
-    let (mut cargo, triple) = match toolchain()? {
-        Toolchain::Installed(triple) => (cargo(), triple),
-        Toolchain::Debian => (debian_cargo(), "wasm32-unknown-unknown"),
-    };
-    if triple == "wasm32-unknown-unknown" {
-        cargo.env("RUSTFLAGS", "-C linker=wasm-component-ld");
-    }
+    let toolchain = toolchain()?;
+    let triple = toolchain.triple();
+    let mut cargo = toolchain.cargo();
     cargo.env("CARGO_NET_OFFLINE", "true").env_remove("CARGO_TARGET_DIR").current_dir(dir);
     cargo.args(["build", "--quiet", "--release", "--target", triple]);
     run(cargo)?;
@@ -148,8 +189,7 @@ pub fn cargo_test(dir: &Path) -> String {
 }
 
 fn toolchain() -> anyhow::Result<Toolchain> {
-    const TARGETS: [&str; 2] = ["wasm32-wasip2", "wasm32-unknown-unknown"];
-    let installed = || TARGETS.into_iter().find(|triple| libraries(triple).is_some_and(|dir| dir.exists()));
+    let installed = || TARGETS.into_iter().find(|triple| is_installed(triple));
     if let Some(triple) = installed() {
         return Ok(Toolchain::Installed(triple));
     }
@@ -176,11 +216,10 @@ fn toolchain() -> anyhow::Result<Toolchain> {
     Ok(Toolchain::Debian)
 }
 
-/// Where the compiler at hand would have the standard library for `triple`.
-fn libraries(triple: &str) -> Option<PathBuf> {
-    let output =
-        Command::new(program("RUSTC", "rustc")).args(["--print", "target-libdir", "--target", triple]).output().ok()?;
-    output.status.success().then(|| PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()))
+/// Whether the compiler at hand has the standard library for `triple`.
+fn is_installed(triple: &str) -> bool {
+    let dir = Command::new(program("RUSTC", "rustc")).args(["--print", "target-libdir", "--target", triple]).output();
+    dir.is_ok_and(|dir| dir.status.success() && Path::new(String::from_utf8_lossy(&dir.stdout).trim()).exists())
 }
 
 fn program(variable: &str, name: &str) -> OsString {

@@ -38,8 +38,8 @@ async fn a_look_at_the_queue_costs_the_same_however_many_rows_are_held() {
     let dir = std::fs::read_dir(harness::repository().join(".sqlx")).expect("the checked queries");
     let queries = dir.map(|entry| std::fs::read_to_string(entry.expect("an entry").path()).expect("a file"));
     let queries: Vec<serde_json::Value> = queries.map(|text| serde_json::from_str(&text).expect("JSON")).collect();
-    let texts = queries.iter().map(|file| file["query"].as_str().expect("a query"));
-    let look = texts.filter(|text| text.contains("held_for_us")).next().expect("the look is among them");
+    let mut texts = queries.iter().map(|file| file["query"].as_str().expect("a query"));
+    let look = texts.find(|text| text.contains("held_for_us")).expect("the look is among them");
     let mut connection = world.db.acquire().await.expect("a connection");
     let mut run =
         async |sql: String| sqlx::query(AssertSqlSafe(sql)).fetch_all(&mut *connection).await.expect("it runs");

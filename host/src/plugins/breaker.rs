@@ -220,7 +220,7 @@ mod tests {
             for (well, seconds, number) in steps {
                 now += Duration::from_secs(seconds);
                 match breaker.admit(now) {
-                    Admission::Wait(wait) => prop_assert!(wait <= Duration::from_secs(360)),
+                    Admission::Wait(wait) => prop_assert!(wait <= Duration::from_mins(6)),
                     Admission::Build if well => {
                         breaker.answered();
                         prop_assert_eq!(breaker.admit(now), Admission::Build);

@@ -1,31 +1,27 @@
 //! One generation: a loaded version of a plugin, which builds rows.
 
+mod build;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
-use tokio::time::Instant;
-
-use super::Build;
 use super::bindings::PluginPre;
-use super::bindings::exports::tidings::plugin::builder as wit;
 use super::bindings::tidings::plugin::types::KindInfo;
-use super::breaker::{Admission, Breaker, BreakerState, Failure};
+use super::breaker::{Breaker, BreakerState};
 use super::check::{LoadError, check_world, is_kind};
 use super::compile::compile;
 use super::engine::Engine;
 use super::guest::Guest;
 use super::inspect::inspect;
-use super::instance::{Instance, Used, chain};
+use super::instance::{Instance, chain};
 use super::limits::Limits;
 use super::settings::Settings;
 use super::source::{Identity, Source, settings_file};
-use crate::clock::DatabaseClock;
-use crate::event::{BuildError, BuiltEvent, Event, deadline_ms};
-use crate::schedule::Schedule;
 use crate::wake::Wake;
+
+pub use build::Trial;
 
 /// Wasmtime's words for an export of another type than ours.
 const WRONG_TYPE: &str = "failed to convert function to given type";
@@ -79,19 +75,6 @@ pub(super) enum News {
     Answered(String),
     /// It fails at everything of this kind, and has from the start; at last with this error.
     FailedFromTheStart(String, String),
-}
-
-/// One row, built apart from the queue.
-#[derive(Debug)]
-pub struct Trial {
-    /// What became of it.
-    pub outcome: Result<BuiltEvent, BuildError>,
-    /// Wall-clock time of the start of the plugin and the call.
-    pub took: Duration,
-    /// Memory at its peak, in bytes.
-    pub memory_bytes: usize,
-    /// Instructions, if the engine counts them.
-    pub fuel: Option<u64>,
 }
 
 impl std::fmt::Debug for Plugin {
@@ -275,161 +258,6 @@ impl Plugin {
     pub(super) fn take_news(&self) -> Vec<News> {
         std::mem::take(&mut *self.news.lock().expect("nobody panics with it"))
     }
-
-    /// Builds `rows` one after the other, on the guests' threads. Rows that were not reached before `until`, or after
-    /// `bodies` (the bytes left for bodies) was used up, have no outcome.
-    pub(super) async fn build(
-        self: Arc<Self>,
-        rows: Vec<Schedule>,
-        clock: DatabaseClock,
-        until: Instant,
-        bodies: Arc<AtomicUsize>,
-    ) -> Vec<Build> {
-        let plugin = Arc::clone(&self);
-        let task = self.engine.guests().spawn(async move {
-            let _measuring = plugin.engine.measure();
-            let mut instance = None;
-            let mut builds = Vec::with_capacity(rows.len());
-            for schedule in rows {
-                let enough = Instant::now() >= until || bodies.load(Ordering::Relaxed) == 0;
-                let outcome =
-                    if enough { None } else { Some(plugin.build_row(&mut instance, &schedule, clock, &bodies).await) };
-                builds.push(Build { schedule, plugin: plugin.label.to_string(), outcome });
-            }
-            builds
-        });
-        // A panic of ours: the rows stay as they are, and are claimed again.
-        task.await.unwrap_or_else(|panic| {
-            tracing::error!(
-                error = &panic as &dyn std::error::Error,
-                plugin = &*self.label,
-                "a build panicked, its rows stay"
-            );
-            Vec::new()
-        })
-    }
-
-    async fn build_row(
-        &self,
-        instance: &mut Option<Instance>,
-        schedule: &Schedule,
-        clock: DatabaseClock,
-        bodies: &AtomicUsize,
-    ) -> Result<BuiltEvent, BuildError> {
-        if let Some(kind) = self.kinds.get(&schedule.kind)
-            && let Admission::Wait(after) = kind.breaker.lock().expect("nobody panics with it").admit(Instant::now())
-        {
-            let reason =
-                format!("plugin {}: it fails at row after row, so this one waits until one succeeds", self.label);
-            return Err(BuildError::Unavailable(reason, after));
-        }
-        let used = instance.is_some();
-        let outcome = self.try_build(instance, schedule, clock.now_ms()).await;
-        // What went wrong in a store that others had used before may be their doing, a leak for instance: a row is
-        // blamed only for what it does in a fresh one.
-        let outcome = match outcome {
-            Err(BuildError::Failed(_)) if used => self.try_build(instance, schedule, clock.now_ms()).await,
-            outcome => outcome,
-        };
-        if let Ok(built) = &outcome {
-            let _ = bodies.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
-                Some(left.saturating_sub(built.event.body_len()))
-            });
-            self.peak.output_bytes.fetch_max(built.event.body_len(), Ordering::Relaxed);
-        }
-        self.count(schedule, &outcome);
-        outcome
-    }
-
-    /// Tells the breaker, and the registry if it matters to it.
-    fn count(&self, schedule: &Schedule, outcome: &Result<BuiltEvent, BuildError>) {
-        let Some(kind) = self.kinds.get(&schedule.kind) else { return };
-        let mut breaker = kind.breaker.lock().expect("nobody panics with it");
-        let news = if let Err(BuildError::Failed(error)) = outcome {
-            match breaker.failed(schedule.id, Instant::now()) {
-                Failure::Counted => return,
-                Failure::Opened => {
-                    tracing::warn!(
-                        plugin = &*self.label,
-                        schedule.kind,
-                        error,
-                        "the breaker is open: rows of the kind wait until one succeeds"
-                    );
-                    return;
-                }
-                Failure::FromTheStart => News::FailedFromTheStart(schedule.kind.clone(), error.clone()),
-            }
-        } else {
-            if breaker.state() != BreakerState::Closed {
-                tracing::info!(plugin = &*self.label, schedule.kind, "the breaker is closed: a row succeeded");
-            }
-            breaker.answered();
-            if breaker.answered > 1 {
-                return;
-            }
-            News::Answered(schedule.kind.clone())
-        };
-        drop(breaker);
-        self.news.lock().expect("nobody panics with it").push(news);
-        self.bell.wake();
-    }
-
-    /// Builds one row in a fresh store at `now_ms`, apart from the queue, the breaker and the history.
-    pub async fn try_row(self: &Arc<Self>, schedule: Schedule, now_ms: i64) -> Trial {
-        let plugin = Arc::clone(self);
-        let task = self.engine.guests().spawn(async move {
-            let _measuring = plugin.engine.measure();
-            let begun = Instant::now();
-            let mut instance = None;
-            let outcome = plugin.try_build(&mut instance, &schedule, now_ms).await;
-            let took = begun.elapsed();
-            let used = instance.as_ref().map(Instance::used).unwrap_or_default();
-            Trial { outcome, took, memory_bytes: used.memory_bytes, fuel: used.fuel }
-        });
-        task.await.unwrap_or_else(|panic| Trial {
-            outcome: Err(BuildError::Failed(panic.to_string())),
-            took: Duration::ZERO,
-            memory_bytes: 0,
-            fuel: None,
-        })
-    }
-
-    async fn try_build(
-        &self,
-        instance: &mut Option<Instance>,
-        schedule: &Schedule,
-        now_ms: i64,
-    ) -> Result<BuiltEvent, BuildError> {
-        let failed = |text: String| BuildError::Failed(format!("plugin {}: {text}", self.label));
-        let mut alive = match instance.take() {
-            Some(alive) => alive,
-            None => {
-                Instance::new(&self.engine, &self.pre, Arc::clone(&self.label), Arc::clone(&self.config), &self.limits)
-                    .await
-                    .map_err(failed)?
-            }
-        };
-        let row = row(schedule, now_ms);
-        let answer = alive
-            .call(&self.limits, async |store, bindings| bindings.tidings_plugin_builder().call_build(store, &row).await)
-            .await;
-        let Used { memory_bytes, cpu_ms, .. } = alive.used();
-        self.peak.memory_bytes.fetch_max(memory_bytes, Ordering::Relaxed);
-        self.peak.cpu_ms.fetch_max(cpu_ms, Ordering::Relaxed);
-        let answer = answer.map_err(failed)?;
-        // It answered: it is well, whatever it said.
-        *instance = Some(alive);
-        let built = answer.map_err(|error| match error {
-            wit::BuildError::Invalid(reason) | wit::BuildError::Other(reason) => BuildError::Invalid(reason),
-            wit::BuildError::Retry(retry) => BuildError::Retry(retry.reason, retry.after_ms),
-            wit::BuildError::Skip(reason) => BuildError::Skip(reason),
-        })?;
-        let wit::Built { event, ttl_ms } = built;
-        let event = Event::new(event.routing_key, event.content_type, event.body, event.headers)
-            .map_err(|error| failed(format!("its event cannot be published: {error}")))?;
-        let expires_ms = ttl_ms.map(|ttl_ms| deadline_ms(now_ms, ttl_ms));
-        Ok(BuiltEvent { event, built_ms: now_ms, expires_ms, plugin: self.label.to_string() })
-    }
 }
 
 impl Kind {
@@ -444,23 +272,6 @@ impl Kind {
 /// The first characters of a text that may be endless.
 fn start(text: &str) -> String {
     text.chars().take(120).collect()
-}
-
-/// The row as the plugin sees it.
-fn row(schedule: &Schedule, now_ms: i64) -> wit::Schedule {
-    let unsigned = |ms: i64| u64::try_from(ms).unwrap_or(0);
-    wit::Schedule {
-        id: schedule.id.to_string(),
-        kind: schedule.kind.clone(),
-        key: schedule.key.clone(),
-        subject: schedule.subject.clone(),
-        due_ms: unsigned(schedule.due_ms()),
-        now_ms: unsigned(now_ms),
-        expires_ms: schedule.expires_ms().map(unsigned),
-        attempt: schedule.attempt(),
-        payload: schedule.payload.clone(),
-        headers: schedule.headers.clone(),
-    }
 }
 
 #[cfg(test)]

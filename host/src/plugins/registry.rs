@@ -4,25 +4,28 @@
 //!
 //! Only the watcher changes anything here, one file after the other. Everybody else reads.
 
+mod rollback;
+mod status;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use arc_swap::ArcSwap;
-use serde::Serialize;
 use tokio::sync::watch;
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 use super::PluginSet;
 use super::breaker::BreakerState;
 use super::check::LoadError;
 use super::directory::{Seen, Settling, look};
 use super::engine::Engine;
-use super::limits::Limits;
-use super::plugin::{News, Plugin};
+use super::plugin::Plugin;
 use super::source::{Identity, Source};
 use super::state::{Memory, StateDir};
 use crate::wake::Wake;
+
+pub use status::{GenerationStatus, KindStatus, PluginStatus};
 
 /// The plugins of one directory.
 #[expect(missing_debug_implementations, reason = "the engine has none")]
@@ -60,53 +63,6 @@ struct Slot {
     waits_for_kind: bool,
 }
 
-/// What serves, and what does not, for people.
-#[derive(Debug, Serialize)]
-pub struct PluginStatus {
-    /// The name of the file.
-    pub file: String,
-    /// What serves; `None` = nothing.
-    pub active: Option<GenerationStatus>,
-    /// Why the file that lies there does not serve.
-    pub problem: Option<String>,
-}
-
-/// One generation, for people.
-#[derive(Debug, Serialize)]
-pub struct GenerationStatus {
-    /// Counted from 1 over all plugins.
-    pub generation: u64,
-    /// `name@version+digest8`.
-    pub plugin: String,
-    /// SHA-256 of the file.
-    pub digest: String,
-    /// The kinds it serves.
-    pub kinds: Vec<KindStatus>,
-    /// What it may use.
-    pub limits: Limits,
-    /// The most memory that a call has used, in bytes.
-    pub peak_memory_bytes: usize,
-    /// The most CPU time that a call has used, in ms, in steps of 10.
-    pub peak_cpu_ms: u64,
-    /// The largest body that it has built, in bytes.
-    pub peak_output_bytes: usize,
-}
-
-/// One kind of a generation, for people.
-#[derive(Debug, Serialize)]
-pub struct KindStatus {
-    /// Its name.
-    pub kind: String,
-    /// One line about it.
-    pub summary: String,
-    /// Whether rows are built.
-    pub breaker: BreakerState,
-    /// Calls that were answered.
-    pub answered: u64,
-    /// Calls that ended in a trap, a blown limit or a broken contract.
-    pub failed: u64,
-}
-
 impl Registry {
     /// The plugins in `dir`; none is loaded yet. `wake` is rung whenever others serve.
     #[must_use]
@@ -139,18 +95,6 @@ impl Registry {
     #[must_use]
     pub fn dir(&self) -> &Path {
         &self.dir
-    }
-
-    /// Every file and what serves of it, in the order of their names.
-    #[must_use]
-    pub fn status(&self) -> Vec<PluginStatus> {
-        let slots = self.slots();
-        let status = |(file, slot): (&String, &Slot)| PluginStatus {
-            file: file.clone(),
-            active: slot.active.as_deref().map(generation_status),
-            problem: slot.problem.as_ref().map(|(problem, _)| problem.clone()),
-        };
-        slots.by_file.iter().map(status).collect()
     }
 
     /// Loads what lies in the directory when the daemon starts.
@@ -265,7 +209,7 @@ impl Registry {
                 // A version that fails when it is replaced is nothing to go back to.
                 let kinds = before.iter().flat_map(|before| before.kinds());
                 for (kind, _) in kinds.filter(|(_, kind)| kind.breaker().0 != BreakerState::Closed) {
-                    self.warn_of_memory(self.memory.forget_kind(kind));
+                    warn_of_memory(self.memory.forget_kind(kind));
                 }
             }
             Err(error) => self.refuse(file, seen, &error, Some(identity), gone).await,
@@ -380,7 +324,7 @@ impl Registry {
     }
 
     fn forget(&self, file: &str) {
-        self.warn_of_memory(self.memory.forget(file));
+        warn_of_memory(self.memory.forget(file));
     }
 
     /// Lets what the slots say serve.
@@ -396,85 +340,14 @@ impl Registry {
         self.wake.wake();
     }
 
-    /// What serving plugins have to tell: the first row built of a kind, or that nothing works.
-    async fn hear_news(&self) {
-        let plugins: Vec<(String, Arc<Plugin>)> = {
-            let slots = self.slots();
-            slots.by_file.iter().filter_map(|(file, slot)| Some((file.clone(), slot.active.clone()?))).collect()
-        };
-        for (file, plugin) in plugins {
-            for news in plugin.take_news() {
-                match news {
-                    News::Answered(kind) => self.remember(&kind, &file, &plugin).await,
-                    News::FailedFromTheStart(kind, why) => self.roll_back(&kind, &file, &plugin, &why).await,
-                }
-            }
-        }
-    }
-
-    /// Keeps the bytes of a generation that has built a row, unless the file is another one already.
-    async fn remember(&self, kind: &str, file: &str, plugin: &Plugin) {
-        let path = self.dir.join(file);
-        let read = tokio::task::spawn_blocking(move || Source::read(&path, None)).await;
-        if let Ok(Ok(source)) = read
-            && source.identity() == *plugin.identity()
-        {
-            self.warn_of_memory(self.memory.remember(kind, file, &source));
-        }
-    }
-
-    /// Puts the version that built rows of `kind` before in the place of one that never could.
-    async fn roll_back(&self, kind: &str, file: &str, plugin: &Plugin, why: &str) {
-        let label = plugin.label();
-        let Some(source) = self.memory.good(kind, file).filter(|source| source.identity() != *plugin.identity()) else {
-            warn!(
-                plugin = label,
-                schedule.kind = kind,
-                error = why,
-                "the breaker is open from the start: rows of the kind wait until one succeeds"
-            );
-            return;
-        };
-        let why = format!("{label} failed at every row of the kind {kind:?} from the start, at last: {why}");
-        self.warn_of_memory(self.memory.quarantine(plugin.identity(), &why));
-        match self.load(file, source).await.and_then(|plugin| self.admit(file, plugin, &[])) {
-            Ok(_) => {
-                let mut slots = self.slots();
-                let slot = slots.by_file.entry(file.to_owned()).or_default();
-                slot.problem = Some((LoadError::Quarantined(why.clone()).to_string(), Some(plugin.identity().clone())));
-                let serves = slot.active.as_deref().map_or("nothing", Plugin::label);
-                error!(reason = why, "rolled back {}: {serves} serves again", self.dir.join(file).display());
-            }
-            Err(error) => error!(reason = %error, "could not roll back {}", self.dir.join(file).display()),
-        }
-    }
-
-    /// The state directory is full or read-only, perhaps. Nothing depends on it now; a rollback or a restart might.
-    fn warn_of_memory(&self, outcome: std::io::Result<()>) {
-        if let Err(error) = outcome {
-            warn!(%error, "could not write to the state directory: a rollback after a restart may not be possible");
-        }
-    }
-
     fn slots(&self) -> std::sync::MutexGuard<'_, Slots> {
         self.slots.lock().expect("nobody panics with it")
     }
 }
 
-fn generation_status(plugin: &Plugin) -> GenerationStatus {
-    let (peak_memory_bytes, peak_cpu_ms, peak_output_bytes) = plugin.peak();
-    let kind = |(name, kind): (&String, &super::Kind)| {
-        let (breaker, answered, failed) = kind.breaker();
-        KindStatus { kind: name.clone(), summary: kind.summary.clone(), breaker, answered, failed }
-    };
-    GenerationStatus {
-        generation: plugin.generation(),
-        plugin: plugin.label().to_owned(),
-        digest: plugin.digest().to_owned(),
-        kinds: plugin.kinds().iter().map(kind).collect(),
-        limits: plugin.limits(),
-        peak_memory_bytes,
-        peak_cpu_ms,
-        peak_output_bytes,
+/// The state directory is full or read-only, perhaps. Nothing depends on it now; a rollback or a restart might.
+fn warn_of_memory(outcome: std::io::Result<()>) {
+    if let Err(error) = outcome {
+        warn!(%error, "could not write to the state directory: a rollback after a restart may not be possible");
     }
 }

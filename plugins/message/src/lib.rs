@@ -61,7 +61,11 @@ impl Guest for Plugin {
 }
 
 /// The plugin itself: the payload, member by member.
-fn message(payload: &str) -> Result<Built, BuildError> {
+///
+/// # Errors
+///
+/// When the payload is no message.
+pub fn message(payload: &str) -> Result<Built, BuildError> {
     let invalid = |error| BuildError::Invalid(format!("the payload is not a message: {error}"));
     let payload: Payload = serde_json::from_str(payload).map_err(invalid)?;
     if !(1..=255).contains(&payload.routing_key.len()) {

@@ -46,12 +46,15 @@ pub fn cargo_component(plugin: &str) -> anyhow::Result<PathBuf> {
         run(install)?;
         fs::remove_dir_all(build)?;
     }
-    let (toolchain, triple) = match toolchain()? {
-        Toolchain::Installed(triple) => (cargo(), triple),
-        Toolchain::Debian => (debian_cargo(), "wasm32-unknown-unknown"),
+    let toolchain = toolchain()?;
+    let triple = toolchain.triple();
+    // It makes the component by itself, out of what the ordinary linker leaves.
+    let toolchain = match toolchain {
+        Toolchain::Installed(_) => cargo(),
+        Toolchain::Debian => debian_cargo(),
     };
     let mut component = Command::new(tool);
-    component.arg("component").arg("build").args(["--release", "--target", triple]);
+    component.args(["component", "build", "--quiet", "--release", "--target", triple]);
     // What the toolchain needs, its cargo among it.
     component.args(toolchain.get_args());
     for (name, value) in toolchain.get_envs() {

@@ -1,6 +1,7 @@
 //! Rows and what becomes of them, as JSON: what fixtures are written in, and what two versions are compared in.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
@@ -160,7 +161,7 @@ pub(super) fn difference(old: &Value, new: &Value) -> String {
                 ChangeTag::Insert => '+',
                 ChangeTag::Equal => ' ',
             };
-            text.push_str(&format!("    {sign} {}\n", change.value().trim_end()));
+            writeln!(text, "    {sign} {}", change.value().trim_end()).expect("a String takes everything");
         }
     }
     text

@@ -1,0 +1,66 @@
+//! What a generation has to tell of itself, and what follows: a version that has built a row is what can be gone back to;
+//! one that fails at everything from the start is put aside, and the version before it serves again.
+
+use std::sync::Arc;
+
+use tracing::{error, warn};
+
+use super::{Registry, warn_of_memory};
+use crate::plugins::check::LoadError;
+use crate::plugins::plugin::{News, Plugin};
+use crate::plugins::source::Source;
+
+impl Registry {
+    /// What serving plugins have to tell: the first row built of a kind, or that nothing works.
+    pub(super) async fn hear_news(&self) {
+        let plugins: Vec<(String, Arc<Plugin>)> = {
+            let slots = self.slots();
+            slots.by_file.iter().filter_map(|(file, slot)| Some((file.clone(), slot.active.clone()?))).collect()
+        };
+        for (file, plugin) in plugins {
+            for news in plugin.take_news() {
+                match news {
+                    News::Answered(kind) => self.remember(&kind, &file, &plugin).await,
+                    News::FailedFromTheStart(kind, why) => self.roll_back(&kind, &file, &plugin, &why).await,
+                }
+            }
+        }
+    }
+
+    /// Keeps the bytes of a generation that has built a row, unless the file is another one already.
+    async fn remember(&self, kind: &str, file: &str, plugin: &Plugin) {
+        let path = self.dir.join(file);
+        let read = tokio::task::spawn_blocking(move || Source::read(&path, None)).await;
+        if let Ok(Ok(source)) = read
+            && source.identity() == *plugin.identity()
+        {
+            warn_of_memory(self.memory.remember(kind, file, &source));
+        }
+    }
+
+    /// Puts the version that built rows of `kind` before in the place of one that never could.
+    async fn roll_back(&self, kind: &str, file: &str, plugin: &Plugin, why: &str) {
+        let label = plugin.label();
+        let Some(source) = self.memory.good(kind, file).filter(|source| source.identity() != *plugin.identity()) else {
+            warn!(
+                plugin = label,
+                schedule.kind = kind,
+                error = why,
+                "the breaker is open from the start: rows of the kind wait until one succeeds"
+            );
+            return;
+        };
+        let why = format!("{label} failed at every row of the kind {kind:?} from the start, at last: {why}");
+        warn_of_memory(self.memory.quarantine(plugin.identity(), &why));
+        match self.load(file, source).await.and_then(|plugin| self.admit(file, plugin, &[])) {
+            Ok(_) => {
+                let mut slots = self.slots();
+                let slot = slots.by_file.entry(file.to_owned()).or_default();
+                slot.problem = Some((LoadError::Quarantined(why.clone()).to_string(), Some(plugin.identity().clone())));
+                let serves = slot.active.as_deref().map_or("nothing", Plugin::label);
+                error!(reason = why, "rolled back {}: {serves} serves again", self.dir.join(file).display());
+            }
+            Err(error) => error!(reason = %error, "could not roll back {}", self.dir.join(file).display()),
+        }
+    }
+}
