@@ -61,13 +61,7 @@ async fn calls() {
     let settings = harness::target().join("measure.toml");
     std::fs::write(&settings, "[limits]\nmemory-mib = 256\ncpu-ms = 5000\nwall-ms = 20000\n").expect("written");
     let engine = Engine::new(None, Metering::Time).expect("an engine");
-    let native = median((0..CALLS).map(|_| {
-        let begun = Instant::now();
-        for _ in 0..BATCH {
-            std::hint::black_box(message::message(std::hint::black_box(MESSAGE)).is_ok());
-        }
-        begun.elapsed() / u32::try_from(BATCH).expect("few")
-    }));
+    let native = build::measured("message", MESSAGE);
     for (language, file, kind, payload) in [
         ("Rust", World::built("message"), "message", MESSAGE),
         ("JavaScript", build::javascript().expect("it builds"), "greeting-js", name),
@@ -108,7 +102,7 @@ async fn calls() {
 async fn first_message() {
     let world = World::empty().await;
     let mut inbox = world.inbox(&["#"]).await;
-    let mut daemon = world.daemon().await;
+    let daemon = world.daemon().await;
     let bytes = std::fs::read(World::built("message")).expect("it is there");
     let mut times = Vec::new();
     for round in 0..20 {
@@ -136,7 +130,6 @@ async fn first_message() {
         bytes.len() / 1024,
         times.len()
     );
-    drop(daemon.wait_for_line("ready").await);
 }
 
 /// 2,000 rows a second while the plugin is replaced, and while it is not.
@@ -187,6 +180,7 @@ async fn beside_hostile() {
             world.put("spin.wasm", &spinning("spin", &["spin"]));
         }
         let _daemon = world.daemon().await;
+        let _inbox = world.inbox(&["#"]).await;
         for _ in 0..200 {
             if hostile {
                 world
@@ -215,6 +209,7 @@ async fn beside_held() {
         )
         .await;
     let _daemon = world.daemon().await;
+    let _inbox = world.inbox(&["#"]).await;
     for _ in 0..200 {
         world
             .sql(&format!("SELECT tidings.schedule('message', clock_timestamp() + interval '20 ms', '{MESSAGE}')"))

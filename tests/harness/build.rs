@@ -9,6 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 
@@ -85,6 +86,21 @@ enum Toolchain {
     Installed(&'static str),
     /// Debian's compiler, from the source of its standard library.
     Debian,
+}
+
+/// What a call of a plugin's function with `payload` costs without WebAssembly: its test `measure`, in release mode.
+///
+/// # Panics
+///
+/// When it does not say it.
+#[must_use]
+pub fn measured(plugin: &str, payload: &str) -> Duration {
+    let mut cargo = cargo();
+    cargo.args(["test", "--quiet", "--release", "--package", plugin, "--", "--ignored", "--nocapture", "measure"]);
+    let output = cargo.env("MEASURED_PAYLOAD", payload).output().expect("cargo runs");
+    let said = String::from_utf8_lossy(&output.stdout);
+    let nanoseconds = said.lines().find_map(|line| line.strip_prefix("measured ")?.parse().ok());
+    Duration::from_nanos(nanoseconds.unwrap_or_else(|| panic!("{said}{}", String::from_utf8_lossy(&output.stderr))))
 }
 
 impl Toolchain {

@@ -9,7 +9,7 @@ use std::path::Path;
 use super::source::{Stat, settings_file};
 
 /// Looks after which a file that keeps changing is read all the same: whole files may be replaced all the time.
-const PATIENCE: u32 = 20;
+const PATIENCE: u32 = 50;
 
 /// What is seen of one plugin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,8 +136,8 @@ mod tests {
     #[test]
     fn a_file_that_is_replaced_all_the_time_is_read_in_the_end() {
         let mut settling = Settling::default();
-        let read = (0..100).filter(|content| !settling.settled(&dir(&[("a", *content)])).0.is_empty()).count();
-        assert_eq!(read, 100 / (PATIENCE as usize + 1));
+        let read = (0..1_000).filter(|content| !settling.settled(&dir(&[("a", *content)])).0.is_empty()).count();
+        assert_eq!(read, 1_000 / (PATIENCE as usize + 1));
     }
 
     proptest! {

@@ -16,8 +16,9 @@ use crate::wake::Wake;
 
 /// How often the directory is looked at without a hint.
 const RESCAN: Duration = Duration::from_secs(5);
-/// Between the two looks that must see the same.
-const SETTLE: Duration = Duration::from_millis(50);
+/// Between the two looks that must see the same. Were it too short, half a file would be read and refused, and read again
+/// when it has changed.
+const SETTLE: Duration = Duration::from_millis(20);
 
 /// What has been watched, as its device and number: a directory that was made anew is another one.
 type Inode = (u64, u64);
