@@ -95,8 +95,9 @@ impl Breaker {
         self.openings = 0;
     }
 
-    /// The plugin failed at `row`.
-    pub(super) fn failed(&mut self, row: Uuid, now: Instant) -> Failure {
+    /// The plugin failed at `row`; `fresh` if that row had never failed before. A row that had tells nothing new when it
+    /// is tried again: then the others wait as long as they did, not longer.
+    pub(super) fn failed(&mut self, row: Uuid, fresh: bool, now: Instant) -> Failure {
         self.failed += 1;
         self.failing.insert(row);
         match self.phase {
@@ -104,11 +105,14 @@ impl Breaker {
             // A row that was admitted before it opened.
             Phase::Open(until) if now < until => Failure::Counted,
             _ => {
-                self.phase = Phase::Open(now + BUILD.jittered(self.openings));
-                self.openings = self.openings.saturating_add(1);
+                let first = self.openings == 0;
+                if fresh || self.openings == 0 {
+                    self.openings = self.openings.saturating_add(1);
+                }
+                self.phase = Phase::Open(now + BUILD.jittered(self.openings - 1));
                 // Which rows they were is of no more interest, and there may be many.
                 self.failing.clear();
-                if self.answered + self.failed <= FIRST_CALLS && self.openings == 1 {
+                if first && self.answered + self.failed <= FIRST_CALLS {
                     Failure::FromTheStart
                 } else {
                     Failure::Opened
@@ -140,9 +144,9 @@ mod tests {
     fn opened(now: Instant) -> Breaker {
         let mut breaker = Breaker::default();
         for number in 0..4 {
-            assert_eq!(breaker.failed(row(number), now), Failure::Counted);
+            assert_eq!(breaker.failed(row(number), true, now), Failure::Counted);
         }
-        assert_eq!(breaker.failed(row(4), now), Failure::FromTheStart);
+        assert_eq!(breaker.failed(row(4), true, now), Failure::FromTheStart);
         breaker
     }
 
@@ -151,7 +155,7 @@ mod tests {
         let (now, mut breaker) = (Instant::now(), Breaker::default());
         for _ in 0..100 {
             assert_eq!(breaker.admit(now), Admission::Build);
-            assert_eq!(breaker.failed(row(1), now), Failure::Counted);
+            assert_eq!(breaker.failed(row(1), false, now), Failure::Counted);
         }
     }
 
@@ -162,7 +166,7 @@ mod tests {
             if number % 4 == 0 {
                 breaker.answered();
             }
-            assert_eq!(breaker.failed(row(number), now), Failure::Counted);
+            assert_eq!(breaker.failed(row(number), true, now), Failure::Counted);
         }
         assert_eq!(breaker.state(), BreakerState::Closed);
     }
@@ -187,9 +191,22 @@ mod tests {
         let mut breaker = opened(now);
         let later = now + Duration::from_secs(2);
         assert_eq!(breaker.admit(later), Admission::Build);
-        assert_eq!(breaker.failed(row(9), later), Failure::Opened);
+        assert_eq!(breaker.failed(row(9), true, later), Failure::Opened);
         let Admission::Wait(wait) = breaker.admit(later) else { panic!("it is open") };
         assert!((Duration::from_millis(1_600)..=Duration::from_millis(2_400)).contains(&wait), "{wait:?}");
+    }
+
+    #[test]
+    fn rows_that_had_failed_before_do_not_make_the_others_wait_longer() {
+        let mut now = Instant::now();
+        let mut breaker = opened(now);
+        for number in 0..20 {
+            let Admission::Wait(wait) = breaker.admit(now) else { panic!("it is open") };
+            assert!(wait <= Duration::from_millis(1_200), "{wait:?}");
+            now += wait;
+            assert_eq!(breaker.admit(now), Admission::Build);
+            assert_eq!(breaker.failed(row(number % 5), false, now), Failure::Opened);
+        }
     }
 
     #[test]
@@ -207,7 +224,7 @@ mod tests {
         for _ in 0..FIRST_CALLS {
             breaker.answered();
         }
-        let last = (0..5).map(|number| breaker.failed(row(number), now)).last();
+        let last = (0..5).map(|number| breaker.failed(row(number), true, now)).last();
         assert_eq!(last, Some(Failure::Opened));
     }
 
@@ -225,7 +242,7 @@ mod tests {
                         breaker.answered();
                         prop_assert_eq!(breaker.admit(now), Admission::Build);
                     }
-                    Admission::Build => drop(breaker.failed(row(number), now)),
+                    Admission::Build => drop(breaker.failed(row(number), number % 2 == 0, now)),
                 }
             }
         }

@@ -100,7 +100,7 @@ impl Plugin {
         let Some(kind) = self.kinds.get(&schedule.kind) else { return };
         let mut breaker = kind.breaker.lock().expect("nobody panics with it");
         let news = if let Err(BuildError::Failed(error)) = outcome {
-            match breaker.failed(schedule.id, Instant::now()) {
+            match breaker.failed(schedule.id, schedule.failures == 0, Instant::now()) {
                 Failure::Counted => return,
                 Failure::Opened => {
                     tracing::warn!(
