@@ -23,6 +23,10 @@ fn verify() -> anyhow::Result<bool> {
     build::daemon()?;
     build::plugins()?;
     build::fixtures()?;
+    eprintln!("building plugins with the tools of other languages (the first time takes minutes) ...");
+    build::cargo_component("message")?;
+    build::javascript()?;
+    build::python()?;
     eprintln!("starting a PostgreSQL and a RabbitMQ of our own ...");
     let servers = Servers::start()?;
     let (name, ports) = servers.environment();
