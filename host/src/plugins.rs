@@ -53,6 +53,9 @@ pub use watcher::watch;
 
 /// How long the rows of one claim may take to build. Those that were not reached stay due: the claim holds locks.
 const BUILD_BUDGET: Duration = Duration::from_secs(2);
+/// The same for each plugin, if rows of several are in one claim: they are published together, and a slow plugin must
+/// not keep the others waiting for more than this and one call of its own.
+const SHARED_BUDGET: Duration = Duration::from_millis(50);
 /// The bodies that one claim may build, in bytes. Rows that were not reached stay due.
 const BODY_BUDGET: usize = 8 * 1024 * 1024;
 
@@ -93,7 +96,6 @@ impl PluginSet {
 
     /// Builds the events of `rows`. Plugins work side by side: a slow one delays its own rows only.
     pub async fn build(&self, rows: Vec<Schedule>, clock: DatabaseClock) -> Vec<Build> {
-        let until = Instant::now() + BUILD_BUDGET;
         let bodies = Arc::new(AtomicUsize::new(BODY_BUDGET));
         let mut by_plugin: BTreeMap<&Path, (Arc<Plugin>, Vec<Schedule>)> = BTreeMap::new();
         for row in rows {
@@ -101,6 +103,7 @@ impl PluginSet {
             let Some(plugin) = self.by_kind.get(&row.kind) else { continue };
             by_plugin.entry(plugin.file()).or_insert_with(|| (Arc::clone(plugin), Vec::new())).1.push(row);
         }
+        let until = Instant::now() + if by_plugin.len() > 1 { SHARED_BUDGET } else { BUILD_BUDGET };
         let builds =
             by_plugin.into_values().map(|(plugin, rows)| plugin.build(rows, clock, until, Arc::clone(&bodies)));
         join_all(builds).await.into_iter().flatten().collect()
