@@ -1,16 +1,18 @@
-//! The only place with AMQP's client library. One connection publishes:
+//! The only place with AMQP's client library. One connection publishes, another takes back dead letters while a pass lasts:
 //!
 //! ```text
 //!   dispatcher ──publish──▶ exchange `tidings` (topic) ──bindings of the consumers──▶ their queues
-//!                                                                                      │ rejected, expired
-//!                           queue `tidings.dead` ◀── exchange `tidings.dlx` (fanout) ◀─┘
-//!                           queue `tidings.parking`  (dead letters set aside for a person)
+//!                                                                              ▲       │ rejected, expired
+//!   replayer ◀──pass── queue `tidings.dead` ◀── exchange `tidings.dlx` (fanout) ◀──────┘
+//!      ├──replay, by the name of the queue──────────────────────────────────────┘
+//!      └──▶ queue `tidings.parking`  (dead letters set aside for a person)
 //! ```
 //!
 //! The four names follow `TIDINGS_EXCHANGE`. The client library's own recovery is not used: what was in flight when a
 //! connection broke is unknown, and only the rows in the database say what to do about it.
 
 mod connection;
+mod dead_letters;
 mod publisher;
 mod topology;
 
@@ -25,6 +27,7 @@ use tokio::sync::Mutex;
 use crate::secret_url::SecretUrl;
 use crate::wake::Wake;
 
+pub use dead_letters::{DeadLetters, Letter, Pile, Sending, Sent};
 pub use publisher::{Confirmed, Verdict};
 
 /// For a connection, logging in included.
@@ -39,6 +42,17 @@ pub enum QueueType {
     Classic,
     /// A majority of the cluster keeps it.
     Quorum,
+}
+
+/// Where RabbitMQ is, and what is ours there.
+#[derive(Clone, Debug)]
+pub struct BrokerSettings {
+    /// `TIDINGS_AMQP_URL`
+    pub url: SecretUrl,
+    /// `TIDINGS_EXCHANGE`, 1 to 200 bytes, so that the names after it fit as well.
+    pub exchange: String,
+    /// `TIDINGS_QUEUE_TYPE`
+    pub queue_type: QueueType,
 }
 
 /// What went wrong between us and RabbitMQ. Always the infrastructure's fault, never a row's.
@@ -124,15 +138,15 @@ impl Broker {
     ///
     /// If `url` was not checked by the configuration.
     #[must_use]
-    pub fn new(url: &SecretUrl, exchange: &str, queue_type: QueueType, wake: Arc<Wake>) -> Self {
-        let mut uri = parse(url).expect("the configuration accepts only URLs that can be understood");
+    pub fn new(settings: &BrokerSettings, wake: Arc<Wake>) -> Self {
+        let mut uri = parse(&settings.url).expect("the configuration accepts only URLs that can be understood");
         // RabbitMQ's own 60 s would let a dead link look alive for two minutes.
         uri.query.heartbeat.get_or_insert(10);
         uri.query.connection_timeout.get_or_insert(5_000);
         Self {
             uri,
-            exchange: exchange.to_owned(),
-            queue_type,
+            exchange: settings.exchange.clone(),
+            queue_type: settings.queue_type,
             connection: Mutex::new(None),
             idle_channels: Mutex::new(Vec::new()),
             open: AtomicBool::new(false),

@@ -1,13 +1,17 @@
 //! The command line: one file per subcommand. Exit codes: 0 done or stopped by a signal; 64 usage and settings; 65 the
 //! schema is not ours; 66 not found; 1 anything else.
 
+mod dead;
 mod migrate;
+mod parked;
 mod plugin;
 mod run;
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::config::{DatabaseArgs, Mistakes, RunArgs};
 
@@ -30,6 +34,12 @@ struct Cli {
 enum Command {
     /// Runs the daemon
     Run(Box<RunArgs>),
+    /// Lists, replays or drops the dead letters
+    #[command(subcommand)]
+    Dead(dead::Command),
+    /// Lists, puts back or drops the rows and dead letters that were set aside for a person
+    #[command(subcommand)]
+    Parked(parked::Command),
     /// For authors of plugins: new, check, test, list, install, replay
     #[command(subcommand)]
     Plugin(plugin::Command),
@@ -57,6 +67,8 @@ pub fn main() -> ExitCode {
             Ok(config) => runtime.block_on(run::run(config)),
             Err(mistakes) => usage(&mistakes),
         },
+        Command::Dead(command) => runtime.block_on(dead::run(command)),
+        Command::Parked(command) => runtime.block_on(parked::run(command)),
         Command::Plugin(command) => runtime.block_on(plugin::run(command)),
         Command::Migrate(args) => match args.check() {
             Ok(url) => runtime.block_on(migrate::migrate(&url)),
@@ -73,6 +85,25 @@ fn usage(mistakes: &Mistakes) -> ExitCode {
         eprintln!("tidings: {mistake}");
     }
     ExitCode::from(USAGE)
+}
+
+/// A bar on a terminal, and nothing elsewhere. `length` 0 = none at all.
+///
+/// # Panics
+///
+/// Never: the template is a constant.
+fn progress(length: u64, what: &'static str) -> ProgressBar {
+    if length == 0 {
+        return ProgressBar::hidden();
+    }
+    let style =
+        ProgressStyle::with_template("{bar:40} {human_pos} of {human_len} {msg}, {eta} left").expect("a template");
+    ProgressBar::new(length).with_style(style).with_message(what)
+}
+
+/// A time in words, to the second.
+fn age(time: Duration) -> String {
+    humantime::format_duration(Duration::from_secs(time.as_secs())).to_string()
 }
 
 /// Says what went wrong, with its causes, on one line.

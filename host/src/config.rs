@@ -8,11 +8,11 @@ use std::time::Duration;
 
 use clap::Args;
 
-use crate::broker::QueueType;
+use crate::broker::{BrokerSettings, QueueType};
 use crate::secret_url::SecretUrl;
 
 /// Where the database is: all that `tidings migrate` needs.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 pub struct DatabaseArgs {
     /// Where PostgreSQL is, such as `postgres://user:password@host/database`
     #[arg(long, env = "TIDINGS_DATABASE_URL", hide_env_values = true, value_name = "URL")]
@@ -36,14 +36,30 @@ pub struct HttpArgs {
     http_addr: String,
 }
 
-/// The settings of `tidings run`, as they were typed.
-#[derive(Args, Debug)]
-pub struct RunArgs {
+/// Where the two servers are: all that work by hand on dead letters and parked rows needs.
+#[derive(Args, Clone, Debug)]
+pub struct ServerArgs {
     #[command(flatten)]
     database: DatabaseArgs,
     /// Where RabbitMQ is, such as `amqp://user:password@host/vhost`
     #[arg(long, env = "TIDINGS_AMQP_URL", hide_env_values = true, value_name = "URL")]
     amqp_url: Option<String>,
+    /// The exchange to publish to; the dead-letter exchange and the daemon's queues are named after it
+    #[arg(long, env = "TIDINGS_EXCHANGE", value_name = "NAME", default_value = "tidings")]
+    exchange: String,
+    /// The type of the daemon's own queues, classic or quorum
+    #[arg(long, env = "TIDINGS_QUEUE_TYPE", value_name = "TYPE", default_value = "classic")]
+    queue_type: String,
+    /// How often a dead letter may be replayed before it is parked; 0 = as often as it takes
+    #[arg(long, env = "TIDINGS_REPLAY_MAX", value_name = "N", default_value = "0")]
+    replay_max: String,
+}
+
+/// The settings of `tidings run`, as they were typed.
+#[derive(Args, Debug)]
+pub struct RunArgs {
+    #[command(flatten)]
+    servers: ServerArgs,
     /// The directory with the plugins, one .wasm file each
     #[arg(long, env = "TIDINGS_PLUGIN_DIR", value_name = "DIR")]
     plugin_dir: Option<String>,
@@ -51,15 +67,12 @@ pub struct RunArgs {
     state: StateArgs,
     #[command(flatten)]
     http: HttpArgs,
-    /// The exchange to publish to; the dead-letter exchange and the daemon's queues are named after it
-    #[arg(long, env = "TIDINGS_EXCHANGE", value_name = "NAME", default_value = "tidings")]
-    exchange: String,
-    /// The type of the daemon's own queues, classic or quorum
-    #[arg(long, env = "TIDINGS_QUEUE_TYPE", value_name = "TYPE", default_value = "classic")]
-    queue_type: String,
     /// The longest time between two looks at the queue, in milliseconds
     #[arg(long, env = "TIDINGS_SWEEP_MS", value_name = "MS", default_value = "5000")]
     sweep_ms: String,
+    /// The time from one pass over the dead letters to the next, in milliseconds
+    #[arg(long, env = "TIDINGS_REPLAY_INTERVAL_MS", value_name = "MS", default_value = "900000")]
+    replay_interval_ms: String,
     /// How often a row may make its plugin fail before it is parked
     #[arg(long, env = "TIDINGS_MAX_ATTEMPTS", value_name = "N", default_value = "20")]
     max_attempts: String,
@@ -71,25 +84,32 @@ pub struct RunArgs {
     history_days: String,
 }
 
+/// Where the two servers are, checked.
+#[derive(Clone, Debug)]
+pub struct ServerSettings {
+    /// `TIDINGS_DATABASE_URL`
+    pub database_url: SecretUrl,
+    /// RabbitMQ, and what is ours there.
+    pub broker: BrokerSettings,
+    /// `TIDINGS_REPLAY_MAX`, 0 to 1,000,000; default 0. How often a dead letter may be replayed; 0 = as often as it takes.
+    pub replay_max: u32,
+}
+
 /// The settings of `tidings run`, checked.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// `TIDINGS_DATABASE_URL`
-    pub database_url: SecretUrl,
-    /// `TIDINGS_AMQP_URL`
-    pub amqp_url: SecretUrl,
+    /// Where the two servers are.
+    pub servers: ServerSettings,
     /// `TIDINGS_PLUGIN_DIR`, an existing directory.
     pub plugin_dir: PathBuf,
     /// `TIDINGS_STATE_DIR`
     pub state_dir: PathBuf,
     /// `TIDINGS_HTTP_ADDR`; port 0 = any that is free.
     pub http_addr: SocketAddr,
-    /// `TIDINGS_EXCHANGE`, 1 to 200 bytes, so that the names after it fit as well.
-    pub exchange: String,
-    /// `TIDINGS_QUEUE_TYPE`
-    pub queue_type: QueueType,
     /// `TIDINGS_SWEEP_MS`, 10 ms to an hour; default 5 s.
     pub sweep: Duration,
+    /// `TIDINGS_REPLAY_INTERVAL_MS`, 1 s to a day; default 15 minutes.
+    pub replay_interval: Duration,
     /// `TIDINGS_MAX_ATTEMPTS`, at least 1; default 20. A row whose plugin fails as often is parked.
     pub max_attempts: u32,
     /// `TIDINGS_NOTIFY`
@@ -106,6 +126,12 @@ impl Mistakes {
     /// The sentences.
     pub fn iter(&self) -> impl Iterator<Item = &str> {
         self.0.iter().map(String::as_str)
+    }
+}
+
+impl From<&str> for Mistakes {
+    fn from(sentence: &str) -> Self {
+        Self(vec![sentence.to_owned()])
     }
 }
 
@@ -133,6 +159,43 @@ impl DatabaseArgs {
         url("TIDINGS_DATABASE_URL", self.database_url, &["postgres://", "postgresql://"], mistakes, |url| {
             crate::store::check_url(url)
         })
+    }
+}
+
+impl ServerArgs {
+    /// Checks the settings.
+    ///
+    /// # Errors
+    ///
+    /// With all mistakes.
+    pub fn check(self) -> Result<ServerSettings, Mistakes> {
+        let mut mistakes = unknown_variables();
+        let settings = self.settings(&mut mistakes);
+        settings.filter(|_| mistakes.is_empty()).ok_or(Mistakes(mistakes))
+    }
+
+    fn settings(self, mistakes: &mut Vec<String>) -> Option<ServerSettings> {
+        let database_url = self.database.url(mistakes);
+        let url = url("TIDINGS_AMQP_URL", self.amqp_url, &["amqp://", "amqps://"], mistakes, |url| {
+            crate::broker::check_url(url)
+        });
+        let exchange = self.exchange;
+        if !(1..=200).contains(&exchange.len()) || exchange.starts_with("amq.") {
+            mistakes.push(format!(
+                "TIDINGS_EXCHANGE is {exchange:?}, which is not a name of 1 to 200 bytes outside RabbitMQ's own amq.*"
+            ));
+        }
+        let queue_type = match self.queue_type.as_str() {
+            "classic" => Some(QueueType::Classic),
+            "quorum" => Some(QueueType::Quorum),
+            other => {
+                mistakes.push(format!("TIDINGS_QUEUE_TYPE is {other:?}, which is neither classic nor quorum"));
+                None
+            }
+        };
+        let replay_max = number("TIDINGS_REPLAY_MAX", &self.replay_max, 0, 1_000_000, mistakes);
+        let broker = BrokerSettings { url: url?, exchange, queue_type: queue_type? };
+        Some(ServerSettings { database_url: database_url?, broker, replay_max: replay_max? })
     }
 }
 
@@ -181,10 +244,7 @@ impl RunArgs {
     /// With all mistakes.
     pub fn check(self) -> Result<Config, Mistakes> {
         let mut mistakes = unknown_variables();
-        let database_url = self.database.url(&mut mistakes);
-        let amqp_url = url("TIDINGS_AMQP_URL", self.amqp_url, &["amqp://", "amqps://"], &mut mistakes, |url| {
-            crate::broker::check_url(url)
-        });
+        let servers = self.servers.settings(&mut mistakes);
         let plugin_dir = match self.plugin_dir.filter(|dir| !dir.is_empty()).map(PathBuf::from) {
             None => {
                 mistakes.push("TIDINGS_PLUGIN_DIR is not set: give the directory with the plugins".into());
@@ -204,20 +264,6 @@ impl RunArgs {
             ));
         }
         let http_addr = self.http.addr(&mut mistakes);
-        if !(1..=200).contains(&self.exchange.len()) || self.exchange.starts_with("amq.") {
-            mistakes.push(format!(
-                "TIDINGS_EXCHANGE is {:?}, which is not a name of 1 to 200 bytes outside RabbitMQ's own amq.*",
-                self.exchange
-            ));
-        }
-        let queue_type = match self.queue_type.as_str() {
-            "classic" => Some(QueueType::Classic),
-            "quorum" => Some(QueueType::Quorum),
-            other => {
-                mistakes.push(format!("TIDINGS_QUEUE_TYPE is {other:?}, which is neither classic nor quorum"));
-                None
-            }
-        };
         let notify = match self.notify.as_str() {
             "on" => Some(true),
             "off" => Some(false),
@@ -227,19 +273,19 @@ impl RunArgs {
             }
         };
         let sweep_ms = number("TIDINGS_SWEEP_MS", &self.sweep_ms, 10, 3_600_000, &mut mistakes);
+        let interval = &self.replay_interval_ms;
+        let replay_interval_ms = number("TIDINGS_REPLAY_INTERVAL_MS", interval, 1_000, 86_400_000, &mut mistakes);
         let max_attempts = number("TIDINGS_MAX_ATTEMPTS", &self.max_attempts, 1, 1_000_000, &mut mistakes);
         let history_days = number("TIDINGS_HISTORY_DAYS", &self.history_days, 1, 36_500, &mut mistakes);
 
         let config = (|| {
             Some(Config {
-                database_url: database_url?,
-                amqp_url: amqp_url?,
+                servers: servers?,
                 plugin_dir: plugin_dir?,
                 state_dir,
                 http_addr: http_addr?,
-                exchange: self.exchange,
-                queue_type: queue_type?,
                 sweep: Duration::from_millis(sweep_ms?.into()),
+                replay_interval: Duration::from_millis(replay_interval_ms?.into()),
                 max_attempts: max_attempts?,
                 notify: notify?,
                 history: Duration::from_secs(u64::from(history_days?) * 24 * 60 * 60),

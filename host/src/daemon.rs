@@ -14,10 +14,12 @@ use crate::backoff::RECONNECT;
 use crate::broker::Broker;
 use crate::config::Config;
 use crate::dispatcher::{Dispatcher, LANES};
-use crate::http::Http;
+use crate::http::{Http, Shown};
 use crate::listener::Listener;
 use crate::plugins::{self, Engine, Metering, Registry, StateDir};
+use crate::replayer::Replayer;
 use crate::store::{SchemaError, Store};
+use crate::telemetry;
 use crate::wake::Wake;
 
 /// How often old history is removed.
@@ -32,9 +34,10 @@ const RETENTION_INTERVAL: Duration = Duration::from_hours(1);
 pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
     let wake = Arc::new(Wake::default());
     // The lanes, the look, the release of held rows, the removal of history, and HTTP.
-    let store = Store::new(&config.database_url, LANES + 4);
+    let store = Store::new(&config.servers.database_url, LANES + 4);
+    let metrics = telemetry::start_metrics()?;
     let http = Http::bind(config.http_addr).await?;
-    let broker = Arc::new(Broker::new(&config.amqp_url, &config.exchange, config.queue_type, Arc::clone(&wake)));
+    let broker = Arc::new(Broker::new(&config.servers.broker, Arc::clone(&wake)));
     let mut loops: JoinSet<anyhow::Result<()>> = JoinSet::new();
 
     // What is in flight after the signal still needs its confirms: the broker's connection is closed last.
@@ -77,13 +80,28 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         }
     });
     loops.spawn({
-        let (registry, store, shutdown) = (Arc::clone(&registry), store.clone(), shutdown.clone());
-        async move { http.run(registry, store, shutdown).await }
+        let shown =
+            Shown { plugins: Arc::clone(&registry), store: store.clone(), broker: Arc::clone(&broker), metrics };
+        let shutdown = shutdown.clone();
+        async move { http.run(shown, shutdown).await }
     });
     // The listener announces our kinds; before that, another daemon might hold their rows.
     if unless_ended(&mut loops, &shutdown, listening).await?.is_none() {
         return drain(loops, &last).await;
     }
+    let replayer = Replayer {
+        store: store.clone(),
+        broker: Arc::clone(&broker),
+        interval: config.replay_interval,
+        max: config.servers.replay_max,
+    };
+    loops.spawn({
+        let shutdown = shutdown.clone();
+        async move {
+            replayer.run(shutdown).await;
+            Ok(())
+        }
+    });
     let dispatcher = Dispatcher {
         store,
         broker,

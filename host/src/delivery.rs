@@ -19,6 +19,7 @@ use crate::message::{Expired, Message};
 use crate::plugins::{Build, Registry};
 use crate::schedule::Schedule;
 use crate::store::{Outcome, Settlement, Store, StoreError};
+use crate::telemetry::{self, count_expired};
 
 /// Rows of one batch: enough to fill the pipeline, few enough to commit within seconds.
 const BATCH: i64 = 500;
@@ -79,7 +80,7 @@ impl Delivery {
 
         let builds = plugins.build(due, clock).await;
 
-        let mut messages = Vec::new();
+        let (mut messages, mut too_late) = (Vec::new(), 0);
         let mut in_flight = HashMap::new();
         for Build { schedule, plugin, outcome } in builds {
             // No time was left for it: it stays due.
@@ -94,7 +95,10 @@ impl Delivery {
                             in_flight.insert(schedule.id, sent);
                             continue;
                         }
-                        Err(Expired(at)) => Outcome::Expired(format!("its event's deadline, {at} ms, had come")),
+                        Err(Expired(at)) => {
+                            too_late += 1;
+                            Outcome::Expired(format!("its event's deadline, {at} ms, had come"))
+                        }
                     }
                 }
                 Err(error) => self.unbuilt(&schedule, error),
@@ -109,6 +113,8 @@ impl Delivery {
 
         let settled = settlements.len();
         claim.settle(settlements).await?;
+        count_expired(telemetry::Expired::Row, expired.len() as u64);
+        count_expired(telemetry::Expired::Event, too_late);
         Ok(if settled == 0 { Delivered::Unsettled } else { Delivered::Settled { more } })
     }
 

@@ -6,20 +6,38 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use axum::extract::State;
 use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
 use axum::{Json, Router};
+use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Serialize;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use tracing::info;
+use tracing::{debug, info};
 
+use crate::broker::Broker;
 use crate::plugins::{PluginStatus, Registry};
 use crate::store::Store;
+use crate::telemetry::set_letters;
 
 /// The interface, bound to its address.
 #[derive(Debug)]
 pub struct Http(TcpListener);
+
+/// What is shown.
+#[derive(Clone)]
+#[expect(missing_debug_implementations, reason = "the plugins have none")]
+pub struct Shown {
+    /// What serves.
+    pub plugins: Arc<Registry>,
+    /// The rows.
+    pub store: Store,
+    /// The letters.
+    pub broker: Arc<Broker>,
+    /// What was counted.
+    pub metrics: PrometheusHandle,
+}
 
 /// What `GET /api/plugins` answers.
 #[derive(Debug, Serialize)]
@@ -54,9 +72,12 @@ impl Http {
     /// # Errors
     ///
     /// When the address is lost.
-    pub async fn run(self, plugins: Arc<Registry>, store: Store, shutdown: CancellationToken) -> anyhow::Result<()> {
+    pub async fn run(self, shown: Shown, shutdown: CancellationToken) -> anyhow::Result<()> {
         info!("HTTP at http://{}", self.0.local_addr()?);
-        let router = Router::new().route("/api/plugins", get(list_plugins)).with_state((plugins, store));
+        let router = Router::new()
+            .route("/api/plugins", get(list_plugins))
+            .route("/metrics", get(show_metrics))
+            .with_state(shown);
         // Requests in flight are not waited for: whoever asked can ask again.
         tokio::select! {
             biased;
@@ -66,7 +87,7 @@ impl Http {
     }
 }
 
-async fn list_plugins(State((plugins, store)): State<(Arc<Registry>, Store)>) -> Response {
+async fn list_plugins(State(Shown { plugins, store, .. }): State<Shown>) -> Response {
     match store.held().await {
         Ok(held) => {
             let held = held.into_iter().map(|(kind, rows)| Held { kind, rows }).collect();
@@ -77,4 +98,15 @@ async fn list_plugins(State((plugins, store)): State<(Arc<Registry>, Store)>) ->
             (StatusCode::SERVICE_UNAVAILABLE, Json(serde_json::json!({ "error": error }))).into_response()
         }
     }
+}
+
+/// The metrics in Prometheus' text format. The letters are counted when somebody asks; while RabbitMQ cannot be asked, the
+/// last count stands.
+async fn show_metrics(State(Shown { broker, metrics, .. }): State<Shown>) -> Response {
+    match broker.count_letters().await {
+        Ok(Some((dead, parked))) => set_letters(dead, parked),
+        Ok(None) => {}
+        Err(error) => debug!(error = &error as &dyn std::error::Error, "could not count the dead letters"),
+    }
+    ([(CONTENT_TYPE, "text/plain; version=0.0.4")], metrics.render()).into_response()
 }

@@ -1,6 +1,6 @@
 #![doc = include_str!("../ARCHITECTURE.md")]
 
-// In the order of reading: the edge of the process, the loop, the nouns, the servers, the plugins.
+// In the order of reading: the edge of the process, the loops, the nouns, the servers, the plugins.
 pub mod cli;
 pub mod config;
 pub mod daemon;
@@ -11,10 +11,12 @@ pub mod telemetry;
 pub mod delivery;
 pub mod dispatcher;
 pub mod listener;
+pub mod replayer;
 pub mod wake;
 
 pub mod backoff;
 pub mod clock;
+pub mod dead_letter;
 pub mod event;
 pub mod message;
 pub mod schedule;

@@ -7,6 +7,8 @@
 mod claim;
 mod history;
 mod kinds;
+mod parked;
+mod pass;
 mod schema;
 mod settle;
 
@@ -23,6 +25,8 @@ use crate::wake::Outlook;
 pub use claim::Claim;
 pub use history::Delivered;
 pub(crate) use kinds::{announce, withdraw};
+pub use parked::ParkedRow;
+pub use pass::{Begun, Pass};
 pub use schema::SchemaError;
 pub use settle::{Outcome, Settlement};
 
@@ -71,6 +75,14 @@ pub enum StoreError {
         /// How long we waited.
         after: Duration,
     },
+}
+
+impl StoreError {
+    /// Whether the database understood and refused: the same again would be refused again.
+    #[must_use]
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, Self::Statement { source: sqlx::Error::Database(_), .. })
+    }
 }
 
 /// The database.

@@ -11,5 +11,6 @@ mod plugins;
 mod process;
 mod queries;
 mod reload;
+mod replay;
 mod sql;
 mod waking;

@@ -58,20 +58,23 @@ impl Broker {
     }
 
     async fn connect(&self) -> Result<Connection, BrokerError> {
-        let properties = ConnectionProperties::default().with_connection_name("tidings".into());
-        let connected = tokio::time::timeout(CONNECT_DEADLINE, Connection::connect_uri(self.uri.clone(), properties));
-        let connection = match connected.await {
-            Ok(Ok(connection)) => connection,
-            Ok(Err(source)) => return Err(self.connect_error(source)),
-            Err(_) => {
-                return Err(BrokerError::Deadline {
-                    doing: format!("accept a connection at {}", self.place()),
-                    after: CONNECT_DEADLINE,
-                });
-            }
-        };
+        let connection = self.connect_as("tidings").await?;
         topology::declare(&connection, &self.exchange, self.queue_type).await?;
         Ok(connection)
+    }
+
+    /// A connection with this name in RabbitMQ's lists.
+    pub(super) async fn connect_as(&self, name: &str) -> Result<Connection, BrokerError> {
+        let properties = ConnectionProperties::default().with_connection_name(name.into());
+        let connected = tokio::time::timeout(CONNECT_DEADLINE, Connection::connect_uri(self.uri.clone(), properties));
+        match connected.await {
+            Ok(Ok(connection)) => Ok(connection),
+            Ok(Err(source)) => Err(self.connect_error(source)),
+            Err(_) => Err(BrokerError::Deadline {
+                doing: format!("accept a connection at {}", self.place()),
+                after: CONNECT_DEADLINE,
+            }),
+        }
     }
 
     fn connect_error(&self, source: lapin::Error) -> BrokerError {

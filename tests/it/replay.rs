@@ -1,0 +1,323 @@
+//! What consumers reject comes back until it is taken, as long as it is of use; nothing comes twice into a queue that had
+//! it, and nothing that can never go back stands in the way.
+
+use std::collections::BTreeMap;
+
+use harness::consumer::{Inbox, Received};
+use harness::daemon::{Daemon, Launch};
+use harness::eventually;
+use harness::world::World;
+use lapin::BasicProperties;
+use lapin::options::{BasicAckOptions, BasicGetOptions, BasicPublishOptions, QueueDeclareOptions, QueueDeleteOptions};
+use lapin::types::{AMQPValue, FieldTable};
+
+/// A daemon whose only pass is that of its start.
+fn once(world: &World) -> Launch {
+    world.launch().with("TIDINGS_SWEEP_MS", 600_000).with("TIDINGS_REPLAY_INTERVAL_MS", 3_600_000)
+}
+
+/// A daemon that makes a pass every second.
+fn often(world: &World) -> Launch {
+    world.launch().with("TIDINGS_SWEEP_MS", 600_000).with("TIDINGS_REPLAY_INTERVAL_MS", 1_000)
+}
+
+async fn send(world: &World, payload: &str) -> uuid::Uuid {
+    world.value(&format!("SELECT tidings.schedule('message', now(), '{payload}')")).await
+}
+
+/// Letters in a queue that nobody consumes.
+async fn waiting(world: &World, queue: &str) -> u32 {
+    let channel = world.broker.channel().await;
+    let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+    channel.queue_declare(queue.into(), options, FieldTable::default()).await.expect("it exists").message_count()
+}
+
+async fn until_waiting(world: &World, queue: &str, count: u32) {
+    eventually(&format!("{count} in {queue}"), async || (waiting(world, queue).await == count).then_some(())).await;
+}
+
+/// Publishes something that no daemon made.
+async fn publish(world: &World, exchange: &str, key: &str, body: &[u8], properties: BasicProperties) {
+    let channel = world.broker.channel().await;
+    let options = BasicPublishOptions::default();
+    let published = channel.basic_publish(exchange.into(), key.into(), options, body, properties).await;
+    published.expect("written").await.expect("taken");
+    // A round trip, so that it has arrived.
+    waiting(world, "tidings.dead").await;
+}
+
+/// The first message of a queue that nobody consumes, taken.
+async fn take(world: &World, queue: &str) -> Received {
+    let channel = world.broker.channel().await;
+    let message = eventually(&format!("a message in {queue}"), async || {
+        channel.basic_get(queue.into(), BasicGetOptions { no_ack: true }).await.expect("it exists")
+    })
+    .await;
+    Received { at_ms: 0, delivery: message.delivery }
+}
+
+async fn reject(inbox: &mut Inbox) -> Received {
+    let received = inbox.next_unacknowledged().await;
+    inbox.reject(&received).await;
+    received
+}
+
+/// Counts the passes that a daemon has made.
+async fn passes(daemon: &Daemon, count: usize) {
+    eventually(&format!("{count} passes"), async || {
+        (daemon.log().matches("took back dead letters").count() >= count).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_rejected_message_comes_back_into_its_queue_alone_as_it_was_until_it_is_taken() {
+    let world = World::with(&["message"]).await;
+    let mut inbox = world.inbox(&["a.*"]).await;
+    let mut other = world.inbox(&["#"]).await;
+    let _daemon = often(&world).ready().await;
+    let id = send(
+        &world,
+        r#"{"routing_key": "a.b", "body": {"n": 1}, "headers": {"own": "header"}, "content_type": "text/x"}"#,
+    )
+    .await;
+    assert_eq!(other.next().await.id(), id);
+
+    let mut seen = Vec::new();
+    for _ in 0..3 {
+        seen.push(reject(&mut inbox).await);
+    }
+    let taken = inbox.next().await;
+
+    let first = &seen[0];
+    for (replay, again) in seen.iter().chain([&taken]).enumerate() {
+        assert_eq!((again.id(), &again.delivery.data), (id, &first.delivery.data));
+        assert_eq!(again.number("tidings-replay"), i64::try_from(replay).expect("few"));
+        let without = |received: &Received| -> BTreeMap<String, String> {
+            received.headers().into_iter().filter(|(name, _)| name != "tidings-replay").collect()
+        };
+        assert_eq!(without(again), without(first), "its own headers, and nothing of its deaths");
+        for (one, another) in [
+            (again.properties().content_type(), first.properties().content_type()),
+            (again.properties().kind(), first.properties().kind()),
+            (again.properties().app_id(), first.properties().app_id()),
+        ] {
+            assert_eq!(one, another);
+        }
+        assert_eq!(again.properties().delivery_mode(), &Some(2));
+        assert_eq!(again.properties().expiration(), &None);
+    }
+    until_waiting(&world, "tidings.dead", 0).await;
+    assert!(other.within(std::time::Duration::from_millis(200)).await.is_none(), "the other queue had its copy");
+}
+
+#[tokio::test]
+async fn a_dead_letter_comes_back_with_what_is_left_of_its_life_and_an_expired_one_never() {
+    let world = World::with(&["message"]).await;
+    let mut inbox = world.inbox(&["long"]).await;
+    // Nobody consumes here: what comes expires.
+    let channel = world.broker.channel().await;
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-dead-letter-exchange".into(), AMQPValue::LongString("tidings.dlx".into()));
+    let daemon = often(&world).ready().await;
+    channel.queue_declare("short".into(), QueueDeclareOptions::durable(), arguments).await.expect("a queue");
+    channel
+        .queue_bind(
+            "short".into(),
+            "tidings".into(),
+            "short".into(),
+            lapin::options::QueueBindOptions::default(),
+            FieldTable::default(),
+        )
+        .await
+        .expect("bound");
+
+    send(&world, r#"{"routing_key": "short", "body": 1, "ttl_ms": 300}"#).await;
+    send(&world, r#"{"routing_key": "long", "body": 1, "ttl_ms": 600000}"#).await;
+    let first = reject(&mut inbox).await;
+    let again = inbox.next().await;
+
+    let life = |received: &Received| -> i64 {
+        received.properties().expiration().as_ref().expect("it expires").as_str().parse().expect("a number")
+    };
+    let deadline = first.number("tidings-expires-ms");
+    assert_eq!(again.number("tidings-expires-ms"), deadline, "the deadline never moves");
+    assert!(life(&again) < life(&first));
+    assert!((deadline - again.at_ms - life(&again)).abs() < 5_000, "what is left of it");
+    passes(&daemon, 1).await;
+    eventually("the expired one is dropped", async || daemon.log().contains("expired=1").then_some(())).await;
+    until_waiting(&world, "tidings.dead", 0).await;
+    assert_eq!(waiting(&world, "short").await, 0);
+}
+
+#[tokio::test]
+async fn replays_never_multiply_however_many_queues_share_a_key() {
+    let world = World::with(&["message"]).await;
+    let mut rejecting = world.inbox(&["k", "k.one"]).await;
+    let mut taking = world.inbox(&["k", "k.two"]).await;
+    let channel = world.broker.channel().await;
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-dead-letter-exchange".into(), AMQPValue::LongString("tidings.dlx".into()));
+    arguments.insert("x-message-ttl".into(), AMQPValue::LongInt(200));
+    channel.queue_declare("idle".into(), QueueDeclareOptions::durable(), arguments).await.expect("a queue");
+    let options = lapin::options::QueueBindOptions::default();
+    channel
+        .queue_bind("idle".into(), "tidings".into(), "k".into(), options, FieldTable::default())
+        .await
+        .expect("bound");
+    let daemon = often(&world).ready().await;
+    for _ in 0..10 {
+        send(&world, r#"{"routing_key": "k", "body": 1}"#).await;
+        taking.next().await;
+    }
+
+    // Its consumer rejects everything, for five passes; the idle queue's copies expire there again and again.
+    for round in 0..5 {
+        let mut ids = std::collections::BTreeSet::new();
+        for _ in 0..10 {
+            let received = reject(&mut rejecting).await;
+            assert_eq!(received.number("tidings-replay"), round, "one replay a pass");
+            ids.insert(received.id());
+        }
+        assert_eq!(ids.len(), 10);
+    }
+
+    for _ in 0..10 {
+        rejecting.next().await;
+    }
+    passes(&daemon, 5).await;
+    let copies = waiting(&world, "idle").await + waiting(&world, "tidings.dead").await;
+    assert!(copies <= 10, "the copies of the idle queue, and no more: {copies}");
+    assert!(taking.within(std::time::Duration::from_millis(200)).await.is_none());
+    assert!(rejecting.within(std::time::Duration::from_millis(200)).await.is_none());
+}
+
+#[tokio::test]
+async fn a_daemon_that_starts_again_and_again_does_not_replay_at_every_start() {
+    let world = World::with(&["message"]).await;
+    let mut inbox = world.inbox(&["k"]).await;
+    let daemon = once(&world).ready().await;
+    eventually("the pass of the start", async || {
+        world.value::<bool>("SELECT EXISTS (SELECT FROM tidings.passes)").await.then_some(())
+    })
+    .await;
+    send(&world, r#"{"routing_key": "k", "body": 1}"#).await;
+    reject(&mut inbox).await;
+    assert!(daemon.stop().await.success());
+
+    for _ in 0..3 {
+        let daemon = once(&world).ready().await;
+        // It has looked whether it is time.
+        world.sql(r#"SELECT tidings.schedule('message', now(), '{"routing_key":"k","body":2}')"#).await;
+        inbox.next().await;
+        assert!(daemon.stop().await.success());
+    }
+    assert_eq!(waiting(&world, "tidings.dead").await, 1);
+
+    world.sql("UPDATE tidings.passes SET began_at = began_at - interval '6 minutes'").await;
+    let _daemon = once(&world).ready().await;
+    assert_eq!(inbox.next().await.number("tidings-replay"), 1);
+}
+
+#[tokio::test]
+async fn what_cannot_go_back_is_parked_with_the_reason_and_blocks_nothing() {
+    let world = World::with(&["message"]).await;
+    let daemon = often(&world).with("TIDINGS_REPLAY_MAX", 2).ready().await;
+    let mut inbox = world.inbox(&["k"]).await;
+    let header = |name: &str, value: AMQPValue| {
+        let mut headers = FieldTable::default();
+        headers.insert(name.into(), value);
+        BasicProperties::default().with_headers(headers)
+    };
+    publish(&world, "tidings.dlx", "", b"no history", BasicProperties::default()).await;
+    publish(&world, "tidings.dlx", "", b"odd history", header("x-death", AMQPValue::LongString("?".into()))).await;
+    publish(&world, "", "inbox.k", b"odd deadline", header("tidings-expires-ms", AMQPValue::Boolean(true))).await;
+    let odd = inbox.next_unacknowledged().await;
+    inbox.reject(&odd).await;
+    send(&world, r#"{"routing_key": "k", "body": "tireless"}"#).await;
+    for _ in 0..3 {
+        reject(&mut inbox).await;
+    }
+    until_waiting(&world, "tidings.parking", 4).await;
+    // A queue that goes away with its letters.
+    let mut gone = world.inbox(&["gone"]).await;
+    send(&world, r#"{"routing_key": "gone", "body": "gone"}"#).await;
+    let last = gone.next_unacknowledged().await;
+    gone.reject(&last).await;
+    gone.channel.queue_delete(gone.queue.as_str().into(), QueueDeleteOptions::default()).await.expect("deleted");
+    until_waiting(&world, "tidings.parking", 5).await;
+
+    let mut reasons = BTreeMap::new();
+    for _ in 0..5 {
+        let parked = take(&world, "tidings.parking").await;
+        let headers = parked.properties().headers().clone().expect("headers");
+        let reason = match headers.inner().get("tidings-parked-reason") {
+            Some(AMQPValue::LongString(reason)) => String::from_utf8_lossy(reason.as_bytes()).into_owned(),
+            other => panic!("{other:?}"),
+        };
+        reasons.insert(String::from_utf8_lossy(&parked.delivery.data).into_owned(), reason);
+    }
+    for (body, reason) in [
+        ("no history", "no x-death"),
+        ("odd history", "no x-death"),
+        ("odd deadline", "tidings-expires-ms is not a number"),
+        ("tireless", "replayed 2 times"),
+        ("gone", "is gone"),
+    ] {
+        assert!(reasons.get(body).is_some_and(|said| said.contains(reason)), "{body}: {reasons:?}");
+    }
+    assert_eq!(waiting(&world, "tidings.dead").await, 0);
+    drop(daemon);
+}
+
+#[tokio::test]
+async fn a_foreign_letter_goes_back_untouched() {
+    let world = World::empty().await;
+    let mut inbox = world.inbox(&["k"]).await;
+    let mut headers = FieldTable::default();
+    headers.insert("flag".into(), AMQPValue::Boolean(true));
+    headers.insert("number".into(), AMQPValue::LongInt(-7));
+    headers.insert("CC".into(), AMQPValue::FieldArray(vec![AMQPValue::LongString("elsewhere".into())].into()));
+    let properties = BasicProperties::default()
+        .with_headers(headers)
+        .with_message_id("not a uuid".into())
+        .with_correlation_id("c".into())
+        .with_priority(3)
+        .with_user_id("guest".into());
+    let body = vec![0_u8, 255, 1, 254];
+    publish(&world, "", "inbox.k", &body, properties).await;
+    let received = inbox.next_unacknowledged().await;
+    inbox.reject(&received).await;
+    until_waiting(&world, "tidings.dead", 0).await;
+
+    let _daemon = often(&world).ready().await;
+
+    let again = inbox.next_unacknowledged().await;
+    assert_eq!(again.delivery.data, body);
+    let properties = again.properties();
+    assert_eq!(properties.message_id(), &Some("not a uuid".into()));
+    assert_eq!((properties.correlation_id(), properties.priority()), (&Some("c".into()), &Some(3)));
+    let headers = properties.headers().as_ref().expect("headers").inner();
+    assert_eq!(headers.get("flag"), Some(&AMQPValue::Boolean(true)));
+    assert_eq!(headers.get("number"), Some(&AMQPValue::LongInt(-7)));
+    assert_eq!(headers.get("tidings-replay"), Some(&AMQPValue::LongLongInt(1)));
+    again.delivery.ack(BasicAckOptions::default()).await.expect("acknowledged");
+}
+
+#[tokio::test]
+async fn several_daemons_replay_a_letter_once_a_pass() {
+    let world = World::with(&["message"]).await;
+    let mut inbox = world.inbox(&["k"]).await;
+    let _daemons = [often(&world).ready().await, often(&world).ready().await, often(&world).ready().await];
+    for _ in 0..20 {
+        send(&world, r#"{"routing_key": "k", "body": 1}"#).await;
+    }
+    for round in 0..3 {
+        let mut ids = std::collections::BTreeSet::new();
+        for _ in 0..20 {
+            let received = reject(&mut inbox).await;
+            assert_eq!(received.number("tidings-replay"), round);
+            assert!(ids.insert(received.id()), "twice in a pass");
+        }
+    }
+}
