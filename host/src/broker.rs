@@ -13,7 +13,9 @@
 
 mod connection;
 mod dead_letters;
+mod headers;
 mod publisher;
+mod sieve;
 mod topology;
 
 use std::sync::Arc;

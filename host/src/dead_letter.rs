@@ -8,6 +8,8 @@ use crate::event::LONGEST_TTL_MS;
 /// What a dead letter says of itself, as far as its fate depends on it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeadLetter {
+    /// Its headers could not be read, and nothing below is known but for its id perhaps.
+    pub unreadable: Option<Unsendable>,
     /// `message_id`, for people; a foreign letter may have none.
     pub id: Option<String>,
     /// `tidings-kind`.
@@ -30,6 +32,15 @@ pub struct DeadLetter {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unreadable;
 
+/// Headers that could not be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unsendable {
+    /// They are carried along as they came.
+    Carried,
+    /// They are so long that nobody can publish them again.
+    TooLong,
+}
+
 /// What becomes of a dead letter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fate {
@@ -46,6 +57,8 @@ pub enum Fate {
     },
     /// It is set aside for a person, with the reason.
     Park(String),
+    /// It lies where it is, since nothing can be done with it, with the reason.
+    Leave(&'static str),
 }
 
 /// What became of letters.
@@ -95,6 +108,17 @@ impl DeadLetter {
     /// it takes.
     #[must_use]
     pub fn fate(&self, now_ms: i64, max: u32) -> Fate {
+        match self.unreadable {
+            None => {}
+            Some(Unsendable::Carried) => {
+                return Fate::Park("its headers cannot be read; tidings-unreadable has them as they came".into());
+            }
+            Some(Unsendable::TooLong) => {
+                return Fate::Leave(
+                    "its headers are too long to be published again; drop it, or take it out of the queue by hand",
+                );
+            }
+        }
         let expiration_ms = match self.expires_ms {
             None => None,
             Some(Err(Unreadable)) => return Fate::Park("its tidings-expires-ms is not a number".into()),
@@ -176,6 +200,7 @@ mod tests {
                 }
                 Fate::Expired => prop_assert!(expires_ms.is_some_and(|deadline| deadline <= now_ms)),
                 Fate::Park(_) => prop_assert!(max > 0 && replays >= i64::from(max)),
+                Fate::Leave(_) => prop_assert!(false, "it can be read"),
             }
         }
     }

@@ -48,14 +48,37 @@ pub enum PassError {
 }
 
 impl Replayer {
-    /// Runs until `shutdown`. A pass in the middle is broken off: what it has not acknowledged is where it was.
+    /// Runs until `shutdown`. A pass in the middle ends with the window it is at: the rest is where it was.
     pub async fn run(self, shutdown: CancellationToken) {
-        let mut gap = self.recent();
+        let recent = self.interval.min(RECENT);
+        // How far the next pass must be from the one before it.
+        let mut gap = recent;
         loop {
-            let wait = tokio::select! {
+            let begun = tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return,
-                wait = self.pass_or_wait(&mut gap) => wait,
+                begun = self.begin(gap) => begun,
+            };
+            let ended = match begun {
+                Ok(Begun::Pass((pass, letters))) => self.pass(pass, letters, &shutdown).await.map(|()| self.interval),
+                Ok(Begun::NotYet(left)) => {
+                    // Whoever made it knows how old the oldest is.
+                    set_oldest_dead_letter(Duration::ZERO);
+                    Ok(left)
+                }
+                Ok(Begun::Elsewhere) => Ok(self.interval.min(AGAIN)),
+                Err(error) => Err(error),
+            };
+            let wait;
+            (wait, gap) = match ended {
+                Ok(wait) => (wait, self.interval),
+                Err(error) => {
+                    warn!(
+                        error = &error as &dyn std::error::Error,
+                        "a pass over the dead letters broke off, trying again"
+                    );
+                    (recent, recent)
+                }
             };
             tokio::select! {
                 biased;
@@ -65,39 +88,20 @@ impl Replayer {
         }
     }
 
-    fn recent(&self) -> Duration {
-        self.interval.min(RECENT)
-    }
-
-    /// Makes a pass, if it is time and nobody else does. Returns how long to wait then, and sets how far the next pass must
-    /// be from the one before it.
-    async fn pass_or_wait(&self, gap: &mut Duration) -> Duration {
+    /// Gets ready for a pass, if it is time and nobody else makes one. Nothing is touched yet.
+    async fn begin(&self, gap: Duration) -> Result<Begun<(Pass, DeadLetters)>, PassError> {
         if !self.broker.is_open() {
-            return self.interval.min(AGAIN);
+            return Ok(Begun::Elsewhere);
         }
-        let (wait, next_gap) = match self.pass(*gap).await {
-            Ok(wait) => (wait, self.interval),
-            Err(error) => {
-                warn!(error = &error as &dyn std::error::Error, "a pass over the dead letters broke off, trying again");
-                (self.recent(), self.recent())
-            }
-        };
-        *gap = next_gap;
-        wait
+        Ok(match self.store.begin_pass(self.broker.exchange(), gap).await? {
+            Begun::Pass(pass) => Begun::Pass((pass, self.broker.dead_letters().await?)),
+            Begun::NotYet(left) => Begun::NotYet(left),
+            Begun::Elsewhere => Begun::Elsewhere,
+        })
     }
 
-    async fn pass(&self, gap: Duration) -> Result<Duration, PassError> {
-        let mut pass = match self.store.begin_pass(self.broker.exchange(), gap).await? {
-            Begun::Pass(pass) => pass,
-            Begun::NotYet(left) => {
-                // Whoever made it knows how old the oldest is.
-                set_oldest_dead_letter(Duration::ZERO);
-                return Ok(left);
-            }
-            Begun::Elsewhere => return Ok(self.interval.min(AGAIN)),
-        };
-        let letters = self.broker.dead_letters().await?;
-        let taken = self.take_all(&letters, &mut pass).await;
+    async fn pass(&self, mut pass: Pass, letters: DeadLetters, shutdown: &CancellationToken) -> Result<(), PassError> {
+        let taken = self.take_all(&letters, &mut pass, shutdown).await;
         letters.close().await;
         pass.end().await;
         let Tally { expired, replayed, parked, left, .. } = taken?;
@@ -106,22 +110,21 @@ impl Replayer {
         } else {
             debug!("no dead letters");
         }
-        Ok(self.interval)
+        Ok(())
     }
 
-    async fn take_all(&self, letters: &DeadLetters, pass: &mut Pass) -> Result<Tally, PassError> {
+    async fn take_all(
+        &self,
+        letters: &DeadLetters,
+        pass: &mut Pass,
+        shutdown: &CancellationToken,
+    ) -> Result<Tally, PassError> {
         letters.declare().await?;
-        let tally = take_back(
-            letters,
-            pass,
-            self.max,
-            |_| true,
-            |window| {
-                count_replays(&window);
-                count_expired(Expired::DeadLetter, window.expired);
-            },
-        )
-        .await?;
+        let count = |window: Tally| {
+            count_replays(&window);
+            count_expired(Expired::DeadLetter, window.expired);
+        };
+        let tally = take_back(letters, pass, self.max, |_| true, count, shutdown).await?;
         let age_ms = match tally.oldest_ms {
             Some(oldest_ms) => pass.clock().await?.now_ms().saturating_sub(oldest_ms),
             None => 0,
@@ -132,7 +135,7 @@ impl Replayer {
 }
 
 /// One pass over the dead letters that lie there now. Those that are not `wanted` go to the end of the queue. `progress` is
-/// told of each window what became of it.
+/// told of each window what became of it. Broken off within a window, it would leave copies: `shutdown` ends it after one.
 ///
 /// # Errors
 ///
@@ -143,10 +146,11 @@ pub async fn take_back(
     max: u32,
     wanted: impl Fn(&DeadLetter) -> bool,
     mut progress: impl FnMut(Tally),
+    shutdown: &CancellationToken,
 ) -> Result<Tally, PassError> {
     let mut total = Tally::default();
     let mut waiting = letters.waiting(Pile::Dead).await?;
-    while waiting > 0 {
+    while waiting > 0 && !shutdown.is_cancelled() {
         let window = window(letters, Pile::Dead, &mut waiting).await?;
         // The session that makes us the only one, and the time, in one question.
         let clock = pass.clock().await?;
@@ -197,6 +201,11 @@ async fn settle(
                 back.push((letter, Sending::Back { queue, expiration_ms, replays }));
             }
             Fate::Park(reason) => aside.push((letter, Sending::Park(reason))),
+            // Not acknowledged, it is back at the head when the pass ends.
+            Fate::Leave(reason) => {
+                warn!(message.id = letter.says.id, reason, "a dead letter stays where it is");
+                tally.left += 1;
+            }
         }
     }
     let (replayed, others) = letters.send(back).await?;
@@ -218,7 +227,7 @@ async fn settle(
     // What these queues do not take stays unacknowledged, and is back when the pass ends.
     let (parked, not_parked) = letters.send(aside).await?;
     tally.parked = parked;
-    tally.left = (tail.len() + not_parked.len()) as u64;
+    tally.left += (tail.len() + not_parked.len()) as u64;
     letters.send(tail).await?;
     Ok(tally)
 }
@@ -234,10 +243,11 @@ pub async fn drop_letters(
     pass: &mut Pass,
     wanted: impl Fn(&DeadLetter) -> bool,
     mut progress: impl FnMut(u64),
+    shutdown: &CancellationToken,
 ) -> Result<u64, PassError> {
     let mut dropped = 0;
     let mut waiting = letters.waiting(Pile::Dead).await?;
-    while waiting > 0 {
+    while waiting > 0 && !shutdown.is_cancelled() {
         // The lock is still ours.
         pass.clock().await?;
         let window = window(letters, Pile::Dead, &mut waiting).await?;

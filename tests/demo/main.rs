@@ -1,25 +1,27 @@
 //! `cargo demo`: the main job, with everything real. A small application keeps games in a table whose triggers schedule,
-//! reschedule and cancel through the SQL functions; the daemon turns what falls due into messages; a consumer prints
-//! them with their lateness. A minute of the games lasts a tenth of a second.
+//! reschedule and cancel through the SQL functions; the daemon turns what falls due into messages, and takes back what is
+//! rejected; a consumer prints them with their lateness, and fails at some. A minute of the games lasts a tenth of a second.
 //!
-//! Uses the servers of `TIDINGS_DATABASE_URL` and `TIDINGS_AMQP_URL` if both are set (the database must be a scratch
-//! one), and its own otherwise. With `--once` it ends by itself, and succeeds only if everything that it announced
-//! arrived and nothing else did.
+//! Uses the servers of `TIDINGS_DATABASE_URL` and `TIDINGS_AMQP_URL` if both are set (the database and the virtual host
+//! must be scratch ones), and its own otherwise. With `--once` it ends by itself, and succeeds only if everything that it
+//! announced arrived and nothing else did.
 
+mod consumer;
 mod scenario;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context as _, bail, ensure};
-use harness::consumer::{Broker, Inbox, Received};
+use anyhow::{bail, ensure};
+use harness::consumer::Broker;
 use harness::daemon::{Daemon, Launch};
 use harness::servers::Servers;
-use harness::{PATIENCE, build, world};
-use lapin::types::FieldTable;
+use harness::{build, world};
 use sqlx::PgConnection;
 use uuid::Uuid;
+
+use consumer::Consumer;
 
 /// Where the servers are.
 struct Urls {
@@ -63,12 +65,10 @@ async fn demo(once: bool) -> anyhow::Result<()> {
 
     let mut db = <PgConnection as sqlx::Connection>::connect(&urls.database).await?;
     let broker = Broker::connect(&urls.amqp).await;
-    let inbox = broker.inbox("tidings", "demo", &["#"], FieldTable::default()).await;
-    println!("a consumer waits at the queue demo, bound to the exchange tidings with #\n");
-
+    let consumer = Consumer::begin(&broker).await?;
     scenario::create_games_table(&mut db).await?;
     let outcome = tokio::select! {
-        outcome = play(&mut db, inbox, once, &urls, &mut daemon, || directory.add(&plugins, "message")) => outcome,
+        outcome = play(&mut db, consumer, once, &urls, &mut daemon, || directory.add(&plugins, "message")) => outcome,
         _ = tokio::signal::ctrl_c() => Ok(()),
     };
     if outcome.is_err() {
@@ -107,6 +107,8 @@ async fn start(binary: &Path, plugins: &Path, urls: &Urls) -> Daemon {
         .with("TIDINGS_PLUGIN_DIR", plugins.display())
         .with("TIDINGS_STATE_DIR", harness::target().join("demo-state").display())
         .with("TIDINGS_HTTP_ADDR", "127.0.0.1:0")
+        // The shortest: nobody wants to watch for a quarter of an hour.
+        .with("TIDINGS_REPLAY_INTERVAL_MS", 1_000)
         .ready()
         .await
 }
@@ -142,41 +144,27 @@ impl Drop for Directory {
 /// Plays the scenario, and receives what comes of it.
 async fn play(
     db: &mut PgConnection,
-    mut inbox: Inbox,
+    mut consumer: Consumer,
     once: bool,
     urls: &Urls,
     daemon: &mut Daemon,
     drop_in: impl FnOnce() -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let mut announced = scenario::play(db).await?;
+    let announced = scenario::play(db).await?;
     let held = daemon.wait_for_line("held rows").await;
-    println!("its log: {}", held.split("held rows").last().map(|rest| format!("held rows{rest}")).unwrap_or_default());
+    println!("its log: {}", from(&held, "held rows"));
     println!("dropping in message.wasm, while it runs");
     drop_in()?;
     println!("\nthese {} are announced, and nothing else:", announced.len());
     for what in announced.values() {
         println!("  {what}");
     }
-    println!("\n{:<30} {:>11}   body", "routing key", "lateness");
-    let mut late = Vec::new();
-    while !announced.is_empty() {
-        let Some(received) = inbox.within(PATIENCE).await else {
-            let missing: Vec<String> = announced.into_values().collect();
-            bail!("nothing came for {} s, and these are missing: {}", PATIENCE.as_secs(), missing.join(", "));
-        };
-        let lateness = show(&received).await?;
-        // This one had to wait for its plugin.
-        if received.delivery.routing_key.as_str() != "demo.hello" {
-            late.push(lateness);
-        }
-        let what = announced.remove(&received.id());
-        ensure!(what.is_some(), "a message came that was not announced, or a second time: {}", received.text());
-    }
-    late.sort_unstable();
-    println!(
-        "\neverything that was announced arrived, {} ms late at most (but the one that waited for its plugin), none early",
-        late.last().unwrap_or(&0)
-    );
+    consumer.receive(&announced).await?;
+    // Only the reminder can expire, and only a pass after the start of the game finds it so.
+    let expired = daemon.wait_for_line("expired=1").await;
+    println!("the reminder that was rejected until the game had started never comes again");
+    println!("its log: {}", from(&expired, "took back"));
+    consumer.no_letter_is_dead().await?;
     scenario::nothing_is_left(db).await?;
     if once {
         return Ok(());
@@ -190,19 +178,12 @@ async fn play(
          What becomes due is printed here. Ctrl-C ends it.\n",
         urls.database
     );
-    loop {
-        let received = inbox.next_or_never().await;
-        show(&received).await?;
-    }
+    consumer.go_on().await
 }
 
-/// Prints a message and acknowledges it; returns its lateness in milliseconds.
-async fn show(received: &Received) -> anyhow::Result<i64> {
-    let late = received.at_ms - received.number("tidings-due-ms");
-    ensure!(late >= 0, "a message came {} ms before it was due: {}", -late, received.text());
-    println!("{:<30} {:>8} ms   {}", received.delivery.routing_key.as_str(), late, received.text());
-    received.delivery.ack(lapin::options::BasicAckOptions::default()).await.context("could not acknowledge")?;
-    Ok(late)
+/// A line of the log from `text` on, that is without its time and place.
+fn from<'a>(line: &'a str, text: &str) -> &'a str {
+    line.find(text).map_or(line, |at| &line[at..])
 }
 
 /// What is announced: the message ids, and what each is.

@@ -6,58 +6,8 @@ use uuid::Uuid;
 
 use crate::Announced;
 
-/// The application's table. Its triggers are all that it takes: whatever changes a game, in whatever transaction, its
-/// reminders and status changes follow.
-const GAMES: &str = r"
-CREATE TABLE games (
-    id uuid PRIMARY KEY DEFAULT gen_random_uuid(),
-    title text NOT NULL,
-    starts_at timestamptz NOT NULL,
-    minutes integer NOT NULL DEFAULT 20
-);
-
--- In the demo a minute lasts a tenth of a second.
-CREATE FUNCTION minutes(number integer) RETURNS interval LANGUAGE sql IMMUTABLE
-    RETURN number * interval '100 milliseconds';
-
-CREATE FUNCTION schedule_game() RETURNS trigger LANGUAGE plpgsql AS $$
-DECLARE
-    before integer;
-BEGIN
-    -- A key that is pending already is replaced, which is what an edit should do.
-    FOREACH before IN ARRAY '{60, 15}'::integer[] LOOP
-        IF NEW.starts_at - minutes(before) > clock_timestamp() THEN
-            PERFORM tidings.schedule(
-                'game-reminder',
-                NEW.starts_at - minutes(before),
-                jsonb_build_object('game_id', NEW.id, 'title', NEW.title, 'starts_at', NEW.starts_at, 'reminder_minutes', before),
-                key => NEW.id || ' ' || before,
-                subject => 'game ' || NEW.id,
-                expires_at => NEW.starts_at
-            );
-        END IF;
-    END LOOP;
-    PERFORM tidings.schedule(
-        'game-status', at,
-        jsonb_build_object('game_id', NEW.id, 'target_status', status, 'transition_time', at),
-        key => NEW.id || ' ' || status,
-        subject => 'game ' || NEW.id
-    )
-    FROM (VALUES ('IN_PROGRESS', NEW.starts_at), ('COMPLETED', NEW.starts_at + minutes(NEW.minutes))) AS change (status, at);
-    RETURN NULL;
-END
-$$;
-
-CREATE FUNCTION cancel_game() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    PERFORM tidings.cancel_subject('game ' || OLD.id);
-    RETURN NULL;
-END
-$$;
-
-CREATE TRIGGER schedule_game AFTER INSERT OR UPDATE ON games FOR EACH ROW EXECUTE FUNCTION schedule_game();
-CREATE TRIGGER cancel_game AFTER DELETE ON games FOR EACH ROW EXECUTE FUNCTION cancel_game();
-";
+/// The application's table.
+const GAMES: &str = include_str!("games.sql");
 
 /// Creates it.
 pub(super) async fn create_games_table(db: &mut PgConnection) -> anyhow::Result<()> {

@@ -2,6 +2,7 @@
 //! are tried in order: the target as it is installed; `rustup target add`; Debian's own compiler, whose standard library
 //! is built from source on the way.
 
+mod consumers;
 mod languages;
 
 use std::ffi::OsString;
@@ -15,6 +16,7 @@ use anyhow::{Context as _, bail};
 
 use crate::{profile_dir, repository, setup, target};
 
+pub use consumers::{python_consumer, rust_consumer};
 pub use languages::{cargo_component, javascript, python};
 
 /// Debian's packages: a current compiler under names of its own, the source of its standard library, linkers.

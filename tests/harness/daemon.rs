@@ -33,7 +33,13 @@ impl Launch {
     /// `tidings SUBCOMMAND` without any settings.
     #[must_use]
     pub fn new(binary: &Path, subcommand: &str) -> Self {
-        Self { binary: binary.to_owned(), arguments: vec![subcommand.to_owned()], environment: Vec::new() }
+        Self::program(binary).args([subcommand])
+    }
+
+    /// Another program than the daemon, without arguments and without any settings.
+    #[must_use]
+    pub fn program(binary: &Path) -> Self {
+        Self { binary: binary.to_owned(), arguments: Vec::new(), environment: Vec::new() }
     }
 
     /// With another subcommand.

@@ -7,6 +7,7 @@ pub mod consumer;
 pub mod daemon;
 pub mod guests;
 pub mod proxy;
+pub mod raw;
 pub mod servers;
 pub mod setup;
 pub mod world;

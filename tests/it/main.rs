@@ -2,15 +2,18 @@
 
 mod author;
 mod breaker;
+mod consumers;
 mod contract;
 mod delivery;
 mod hostile;
 mod languages;
+mod letters;
 mod outcomes;
 mod plugins;
 mod process;
 mod queries;
 mod reload;
 mod replay;
+mod scenario;
 mod sql;
 mod waking;

@@ -12,32 +12,32 @@ use lapin::options::{BasicAckOptions, BasicGetOptions, BasicPublishOptions, Queu
 use lapin::types::{AMQPValue, FieldTable};
 
 /// A daemon whose only pass is that of its start.
-fn once(world: &World) -> Launch {
+pub(crate) fn once(world: &World) -> Launch {
     world.launch().with("TIDINGS_SWEEP_MS", 600_000).with("TIDINGS_REPLAY_INTERVAL_MS", 3_600_000)
 }
 
 /// A daemon that makes a pass every second.
-fn often(world: &World) -> Launch {
+pub(crate) fn often(world: &World) -> Launch {
     world.launch().with("TIDINGS_SWEEP_MS", 600_000).with("TIDINGS_REPLAY_INTERVAL_MS", 1_000)
 }
 
-async fn send(world: &World, payload: &str) -> uuid::Uuid {
+pub(crate) async fn send(world: &World, payload: &str) -> uuid::Uuid {
     world.value(&format!("SELECT tidings.schedule('message', now(), '{payload}')")).await
 }
 
 /// Letters in a queue that nobody consumes.
-async fn waiting(world: &World, queue: &str) -> u32 {
+pub(crate) async fn waiting(world: &World, queue: &str) -> u32 {
     let channel = world.broker.channel().await;
     let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
     channel.queue_declare(queue.into(), options, FieldTable::default()).await.expect("it exists").message_count()
 }
 
-async fn until_waiting(world: &World, queue: &str, count: u32) {
+pub(crate) async fn until_waiting(world: &World, queue: &str, count: u32) {
     eventually(&format!("{count} in {queue}"), async || (waiting(world, queue).await == count).then_some(())).await;
 }
 
 /// Publishes something that no daemon made.
-async fn publish(world: &World, exchange: &str, key: &str, body: &[u8], properties: BasicProperties) {
+pub(crate) async fn publish(world: &World, exchange: &str, key: &str, body: &[u8], properties: BasicProperties) {
     let channel = world.broker.channel().await;
     let options = BasicPublishOptions::default();
     let published = channel.basic_publish(exchange.into(), key.into(), options, body, properties).await;
@@ -47,7 +47,7 @@ async fn publish(world: &World, exchange: &str, key: &str, body: &[u8], properti
 }
 
 /// The first message of a queue that nobody consumes, taken.
-async fn take(world: &World, queue: &str) -> Received {
+pub(crate) async fn take(world: &World, queue: &str) -> Received {
     let channel = world.broker.channel().await;
     let message = eventually(&format!("a message in {queue}"), async || {
         channel.basic_get(queue.into(), BasicGetOptions { no_ack: true }).await.expect("it exists")
@@ -56,7 +56,7 @@ async fn take(world: &World, queue: &str) -> Received {
     Received { at_ms: 0, delivery: message.delivery }
 }
 
-async fn reject(inbox: &mut Inbox) -> Received {
+pub(crate) async fn reject(inbox: &mut Inbox) -> Received {
     let received = inbox.next_unacknowledged().await;
     inbox.reject(&received).await;
     received
@@ -273,6 +273,8 @@ async fn what_cannot_go_back_is_parked_with_the_reason_and_blocks_nothing() {
 #[tokio::test]
 async fn a_foreign_letter_goes_back_untouched() {
     let world = World::empty().await;
+    // It declares what is ours.
+    assert!(once(&world).ready().await.stop().await.success());
     let mut inbox = world.inbox(&["k"]).await;
     let mut headers = FieldTable::default();
     headers.insert("flag".into(), AMQPValue::Boolean(true));
@@ -288,8 +290,7 @@ async fn a_foreign_letter_goes_back_untouched() {
     publish(&world, "", "inbox.k", &body, properties).await;
     let received = inbox.next_unacknowledged().await;
     inbox.reject(&received).await;
-    until_waiting(&world, "tidings.dead", 0).await;
-
+    until_waiting(&world, "tidings.dead", 1).await;
     let _daemon = often(&world).ready().await;
 
     let again = inbox.next_unacknowledged().await;

@@ -27,6 +27,9 @@ fn verify() -> anyhow::Result<bool> {
     build::cargo_component("message")?;
     build::javascript()?;
     build::python()?;
+    eprintln!("building the example consumers ...");
+    build::rust_consumer()?;
+    build::python_consumer()?;
     eprintln!("starting a PostgreSQL and a RabbitMQ of our own ...");
     let servers = Servers::start()?;
     let (name, ports) = servers.environment();

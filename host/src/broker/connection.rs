@@ -4,12 +4,17 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use async_rs::util::RuntimeParts;
+use async_rs::{Runtime, Tokio};
 use futures_util::StreamExt as _;
 use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
+use lapin::tcp::{AMQPUriTcpExt as _, AsyncTcpStream};
+use lapin::uri::AMQPUri;
 use lapin::{Connection, ConnectionProperties, Event};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use super::sieve::{Sieve, SievingReactor};
 use super::{Broker, BrokerError, CONNECT_DEADLINE, topology};
 use crate::backoff::RECONNECT;
 
@@ -58,16 +63,29 @@ impl Broker {
     }
 
     async fn connect(&self) -> Result<Connection, BrokerError> {
-        let connection = self.connect_as("tidings").await?;
+        let properties = ConnectionProperties::default().with_connection_name("tidings".into());
+        let connection = self.connected(Connection::connect_uri(self.uri.clone(), properties)).await?;
         topology::declare(&connection, &self.exchange, self.queue_type).await?;
         Ok(connection)
     }
 
-    /// A connection with this name in RabbitMQ's lists.
-    pub(super) async fn connect_as(&self, name: &str) -> Result<Connection, BrokerError> {
-        let properties = ConnectionProperties::default().with_connection_name(name.into());
-        let connected = tokio::time::timeout(CONNECT_DEADLINE, Connection::connect_uri(self.uri.clone(), properties));
-        match connected.await {
+    /// A connection that may read what anybody has written.
+    pub(super) async fn connect_for_letters(&self) -> Result<Connection, BrokerError> {
+        let properties = ConnectionProperties::default().with_connection_name("tidings dead letters".into());
+        let runtime = Runtime::new(RuntimeParts::new(Tokio::current(), SievingReactor(Tokio::current())));
+        let connect = async |uri: AMQPUri, _| {
+            let connected = uri.connect_async(&Runtime::tokio_current()).await;
+            let stream = connected.map_err(lapin::Error::from)?;
+            Ok(AsyncTcpStream::Plain(Sieve::new(stream)))
+        };
+        self.connected(Connection::connector(self.uri.clone(), runtime, connect, properties)).await
+    }
+
+    async fn connected(
+        &self,
+        connecting: impl Future<Output = lapin::Result<Connection>>,
+    ) -> Result<Connection, BrokerError> {
+        match tokio::time::timeout(CONNECT_DEADLINE, connecting).await {
             Ok(Ok(connection)) => Ok(connection),
             Ok(Err(source)) => Err(self.connect_error(source)),
             Err(_) => Err(BrokerError::Deadline {

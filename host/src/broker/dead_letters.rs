@@ -15,8 +15,9 @@ use lapin::options::{
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Confirmation, Connection};
 
+use super::headers::UNREADABLE;
 use super::{Broker, BrokerError, QueueType, topology, within};
-use crate::dead_letter::{DeadLetter, Unreadable};
+use crate::dead_letter::{DeadLetter, Unreadable, Unsendable};
 
 /// How long the confirms of a window may take.
 const CONFIRM_DEADLINE: Duration = Duration::from_secs(30);
@@ -120,7 +121,7 @@ impl Broker {
     ///
     /// When there is none to be had.
     pub async fn dead_letters(&self) -> Result<DeadLetters, BrokerError> {
-        let connection = self.connect_as("tidings dead letters").await?;
+        let connection = self.connect_for_letters().await?;
         let channel = within("open a channel", connection.create_channel()).await?;
         within("turn on publisher confirms", channel.confirm_select(ConfirmSelectOptions::default())).await?;
         Ok(DeadLetters { connection, channel, exchange: self.exchange.clone(), queue_type: self.queue_type })
@@ -344,9 +345,15 @@ fn read(properties: &BasicProperties, headers: &FieldTable) -> DeadLetter {
         },
         _ => None,
     };
+    let unreadable = match headers.inner().get(UNREADABLE) {
+        Some(AMQPValue::ByteArray(bytes)) if bytes.is_empty() => Some(Unsendable::TooLong),
+        Some(AMQPValue::ByteArray(_)) => Some(Unsendable::Carried),
+        _ => None,
+    };
     let whole = |name: &str| headers.inner().get(name).and_then(number);
     let of_death = |name: &str| death.and_then(|death| text(death, name));
     DeadLetter {
+        unreadable,
         id: properties.message_id().as_ref().map(ToString::to_string),
         kind: text(headers, "tidings-kind"),
         queue: of_death("queue").filter(|queue| queue.len() <= 255),

@@ -7,11 +7,13 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand};
+use tokio_util::sync::CancellationToken;
 
 use super::{age, fail, progress, usage};
 use crate::broker::{Broker, DeadLetters, Pile};
 use crate::config::{Mistakes, ServerArgs};
 use crate::dead_letter::{DeadLetter, Fate, Tally};
+use crate::lifecycle::shutdown_on_signal;
 use crate::replayer::{drop_letters, take_back, window};
 use crate::store::{Pass, Store};
 use crate::wake::Wake;
@@ -119,6 +121,8 @@ struct ByHand {
     max: u32,
     /// How many letters lie there.
     waiting: u32,
+    /// A signal: what is in flight is finished.
+    stop: CancellationToken,
 }
 
 /// Does something with the letters, alone, and closes them, whatever came of it. Returns a sentence that says what was done.
@@ -139,7 +143,8 @@ async fn with_letters(
     let waiting = waiting.with_context(|| {
         format!("there are no dead letters of {}; the daemon declares their queue when it starts", broker.exchange())
     })?;
-    let mut by_hand = ByHand { pass, letters, max: servers.replay_max, waiting };
+    let stop = shutdown_on_signal()?;
+    let mut by_hand = ByHand { pass, letters, max: servers.replay_max, waiting, stop };
     let done = work(&mut by_hand).await;
     by_hand.letters.close().await;
     by_hand.pass.end().await;
@@ -177,17 +182,17 @@ async fn list(ByHand { letters, waiting, .. }: &mut ByHand, filter: &Filter) -> 
     Ok(format!("{listed} of {waiting} dead letters"))
 }
 
-async fn replay(ByHand { pass, letters, max, waiting }: &mut ByHand, filter: &Filter) -> anyhow::Result<String> {
+async fn replay(ByHand { pass, letters, max, waiting, stop }: &mut ByHand, filter: &Filter) -> anyhow::Result<String> {
     let (bar, now) = (progress(u64::from(*waiting), "dealt with"), now_seconds());
     let wanted = |letter: &DeadLetter| filter.takes(letter, now);
-    let tally = take_back(letters, pass, *max, wanted, |window| bar.inc(window.letters())).await;
+    let tally = take_back(letters, pass, *max, wanted, |window| bar.inc(window.letters()), stop).await;
     bar.finish_and_clear();
     let Tally { replayed, expired, parked, left, .. } = tally?;
     Ok(format!("{replayed} replayed, {expired} expired, {parked} parked, {left} left"))
 }
 
 /// Says letter by letter what a pass would do, and does nothing.
-async fn dry_run(ByHand { pass, letters, max, waiting }: &mut ByHand, filter: &Filter) -> anyhow::Result<String> {
+async fn dry_run(ByHand { pass, letters, max, waiting, .. }: &mut ByHand, filter: &Filter) -> anyhow::Result<String> {
     let (mut tally, now, mut left) = (Tally::default(), now_seconds(), *waiting);
     while left > 0 {
         let clock = pass.clock().await?;
@@ -206,6 +211,10 @@ async fn dry_run(ByHand { pass, letters, max, waiting }: &mut ByHand, filter: &F
                     tally.replayed += 1;
                     println!("{id}  would go back into {queue}; replayed {} times before", replays - 1);
                 }
+                Fate::Leave(reason) => {
+                    tally.left += 1;
+                    println!("{id}  would stay: {reason}");
+                }
                 Fate::Park(reason) => {
                     tally.parked += 1;
                     println!("{id}  would be parked: {reason}");
@@ -217,9 +226,12 @@ async fn dry_run(ByHand { pass, letters, max, waiting }: &mut ByHand, filter: &F
     Ok(format!("would be: {replayed} replayed, {expired} expired, {parked} parked, {left} left; nothing was done"))
 }
 
-async fn drop_them(ByHand { pass, letters, waiting, .. }: &mut ByHand, filter: &Filter) -> anyhow::Result<String> {
+async fn drop_them(
+    ByHand { pass, letters, waiting, stop, .. }: &mut ByHand,
+    filter: &Filter,
+) -> anyhow::Result<String> {
     let (bar, now) = (progress(u64::from(*waiting), "looked at"), now_seconds());
-    let dropped = drop_letters(letters, pass, |letter| filter.takes(letter, now), |seen| bar.inc(seen)).await;
+    let dropped = drop_letters(letters, pass, |letter| filter.takes(letter, now), |seen| bar.inc(seen), stop).await;
     bar.finish_and_clear();
     Ok(format!("{} dropped for good", dropped?))
 }

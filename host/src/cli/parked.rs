@@ -195,6 +195,7 @@ async fn on_letters(
                         stays(&letter, "its deadline has come, and nobody may see it any more; drop it", done);
                     }
                     Fate::Park(reason) => stays(&letter, &reason, done),
+                    Fate::Leave(reason) => stays(&letter, reason, done),
                 },
             }
         }

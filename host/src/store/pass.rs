@@ -19,9 +19,9 @@ pub struct Pass {
 
 /// Whether a pass may begin.
 #[derive(Debug)]
-pub enum Begun {
-    /// It has begun.
-    Pass(Pass),
+pub enum Begun<T> {
+    /// It has begun, and this is what it takes.
+    Pass(T),
     /// The last one is too recent; this long until it is time.
     NotYet(Duration),
     /// Another daemon is making one.
@@ -54,7 +54,7 @@ impl Store {
     /// # Errors
     ///
     /// When the database does not answer.
-    pub async fn begin_pass(&self, exchange: &str, gap: Duration) -> Result<Begun, StoreError> {
+    pub async fn begin_pass(&self, exchange: &str, gap: Duration) -> Result<Begun<Pass>, StoreError> {
         let Some(mut pass) = self.lock_dead_letters(exchange).await? else { return Ok(Begun::Elsewhere) };
         let left = ask("note that a pass begins", async {
             sqlx::query_scalar!(

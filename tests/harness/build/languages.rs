@@ -16,7 +16,7 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 /// The last release there will be.
 const CARGO_COMPONENT: &str = "0.21.1";
 
-fn tools() -> PathBuf {
+pub(super) fn tools() -> PathBuf {
     target().join("tools")
 }
 
@@ -24,7 +24,7 @@ fn fixtures() -> PathBuf {
     repository().join("tests/fixtures/languages")
 }
 
-fn guard() -> std::sync::MutexGuard<'static, ()> {
+pub(super) fn guard() -> std::sync::MutexGuard<'static, ()> {
     ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
@@ -116,14 +116,8 @@ pub fn python() -> anyhow::Result<PathBuf> {
     let source = fixtures().join("greeting_py.py");
     let tool = tools.join("bin/componentize-py");
     if !tool.exists() {
-        if !has_pip() {
-            setup::install(&["python3", "python3-pip"])?;
-        }
         eprintln!("installing componentize-py ...");
-        let mut pip = Command::new("python3");
-        pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--root-user-action", "ignore"]);
-        pip.args(["--no-deps", "--target"]).arg(&tools).arg("-r").arg(fixtures().join("requirements.txt"));
-        run(pip)?;
+        pip_install(&fixtures().join("requirements.txt"), &tools)?;
     }
     if up_to_date(&source, &wasm) {
         return Ok(wasm);
@@ -152,6 +146,17 @@ fn up_to_date(source: &Path, built: &Path) -> bool {
 
 fn on_path(program: &str) -> bool {
     std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(program).exists()))
+}
+
+/// Installs what `requirements` lists, and nothing else, into `dir`.
+pub(super) fn pip_install(requirements: &Path, dir: &Path) -> anyhow::Result<()> {
+    if !has_pip() {
+        setup::install(&["python3", "python3-pip"])?;
+    }
+    let mut pip = Command::new("python3");
+    pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--root-user-action", "ignore"]);
+    pip.args(["--no-deps", "--target"]).arg(dir).arg("-r").arg(requirements);
+    run(pip)
 }
 
 fn has_pip() -> bool {

@@ -1,0 +1,213 @@
+//! What stands between the broker and the client library on a connection for dead letters. Anybody who may publish can
+//! write headers that the library cannot read: nested so deeply that it runs out of stack and takes the process with it,
+//! with names that are not UTF-8, at which it stops, or in a frame beyond the limit, at which it hangs up. Such headers are
+//! replaced by one that carries them as they came; everything else passes untouched.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use async_rs::Tokio;
+use async_rs::traits::Reactor;
+use futures_io::{AsyncRead, AsyncWrite};
+use futures_util::Stream;
+use lapin::tcp::AsyncTcpStream;
+
+use super::headers;
+
+/// The sockets of tokio, with or without TLS, behind the sieve.
+pub(super) type Sieved = Sieve<AsyncTcpStream<<Tokio as Reactor>::TcpStream>>;
+
+/// Of a frame: its type, channel and length before the payload, and the end byte after it.
+const START: usize = 7;
+const METHOD: u8 = 1;
+const HEADER: u8 = 2;
+/// `connection.tune`, after which come the channels and then the longest frame.
+const TUNE: [u8; 4] = [0, 10, 0, 30];
+
+/// A stream whose reading end is sieved.
+#[derive(Debug)]
+pub(super) struct Sieve<S> {
+    stream: S,
+    frames: Frames,
+}
+
+impl<S> Sieve<S> {
+    pub(super) fn new(stream: S) -> Self {
+        Self { stream, frames: Frames::default() }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Sieve<S> {
+    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, into: &mut [u8]) -> Poll<io::Result<usize>> {
+        let Self { stream, frames } = &mut *self;
+        let mut buffer = [0; 16 * 1024];
+        while frames.done.is_empty() {
+            let count = ready!(Pin::new(&mut *stream).poll_read(context, &mut buffer))?;
+            if count == 0 {
+                return Poll::Ready(Ok(0));
+            }
+            frames.add(&buffer[..count]);
+        }
+        let count = into.len().min(frames.done.len());
+        into[..count].copy_from_slice(&frames.done[..count]);
+        frames.done.drain(..count);
+        Poll::Ready(Ok(count))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Sieve<S> {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_close(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_close(context)
+    }
+}
+
+/// Bytes on their way: frames of methods and headers are held until they are whole, bodies pass.
+#[derive(Debug, Default)]
+struct Frames {
+    /// What may be read.
+    done: Vec<u8>,
+    /// The beginning of a frame.
+    held: Vec<u8>,
+    /// Bytes of a frame that passes as it is.
+    passing: usize,
+    /// The longest frame that was agreed upon; 0 = any.
+    longest: usize,
+}
+
+impl Frames {
+    fn add(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let (taken, rest) = if self.passing > 0 {
+                let (taken, rest) = bytes.split_at(bytes.len().min(self.passing));
+                self.passing -= taken.len();
+                self.done.extend_from_slice(taken);
+                (taken.len(), rest)
+            } else {
+                let wanted = self.length().unwrap_or(START) - self.held.len();
+                let (taken, rest) = bytes.split_at(bytes.len().min(wanted));
+                self.held.extend_from_slice(taken);
+                (taken.len(), rest)
+            };
+            debug_assert!(taken > 0, "each turn takes something");
+            bytes = rest;
+            self.release();
+        }
+    }
+
+    /// How long the frame is whose beginning is held, as far as that is known.
+    fn length(&self) -> Option<usize> {
+        let length: [u8; 4] = self.held.get(3..START)?.try_into().ok()?;
+        Some(START + u32::from_be_bytes(length) as usize + 1)
+    }
+
+    /// Lets go of what is held, if enough of it is here to know what it is.
+    fn release(&mut self) {
+        let Some(length) = self.length() else { return };
+        match self.held[0] {
+            METHOD | HEADER if self.held.len() < length => return,
+            METHOD => {
+                let payload = &self.held[START..length - 1];
+                if let Some(longest) = payload.strip_prefix(&TUNE).and_then(|tune| tune.get(2..6)?.try_into().ok()) {
+                    self.longest = u32::from_be_bytes(longest) as usize;
+                }
+            }
+            HEADER => {
+                let longest = if self.longest == 0 { usize::MAX } else { self.longest };
+                if let Some(other) = headers::instead(&self.held[START..length - 1], longest) {
+                    let length = u32::try_from(other.len()).expect("shorter than a frame").to_be_bytes();
+                    self.done.extend([&self.held[..3], &length, &other, &[0xCE]].concat());
+                    self.held.clear();
+                    return;
+                }
+            }
+            _ => self.passing = length - self.held.len(),
+        }
+        self.done.append(&mut self.held);
+    }
+}
+
+/// Tokio's reactor, for a client library that believes that its sockets are sieved ones.
+#[derive(Clone, Debug)]
+pub(super) struct SievingReactor(pub(super) Tokio);
+
+impl Reactor for SievingReactor {
+    type TcpStream = Sieved;
+    type Sleep = <Tokio as Reactor>::Sleep;
+
+    /// For sockets that are connected already, of which there are none.
+    fn register<H: io::Read + io::Write + Send + 'static>(
+        &self,
+        _: H,
+    ) -> io::Result<impl AsyncRead + AsyncWrite + Send + Unpin + 'static> {
+        Err::<Self::TcpStream, _>(io::ErrorKind::Unsupported.into())
+    }
+
+    fn sleep(&self, time: Duration) -> Self::Sleep {
+        self.0.sleep(time)
+    }
+
+    fn interval(&self, time: Duration) -> impl Stream<Item = Instant> + Send + 'static {
+        self.0.interval(time)
+    }
+
+    fn tcp_connect_addr(
+        &self,
+        address: SocketAddr,
+    ) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
+        let connecting = self.0.tcp_connect_addr(address);
+        async move { Ok(Sieve::new(AsyncTcpStream::Plain(connecting.await?))) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(payload.len()).expect("short").to_be_bytes();
+        [&[kind, 0, 1][..], &length, payload, &[0xCE]].concat()
+    }
+
+    fn sieved(bytes: &[u8], at_once: usize) -> Vec<u8> {
+        let mut frames = Frames::default();
+        for bytes in bytes.chunks(at_once) {
+            frames.add(bytes);
+        }
+        frames.done
+    }
+
+    proptest! {
+        #[test]
+        fn what_can_be_read_passes_untouched_however_it_is_cut(
+            frames in proptest::collection::vec((prop_oneof![Just(1_u8), Just(3), Just(8)], proptest::collection::vec(any::<u8>(), 0..300)), 0..8),
+            at_once in 1..400_usize,
+        ) {
+            let bytes: Vec<u8> = frames.iter().flat_map(|(kind, payload)| frame(*kind, payload)).collect();
+            prop_assert_eq!(sieved(&bytes, at_once), bytes);
+        }
+    }
+
+    #[test]
+    fn headers_beyond_the_agreed_length_are_replaced_and_those_within_it_are_not() {
+        let tune = |longest: u32| frame(1, &[&TUNE[..], &[0, 9], &longest.to_be_bytes(), &[0, 0]].concat());
+        // Without any property but a content type.
+        let header = frame(2, &[&[0, 60, 0, 0][..], &[0; 8], &[0x80, 0, 200], &[b'x'; 200]].concat());
+        for (longest, passes) in [(0, true), (4096, true), (600, false)] {
+            let bytes = [tune(longest), header.clone()].concat();
+            assert_eq!(sieved(&bytes, 10) == bytes, passes, "{longest}");
+        }
+    }
+}
