@@ -1,6 +1,7 @@
 //! What the tests, the demo and the measurements stand on: private servers, the built plugins, the real daemon, and
 //! somebody who consumes. Never a mock.
 
+pub mod amqp_proxy;
 pub mod bindings;
 pub mod build;
 pub mod consumer;

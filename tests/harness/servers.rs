@@ -8,6 +8,7 @@ use std::net::{TcpListener, TcpStream};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
@@ -35,7 +36,22 @@ pub struct Servers {
 struct Running {
     children: Vec<Child>,
     reaper: Child,
+    rabbitmq: RabbitMq,
 }
+
+/// How RabbitMQ is started, and started again.
+#[derive(Debug)]
+struct RabbitMq {
+    programs: Programs,
+    dir: PathBuf,
+    port: u16,
+    distribution_port: u16,
+    epmd_port: u16,
+    management_port: u16,
+}
+
+/// Where RabbitMQ is among the children.
+const RABBITMQ: usize = 1;
 
 impl Servers {
     /// Uses the servers that a program before us has started, or starts some.
@@ -47,19 +63,31 @@ impl Servers {
         if let Some([postgres_port, rabbitmq_port, management_port]) = inherited_ports() {
             return Ok(Self { postgres_port, rabbitmq_port, management_port, running: None });
         }
+        Self::private()
+    }
+
+    /// Servers that nobody else uses, so that they may be stopped and started again.
+    ///
+    /// # Errors
+    ///
+    /// When they cannot be installed or started.
+    pub fn private() -> anyhow::Result<Self> {
+        static STARTED: AtomicUsize = AtomicUsize::new(0);
+        let number = STARTED.fetch_add(1, Ordering::Relaxed);
         let programs = setup::servers()?;
-        let dir = crate::target().join(format!("servers-{}", std::process::id()));
+        let dir = crate::target().join(format!("servers-{}-{number}", std::process::id()));
         let _ = fs::remove_dir_all(&dir);
         fs::create_dir_all(&dir)?;
         let [postgres_port, rabbitmq_port, distribution_port, epmd_port, management_port] = free_ports()?;
 
         let epmd = start_epmd(&dir, epmd_port)?;
-        let rabbitmq = start_rabbitmq(&programs, &dir, rabbitmq_port, distribution_port, epmd_port, management_port)?;
         let postgres = start_postgres(&programs, &dir, postgres_port)?;
-        let children = vec![postgres, rabbitmq, epmd];
+        let rabbitmq =
+            RabbitMq { programs, dir: dir.clone(), port: rabbitmq_port, distribution_port, epmd_port, management_port };
+        let children = vec![postgres, rabbitmq.start()?, epmd];
         let reaper = start_reaper(&dir, &children)?;
-        let servers =
-            Self { postgres_port, rabbitmq_port, management_port, running: Some(Running { children, reaper }) };
+        let running = Some(Running { children, reaper, rabbitmq });
+        let servers = Self { postgres_port, rabbitmq_port, management_port, running };
         servers.wait().with_context(|| logs(&dir))?;
         Ok(servers)
     }
@@ -68,6 +96,24 @@ impl Servers {
     #[must_use]
     pub fn environment(&self) -> (&'static str, String) {
         (PORTS, format!("{} {} {}", self.postgres_port, self.rabbitmq_port, self.management_port))
+    }
+
+    /// Stops RabbitMQ in order and starts it again, on the same ports with the same data. Blocks for some ten seconds.
+    ///
+    /// # Errors
+    ///
+    /// When it does not stop or start, or belongs to others.
+    pub fn restart_rabbitmq(&mut self) -> anyhow::Result<()> {
+        let Running { children, reaper, rabbitmq } = self.running.as_mut().context("only servers of our own")?;
+        let pid = i32::try_from(children[RABBITMQ].id())?;
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGTERM)?;
+        children[RABBITMQ].wait()?;
+        children[RABBITMQ] = rabbitmq.start()?;
+        // The old one knows a pid that is nobody's now.
+        let mut old = std::mem::replace(reaper, start_reaper(&rabbitmq.dir, children)?);
+        let (killed, ended) = (old.kill(), old.wait());
+        killed.and(ended)?;
+        self.wait()
     }
 
     fn wait(&self) -> anyhow::Result<()> {
@@ -90,7 +136,7 @@ impl Servers {
 
 impl Drop for Servers {
     fn drop(&mut self) {
-        let Some(Running { children, mut reaper }) = self.running.take() else { return };
+        let Some(Running { children, mut reaper, .. }) = self.running.take() else { return };
         // The reaper acts at the end of its input. Our children must be collected meanwhile, or it would wait for them.
         drop(reaper.stdin.take());
         for mut child in children {
@@ -183,53 +229,49 @@ fn start_epmd(dir: &Path, port: u16) -> anyhow::Result<Child> {
         .context("could not start epmd")
 }
 
-fn start_rabbitmq(
-    programs: &Programs,
-    dir: &Path,
-    port: u16,
-    distribution_port: u16,
-    epmd_port: u16,
-    management_port: u16,
-) -> anyhow::Result<Child> {
-    let home = dir.join("rabbitmq");
-    for part in ["home", "mnesia", "log", "schema", "config"] {
-        fs::create_dir_all(home.join(part))?;
-    }
-    fs::write(home.join("enabled_plugins"), "[rabbitmq_management].")?;
-    fs::write(
-        home.join("rabbitmq.conf"),
-        format!(
-            "loopback_users = none\nmanagement.tcp.port = {management_port}\nmanagement.tcp.ip = 127.0.0.1\n\
+impl RabbitMq {
+    fn start(&self) -> anyhow::Result<Child> {
+        let Self { programs, dir, port, distribution_port, epmd_port, management_port } = self;
+        let home = dir.join("rabbitmq");
+        for part in ["home", "mnesia", "log", "schema", "config"] {
+            fs::create_dir_all(home.join(part))?;
+        }
+        fs::write(home.join("enabled_plugins"), "[rabbitmq_management].")?;
+        fs::write(
+            home.join("rabbitmq.conf"),
+            format!(
+                "loopback_users = none\nmanagement.tcp.port = {management_port}\nmanagement.tcp.ip = 127.0.0.1\n\
              disk_free_limit.absolute = 50MB\n"
-        ),
-    )?;
-    own("rabbitmq", &home)?;
-    let log = fs::File::create(dir.join("rabbitmq.log"))?;
-    as_user("rabbitmq", &programs.rabbitmq.join("rabbitmq-server"))
-        .current_dir(&home)
-        .arg("-noinput")
-        .env("HOME", home.join("home"))
-        .env("RABBITMQ_NODENAME", format!("t{port}@localhost"))
-        .env("RABBITMQ_NODE_IP_ADDRESS", "127.0.0.1")
-        .env("RABBITMQ_NODE_PORT", port.to_string())
-        .env("RABBITMQ_DIST_PORT", distribution_port.to_string())
-        .env("ERL_EPMD_PORT", epmd_port.to_string())
-        .env("ERL_EPMD_ADDRESS", "127.0.0.1")
-        .env("RABBITMQ_MNESIA_BASE", home.join("mnesia"))
-        .env("RABBITMQ_LOG_BASE", home.join("log"))
-        .env("RABBITMQ_SCHEMA_DIR", home.join("schema"))
-        .env("RABBITMQ_GENERATED_CONFIG_DIR", home.join("config"))
-        .env("RABBITMQ_CONF_ENV_FILE", "/dev/null")
-        .env("RABBITMQ_CONFIG_FILE", home.join("rabbitmq.conf"))
-        .env("RABBITMQ_ENABLED_PLUGINS_FILE", home.join("enabled_plugins"))
-        .env("RABBITMQ_PID_FILE", home.join("pid"))
-        // The script then becomes the server, and the pid we have is the server's.
-        .env("RABBITMQ_ALLOW_INPUT", "1")
-        .env("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", "+S 2:2 +sbwt none")
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .spawn()
-        .context("could not start rabbitmq-server")
+            ),
+        )?;
+        own("rabbitmq", &home)?;
+        let log = fs::File::create(dir.join("rabbitmq.log"))?;
+        as_user("rabbitmq", &programs.rabbitmq.join("rabbitmq-server"))
+            .current_dir(&home)
+            .arg("-noinput")
+            .env("HOME", home.join("home"))
+            .env("RABBITMQ_NODENAME", format!("t{port}@localhost"))
+            .env("RABBITMQ_NODE_IP_ADDRESS", "127.0.0.1")
+            .env("RABBITMQ_NODE_PORT", port.to_string())
+            .env("RABBITMQ_DIST_PORT", distribution_port.to_string())
+            .env("ERL_EPMD_PORT", epmd_port.to_string())
+            .env("ERL_EPMD_ADDRESS", "127.0.0.1")
+            .env("RABBITMQ_MNESIA_BASE", home.join("mnesia"))
+            .env("RABBITMQ_LOG_BASE", home.join("log"))
+            .env("RABBITMQ_SCHEMA_DIR", home.join("schema"))
+            .env("RABBITMQ_GENERATED_CONFIG_DIR", home.join("config"))
+            .env("RABBITMQ_CONF_ENV_FILE", "/dev/null")
+            .env("RABBITMQ_CONFIG_FILE", home.join("rabbitmq.conf"))
+            .env("RABBITMQ_ENABLED_PLUGINS_FILE", home.join("enabled_plugins"))
+            .env("RABBITMQ_PID_FILE", home.join("pid"))
+            // The script then becomes the server, and the pid we have is the server's.
+            .env("RABBITMQ_ALLOW_INPUT", "1")
+            .env("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", "+S 2:2 +sbwt none")
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("could not start rabbitmq-server")
+    }
 }
 
 /// Waits for the end of its input, that is of us, and then stops `children` in order.

@@ -86,6 +86,8 @@ pub struct World {
     pub plugin_dir: PathBuf,
     /// The name of its database and virtual host.
     pub name: String,
+    /// Where PostgreSQL and RabbitMQ listen.
+    ports: (u16, u16),
 }
 
 impl World {
@@ -95,16 +97,33 @@ impl World {
     ///
     /// When it cannot be made.
     pub async fn empty() -> Self {
-        let shared = shared();
+        Self::made(&shared().servers).await
+    }
+
+    /// A world on servers of its own, which may be stopped and started again.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot be made.
+    pub async fn on(servers: &Servers, plugins: &[&str]) -> Self {
+        template(servers, &shared().daemon);
+        let world = Self::made(servers).await;
+        for plugin in plugins {
+            world.install(plugin);
+        }
+        world
+    }
+
+    async fn made(servers: &Servers) -> Self {
         let name = format!("t{}", Uuid::new_v4().simple());
-        let port = shared.servers.postgres_port;
+        let port = servers.postgres_port;
         execute(port, &format!("CREATE DATABASE {name} TEMPLATE {TEMPLATE}")).await;
         let db = PgPoolOptions::new().max_connections(4).connect(&database_url(port, &name)).await.expect("a database");
-        create_vhost(shared.servers.management_port, &name);
-        let broker = Broker::connect(&amqp_url(shared.servers.rabbitmq_port, &name)).await;
+        create_vhost(servers.management_port, &name);
+        let broker = Broker::connect(&amqp_url(servers.rabbitmq_port, &name)).await;
         let plugin_dir = crate::target().join("plugin-dirs").join(&name);
         std::fs::create_dir_all(&plugin_dir).expect("a directory");
-        Self { db, broker, plugin_dir, name }
+        Self { db, broker, plugin_dir, name, ports: (port, servers.rabbitmq_port) }
     }
 
     /// A world with these plugins of the repository or of tests/fixtures.
@@ -162,7 +181,7 @@ impl World {
     /// How to start a daemon for this world.
     #[must_use]
     pub fn launch(&self) -> Launch {
-        let Servers { postgres_port, rabbitmq_port, .. } = shared().servers;
+        let (postgres_port, rabbitmq_port) = self.ports;
         Launch::new(&shared().daemon, "run")
             .with("TIDINGS_DATABASE_URL", database_url(postgres_port, &self.name))
             .with("TIDINGS_AMQP_URL", amqp_url(rabbitmq_port, &self.name))
@@ -201,7 +220,7 @@ impl World {
     /// The ports of PostgreSQL and RabbitMQ.
     #[must_use]
     pub fn ports(&self) -> (u16, u16) {
-        (shared().servers.postgres_port, shared().servers.rabbitmq_port)
+        self.ports
     }
 
     /// A queue of this world, bound to the daemon's exchange with `keys`, and rejecting to its dead letters.

@@ -2,6 +2,7 @@
 
 mod author;
 mod breaker;
+mod by_hand;
 mod consumers;
 mod contract;
 mod delivery;
@@ -9,6 +10,7 @@ mod hostile;
 mod languages;
 mod letters;
 mod outcomes;
+mod passes;
 mod plugins;
 mod process;
 mod queries;

@@ -11,6 +11,16 @@ use lapin::BasicProperties;
 use lapin::options::{BasicAckOptions, BasicGetOptions, BasicPublishOptions, QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable};
 
+/// As if a pass had just begun: a daemon that starts now makes none.
+pub(crate) async fn no_pass_at_start(world: &World) {
+    world.sql("INSERT INTO tidings.passes VALUES ('tidings', now()) ON CONFLICT (exchange) DO UPDATE SET began_at = now()").await;
+}
+
+/// As if there had never been a pass: a daemon that starts now makes one.
+pub(crate) async fn pass_at_start(world: &World) {
+    world.sql("DELETE FROM tidings.passes").await;
+}
+
 /// A daemon whose only pass is that of its start.
 pub(crate) fn once(world: &World) -> Launch {
     world.launch().with("TIDINGS_SWEEP_MS", 600_000).with("TIDINGS_REPLAY_INTERVAL_MS", 3_600_000)
@@ -63,7 +73,7 @@ pub(crate) async fn reject(inbox: &mut Inbox) -> Received {
 }
 
 /// Counts the passes that a daemon has made.
-async fn passes(daemon: &Daemon, count: usize) {
+pub(crate) async fn passes(daemon: &Daemon, count: usize) {
     eventually(&format!("{count} passes"), async || {
         (daemon.log().matches("took back dead letters").count() >= count).then_some(())
     })
@@ -148,48 +158,6 @@ async fn a_dead_letter_comes_back_with_what_is_left_of_its_life_and_an_expired_o
     eventually("the expired one is dropped", async || daemon.log().contains("expired=1").then_some(())).await;
     until_waiting(&world, "tidings.dead", 0).await;
     assert_eq!(waiting(&world, "short").await, 0);
-}
-
-#[tokio::test]
-async fn replays_never_multiply_however_many_queues_share_a_key() {
-    let world = World::with(&["message"]).await;
-    let mut rejecting = world.inbox(&["k", "k.one"]).await;
-    let mut taking = world.inbox(&["k", "k.two"]).await;
-    let channel = world.broker.channel().await;
-    let mut arguments = FieldTable::default();
-    arguments.insert("x-dead-letter-exchange".into(), AMQPValue::LongString("tidings.dlx".into()));
-    arguments.insert("x-message-ttl".into(), AMQPValue::LongInt(200));
-    channel.queue_declare("idle".into(), QueueDeclareOptions::durable(), arguments).await.expect("a queue");
-    let options = lapin::options::QueueBindOptions::default();
-    channel
-        .queue_bind("idle".into(), "tidings".into(), "k".into(), options, FieldTable::default())
-        .await
-        .expect("bound");
-    let daemon = often(&world).ready().await;
-    for _ in 0..10 {
-        send(&world, r#"{"routing_key": "k", "body": 1}"#).await;
-        taking.next().await;
-    }
-
-    // Its consumer rejects everything, for five passes; the idle queue's copies expire there again and again.
-    for round in 0..5 {
-        let mut ids = std::collections::BTreeSet::new();
-        for _ in 0..10 {
-            let received = reject(&mut rejecting).await;
-            assert_eq!(received.number("tidings-replay"), round, "one replay a pass");
-            ids.insert(received.id());
-        }
-        assert_eq!(ids.len(), 10);
-    }
-
-    for _ in 0..10 {
-        rejecting.next().await;
-    }
-    passes(&daemon, 5).await;
-    let copies = waiting(&world, "idle").await + waiting(&world, "tidings.dead").await;
-    assert!(copies <= 10, "the copies of the idle queue, and no more: {copies}");
-    assert!(taking.within(std::time::Duration::from_millis(200)).await.is_none());
-    assert!(rejecting.within(std::time::Duration::from_millis(200)).await.is_none());
 }
 
 #[tokio::test]
