@@ -56,7 +56,12 @@ pub async fn eventually<T>(what: &str, check: impl AsyncFnMut() -> Option<T>) ->
     eventually_within(PATIENCE, what, check).await
 }
 
-async fn eventually_within<T>(patience: Duration, what: &str, mut check: impl AsyncFnMut() -> Option<T>) -> T {
+/// The same within another time, for what is slow.
+///
+/// # Panics
+///
+/// As [`eventually`].
+pub async fn eventually_within<T>(patience: Duration, what: &str, mut check: impl AsyncFnMut() -> Option<T>) -> T {
     let deadline = tokio::time::Instant::now() + patience;
     loop {
         if let Some(value) = check().await {

@@ -17,5 +17,6 @@ mod queries;
 mod reload;
 mod replay;
 mod scenario;
+mod soak;
 mod sql;
 mod waking;
