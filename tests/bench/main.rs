@@ -1,8 +1,9 @@
 //! `cargo measure`: how fast and how punctual the daemon is, each figure beside its limit in the same run. Shared machines
 //! are noisy: every figure is the median of several rounds, and the ratio says more than the number. `cargo measure --
-//! queue` and `cargo measure -- plugins` measure one half.
+//! queue`, `-- replay` and `-- plugins` measure one part.
 
 mod plugins;
+mod replay;
 
 use std::time::{Duration, Instant};
 
@@ -42,6 +43,9 @@ async fn main() {
             drain(queue_type).await;
         }
         idle().await;
+    }
+    if wanted("replay") {
+        replay::replay().await;
     }
     if wanted("plugins") {
         plugins::plugins().await;

@@ -257,7 +257,7 @@ async fn replacements() {
 }
 
 /// The median, the 99th percentile and the most of the lateness of all deliveries, in ms.
-async fn lateness(world: &World) -> (f64, f64, f64) {
+pub(crate) async fn lateness(world: &World) -> (f64, f64, f64) {
     let of = |what: &str| format!("SELECT (extract(epoch FROM {what}) * 1000)::float8 FROM tidings.deliveries");
     let late = "finished_at - due_at";
     (
@@ -267,7 +267,7 @@ async fn lateness(world: &World) -> (f64, f64, f64) {
     )
 }
 
-fn resident_kib(pid: u32) -> u64 {
+pub(crate) fn resident_kib(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("it is there");
     line.split_whitespace().next().and_then(|kib| kib.parse().ok()).expect("a number")

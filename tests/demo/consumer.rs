@@ -98,7 +98,7 @@ impl Consumer {
             0 => done.to_owned(),
             replay => format!("replay {replay}: {done}"),
         };
-        println!("{:<27} {:>8} ms   {:<18} {}", received.delivery.routing_key.as_str(), late, done, received.text());
+        println!("{:<27} {:>8} ms   {:<18} {}", received.headers()["tidings-routing-key"], late, done, received.text());
         match answer {
             Answer::Handles => {
                 received.delivery.ack(BasicAckOptions::default()).await.context("could not acknowledge")?;
