@@ -125,11 +125,23 @@ async def handle(db: asyncpg.Pool, message: aio_pika.abc.AbstractIncomingMessage
     except DatabaseAway:
         raise
     except Exception as error:
+        if isinstance(error, TimeoutError):
+            # Its own fault only if the database answers.
+            await reach_database()
         print(f"rejected {message.message_id or '-'}: {error!r}", flush=True)
         await message.nack(requeue=False)
     else:
         print(outcome, flush=True)
         await message.ack()
+
+
+async def reach_database() -> None:
+    """With a connection of its own: those of the pool may be what hangs."""
+    try:
+        connection = await asyncpg.connect(os.environ["DATABASE_URL"], timeout=PATIENCE)
+    except Exception as error:
+        raise DatabaseAway(repr(error)) from error
+    connection.terminate()
 
 
 async def process(db: asyncpg.Pool, message: aio_pika.abc.AbstractIncomingMessage) -> str:

@@ -23,7 +23,7 @@ use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, B
 use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Connection, ConnectionProperties, ExchangeKind};
-use sqlx::postgres::{PgConnection, PgPool, PgPoolOptions};
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -51,7 +51,9 @@ async fn main() -> anyhow::Result<()> {
     let urls = (env::var("DATABASE_URL").context("DATABASE_URL")?, env::var("AMQP_URL").context("AMQP_URL")?);
     // A connection for each message at work, so that none waits for another's.
     let options = PgPoolOptions::new().max_connections(PREFETCH.into()).acquire_timeout(PATIENCE);
-    let db = options.connect_lazy(&urls.0).context("DATABASE_URL")?;
+    // The server ends what hangs as well: a connection that waits for its answer is of no use to the next message.
+    let limit = [("statement_timeout", format!("{}s", DEADLINE.as_secs()))];
+    let db = options.connect_lazy_with(urls.0.parse::<PgConnectOptions>().context("DATABASE_URL")?.options(limit));
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let stop = async move { tokio::select!( _ = terminate.recv() => (), _ = interrupt.recv() => () ) }.boxed().shared();
 

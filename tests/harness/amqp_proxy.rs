@@ -31,6 +31,8 @@ pub enum Verdict {
     Pass,
     /// It is lost. Only for methods without content.
     Lose,
+    /// It never arrives, nor does anything after it from the same side.
+    Hang,
     /// The connection breaks.
     Cut,
 }
@@ -103,6 +105,7 @@ async fn pump(
         match judge(method) {
             Verdict::Pass => to.write_all(&frame).await?,
             Verdict::Lose => {}
+            Verdict::Hang => return std::future::pending().await,
             Verdict::Cut => return Ok(()),
         }
     }

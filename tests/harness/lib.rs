@@ -7,6 +7,7 @@ pub mod build;
 pub mod consumer;
 pub mod daemon;
 pub mod guests;
+pub mod pg_proxy;
 pub mod proxy;
 pub mod raw;
 pub mod servers;

@@ -5,6 +5,7 @@ mod breaker;
 mod by_hand;
 mod consumers;
 mod contract;
+mod crash;
 mod delivery;
 mod hostile;
 mod languages;
