@@ -178,6 +178,15 @@ impl Daemon {
         line.rsplit("http://").next().expect("there is one").to_owned()
     }
 
+    /// Whether it has ended.
+    ///
+    /// # Panics
+    ///
+    /// Never, since it is our child.
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().expect("our child").is_some()
+    }
+
     /// Its process id.
     #[must_use]
     pub fn pid(&self) -> u32 {

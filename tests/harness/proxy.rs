@@ -1,7 +1,9 @@
-//! A TCP proxy between the daemon and a server, that can be absent, cut, or swallow everything.
+//! A TCP proxy between the daemon and a server, that can be absent, slow, cut, or swallow everything.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -13,8 +15,12 @@ use tokio::task::JoinSet;
 pub enum Mode {
     /// Passes them on.
     Pass,
+    /// Passes them on later.
+    Delay(Duration),
     /// Takes them, and passes nothing on: what a half-open connection looks like.
     Swallow,
+    /// Passes on as many bytes, of all connections in both directions together, and then closes every connection.
+    CutAfter(i64),
     /// Closes every connection, new ones included.
     Cut,
 }
@@ -24,8 +30,15 @@ pub enum Mode {
 pub struct Proxy {
     /// Where it listens.
     pub port: u16,
-    mode: Arc<watch::Sender<Mode>>,
+    state: Arc<State>,
     _tasks: JoinSet<()>,
+}
+
+#[derive(Debug)]
+struct State {
+    mode: watch::Sender<Mode>,
+    /// Bytes until the cut.
+    left: AtomicI64,
 }
 
 impl Proxy {
@@ -37,24 +50,28 @@ impl Proxy {
     pub async fn start(port: u16, server_port: u16) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", port)).await.expect("the port is free");
         let port = listener.local_addr().expect("it is bound").port();
-        let mode = Arc::new(watch::Sender::new(Mode::Pass));
+        let state = Arc::new(State { mode: watch::Sender::new(Mode::Pass), left: AtomicI64::new(0) });
         let mut tasks = JoinSet::new();
-        tasks.spawn(accept(listener, server_port, Arc::clone(&mode)));
-        Self { port, mode, _tasks: tasks }
+        tasks.spawn(accept(listener, server_port, Arc::clone(&state)));
+        Self { port, state, _tasks: tasks }
     }
 
     /// Changes what happens from now on, to open connections as well.
     pub fn set(&self, mode: Mode) {
-        self.mode.send_replace(mode);
+        if let Mode::CutAfter(bytes) = mode {
+            self.state.left.store(bytes, Ordering::SeqCst);
+        }
+        self.state.mode.send_replace(mode);
     }
 }
 
-async fn accept(listener: TcpListener, server_port: u16, mode: Arc<watch::Sender<Mode>>) {
+async fn accept(listener: TcpListener, server_port: u16, state: Arc<State>) {
     let server = SocketAddr::from(([127, 0, 0, 1], server_port));
     let mut connections = JoinSet::new();
     while let Ok((client, _)) = listener.accept().await {
-        let mut mode = mode.subscribe();
+        let state = Arc::clone(&state);
         connections.spawn(async move {
+            let mut mode = state.mode.subscribe();
             if *mode.borrow() == Mode::Cut {
                 return;
             }
@@ -62,24 +79,38 @@ async fn accept(listener: TcpListener, server_port: u16, mode: Arc<watch::Sender
             let _ = (client.set_nodelay(true), upstream.set_nodelay(true));
             let (client_read, client_write) = client.into_split();
             let (server_read, server_write) = upstream.into_split();
-            let (there, back) = (mode.clone(), mode.clone());
             tokio::select! {
-                () = pump(client_read, server_write, there) => {}
-                () = pump(server_read, client_write, back) => {}
+                () = pump(client_read, server_write, &state) => {}
+                () = pump(server_read, client_write, &state) => {}
                 _ = mode.wait_for(|mode| *mode == Mode::Cut) => {}
             }
         });
+        // Ended ones are forgotten.
+        while connections.try_join_next().is_some() {}
     }
 }
 
-async fn pump(
-    mut from: tokio::net::tcp::OwnedReadHalf,
-    mut to: tokio::net::tcp::OwnedWriteHalf,
-    mode: watch::Receiver<Mode>,
-) {
+async fn pump(mut from: tokio::net::tcp::OwnedReadHalf, mut to: tokio::net::tcp::OwnedWriteHalf, state: &State) {
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(length @ 1..) = from.read(&mut buffer).await {
-        if *mode.borrow() == Mode::Pass && to.write_all(&buffer[..length]).await.is_err() {
+        let mode = *state.mode.borrow();
+        let passed = match mode {
+            Mode::Swallow => 0,
+            Mode::Pass | Mode::Cut => length,
+            Mode::Delay(delay) => {
+                tokio::time::sleep(delay).await;
+                length
+            }
+            Mode::CutAfter(_) => {
+                let bytes = i64::try_from(length).expect("a buffer");
+                let left = state.left.fetch_sub(bytes, Ordering::SeqCst);
+                usize::try_from(left.clamp(0, bytes)).expect("a part of the buffer")
+            }
+        };
+        if to.write_all(&buffer[..passed]).await.is_err() {
+            return;
+        }
+        if matches!(mode, Mode::CutAfter(_)) && passed < length {
             return;
         }
     }

@@ -12,6 +12,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::setup::{self, Programs};
 
@@ -32,26 +34,33 @@ pub struct Servers {
     running: Option<Running>,
 }
 
+/// One of the two, and where it is among the children.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Server {
+    /// PostgreSQL.
+    Postgres = 0,
+    /// RabbitMQ.
+    RabbitMq = 1,
+}
+
 #[derive(Debug)]
 struct Running {
     children: Vec<Child>,
     reaper: Child,
-    rabbitmq: RabbitMq,
+    place: Place,
 }
 
-/// How RabbitMQ is started, and started again.
+/// How the servers are started, and started again.
 #[derive(Debug)]
-struct RabbitMq {
+struct Place {
     programs: Programs,
     dir: PathBuf,
-    port: u16,
+    postgres_port: u16,
+    rabbitmq_port: u16,
     distribution_port: u16,
     epmd_port: u16,
     management_port: u16,
 }
-
-/// Where RabbitMQ is among the children.
-const RABBITMQ: usize = 1;
 
 impl Servers {
     /// Uses the servers that a program before us has started, or starts some.
@@ -81,12 +90,20 @@ impl Servers {
         let [postgres_port, rabbitmq_port, distribution_port, epmd_port, management_port] = free_ports()?;
 
         let epmd = start_epmd(&dir, epmd_port)?;
-        let postgres = start_postgres(&programs, &dir, postgres_port)?;
-        let rabbitmq =
-            RabbitMq { programs, dir: dir.clone(), port: rabbitmq_port, distribution_port, epmd_port, management_port };
-        let children = vec![postgres, rabbitmq.start()?, epmd];
+        let place = Place {
+            programs,
+            dir: dir.clone(),
+            postgres_port,
+            rabbitmq_port,
+            distribution_port,
+            epmd_port,
+            management_port,
+        };
+        place.prepare_postgres()?;
+        place.prepare_rabbitmq()?;
+        let children = vec![place.start_postgres()?, place.start_rabbitmq()?, epmd];
         let reaper = start_reaper(&dir, &children)?;
-        let running = Some(Running { children, reaper, rabbitmq });
+        let running = Some(Running { children, reaper, place });
         let servers = Self { postgres_port, rabbitmq_port, management_port, running };
         servers.wait().with_context(|| logs(&dir))?;
         Ok(servers)
@@ -98,22 +115,64 @@ impl Servers {
         (PORTS, format!("{} {} {}", self.postgres_port, self.rabbitmq_port, self.management_port))
     }
 
-    /// Stops RabbitMQ in order and starts it again, on the same ports with the same data. Blocks for some ten seconds.
+    /// Sends a signal to a server and its children: SIGSTOP and SIGCONT for instance.
+    ///
+    /// # Errors
+    ///
+    /// When it does not run, or belongs to others.
+    pub fn signal(&self, server: Server, signal: Signal) -> anyhow::Result<()> {
+        let Running { children, .. } = self.running.as_ref().context("only servers of our own")?;
+        let pid = children[server as usize].id();
+        for pid in children_of(pid).into_iter().chain([pid]) {
+            // A child may end at any time.
+            let _ = kill(Pid::from_raw(i32::try_from(pid)?), signal);
+        }
+        Ok(())
+    }
+
+    /// Ends a server with `signal` (SIGKILL takes its children along), waits for its end, and starts it again, on the same ports
+    /// with the same data. Blocks for as long as that takes.
     ///
     /// # Errors
     ///
     /// When it does not stop or start, or belongs to others.
-    pub fn restart_rabbitmq(&mut self) -> anyhow::Result<()> {
-        let Running { children, reaper, rabbitmq } = self.running.as_mut().context("only servers of our own")?;
-        let pid = i32::try_from(children[RABBITMQ].id())?;
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGTERM)?;
-        children[RABBITMQ].wait()?;
-        children[RABBITMQ] = rabbitmq.start()?;
+    pub fn restart(&mut self, server: Server, signal: Signal) -> anyhow::Result<()> {
+        let pid = self.running.as_ref().context("only servers of our own")?.children[server as usize].id();
+        if signal == Signal::SIGKILL {
+            self.signal(server, signal)?;
+        } else {
+            kill(Pid::from_raw(i32::try_from(pid)?), signal)?;
+        }
+        let Running { children, reaper, place } = self.running.as_mut().context("only servers of our own")?;
+        children[server as usize].wait()?;
+        children[server as usize] = match server {
+            Server::Postgres => place.start_postgres()?,
+            Server::RabbitMq => place.start_rabbitmq()?,
+        };
         // The old one knows a pid that is nobody's now.
-        let mut old = std::mem::replace(reaper, start_reaper(&rabbitmq.dir, children)?);
+        let mut old = std::mem::replace(reaper, start_reaper(&place.dir, children)?);
         let (killed, ended) = (old.kill(), old.wait());
         killed.and(ended)?;
         self.wait()
+    }
+
+    /// Lets RabbitMQ believe that its memory is used up, or that it is not.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be told.
+    pub fn memory_alarm(&self, on: bool) -> anyhow::Result<()> {
+        let Running { place, .. } = self.running.as_ref().context("only servers of our own")?;
+        let status = as_user("rabbitmq", &place.programs.rabbitmq.join("rabbitmqctl"))
+            .args(["--node", &format!("t{}@localhost", place.rabbitmq_port), "set_vm_memory_high_watermark"])
+            .args(if on { ["absolute", "1MB"] } else { ["absolute", "8GB"] })
+            .env("HOME", place.dir.join("rabbitmq/home"))
+            .env("ERL_EPMD_PORT", place.epmd_port.to_string())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()?;
+        anyhow::ensure!(status.success(), "rabbitmqctl failed");
+        Ok(())
     }
 
     fn wait(&self) -> anyhow::Result<()> {
@@ -183,55 +242,66 @@ fn own(user: &str, dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn start_postgres(programs: &Programs, dir: &Path, port: u16) -> anyhow::Result<Child> {
-    let home = dir.join("postgres");
-    let data = home.join("data");
-    fs::create_dir_all(&home)?;
-    own("postgres", &home)?;
-    let log = fs::File::create(dir.join("postgres.log"))?;
-    let initdb = as_user("postgres", &programs.postgres.join("initdb"))
-        .current_dir(&home)
-        .args(["--auth=trust", "--username=postgres", "--no-sync", "--encoding=UTF8", "--locale=C.UTF-8", "--pgdata"])
-        .arg(&data)
-        .stdout(log.try_clone()?)
-        .stderr(log.try_clone()?)
-        .status()
-        .context("could not run initdb")?;
-    anyhow::ensure!(initdb.success(), "initdb failed: {}", logs(dir));
-    let mut settings = fs::OpenOptions::new().append(true).open(data.join("postgresql.conf"))?;
-    writeln!(
-        settings,
-        "listen_addresses = '127.0.0.1'\nport = {port}\nunix_socket_directories = ''\nmax_connections = 300\nmax_prepared_transactions = 10\nfsync = off"
-    )?;
-    as_user("postgres", &programs.postgres.join("postgres"))
-        .current_dir(&home)
-        .arg("-D")
-        .arg(&data)
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .spawn()
-        .context("could not start postgres")
+/// The processes that `parent` has started.
+fn children_of(parent: u32) -> Vec<u32> {
+    let pids =
+        fs::read_dir("/proc").into_iter().flatten().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    pids.filter(|pid: &u32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // The name, in brackets, may hold anything; after it come the state and the parent.
+        let of = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)?.parse().ok());
+        of == Some(parent)
+    })
+    .collect()
 }
 
-fn start_epmd(dir: &Path, port: u16) -> anyhow::Result<Child> {
-    // RabbitMQ would start one that outlives it. In the foreground it is a child that we can stop.
-    let log = fs::File::create(dir.join("epmd.log"))?;
-    let epmd = ["/usr/bin/epmd", "/usr/local/bin/epmd", "/opt/homebrew/bin/epmd"].map(PathBuf::from);
-    let epmd = epmd
-        .into_iter()
-        .find(|path| path.exists())
-        .context("epmd, a part of Erlang, is in none of the usual places")?;
-    as_user("rabbitmq", &epmd)
-        .args(["-port", &port.to_string(), "-address", "127.0.0.1"])
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .spawn()
-        .context("could not start epmd")
-}
+impl Place {
+    fn prepare_postgres(&self) -> anyhow::Result<()> {
+        let Self { programs, dir, postgres_port: port, .. } = self;
+        let home = dir.join("postgres");
+        let data = home.join("data");
+        fs::create_dir_all(&home)?;
+        own("postgres", &home)?;
+        let log = fs::File::create(dir.join("postgres.log"))?;
+        let initdb = as_user("postgres", &programs.postgres.join("initdb"))
+            .current_dir(&home)
+            .args([
+                "--auth=trust",
+                "--username=postgres",
+                "--no-sync",
+                "--encoding=UTF8",
+                "--locale=C.UTF-8",
+                "--pgdata",
+            ])
+            .arg(&data)
+            .stdout(log.try_clone()?)
+            .stderr(log.try_clone()?)
+            .status()
+            .context("could not run initdb")?;
+        anyhow::ensure!(initdb.success(), "initdb failed: {}", logs(dir));
+        let mut settings = fs::OpenOptions::new().append(true).open(data.join("postgresql.conf"))?;
+        writeln!(
+            settings,
+            "listen_addresses = '127.0.0.1'\nport = {port}\nunix_socket_directories = ''\nmax_connections = 300\nmax_prepared_transactions = 10\nfsync = off"
+        )?;
+        Ok(())
+    }
 
-impl RabbitMq {
-    fn start(&self) -> anyhow::Result<Child> {
-        let Self { programs, dir, port, distribution_port, epmd_port, management_port } = self;
+    fn start_postgres(&self) -> anyhow::Result<Child> {
+        let home = self.dir.join("postgres");
+        let log = fs::OpenOptions::new().append(true).create(true).open(self.dir.join("postgres.log"))?;
+        as_user("postgres", &self.programs.postgres.join("postgres"))
+            .current_dir(&home)
+            .arg("-D")
+            .arg(home.join("data"))
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("could not start postgres")
+    }
+
+    fn prepare_rabbitmq(&self) -> anyhow::Result<()> {
+        let Self { dir, management_port, .. } = self;
         let home = dir.join("rabbitmq");
         for part in ["home", "mnesia", "log", "schema", "config"] {
             fs::create_dir_all(home.join(part))?;
@@ -244,8 +314,13 @@ impl RabbitMq {
              disk_free_limit.absolute = 50MB\n"
             ),
         )?;
-        own("rabbitmq", &home)?;
-        let log = fs::File::create(dir.join("rabbitmq.log"))?;
+        own("rabbitmq", &home)
+    }
+
+    fn start_rabbitmq(&self) -> anyhow::Result<Child> {
+        let Self { programs, dir, rabbitmq_port: port, distribution_port, epmd_port, .. } = self;
+        let home = dir.join("rabbitmq");
+        let log = fs::OpenOptions::new().append(true).create(true).open(dir.join("rabbitmq.log"))?;
         as_user("rabbitmq", &programs.rabbitmq.join("rabbitmq-server"))
             .current_dir(&home)
             .arg("-noinput")
@@ -272,6 +347,22 @@ impl RabbitMq {
             .spawn()
             .context("could not start rabbitmq-server")
     }
+}
+
+fn start_epmd(dir: &Path, port: u16) -> anyhow::Result<Child> {
+    // RabbitMQ would start one that outlives it. In the foreground it is a child that we can stop.
+    let log = fs::File::create(dir.join("epmd.log"))?;
+    let epmd = ["/usr/bin/epmd", "/usr/local/bin/epmd", "/opt/homebrew/bin/epmd"].map(PathBuf::from);
+    let epmd = epmd
+        .into_iter()
+        .find(|path| path.exists())
+        .context("epmd, a part of Erlang, is in none of the usual places")?;
+    as_user("rabbitmq", &epmd)
+        .args(["-port", &port.to_string(), "-address", "127.0.0.1"])
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .context("could not start epmd")
 }
 
 /// Waits for the end of its input, that is of us, and then stops `children` in order.

@@ -14,24 +14,30 @@ use crate::daemon::{Daemon, Launch};
 use crate::servers::Servers;
 use crate::{build, eventually};
 
-/// What all tests of this program share.
-struct Shared {
-    servers: Servers,
+/// What was built.
+struct Built {
     daemon: PathBuf,
     plugins: PathBuf,
     fixtures: PathBuf,
 }
 
-fn shared() -> &'static Shared {
-    static SHARED: OnceLock<Shared> = OnceLock::new();
+fn built() -> &'static Built {
+    static BUILT: OnceLock<Built> = OnceLock::new();
+    BUILT.get_or_init(|| Built {
+        daemon: build::daemon().expect("the daemon builds"),
+        plugins: build::plugins().expect("the plugins build"),
+        fixtures: build::fixtures().expect("the fixtures build"),
+    })
+}
+
+/// The servers that all worlds of this program share, but for those with servers of their own.
+fn shared() -> &'static Servers {
+    static SHARED: OnceLock<Servers> = OnceLock::new();
     SHARED.get_or_init(|| {
         // The reaper ends them with this program; nothing drops a static.
         let servers = Servers::start().expect("servers of our own");
-        let daemon = build::daemon().expect("the daemon builds");
-        let plugins = build::plugins().expect("the plugins build");
-        let fixtures = build::fixtures().expect("the fixtures build");
-        template(&servers, &daemon);
-        Shared { servers, daemon, plugins, fixtures }
+        template(&servers, &built().daemon);
+        servers
     })
 }
 
@@ -97,7 +103,7 @@ impl World {
     ///
     /// When it cannot be made.
     pub async fn empty() -> Self {
-        Self::made(&shared().servers).await
+        Self::made(shared()).await
     }
 
     /// A world on servers of its own, which may be stopped and started again.
@@ -106,7 +112,7 @@ impl World {
     ///
     /// When it cannot be made.
     pub async fn on(servers: &Servers, plugins: &[&str]) -> Self {
-        template(servers, &shared().daemon);
+        template(servers, &built().daemon);
         let world = Self::made(servers).await;
         for plugin in plugins {
             world.install(plugin);
@@ -156,7 +162,7 @@ impl World {
     #[must_use]
     pub fn built(plugin: &str) -> PathBuf {
         let file = format!("{plugin}.wasm");
-        let found = [&shared().plugins, &shared().fixtures].map(|dir| dir.join(&file));
+        let found = [&built().plugins, &built().fixtures].map(|dir| dir.join(&file));
         found.into_iter().find(|path| path.exists()).unwrap_or_else(|| panic!("no plugin {plugin}"))
     }
 
@@ -182,7 +188,7 @@ impl World {
     #[must_use]
     pub fn launch(&self) -> Launch {
         let (postgres_port, rabbitmq_port) = self.ports;
-        Launch::new(&shared().daemon, "run")
+        Launch::new(&built().daemon, "run")
             .with("TIDINGS_DATABASE_URL", database_url(postgres_port, &self.name))
             .with("TIDINGS_AMQP_URL", amqp_url(rabbitmq_port, &self.name))
             .with("TIDINGS_PLUGIN_DIR", self.plugin_dir.display())

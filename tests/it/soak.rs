@@ -9,11 +9,12 @@ use futures_util::StreamExt as _;
 use harness::consumer::{Broker, Received};
 use harness::daemon::Daemon;
 use harness::eventually_within;
-use harness::servers::Servers;
+use harness::servers::{Server, Servers};
 use harness::world::{World, amqp_url};
 use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
 use lapin::{Connection, ConnectionProperties};
+use nix::sys::signal::Signal;
 use uuid::Uuid;
 
 use crate::replay::often;
@@ -121,7 +122,9 @@ async fn nothing_is_lost_or_late_while_consumers_reject_and_the_broker_restarts(
         let reached = async || (ledger.lock().expect("whole").handled.len() >= handled).then_some(());
         eventually_within(LONG, &format!("{handled} handled"), reached).await;
         let servers = Arc::clone(&servers);
-        let restarted = tokio::task::spawn_blocking(move || servers.lock().expect("whole").restart_rabbitmq());
+        let restarted = tokio::task::spawn_blocking(move || {
+            servers.lock().expect("whole").restart(Server::RabbitMq, Signal::SIGTERM)
+        });
         restarted.await.expect("no panic").expect("restarted");
     }
 

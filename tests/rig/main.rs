@@ -1,0 +1,240 @@
+//! `cargo rig`: producers, daemons and consumers as processes of their own, and a nemesis that breaks whatever they stand
+//! on. In the end everything that was committed must have arrived or be accounted for. `cargo rig -- --seconds 1800`;
+//! `--seed` repeats a run's faults, `--daemons` and `--rate` (rows a second) shape it.
+
+mod consumer;
+mod ledger;
+mod nemesis;
+mod producer;
+mod random;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use harness::proxy::Proxy;
+use harness::servers::Servers;
+use harness::world::{World, amqp_url, database_url};
+use lapin::options::QueueDeclareOptions;
+use lapin::types::FieldTable;
+use lapin::{Connection, ConnectionProperties};
+use sqlx::Executor as _;
+
+use ledger::Verdict;
+use nemesis::{Nemesis, Victim};
+use random::Random;
+
+/// How long it may take until everything is delivered when nothing is broken any more.
+const DRAIN: Duration = Duration::from_mins(5);
+
+/// How a run is shaped.
+struct Plan {
+    seed: u64,
+    seconds: u64,
+    daemons: u64,
+    producers: u64,
+    consumers: u64,
+    /// Rows a second, of all producers together.
+    rate: u64,
+}
+
+/// A process of ours, killed when dropped.
+struct Own(Child);
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match run(&arguments).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("rig: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(arguments: &[String]) -> anyhow::Result<()> {
+    let texts: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match texts.as_slice() {
+        ["produce", url, seed, number, seconds, rate] => {
+            producer::produce(url, seed.parse()?, number.parse()?, seconds.parse()?, rate.parse()?).await
+        }
+        ["consume", url, seed, number, dir] => {
+            consumer::consume(url, seed.parse()?, number.parse()?, Path::new(dir)).await
+        }
+        settings => rig(&plan(settings)?).await,
+    }
+}
+
+fn plan(settings: &[&str]) -> anyhow::Result<Plan> {
+    let seed = u64::try_from(nemesis::now_ms())?;
+    let mut plan = Plan { seed, seconds: 60, daemons: 2, producers: 2, consumers: 2, rate: 400 };
+    for setting in settings.chunks(2) {
+        let [name, value] = setting else { bail!("{} has no value", setting[0]) };
+        let value = value.parse().with_context(|| format!("{name} {value}"))?;
+        match *name {
+            "--seed" => plan.seed = value,
+            "--seconds" => plan.seconds = value,
+            "--daemons" => plan.daemons = value,
+            "--rate" => plan.rate = value,
+            other => bail!("{other} is none of --seed, --seconds, --daemons, --rate"),
+        }
+    }
+    Ok(plan)
+}
+
+async fn rig(plan: &Plan) -> anyhow::Result<()> {
+    println!("seed {}, {} s, {} daemons, {} rows/s", plan.seed, plan.seconds, plan.daemons, plan.rate);
+    let servers = tokio::task::spawn_blocking(Servers::private).await??;
+    let world = World::on(&servers, &["message"]).await;
+    let (postgres_port, rabbitmq_port) = world.ports();
+    let (database, broker) = (database_url(postgres_port, &world.name), amqp_url(rabbitmq_port, &world.name));
+    world.db.execute(ledger::TABLES).await?;
+    let dir = harness::target().join("rig").join(&world.name);
+    std::fs::create_dir_all(&dir)?;
+
+    let mut daemons = Vec::new();
+    for number in 0..plan.daemons {
+        let (postgres, rabbitmq) = (Proxy::start(0, postgres_port).await, Proxy::start(0, rabbitmq_port).await);
+        let launch = world
+            .launch()
+            .with("TIDINGS_DATABASE_URL", database_url(postgres.port, &world.name))
+            .with("TIDINGS_AMQP_URL", amqp_url(rabbitmq.port, &world.name))
+            .with("TIDINGS_STATE_DIR", world.state_dir().with_extension(format!("state{number}")).display())
+            .with("TIDINGS_REPLAY_INTERVAL_MS", 2_000)
+            .with("RUST_LOG", "info,lapin=off");
+        daemons.push(Victim { daemon: launch.ready().await, launch, postgres, rabbitmq });
+    }
+    let consumers: Vec<Own> = (0..plan.consumers)
+        .map(|number| own(&["consume", &broker, &plan.seed.to_string(), &number.to_string(), &dir.to_string_lossy()]))
+        .collect::<Result<_, _>>()?;
+    let reader = tokio::spawn(producer::read_for_ever(database.clone()));
+    let rate = (plan.rate / plan.producers).to_string();
+    let mut producers: Vec<Own> = (0..plan.producers)
+        .map(|number| {
+            own(&["produce", &database, &plan.seed.to_string(), &number.to_string(), &plan.seconds.to_string(), &rate])
+        })
+        .collect::<Result<_, _>>()?;
+
+    let mut nemesis = Nemesis {
+        random: Random::new(plan.seed),
+        servers: Arc::new(std::sync::Mutex::new(servers)),
+        world,
+        amqp_url: broker.clone(),
+        daemons,
+        faults: Vec::new(),
+        generation: 0,
+    };
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(plan.seconds) {
+        // Long enough, sometimes, for everything to be back to normal.
+        let pause = if nemesis.random.below(4) == 0 { 15_000 } else { 500 + nemesis.random.below(4_000) };
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+        nemesis.strike().await?;
+    }
+    for producer in &mut producers {
+        anyhow::ensure!(producer.0.wait()?.success(), "a producer failed");
+    }
+    reader.abort();
+    drained(&nemesis, &broker).await?;
+    drop(consumers);
+
+    let verdict = ledger::judge(&nemesis.world.db, &ledger::arrivals(&dir)?, &nemesis.faults).await?;
+    report(&verdict, &nemesis);
+    for victim in nemesis.daemons.drain(..) {
+        let status = victim.daemon.stop().await;
+        anyhow::ensure!(status.success(), "a daemon did not stop in order");
+    }
+    let _ = std::fs::remove_dir_all(&dir);
+    anyhow::ensure!(verdict.is_clean(), "a promise was broken; --seed {} repeats the faults", plan.seed);
+    Ok(())
+}
+
+/// A process of this very program.
+fn own(arguments: &[&str]) -> anyhow::Result<Own> {
+    let program: PathBuf = std::env::current_exe()?;
+    Ok(Own(Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?))
+}
+
+/// Waits until nothing is pending, waiting or dead.
+async fn drained(nemesis: &Nemesis, broker: &str) -> anyhow::Result<()> {
+    let deadline = Instant::now() + DRAIN;
+    let connection = Connection::connect(broker, ConnectionProperties::default()).await?;
+    loop {
+        let pending: i64 = nemesis.world.value("SELECT count(*) FROM tidings.schedules").await;
+        let mut letters = Vec::new();
+        for queue in [consumer::QUEUE, "tidings.dead", "tidings.parking"] {
+            let channel = connection.create_channel().await?;
+            let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+            // The parking queue may be gone until the next pass.
+            let declared = channel.queue_declare(queue.into(), options, FieldTable::default()).await;
+            letters.push(declared.map_or(1, |queue| queue.message_count()));
+        }
+        if pending == 0 && letters.iter().all(|letters| *letters == 0) {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            for victim in &nemesis.daemons {
+                let log = victim.daemon.log();
+                let lines: Vec<&str> = log.lines().collect();
+                eprintln!("--- the end of a daemon's log\n{}", lines[lines.len().saturating_sub(40)..].join("\n"));
+            }
+            let [rig, dead, parking] = letters[..] else { unreachable!("three queues") };
+            bail!("{pending} rows are pending, {rig} messages wait, {dead} are dead, {parking} parked");
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+}
+
+fn report(verdict: &Verdict, nemesis: &Nemesis) {
+    let mut kinds: BTreeMap<&str, usize> = BTreeMap::new();
+    for fault in &nemesis.faults {
+        *kinds.entry(fault.what).or_default() += 1;
+    }
+    let Verdict { committed, cancelled, arrived, expired, replayed, stale, duplicates, .. } = verdict;
+    println!("\n{} faults:", nemesis.faults.len());
+    for (what, count) in kinds {
+        println!("{count:>8}  {what}");
+    }
+    println!("\n{committed:>8}  rows committed");
+    println!("{arrived:>8}  arrived, {replayed} replays on top");
+    println!("{cancelled:>8}  cancelled or moved");
+    println!("{expired:>8}  expired before anybody saw them");
+    println!("{stale:>8}  arrived past their deadline, and were left alone");
+    let rate = f64::from(u32::try_from(*duplicates).unwrap_or(u32::MAX))
+        / f64::from(u32::try_from(*committed).unwrap_or(1))
+        * 100.0;
+    println!("{duplicates:>8}  second copies with the same id, each with a fault in its window ({rate:.3} % of rows)");
+    for (what, ids) in [
+        ("lost", &verdict.lost),
+        ("early", &verdict.early),
+        ("handled after the deadline", &verdict.after_deadline),
+        ("arrived, but were never committed", &verdict.never_committed),
+        ("were cancelled, and arrived without a fault", &verdict.cancelled_and_seen),
+        ("second copies without a fault", &verdict.unexplained_duplicates),
+    ] {
+        println!("{:>8}  {what}{}", ids.len(), ids.first().map_or(String::new(), |id| format!(", {id} for one")));
+    }
+    println!("\nlateness at the consumer, by what was broken then or within 10 s before:");
+    for (what, late) in &verdict.lateness {
+        let mut late = late.clone();
+        late.sort_unstable();
+        let at = |percent: usize| late[(late.len() - 1) * percent / 100];
+        println!("{:>8}  p50 {:>6} ms   p99 {:>6} ms   most {:>6} ms   {what}", late.len(), at(50), at(99), at(100));
+    }
+}
