@@ -18,6 +18,8 @@ use crate::replay::{often, send, until_waiting, waiting};
 
 /// The consumer's queue.
 const QUEUE: &str = "games";
+/// The sessions that wait for a lock: nobody's but the consumer's.
+const HELD_UP: &str = "FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
 
 /// Which of the two.
 #[derive(Clone, Copy)]
@@ -77,8 +79,7 @@ async fn hold_up(world: &World) -> Transaction<'static, Postgres> {
 
 /// Waits until as many transactions are held up.
 async fn until_held_up(world: &World, count: usize) {
-    let waiting = "FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
-    world.until(&format!("SELECT count(*) = {count} {waiting}")).await;
+    world.until(&format!("SELECT count(*) = {count} {HELD_UP}")).await;
 }
 
 /// Waits until the queue is without a consumer.
@@ -332,8 +333,7 @@ async fn begins_again_after_losing_the_database(example: Example) {
     let id = send(&world, r#"{"routing_key": "game.due", "body": {"n": 1}}"#).await;
     until_held_up(&world, 1).await;
 
-    let waiting = "FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
-    world.sql(&format!("SELECT pg_terminate_backend(pid) {waiting}")).await;
+    world.sql(&format!("SELECT pg_terminate_backend(pid) {HELD_UP}")).await;
     consumer.wait_for_line("beginning again").await;
     held_up.rollback().await.expect("let go");
 
