@@ -154,8 +154,11 @@ pub async fn take_back(
         let window = window(letters, Pile::Dead, &mut waiting).await?;
         // The session that makes us the only one, and the time, in one question.
         let clock = pass.clock().await?;
-        let tally = settle(letters, window, clock, max, &wanted).await?;
+        let mut tally = Tally::default();
+        let settled = settle(letters, window, clock, max, &wanted, &mut tally).await;
+        // What was acknowledged is gone, whatever broke after it.
         progress(tally);
+        settled?;
         total += tally;
     }
     Ok(total)
@@ -183,9 +186,9 @@ async fn settle(
     clock: DatabaseClock,
     max: u32,
     wanted: impl Fn(&DeadLetter) -> bool,
-) -> Result<Tally, BrokerError> {
-    let mut tally =
-        Tally { oldest_ms: window.iter().filter_map(|letter| letter.says.since_ms()).min(), ..Tally::default() };
+    tally: &mut Tally,
+) -> Result<(), BrokerError> {
+    tally.oldest_ms = window.iter().filter_map(|letter| letter.says.since_ms()).min();
     let (mut back, mut aside, mut tail) = (Vec::new(), Vec::new(), Vec::new());
     for letter in window {
         if !wanted(&letter.says) {
@@ -229,7 +232,7 @@ async fn settle(
     tally.parked = parked;
     tally.left += (tail.len() + not_parked.len()) as u64;
     letters.send(tail).await?;
-    Ok(tally)
+    Ok(())
 }
 
 /// Removes the `wanted` among the dead letters that lie there now, for good; the others go to the end of the queue.
