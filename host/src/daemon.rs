@@ -2,6 +2,7 @@
 //! or the first loop that ends unasked.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -14,6 +15,7 @@ use crate::backoff::RECONNECT;
 use crate::broker::Broker;
 use crate::config::Config;
 use crate::dispatcher::{Dispatcher, LANES};
+use crate::health::Health;
 use crate::http::{Http, Shown};
 use crate::listener::Listener;
 use crate::plugins::{self, Engine, Metering, Registry, StateDir};
@@ -33,6 +35,7 @@ const RETENTION_INTERVAL: Duration = Duration::from_hours(1);
 /// or a loop ended unasked. A server that is away is not an error: it is waited for.
 pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
     let wake = Arc::new(Wake::default());
+    let health = Arc::new(Health::new(config.sweep));
     // The lanes, the look, the release of held rows, the removal of history, and HTTP.
     let store = Store::new(&config.servers.database_url, LANES + 4);
     let metrics = telemetry::start_metrics()?;
@@ -56,8 +59,13 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     }
 
     let (listener_ready, listening) = oneshot::channel();
-    let listener =
-        Listener { store: store.clone(), wake: Arc::clone(&wake), kinds: registry.kinds(), notify: config.notify };
+    let listener = Listener {
+        store: store.clone(),
+        wake: Arc::clone(&wake),
+        kinds: registry.kinds(),
+        notify: config.notify,
+        health: Arc::clone(&health),
+    };
     loops.spawn({
         let shutdown = shutdown.clone();
         async move {
@@ -80,8 +88,14 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         }
     });
     loops.spawn({
-        let shown =
-            Shown { plugins: Arc::clone(&registry), store: store.clone(), broker: Arc::clone(&broker), metrics };
+        let shown = Shown {
+            plugins: Arc::clone(&registry),
+            store: store.clone(),
+            broker: Arc::clone(&broker),
+            metrics,
+            health: Arc::clone(&health),
+            notify: config.notify,
+        };
         let shutdown = shutdown.clone();
         async move { http.run(shown, shutdown).await }
     });
@@ -109,7 +123,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         plugins: Arc::clone(&registry),
         sweep: config.sweep,
         max_attempts: config.max_attempts,
+        health: Arc::clone(&health),
     };
+    health.started.store(true, Ordering::Relaxed);
     info!(kinds = registry.current().kinds().join(" "), "ready");
 
     // It ends when it is asked to and nothing is in flight any more.
@@ -139,12 +155,16 @@ async fn prepare(config: &Config, store: &Store, wake: &Arc<Wake>) -> anyhow::Re
 async fn wait_for_database(store: &Store) -> Result<(), SchemaError> {
     let mut failures = 0;
     loop {
-        let error = match store.probe().await {
-            Ok(()) => match store.check_schema().await {
-                Err(SchemaError::Store(error)) => error,
-                answer => return answer,
-            },
-            Err(error) => error,
+        let checked = async {
+            // In words, if it cannot be reached or lets nobody in.
+            store.probe().await?;
+            store.check_server().await?;
+            store.check_schema().await?;
+            Ok(store.check_rights().await?)
+        };
+        let error = match checked.await {
+            Err(SchemaError::Store(error)) => error,
+            answer => return answer,
         };
         warn!(error = &error as &dyn std::error::Error, "PostgreSQL cannot be used, trying again");
         tokio::time::sleep(RECONNECT.jittered(failures)).await;

@@ -53,10 +53,10 @@ pub enum Delivered {
 
 /// A message that is on its way, and what to write when it has arrived.
 struct InFlight {
+    schedule: Schedule,
     plugin: String,
     event_digest: String,
     built_ms: i64,
-    refusals: u32,
 }
 
 impl Delivery {
@@ -91,8 +91,8 @@ impl Delivery {
                     match Message::new(&schedule, built, self.broker.exchange(), clock.now_ms()) {
                         Ok(message) => {
                             messages.push(message);
-                            let sent = InFlight { plugin, event_digest, built_ms, refusals: schedule.refusals };
-                            in_flight.insert(schedule.id, sent);
+                            let id = schedule.id;
+                            in_flight.insert(id, InFlight { schedule, plugin, event_digest, built_ms });
                             continue;
                         }
                         Err(Expired(at)) => {
@@ -108,7 +108,7 @@ impl Delivery {
 
         for (id, verdict) in self.publish(messages).await {
             let Some(sent) = in_flight.remove(&id) else { continue };
-            settlements.extend(arrived(id, sent, verdict));
+            settlements.extend(self.arrived(sent, verdict));
         }
 
         let settled = settlements.len();
@@ -118,8 +118,20 @@ impl Delivery {
         Ok(if settled == 0 { Delivered::Unsettled } else { Delivered::Settled { more } })
     }
 
-    async fn publish(&self, messages: Vec<Message>) -> Vec<(Uuid, Verdict)> {
-        if messages.is_empty() { Vec::new() } else { self.broker.publish(messages).await }
+    async fn publish(&self, messages: Vec<Message>) -> HashMap<Uuid, Verdict> {
+        if messages.is_empty() { HashMap::new() } else { self.broker.publish(&messages).await }
+    }
+
+    /// What the broker's verdict makes of a row; nothing if we do not know, since then it stays due.
+    fn arrived(&self, sent: InFlight, verdict: Verdict) -> Option<Settlement> {
+        let InFlight { schedule, plugin, event_digest, built_ms } = sent;
+        let outcome = match verdict {
+            Verdict::Confirmed(confirmed) => Outcome::Delivered { confirmed, event_digest, built_ms },
+            Verdict::Refused(error) => refused(&schedule, error),
+            Verdict::Poison(error) => self.unbuilt(&schedule, BuildError::Failed(error)),
+            Verdict::Unknown => return None,
+        };
+        Some(Settlement { id: schedule.id, plugin: Some(plugin), outcome })
     }
 
     /// What becomes of a row without an event.
@@ -164,40 +176,40 @@ fn expired_row(row: &Schedule, now_ms: i64) -> Settlement {
     Settlement { id: row.id, plugin: None, outcome: Outcome::Expired(detail) }
 }
 
-/// What the broker's verdict makes of a row; nothing if we do not know, since then it stays due.
-fn arrived(id: Uuid, sent: InFlight, verdict: Verdict) -> Option<Settlement> {
-    let InFlight { plugin, event_digest, built_ms, refusals } = sent;
-    let outcome = match verdict {
-        Verdict::Confirmed(confirmed) => Outcome::Delivered { confirmed, event_digest, built_ms },
-        Verdict::Refused(error) => {
-            let after = REFUSED.jittered(refusals);
-            // The first is worth a line; the rest can be read in last_error.
-            if refusals == 0 {
-                warn!(schedule.id = %id, error, "RabbitMQ did not take {id}, it waits");
-            }
-            Outcome::Refused { error, after }
-        }
-        Verdict::Unknown => return None,
-    };
-    Some(Settlement { id, plugin: Some(plugin), outcome })
+/// A row whose message the broker did not take: it waits.
+fn refused(schedule: &Schedule, error: String) -> Outcome {
+    let Schedule { id, refusals, .. } = schedule;
+    // The first is worth a line; the rest can be read in last_error.
+    if *refusals == 0 {
+        warn!(schedule.id = %id, error, "RabbitMQ did not take {id}, it waits");
+    }
+    Outcome::Refused { error, after: REFUSED.jittered(*refusals) }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use time::OffsetDateTime;
 
-    #[test]
-    fn an_unknown_verdict_settles_nothing() {
-        let sent = InFlight { plugin: "p".into(), event_digest: "d".into(), built_ms: 0, refusals: 0 };
-        assert!(arrived(Uuid::nil(), sent, Verdict::Unknown).is_none());
-    }
+    use super::*;
 
     #[test]
     fn a_refusal_waits_longer_each_time_and_spends_no_attempt() {
         let after = |refusals| {
-            let sent = InFlight { plugin: "p".into(), event_digest: "d".into(), built_ms: 0, refusals };
-            match arrived(Uuid::nil(), sent, Verdict::Refused("no queue".into())).map(|settlement| settlement.outcome) {
-                Some(Outcome::Refused { after, .. }) => after,
+            let schedule = Schedule {
+                id: Uuid::nil(),
+                kind: "k".into(),
+                key: None,
+                subject: None,
+                due_at: OffsetDateTime::UNIX_EPOCH,
+                expires_at: None,
+                payload: "{}".into(),
+                headers: Vec::new(),
+                attempts: 0,
+                failures: 0,
+                refusals,
+            };
+            match refused(&schedule, "no queue".into()) {
+                Outcome::Refused { after, .. } => after,
                 other => panic!("{other:?}"),
             }
         };

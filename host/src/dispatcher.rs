@@ -15,6 +15,7 @@ use tracing::{info, warn};
 use crate::backoff::RECONNECT;
 use crate::broker::Broker;
 use crate::delivery::{Delivered, Delivery};
+use crate::health::Health;
 use crate::plugins::Registry;
 use crate::store::{Store, StoreError};
 use crate::wake::{Wake, wait};
@@ -37,6 +38,8 @@ pub struct Dispatcher {
     pub sweep: Duration,
     /// Failures of a plugin after which a row is parked.
     pub max_attempts: u32,
+    /// Told of every sign of life.
+    pub health: Arc<Health>,
 }
 
 /// What the loop remembers between two looks.
@@ -64,6 +67,7 @@ impl Dispatcher {
         });
         let mut state = State::default();
         loop {
+            self.health.dispatcher.beat();
             let wait = self.look_and_start(&delivery, &mut state).await;
             tokio::select! {
                 biased;

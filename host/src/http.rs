@@ -2,6 +2,8 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use axum::extract::State;
@@ -17,9 +19,15 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
 
 use crate::broker::Broker;
+use crate::health::Health;
 use crate::plugins::{PluginStatus, Registry};
 use crate::store::Store;
 use crate::telemetry::set_letters;
+
+/// How long a probe waits for the database.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// A row that has been due for longer is late.
+const LATE: Duration = Duration::from_secs(30);
 
 /// The interface, bound to its address.
 #[derive(Debug)]
@@ -37,6 +45,17 @@ pub struct Shown {
     pub broker: Arc<Broker>,
     /// What was counted.
     pub metrics: PrometheusHandle,
+    /// How the loops are.
+    pub health: Arc<Health>,
+    /// Whether notifications are wanted.
+    pub notify: bool,
+}
+
+/// What `GET /readyz` answers.
+#[derive(Debug, Serialize)]
+struct Ready {
+    ready: bool,
+    reasons: Vec<String>,
 }
 
 /// What `GET /api/plugins` answers.
@@ -77,6 +96,8 @@ impl Http {
         let router = Router::new()
             .route("/api/plugins", get(list_plugins))
             .route("/metrics", get(show_metrics))
+            .route("/livez", get(is_alive))
+            .route("/readyz", get(is_ready))
             .with_state(shown);
         // Requests in flight are not waited for: whoever asked can ask again.
         tokio::select! {
@@ -109,4 +130,40 @@ async fn show_metrics(State(Shown { broker, metrics, .. }): State<Shown>) -> Res
         Err(error) => debug!(error = &error as &dyn std::error::Error, "could not count the dead letters"),
     }
     ([(CONTENT_TYPE, "text/plain; version=0.0.4")], metrics.render()).into_response()
+}
+
+/// 200 as long as the loops make progress; 503 means that only a new start will help.
+async fn is_alive(State(Shown { health, .. }): State<Shown>) -> Response {
+    let reasons = health.hanging();
+    let status = if reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, Json(serde_json::json!({ "alive": reasons.is_empty(), "reasons": reasons }))).into_response()
+}
+
+/// 200 if rows that fall due now are delivered now; otherwise 503 and why not.
+async fn is_ready(State(shown): State<Shown>) -> Response {
+    let mut reasons = shown.health.hanging();
+    if shown.notify && !shown.health.listening.load(Ordering::Relaxed) {
+        reasons.push("not listening for notifications: PostgreSQL lost the connection, or never had it".into());
+    }
+    if !shown.broker.is_open() {
+        reasons.push(format!("RabbitMQ at {} is away, or blocks publishing", shown.broker.place()));
+    }
+    // A task of its own: a statement that was sent is seen through, whoever still waits for it.
+    let asked = tokio::spawn(async move {
+        shown.store.check_schema().await.map_err(anyhow::Error::from)?;
+        shown.store.overdue().await.map_err(anyhow::Error::from)
+    });
+    let asked =
+        tokio::time::timeout(PATIENCE, asked).await.map(|asked| asked.unwrap_or_else(|panic| Err(panic.into())));
+    match asked {
+        Ok(Ok(overdue)) if overdue > LATE => {
+            reasons.push(format!("late: a row that nothing holds back has been due for {} s", overdue.as_secs()));
+        }
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => reasons.push(format!("PostgreSQL: {error:#}")),
+        Err(_) => reasons.push(format!("PostgreSQL did not answer within {} s", PATIENCE.as_secs())),
+    }
+    let ready = reasons.is_empty();
+    let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, Json(Ready { ready, reasons })).into_response()
 }

@@ -5,6 +5,7 @@
 //! The same connection announces the kinds that this daemon serves (`store/kinds.rs`), since it lives as long.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use sqlx::postgres::PgListener;
@@ -13,16 +14,18 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::backoff::RECONNECT;
+use crate::health::Health;
 use crate::store::{Store, announce, withdraw};
 use crate::wake::Wake;
 
 /// The channel of the triggers in `migrations/0003_triggers.sql`.
 const CHANNEL: &str = "tidings";
 /// After this long without a notification the connection is asked for a sign of life: a half-open one says nothing for
-/// ever. Source: sqlx sets no keepalive of its own (transact-rs/sqlx issue 3062).
-const SILENCE: Duration = Duration::from_secs(20);
-/// How long the sign of life, or a connection, may take.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// ever. Source: sqlx sets no keepalive of its own (transact-rs/sqlx issue 3062). Together with the patience a half-open
+/// connection is found within 20 s, for some three statements a minute.
+const SILENCE: Duration = Duration::from_secs(17);
+/// How long the sign of life may take, or connecting.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// What the listener works with.
 #[derive(Debug)]
@@ -35,6 +38,8 @@ pub struct Listener {
     pub kinds: watch::Receiver<Vec<String>>,
     /// Whether to listen, or only to announce.
     pub notify: bool,
+    /// Told of every sign of life.
+    pub health: Arc<Health>,
 }
 
 impl Listener {
@@ -53,6 +58,8 @@ impl Listener {
                     }
                 }) => lost,
             };
+            self.health.listening.store(false, Ordering::Relaxed);
+            self.health.listener.beat();
             warn!(error = &lost as &dyn std::error::Error, "lost the connection for notifications, connecting again");
             self.wake.wake();
             let delay = RECONNECT.jittered(failures);
@@ -90,8 +97,10 @@ impl Listener {
         info!(notify = self.notify, "connected for notifications");
         // What was written before we listened was not notified to us.
         self.wake.wake();
+        self.health.listening.store(true, Ordering::Relaxed);
         connected();
         loop {
+            self.health.listener.beat();
             let heard = tokio::select! {
                 biased;
                 // Receiving is cancel-safe: what was read stays in the connection's buffer.

@@ -10,6 +10,7 @@ mod kinds;
 mod parked;
 mod pass;
 mod schema;
+mod server;
 mod settle;
 
 use std::str::FromStr as _;
@@ -57,6 +58,14 @@ pub enum StoreError {
         /// What it said.
         #[source]
         source: sqlx::Error,
+    },
+    /// It answers, and cannot be used as it is.
+    #[error("PostgreSQL at {place} cannot be used: {why}")]
+    Unfit {
+        /// Host, port and database.
+        place: String,
+        /// What is wrong, and what to do.
+        why: String,
     },
     /// It could not do what we asked.
     #[error("could not {doing}")]
@@ -241,6 +250,37 @@ impl Store {
             .await?;
         let next_in = row.next_at.map(|next_at| Duration::try_from(next_at - row.now).unwrap_or(Duration::ZERO));
         Ok(Look { outlook: Outlook { due: row.due, next_in }, held_for_us: row.held_for_us })
+    }
+
+    /// For how long the row at the head of the queue has been due, which nothing holds back: it is neither held nor backing
+    /// off.
+    ///
+    /// # Errors
+    ///
+    /// When the database cannot be asked.
+    pub async fn overdue(&self) -> Result<Duration, StoreError> {
+        let mut connection = self.connection().await?;
+        let seconds = connection
+            .run("ask how late we are", async |connection| {
+                sqlx::query_scalar!(
+                    r#"
+                    SELECT coalesce(
+                        (
+                            SELECT extract(epoch FROM statement_timestamp() - slot_at)::float8
+                            FROM tidings.schedules
+                            WHERE slot_at <= statement_timestamp()
+                            ORDER BY slot_at
+                            LIMIT 1
+                        ),
+                        0
+                    ) AS "seconds!"
+                    "#
+                )
+                .fetch_one(connection)
+                .await
+            })
+            .await?;
+        Ok(Duration::try_from_secs_f64(seconds).unwrap_or_default())
     }
 
     async fn connection(&self) -> Result<Connection, StoreError> {

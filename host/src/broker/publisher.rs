@@ -12,6 +12,7 @@ use futures_util::StreamExt as _;
 use futures_util::future::join_all;
 use futures_util::stream::FuturesUnordered;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Confirmation};
 use tokio::time::{Instant, timeout_at};
@@ -45,38 +46,55 @@ pub enum Verdict {
     Confirmed(Confirmed),
     /// It did not take it: no queue is bound to the routing key, or a queue refused it.
     Refused(String),
+    /// It closed the channel over it: it is larger than RabbitMQ's `max_message_size` for instance. The same again would be
+    /// no better.
+    Poison(String),
     /// We do not know. The message may or may not be in a queue.
     Unknown,
 }
 
 impl Broker {
     /// Publishes `messages` and waits for the confirms. Every message gets a verdict, in no order.
-    pub async fn publish(&self, messages: Vec<Message>) -> Vec<(Uuid, Verdict)> {
+    pub async fn publish(&self, messages: &[Message]) -> HashMap<Uuid, Verdict> {
         let deadline = Instant::now() + CONFIRM_DEADLINE;
-        let ids: Vec<Uuid> = messages.iter().map(|message| message.id).collect();
-        let published = match self.channel().await {
-            Ok(channel) => {
-                publish_on(&channel, &self.exchange, messages, deadline).await.map(|verdicts| (channel, verdicts))
+        let mut verdicts: HashMap<Uuid, Verdict> =
+            messages.iter().map(|message| (message.id, Verdict::Unknown)).collect();
+        let Err(error) = self.publish_window(messages, deadline, &mut verdicts).await else { return verdicts };
+        let is_unknown = |verdict: &Verdict| matches!(verdict, Verdict::Unknown);
+        let unknown = verdicts.values().filter(|verdict| is_unknown(verdict)).count();
+        warn!(error = &error as &dyn std::error::Error, unknown, "could not publish, the unconfirmed rows stay");
+        if !is_about_a_message(&error) {
+            return verdicts;
+        }
+        // One of them closed the channel, and would take its whole batch with it again: each on its own, until it is found.
+        for message in messages {
+            if !verdicts.get(&message.id).is_some_and(is_unknown) {
+                continue;
             }
-            Err(error) => Err(error),
-        };
-        match published {
-            Ok((channel, verdicts)) => {
-                // A channel with doubts is not used again: a late confirm would be taken for that of another message.
-                if !verdicts.iter().any(|(_, verdict)| matches!(verdict, Verdict::Unknown)) {
-                    self.idle_channels.lock().await.push(channel);
+            match self.publish_window(std::slice::from_ref(message), deadline, &mut verdicts).await {
+                Ok(()) => {}
+                Err(error) if is_about_a_message(&error) => {
+                    let reason = format!("RabbitMQ closed the channel over its message: {}", chain(&error));
+                    verdicts.insert(message.id, Verdict::Poison(reason));
                 }
-                verdicts
-            }
-            Err(error) => {
-                warn!(
-                    error = &error as &dyn std::error::Error,
-                    messages = ids.len(),
-                    "could not publish, the rows stay"
-                );
-                ids.into_iter().map(|id| (id, Verdict::Unknown)).collect()
+                Err(_) => break,
             }
         }
+        verdicts
+    }
+
+    /// Publishes `messages` on a channel that nobody else uses, and notes what is known of each.
+    async fn publish_window(
+        &self,
+        messages: &[Message],
+        deadline: Instant,
+        verdicts: &mut HashMap<Uuid, Verdict>,
+    ) -> Result<(), BrokerError> {
+        let channel = self.channel().await?;
+        publish_on(&channel, &self.exchange, messages, deadline, verdicts).await?;
+        // A channel with doubts is not used again: a late confirm would be taken for that of another message.
+        self.idle_channels.lock().await.push(channel);
+        Ok(())
     }
 
     /// An idle channel, or a new one.
@@ -96,34 +114,45 @@ impl Broker {
     }
 }
 
+/// Whether the broker closed the channel over one of the messages on it, and not because of itself or the exchange.
+fn is_about_a_message(error: &BrokerError) -> bool {
+    matches!(error, BrokerError::Operation { source, .. } if matches!(source.kind(), lapin::ErrorKind::ProtocolError(error)
+        if matches!(error.kind(), AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED))))
+}
+
+/// An error and its causes, on one line.
+fn chain(error: &BrokerError) -> String {
+    let causes = std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
 async fn publish_on(
     channel: &Channel,
     exchange: &str,
-    messages: Vec<Message>,
+    messages: &[Message],
     deadline: Instant,
-) -> Result<Vec<(Uuid, Verdict)>, BrokerError> {
+    verdicts: &mut HashMap<Uuid, Verdict>,
+) -> Result<(), BrokerError> {
     let exchange = ShortString::from(exchange);
-    let ids: Vec<Uuid> = messages.iter().map(|message| message.id).collect();
-    let doing = || format!("take {} messages", ids.len());
+    let doing = || format!("take {} messages", messages.len());
     let options = BasicPublishOptions { mandatory: true, immediate: false };
     // Each is queued in order when it is first polled; awaiting them together fills the socket.
-    let publishes = messages.into_iter().map(|message| {
+    let publishes = messages.iter().map(|message| {
         let exchange = exchange.clone();
         async move {
-            let (routing_key, body, properties) = wire(message);
-            channel.basic_publish(exchange, routing_key, options, &body, properties).await
+            let (routing_key, properties) = wire(message);
+            channel.basic_publish(exchange, routing_key, options, &message.body, properties).await
         }
     });
     let Ok(published) = timeout_at(deadline, join_all(publishes)).await else {
         return Err(BrokerError::Deadline { doing: doing(), after: CONFIRM_DEADLINE });
     };
 
-    let mut verdicts: HashMap<Uuid, Verdict> = ids.iter().map(|id| (*id, Verdict::Unknown)).collect();
     let mut failure = None;
     let mut confirms = FuturesUnordered::new();
-    for (id, published) in ids.iter().copied().zip(published) {
+    for (message, published) in messages.iter().zip(published) {
         match published {
-            Ok(confirm) => confirms.push(async move { (id, confirm.await) }),
+            Ok(confirm) => confirms.push(async move { (message.id, confirm.await) }),
             Err(error) => failure = Some(error),
         }
     }
@@ -150,26 +179,24 @@ async fn publish_on(
     for (id, reason) in returned {
         verdicts.insert(id, Verdict::Refused(reason));
     }
-    let unknown = verdicts.values().filter(|verdict| matches!(verdict, Verdict::Unknown)).count();
-    if let Some(source) = failure {
-        let error = BrokerError::Operation { doing: doing(), source };
-        warn!(error = &error as &dyn std::error::Error, unknown, "lost a channel, its unconfirmed rows stay");
-    } else if unknown > 0 {
-        warn!(unknown, "confirms did not come within {} s, their rows stay", CONFIRM_DEADLINE.as_secs());
+    let in_doubt = messages.iter().any(|message| matches!(verdicts.get(&message.id), Some(Verdict::Unknown)));
+    match failure {
+        Some(source) => Err(BrokerError::Operation { doing: doing(), source }),
+        None if in_doubt => Err(BrokerError::Deadline { doing: doing(), after: CONFIRM_DEADLINE }),
+        None => Ok(()),
     }
-    Ok(verdicts.into_iter().collect())
 }
 
-/// A message in AMQP's types. Lengths were checked where the event and the row came in.
-fn wire(message: Message) -> (ShortString, Vec<u8>, BasicProperties) {
+/// A message in AMQP's types, but for its body. Lengths were checked where the event and the row came in.
+fn wire(message: &Message) -> (ShortString, BasicProperties) {
     let short = |text: &str| ShortString::try_new(text).expect("checked to have at most 255 bytes");
     let mut headers = FieldTable::default();
-    for (name, value) in message.headers {
+    for (name, value) in &message.headers {
         let value = match value {
-            HeaderValue::Text(text) => AMQPValue::LongString(text.into()),
-            HeaderValue::Number(number) => AMQPValue::LongLongInt(number),
+            HeaderValue::Text(text) => AMQPValue::LongString(text.as_str().into()),
+            HeaderValue::Number(number) => AMQPValue::LongLongInt(*number),
         };
-        headers.insert(short(&name), value);
+        headers.insert(short(name), value);
     }
     let mut properties = BasicProperties::default()
         .with_message_id(short(&message.id.to_string()))
@@ -184,5 +211,5 @@ fn wire(message: Message) -> (ShortString, Vec<u8>, BasicProperties) {
     if let Some(expiration) = message.expiration_ms {
         properties = properties.with_expiration(short(&expiration.to_string()));
     }
-    (short(&message.routing_key), message.body, properties)
+    (short(&message.routing_key), properties)
 }

@@ -1,0 +1,97 @@
+//! Whether the daemon is well: each loop leaves a sign of life on its way, and says what it has and what it lacks. No I/O,
+//! and nobody waits for it.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// A loop that has not been seen for this long beyond its longest wait hangs.
+const GRACE: Duration = Duration::from_mins(1);
+
+/// A loop's sign of life.
+#[derive(Debug)]
+pub struct Heart {
+    name: &'static str,
+    began: Instant,
+    /// In ms since `began`.
+    last: AtomicU64,
+    longest_wait: Duration,
+}
+
+impl Heart {
+    fn new(name: &'static str, longest_wait: Duration) -> Self {
+        Self { name, began: Instant::now(), last: AtomicU64::new(0), longest_wait }
+    }
+
+    /// The loop is alive.
+    pub fn beat(&self) {
+        self.last.store(self.now_ms(), Ordering::Relaxed);
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Why it is taken for dead at `now_ms`, if it is.
+    fn complaint(&self, now_ms: u64) -> Option<String> {
+        let silent = Duration::from_millis(now_ms.saturating_sub(self.last.load(Ordering::Relaxed)));
+        let name = self.name;
+        (silent > self.longest_wait + GRACE)
+            .then(|| format!("the loop of the {name} has made no progress for {} s", silent.as_secs()))
+    }
+}
+
+/// What the loops say of themselves.
+#[derive(Debug)]
+pub struct Health {
+    /// Of the dispatcher.
+    pub dispatcher: Heart,
+    /// Of the listener.
+    pub listener: Heart,
+    /// Whether the listener has its connection.
+    pub listening: AtomicBool,
+    /// Whether every part has been ready once.
+    pub started: AtomicBool,
+}
+
+impl Health {
+    /// Nothing has started yet. `sweep` is the longest time that the dispatcher sleeps.
+    #[must_use]
+    pub fn new(sweep: Duration) -> Self {
+        Self {
+            dispatcher: Heart::new("dispatcher", sweep),
+            listener: Heart::new("listener", Duration::from_mins(1)),
+            listening: AtomicBool::new(false),
+            started: AtomicBool::new(false),
+        }
+    }
+
+    /// Why the process ought to be started anew: a loop hangs. Empty = it is alive. A server that is away is no reason.
+    #[must_use]
+    pub fn hanging(&self) -> Vec<String> {
+        if !self.started.load(Ordering::Relaxed) {
+            return Vec::new();
+        }
+        [&self.dispatcher, &self.listener].into_iter().filter_map(|heart| heart.complaint(heart.now_ms())).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_loop_that_is_silent_for_longer_than_it_ever_waits_is_named() {
+        let heart = Heart::new("dispatcher", Duration::from_secs(5));
+        assert_eq!(heart.complaint(64_999), None);
+        let complaint = heart.complaint(65_001).expect("it is dead");
+        assert!(complaint.contains("dispatcher") && complaint.contains("65 s"), "{complaint}");
+    }
+
+    #[test]
+    fn nothing_hangs_before_it_has_started() {
+        let health = Health::new(Duration::from_secs(5));
+        assert!(health.hanging().is_empty());
+        health.started.store(true, Ordering::Relaxed);
+        assert!(health.hanging().is_empty());
+    }
+}
