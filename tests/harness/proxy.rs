@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -19,6 +20,8 @@ pub enum Mode {
     Delay(Duration),
     /// Takes them, and passes nothing on: what a half-open connection looks like.
     Swallow,
+    /// The same with what the server says: it hears us, and we do not hear it.
+    SwallowAnswers,
     /// Passes on as many bytes, of all connections in both directions together, and then closes every connection.
     CutAfter(i64),
     /// Closes every connection, new ones included.
@@ -80,8 +83,8 @@ async fn accept(listener: TcpListener, server_port: u16, state: Arc<State>) {
             let (client_read, client_write) = client.into_split();
             let (server_read, server_write) = upstream.into_split();
             tokio::select! {
-                () = pump(client_read, server_write, &state) => {}
-                () = pump(server_read, client_write, &state) => {}
+                () = pump(client_read, server_write, &state, false) => {}
+                () = pump(server_read, client_write, &state, true) => {}
                 _ = mode.wait_for(|mode| *mode == Mode::Cut) => {}
             }
         });
@@ -90,13 +93,14 @@ async fn accept(listener: TcpListener, server_port: u16, state: Arc<State>) {
     }
 }
 
-async fn pump(mut from: tokio::net::tcp::OwnedReadHalf, mut to: tokio::net::tcp::OwnedWriteHalf, state: &State) {
+async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, state: &State, answers: bool) {
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(length @ 1..) = from.read(&mut buffer).await {
         let mode = *state.mode.borrow();
         let passed = match mode {
             Mode::Swallow => 0,
-            Mode::Pass | Mode::Cut => length,
+            Mode::SwallowAnswers if answers => 0,
+            Mode::Pass | Mode::Cut | Mode::SwallowAnswers => length,
             Mode::Delay(delay) => {
                 tokio::time::sleep(delay).await;
                 length

@@ -282,7 +282,7 @@ impl Place {
         let mut settings = fs::OpenOptions::new().append(true).open(data.join("postgresql.conf"))?;
         writeln!(
             settings,
-            "listen_addresses = '127.0.0.1'\nport = {port}\nunix_socket_directories = ''\nmax_connections = 300\nmax_prepared_transactions = 10\nfsync = off"
+            "listen_addresses = '127.0.0.1'\nport = {port}\nunix_socket_directories = ''\nmax_connections = 300\nmax_prepared_transactions = 10\nfsync = off\ntrack_commit_timestamp = on"
         )?;
         Ok(())
     }

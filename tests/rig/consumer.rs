@@ -21,6 +21,8 @@ use crate::random::Random;
 
 /// The queue of all consumers.
 pub(crate) const QUEUE: &str = "rig";
+/// The routing key of all messages.
+pub(crate) const KEY: &str = "rig";
 
 /// Consumes until it is killed.
 pub(crate) async fn consume(url: &str, seed: u64, number: u64, dir: &Path) -> anyhow::Result<()> {
@@ -45,7 +47,7 @@ pub(crate) async fn declare(connection: &Connection) -> lapin::Result<()> {
     arguments.insert("x-dead-letter-exchange".into(), AMQPValue::LongString("tidings.dlx".into()));
     channel.queue_declare(QUEUE.into(), QueueDeclareOptions::durable(), arguments).await?;
     let (options, none) = (QueueBindOptions::default(), FieldTable::default());
-    channel.queue_bind(QUEUE.into(), "tidings".into(), "rig".into(), options, none).await?;
+    channel.queue_bind(QUEUE.into(), "tidings".into(), KEY.into(), options, none).await?;
     channel.close(200, "declared".into()).await
 }
 

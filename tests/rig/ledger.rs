@@ -20,10 +20,15 @@ const DOUBLES_MS: i64 = 40_000;
 /// And what it delayed is still late for as long: everything is back to normal after this.
 const DELAYS_MS: i64 = 10_000;
 
+/// A row that arrives later than this after it could be delivered is late.
+const LATE_MS: i64 = 1_000;
+
 /// A time in which something was broken, in ms since the Unix epoch.
 #[derive(Clone, Debug)]
 pub(crate) struct Fault {
     pub(crate) what: &'static str,
+    /// Whether a message may arrive twice because of it.
+    pub(crate) doubles: bool,
     pub(crate) from_ms: i64,
     pub(crate) until_ms: i64,
 }
@@ -91,11 +96,13 @@ pub(crate) struct Verdict {
     pub(crate) never_committed: Vec<Uuid>,
     /// Cancelled, and arrived although nothing was broken between its due time and the cancellation.
     pub(crate) cancelled_and_seen: Vec<Uuid>,
-    /// Second copies of a message, each of which has a fault in its window.
-    pub(crate) duplicates: usize,
+    /// Second copies of a message, by the fault in whose window each is.
+    pub(crate) duplicates: BTreeMap<&'static str, usize>,
     pub(crate) unexplained_duplicates: Vec<Uuid>,
-    /// In ms, by what was broken at the time; "-" = nothing.
+    /// In ms, by what was broken at the time.
     pub(crate) lateness: BTreeMap<&'static str, Vec<i64>>,
+    /// By fault: for how many ms after each the rows that became deliverable were late.
+    pub(crate) normal_after: BTreeMap<&'static str, Vec<i64>>,
 }
 
 impl Verdict {
@@ -114,8 +121,17 @@ impl Verdict {
     }
 }
 
-/// An id, its times (due, deadline, cancelled) in ms, and whether the history says that it expired.
-type Scheduled = (Uuid, i64, Option<i64>, Option<i64>, bool);
+/// What the database knows of a row; times in ms since the Unix epoch.
+#[derive(sqlx::FromRow)]
+struct Scheduled {
+    id: Uuid,
+    due_ms: i64,
+    committed_ms: i64,
+    expires_ms: Option<i64>,
+    cancelled_ms: Option<i64>,
+    /// The history says that it expired.
+    expired: bool,
+}
 
 /// Compares what was committed with what arrived.
 pub(crate) async fn judge(
@@ -125,9 +141,11 @@ pub(crate) async fn judge(
 ) -> anyhow::Result<Verdict> {
     let ms = |what: &str| format!("(extract(epoch FROM {what}) * 1000)::bigint");
     let scheduled = format!(
-        "SELECT s.id, {}, {}, {}, coalesce((SELECT outcome = 'expired' FROM tidings.deliveries d WHERE d.id = s.id LIMIT 1), false)
+        "SELECT s.id, {} AS due_ms, {} AS committed_ms, {} AS expires_ms, {} AS cancelled_ms,
+                coalesce((SELECT outcome = 'expired' FROM tidings.deliveries d WHERE d.id = s.id LIMIT 1), false) AS expired
          FROM rig.scheduled s LEFT JOIN rig.cancelled c USING (id)",
         ms("due_at"),
+        ms("pg_xact_commit_timestamp(s.xmin)"),
         ms("expires_at"),
         ms("c.at")
     );
@@ -136,30 +154,47 @@ pub(crate) async fn judge(
         sqlx::query_scalar(sqlx::AssertSqlSafe(format!("SELECT {}", ms("clock_timestamp()")))).fetch_one(db).await?;
     let mut verdict = Verdict { committed: rows.len(), ..Verdict::default() };
     let mut unknown: std::collections::HashSet<Uuid> = arrivals.keys().copied().collect();
-    for (id, due_ms, expires_ms, cancelled_ms, expired) in rows {
-        unknown.remove(&id);
-        let seen = arrivals.get(&id).map_or(&[][..], Vec::as_slice);
-        verdict.cancelled += usize::from(cancelled_ms.is_some());
+    let mut late_until = vec![0; faults.len()];
+    for row in rows {
+        unknown.remove(&row.id);
+        let seen = arrivals.get(&row.id).map_or(&[][..], Vec::as_slice);
+        verdict.cancelled += usize::from(row.cancelled_ms.is_some());
         verdict.arrived += usize::from(!seen.is_empty());
-        verdict.expired += usize::from(seen.is_empty() && expired);
-        let accounted =
-            !seen.is_empty() || cancelled_ms.is_some() || expired || expires_ms.is_some_and(|at| at <= now_ms);
-        if !accounted {
-            verdict.lost.push(id);
+        verdict.expired += usize::from(seen.is_empty() && row.expired);
+        let may_be_gone =
+            row.cancelled_ms.is_some() || row.expired || row.expires_ms.is_some_and(|expires_ms| expires_ms <= now_ms);
+        if seen.is_empty() && !may_be_gone {
+            verdict.lost.push(row.id);
         }
-        if let Some(cancelled_ms) = cancelled_ms.filter(|_| !seen.is_empty())
-            && during(faults, due_ms, cancelled_ms, DOUBLES_MS).is_none()
+        if let Some(cancelled_ms) = row.cancelled_ms.filter(|_| !seen.is_empty())
+            && doubling(faults, row.due_ms, cancelled_ms).is_none()
         {
-            verdict.cancelled_and_seen.push(id);
+            verdict.cancelled_and_seen.push(row.id);
         }
-        verdict.add(id, seen, faults);
+        verdict.add(&row, seen, faults);
+        // The last fault before it was ready has to answer for it.
+        let late = seen.first().is_some_and(|first| first.at_ms - row.ready_ms() > LATE_MS);
+        if let Some(last) = faults.iter().rposition(|fault| fault.from_ms <= row.ready_ms()).filter(|_| late) {
+            late_until[last] = late_until[last].max(row.ready_ms() - faults[last].until_ms);
+        }
+    }
+    for (fault, until) in faults.iter().zip(late_until) {
+        verdict.normal_after.entry(fault.what).or_default().push(until);
     }
     verdict.never_committed.extend(unknown);
     Ok(verdict)
 }
 
+impl Scheduled {
+    /// From when on it could be delivered.
+    fn ready_ms(&self) -> i64 {
+        self.due_ms.max(self.committed_ms)
+    }
+}
+
 impl Verdict {
-    fn add(&mut self, id: Uuid, seen: &[Arrival], faults: &[Fault]) {
+    fn add(&mut self, row: &Scheduled, seen: &[Arrival], faults: &[Fault]) {
+        let id = row.id;
         let mut copies: BTreeMap<i64, &Arrival> = BTreeMap::new();
         for arrival in seen {
             if arrival.at_ms < arrival.due_ms {
@@ -176,21 +211,37 @@ impl Verdict {
                 continue;
             }
             if copies.insert(arrival.replay, arrival).is_some() {
-                match during(faults, arrival.due_ms, arrival.at_ms, DOUBLES_MS) {
-                    Some(_) => self.duplicates += 1,
+                match doubling(faults, arrival.due_ms, arrival.at_ms) {
+                    Some(what) => *self.duplicates.entry(what).or_default() += 1,
                     None => self.unexplained_duplicates.push(id),
                 }
             }
         }
         if let Some(first) = seen.first() {
-            let broken = during(faults, first.due_ms, first.at_ms, DELAYS_MS);
-            self.lateness.entry(broken.unwrap_or("-")).or_default().push(first.at_ms - first.due_ms);
+            let class = class(faults, row.ready_ms(), first.at_ms);
+            self.lateness.entry(class).or_default().push(first.at_ms - row.ready_ms());
         }
     }
 }
 
+/// The last fault in this time, or shortly before, because of which a message may arrive twice.
+fn doubling(faults: &[Fault], from_ms: i64, until_ms: i64) -> Option<&'static str> {
+    let may = |fault: &&Fault| fault.doubles && fault.overlaps(from_ms, until_ms, DOUBLES_MS);
+    faults.iter().rev().find(may).map(|fault| fault.what)
+}
+
 /// What was broken, or just mended, in this time.
-fn during(faults: &[Fault], from_ms: i64, until_ms: i64, aftermath_ms: i64) -> Option<&'static str> {
-    let overlaps = |fault: &&Fault| fault.from_ms <= until_ms && from_ms <= fault.until_ms + aftermath_ms;
-    faults.iter().rev().find(overlaps).map(|fault| fault.what)
+fn class(faults: &[Fault], from_ms: i64, until_ms: i64) -> &'static str {
+    let mut broken = faults.iter().filter(|fault| fault.overlaps(from_ms, until_ms, DELAYS_MS));
+    match (broken.next(), broken.next()) {
+        (None, _) => "nothing",
+        (Some(fault), None) => fault.what,
+        (Some(_), Some(_)) => "several things",
+    }
+}
+
+impl Fault {
+    fn overlaps(&self, from_ms: i64, until_ms: i64, aftermath_ms: i64) -> bool {
+        self.from_ms <= until_ms && from_ms <= self.until_ms.saturating_add(aftermath_ms)
+    }
 }

@@ -1,6 +1,7 @@
 //! `cargo rig`: producers, daemons and consumers as processes of their own, and a nemesis that breaks whatever they stand
 //! on. In the end everything that was committed must have arrived or be accounted for. `cargo rig -- --seconds 1800`;
-//! `--seed` repeats a run's faults, `--daemons` and `--rate` (rows a second) shape it.
+//! `--seed` repeats a run's faults, `--daemons` and `--rate` (rows a second) shape it, `--only killed` takes the faults with
+//! that in their names.
 
 mod consumer;
 mod ledger;
@@ -31,6 +32,7 @@ use random::Random;
 const DRAIN: Duration = Duration::from_mins(5);
 
 /// How a run is shaped.
+#[derive(Clone)]
 struct Plan {
     seed: u64,
     seconds: u64,
@@ -39,6 +41,8 @@ struct Plan {
     consumers: u64,
     /// Rows a second, of all producers together.
     rate: u64,
+    /// Only faults whose names contain this.
+    only: String,
 }
 
 /// A process of ours, killed when dropped.
@@ -78,16 +82,20 @@ async fn run(arguments: &[String]) -> anyhow::Result<()> {
 
 fn plan(settings: &[&str]) -> anyhow::Result<Plan> {
     let seed = u64::try_from(nemesis::now_ms())?;
-    let mut plan = Plan { seed, seconds: 60, daemons: 2, producers: 2, consumers: 2, rate: 400 };
+    let mut plan = Plan { seed, seconds: 60, daemons: 2, producers: 2, consumers: 2, rate: 400, only: String::new() };
     for setting in settings.chunks(2) {
         let [name, value] = setting else { bail!("{} has no value", setting[0]) };
+        if *name == "--only" {
+            (*value).clone_into(&mut plan.only);
+            continue;
+        }
         let value = value.parse().with_context(|| format!("{name} {value}"))?;
         match *name {
             "--seed" => plan.seed = value,
             "--seconds" => plan.seconds = value,
             "--daemons" => plan.daemons = value,
             "--rate" => plan.rate = value,
-            other => bail!("{other} is none of --seed, --seconds, --daemons, --rate"),
+            other => bail!("{other} is none of --seed, --seconds, --daemons, --rate, --only"),
         }
     }
     Ok(plan)
@@ -113,7 +121,7 @@ async fn rig(plan: &Plan) -> anyhow::Result<()> {
             .with("TIDINGS_STATE_DIR", world.state_dir().with_extension(format!("state{number}")).display())
             .with("TIDINGS_REPLAY_INTERVAL_MS", 2_000)
             .with("RUST_LOG", "info,lapin=off");
-        daemons.push(Victim { daemon: launch.ready().await, launch, postgres, rabbitmq });
+        daemons.push(Victim { daemon: launch.ready().await, logged: 0, launch, postgres, rabbitmq });
     }
     let consumers: Vec<Own> = (0..plan.consumers)
         .map(|number| own(&["consume", &broker, &plan.seed.to_string(), &number.to_string(), &dir.to_string_lossy()]))
@@ -134,6 +142,8 @@ async fn rig(plan: &Plan) -> anyhow::Result<()> {
         daemons,
         faults: Vec::new(),
         generation: 0,
+        only: plan.only.clone(),
+        deck: Vec::new(),
     };
     let begun = Instant::now();
     while begun.elapsed() < Duration::from_secs(plan.seconds) {
@@ -151,12 +161,17 @@ async fn rig(plan: &Plan) -> anyhow::Result<()> {
 
     let verdict = ledger::judge(&nemesis.world.db, &ledger::arrivals(&dir)?, &nemesis.faults).await?;
     report(&verdict, &nemesis);
+    if !verdict.is_clean() {
+        for (number, victim) in nemesis.daemons.iter().enumerate() {
+            std::fs::write(dir.join(format!("daemon{number}.log")), victim.daemon.log())?;
+        }
+        bail!("a promise was broken; --seed {} repeats the faults; more in {}", plan.seed, dir.display());
+    }
     for victim in nemesis.daemons.drain(..) {
         let status = victim.daemon.stop().await;
         anyhow::ensure!(status.success(), "a daemon did not stop in order");
     }
     let _ = std::fs::remove_dir_all(&dir);
-    anyhow::ensure!(verdict.is_clean(), "a promise was broken; --seed {} repeats the faults", plan.seed);
     Ok(())
 }
 
@@ -207,16 +222,23 @@ fn report(verdict: &Verdict, nemesis: &Nemesis) {
         *kinds.entry(fault.what).or_default() += 1;
     }
     let Verdict { committed, cancelled, arrived, expired, replayed, stale, duplicates, .. } = verdict;
-    println!("\n{} faults:", nemesis.faults.len());
+    println!("\n{} faults, second copies because of them, and after how long lateness was below 1 s again:", nemesis.faults.len());
     for (what, count) in kinds {
-        println!("{count:>8}  {what}");
+        let doubled = duplicates.get(what).copied().unwrap_or_default();
+        let mut normal = verdict.normal_after.get(what).cloned().unwrap_or_default();
+        normal.sort_unstable();
+        let (median, most) = (normal.get(normal.len() / 2).copied().unwrap_or(0), normal.last().copied().unwrap_or(0));
+        println!("{count:>8}  {what:<32} {doubled:>6}   median {median:>6} ms   most {most:>6} ms");
     }
+    let duplicates: usize = duplicates.values().sum();
+    let lines: usize = nemesis.daemons.iter().map(Victim::lines).sum();
+    println!("{lines:>8}  lines in the daemons' logs");
     println!("\n{committed:>8}  rows committed");
     println!("{arrived:>8}  arrived, {replayed} replays on top");
     println!("{cancelled:>8}  cancelled or moved");
     println!("{expired:>8}  expired before anybody saw them");
     println!("{stale:>8}  arrived past their deadline, and were left alone");
-    let rate = f64::from(u32::try_from(*duplicates).unwrap_or(u32::MAX))
+    let rate = f64::from(u32::try_from(duplicates).unwrap_or(u32::MAX))
         / f64::from(u32::try_from(*committed).unwrap_or(1))
         * 100.0;
     println!("{duplicates:>8}  second copies with the same id, each with a fault in its window ({rate:.3} % of rows)");
@@ -230,7 +252,7 @@ fn report(verdict: &Verdict, nemesis: &Nemesis) {
     ] {
         println!("{:>8}  {what}{}", ids.len(), ids.first().map_or(String::new(), |id| format!(", {id} for one")));
     }
-    println!("\nlateness at the consumer, by what was broken then or within 10 s before:");
+    println!("\nlateness at the consumer beyond due time and commit, by what was broken then or within 10 s before:");
     for (what, late) in &verdict.lateness {
         let mut late = late.clone();
         late.sort_unstable();

@@ -3,17 +3,19 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use harness::daemon::{Daemon, Launch};
 use harness::guests::with_custom_section;
 use harness::proxy::{Mode, Proxy};
 use harness::servers::{Server, Servers};
 use harness::world::World;
-use lapin::options::{ExchangeDeleteOptions, QueueDeleteOptions};
+use lapin::options::{ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions};
+use lapin::types::FieldTable;
 use lapin::{Connection, ConnectionProperties};
 use nix::sys::signal::Signal;
 use sqlx::AssertSqlSafe;
 
-use crate::consumer::declare;
+use crate::consumer::{KEY, QUEUE, declare};
 use crate::ledger::Fault;
 use crate::random::Random;
 
@@ -26,38 +28,47 @@ pub(crate) struct Nemesis {
     pub(crate) daemons: Vec<Victim>,
     pub(crate) faults: Vec<Fault>,
     pub(crate) generation: u64,
+    /// Only faults whose names contain this.
+    pub(crate) only: String,
+    /// What comes before any of these comes again.
+    pub(crate) deck: Vec<(&'static str, bool)>,
 }
 
 /// A daemon and its links.
 pub(crate) struct Victim {
     pub(crate) launch: Launch,
     pub(crate) daemon: Daemon,
+    /// Lines in the logs of those before it.
+    pub(crate) logged: usize,
     pub(crate) postgres: Proxy,
     pub(crate) rabbitmq: Proxy,
 }
 
-/// The faults, so that each is as likely as any other.
-const FAULTS: [&str; 20] = [
-    "daemon killed",
-    "daemon frozen",
-    "daemons restarted one by one",
-    "listener terminated",
-    "sessions terminated",
-    "PostgreSQL frozen",
-    "PostgreSQL stopped at once",
-    "PostgreSQL restarted",
-    "PostgreSQL killed",
-    "RabbitMQ frozen",
-    "RabbitMQ restarted",
-    "RabbitMQ killed",
-    "memory alarm",
-    "exchange deleted",
-    "dead letters' queue deleted and declared",
-    "link reset",
-    "link swallows",
-    "link slow",
-    "link cut after some bytes",
-    "plugin replaced",
+/// The faults, and whether a message may arrive twice because of one.
+const FAULTS: [(&str, bool); 23] = [
+    ("daemon killed", true),
+    ("daemon frozen", true),
+    ("daemons restarted one by one", false),
+    ("listener terminated", false),
+    ("sessions terminated", true),
+    ("PostgreSQL frozen", true),
+    ("PostgreSQL stopped at once", true),
+    ("PostgreSQL restarted", true),
+    ("PostgreSQL killed", true),
+    ("RabbitMQ frozen", true),
+    ("RabbitMQ restarted", true),
+    ("RabbitMQ killed", true),
+    ("memory alarm", true),
+    ("exchange deleted", true),
+    ("queue unbound", false),
+    ("one of two bound queues deleted", false),
+    ("parking queue deleted", false),
+    ("link reset", true),
+    ("link swallows", true),
+    ("link swallows answers", true),
+    ("link slow", true),
+    ("link cut after some bytes", true),
+    ("plugin replaced", false),
 ];
 
 pub(crate) fn now_ms() -> i64 {
@@ -67,13 +78,19 @@ pub(crate) fn now_ms() -> i64 {
 impl Nemesis {
     /// Breaks something, and mends it.
     pub(crate) async fn strike(&mut self) -> anyhow::Result<()> {
-        let what = FAULTS[usize::try_from(self.random.below(FAULTS.len() as u64))?];
+        if self.deck.is_empty() {
+            self.deck = FAULTS.into_iter().filter(|(what, _)| what.contains(&self.only)).collect();
+        }
+        anyhow::ensure!(!self.deck.is_empty(), "no fault has {:?} in its name", self.only);
+        let (what, doubles) = self.deck.swap_remove(usize::try_from(self.random.below(self.deck.len() as u64))?);
         let from_ms = now_ms();
         println!("{:>8.1} s  {what}", self.faults.first().map_or(0.0, |first| seconds(from_ms - first.from_ms)));
         // It counts as broken from now on, even if breaking it fails.
-        self.faults.push(Fault { what, from_ms, until_ms: i64::MAX });
-        self.break_and_mend(what).await?;
-        self.revive().await;
+        self.faults.push(Fault { what, doubles, from_ms, until_ms: i64::MAX });
+        self.break_and_mend(what).await.context(what)?;
+        for victim in &mut self.daemons {
+            anyhow::ensure!(!victim.daemon.has_ended(), "a daemon ended unasked:\n{}", victim.daemon.log());
+        }
         self.faults.last_mut().expect("just noted").until_ms = now_ms();
         Ok(())
     }
@@ -83,8 +100,10 @@ impl Nemesis {
         let moment = Duration::from_millis(500 + self.random.below(5_000));
         match what {
             "daemon killed" => {
-                self.daemons[victim].daemon.signal(Signal::SIGKILL);
-                self.daemons[victim].daemon.ended().await;
+                let victim = &mut self.daemons[victim];
+                victim.daemon.signal(Signal::SIGKILL);
+                victim.daemon.ended().await;
+                victim.start_again().await;
             }
             "daemon frozen" => {
                 // Sometimes so long that the database gives its sessions up.
@@ -98,7 +117,7 @@ impl Nemesis {
                     victim.daemon.signal(Signal::SIGTERM);
                     let status = victim.daemon.ended().await;
                     anyhow::ensure!(status.success(), "a daemon did not stop in order:\n{}", victim.daemon.log());
-                    victim.daemon = victim.launch.ready().await;
+                    victim.start_again().await;
                 }
             }
             "listener terminated" => self.terminate("query ILIKE '%LISTEN%' OR query = 'SELECT 1'").await,
@@ -122,8 +141,25 @@ impl Nemesis {
                 tokio::time::sleep(moment).await;
                 declare(&connection).await?;
             }
-            "dead letters' queue deleted and declared" => {
-                // The parking queue: nothing that is not parked may be in it, and nothing is.
+            "queue unbound" => {
+                let connection = self.broker().await?;
+                let channel = connection.create_channel().await?;
+                channel.queue_unbind(QUEUE.into(), "tidings".into(), KEY.into(), FieldTable::default()).await?;
+                tokio::time::sleep(moment).await;
+                declare(&connection).await?;
+            }
+            // The other one's messages go with it, as whoever deletes it must want.
+            "one of two bound queues deleted" => {
+                let channel = self.broker().await?.create_channel().await?;
+                let (options, none) = (QueueDeclareOptions::default(), FieldTable::default());
+                channel.queue_declare("rig.other".into(), options, none.clone()).await?;
+                let options = QueueBindOptions::default();
+                channel.queue_bind("rig.other".into(), "tidings".into(), KEY.into(), options, none).await?;
+                tokio::time::sleep(moment).await;
+                channel.queue_delete("rig.other".into(), QueueDeleteOptions::default()).await?;
+            }
+            // Nothing that is not parked may be in it, and nothing is.
+            "parking queue deleted" => {
                 let channel = self.broker().await?.create_channel().await?;
                 channel.queue_delete("tidings.parking".into(), QueueDeleteOptions::default()).await?;
             }
@@ -142,6 +178,7 @@ impl Nemesis {
         let mode = match what {
             "link reset" => Mode::Cut,
             "link swallows" => Mode::Swallow,
+            "link swallows answers" => Mode::SwallowAnswers,
             "link slow" => Mode::Delay(Duration::from_millis(20 + self.random.below(200))),
             _ => Mode::CutAfter(i64::try_from(self.random.below(20_000)).expect("few")),
         };
@@ -180,14 +217,17 @@ impl Nemesis {
     async fn broker(&self) -> anyhow::Result<Connection> {
         Ok(Connection::connect(&self.amqp_url, ConnectionProperties::default()).await?)
     }
+}
 
-    /// Starts again what has ended: a daemon may end only if it was killed.
-    async fn revive(&mut self) {
-        for victim in &mut self.daemons {
-            if victim.daemon.has_ended() {
-                victim.daemon = victim.launch.ready().await;
-            }
-        }
+impl Victim {
+    async fn start_again(&mut self) {
+        let ended = std::mem::replace(&mut self.daemon, self.launch.ready().await);
+        self.logged += ended.log().lines().count();
+    }
+
+    /// Lines of the log of all the daemons that stood here.
+    pub(crate) fn lines(&self) -> usize {
+        self.logged + self.daemon.log().lines().count()
     }
 }
 
