@@ -84,8 +84,7 @@ impl Dispatcher {
 
     /// Looks at the queue, starts a lane if rows are due, and says how long to wait.
     async fn look_and_start(&self, delivery: &Arc<Delivery>, state: &mut State) -> Duration {
-        let paused = state.not_before.map(|instant| instant.saturating_duration_since(Instant::now()));
-        if let Some(left) = paused.filter(|left| !left.is_zero()) {
+        if let Some(left) = state.paused() {
             return left;
         }
         if !self.broker.is_open() {
@@ -179,8 +178,18 @@ impl State {
         self.pause()
     }
 
+    /// How long nothing is to be tried.
+    fn paused(&self) -> Option<Duration> {
+        let left = self.not_before?.saturating_duration_since(Instant::now());
+        (!left.is_zero()).then_some(left)
+    }
+
     /// Tries nothing for a while, longer each time until a batch succeeds. Returns for how long.
     fn pause(&mut self) -> Duration {
+        // Lanes that fail together fail for the same reason.
+        if let Some(left) = self.paused() {
+            return left;
+        }
         let delay = RECONNECT.jittered(self.failures);
         self.failures = self.failures.saturating_add(1);
         self.not_before = Some(Instant::now() + delay);

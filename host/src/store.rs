@@ -5,6 +5,7 @@
 //! to the pool, where it would be waited for again.
 
 mod claim;
+mod connection;
 mod history;
 mod kinds;
 mod parked;
@@ -17,13 +18,14 @@ use std::str::FromStr as _;
 use std::time::Duration;
 
 use sqlx::ConnectOptions as _;
-use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions, Postgres};
+use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 use thiserror::Error;
 
 use crate::secret_url::SecretUrl;
 use crate::wake::Outlook;
 
 pub use claim::Claim;
+use connection::{Connection, Doubt};
 pub use history::Delivered;
 pub(crate) use kinds::{announce, withdraw};
 pub use parked::ParkedRow;
@@ -99,6 +101,7 @@ impl StoreError {
 pub struct Store {
     options: PgConnectOptions,
     pool: PgPool,
+    doubt: Doubt,
 }
 
 /// What [`Store::look`] found.
@@ -151,13 +154,9 @@ impl Store {
                 ("tidings.notify", "off"),
             ])
             .disable_statement_logging();
-        let pool = PgPoolOptions::new()
-            .max_connections(connections)
-            .acquire_timeout(CONNECT_DEADLINE)
-            // A dead connection is found by its next statement, which is as good as a round trip before each.
-            .test_before_acquire(false)
-            .connect_lazy_with(options.clone());
-        Self { options, pool }
+        let doubt = Doubt::new();
+        let pool = connection::pool(options.clone(), connections, doubt.clone());
+        Self { options, pool, doubt }
     }
 
     /// Host, port and database, for people.
@@ -281,48 +280,5 @@ impl Store {
             })
             .await?;
         Ok(Duration::try_from_secs_f64(seconds).unwrap_or_default())
-    }
-
-    async fn connection(&self) -> Result<Connection, StoreError> {
-        match self.pool.acquire().await {
-            Ok(connection) => Ok(Connection(connection)),
-            // The pool tries for a while, and then forgets why it failed.
-            Err(sqlx::Error::PoolTimedOut) => match self.connect().await {
-                Err(error) => Err(error),
-                Ok(_) => Err(StoreError::Deadline { doing: "accept a connection", after: CONNECT_DEADLINE }),
-            },
-            Err(source) => Err(self.connect_error(source)),
-        }
-    }
-}
-
-/// A connection of the pool, all of whose statements have a name and a deadline.
-#[derive(Debug)]
-struct Connection(sqlx::pool::PoolConnection<Postgres>);
-
-impl Connection {
-    /// Runs one statement. Not cancel-safe: a connection whose statement was cancelled must be dropped by
-    /// [`Connection::discard`].
-    async fn run<T>(
-        &mut self,
-        doing: &'static str,
-        statement: impl AsyncFnOnce(&mut sqlx::PgConnection) -> Result<T, sqlx::Error>,
-    ) -> Result<T, StoreError> {
-        match tokio::time::timeout(STATEMENT_DEADLINE, statement(&mut self.0)).await {
-            Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(source)) => {
-                self.discard();
-                Err(StoreError::Statement { doing, source })
-            }
-            Err(_) => {
-                self.discard();
-                Err(StoreError::Deadline { doing, after: STATEMENT_DEADLINE })
-            }
-        }
-    }
-
-    /// Closes the connection instead of giving it back: the server rolls back whatever was open.
-    fn discard(&mut self) {
-        self.0.close_on_drop();
     }
 }

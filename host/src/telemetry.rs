@@ -11,8 +11,8 @@ use tracing_subscriber::EnvFilter;
 
 use crate::dead_letter::Tally;
 
-/// Without `RUST_LOG`. The AMQP client logs the errors that it returns as well, and we log those once.
-const DEFAULT: &str = "info,lapin=off";
+/// Without `RUST_LOG`. The clients log the errors that they return as well, and we log those once.
+const DEFAULT: &str = "info,lapin=off,sqlx=off";
 
 const EXPIRED: &str = "tidings_expired_total";
 const REPLAYS: &str = "tidings_replays_total";

@@ -172,9 +172,10 @@ pub(crate) async fn judge(
             verdict.cancelled_and_seen.push(row.id);
         }
         verdict.add(&row, seen, faults);
-        // The last fault before it was ready has to answer for it.
-        let late = seen.first().is_some_and(|first| first.at_ms - row.ready_ms() > LATE_MS);
-        if let Some(last) = faults.iter().rposition(|fault| fault.from_ms <= row.ready_ms()).filter(|_| late) {
+        // The last fault before it arrived has to answer for it.
+        if let Some(first) = seen.first().filter(|first| first.at_ms - row.ready_ms() > LATE_MS)
+            && let Some(last) = faults.iter().rposition(|fault| fault.from_ms <= first.at_ms)
+        {
             late_until[last] = late_until[last].max(row.ready_ms() - faults[last].until_ms);
         }
     }

@@ -120,8 +120,8 @@ async fn rig(plan: &Plan) -> anyhow::Result<()> {
             .with("TIDINGS_AMQP_URL", amqp_url(rabbitmq.port, &world.name))
             .with("TIDINGS_STATE_DIR", world.state_dir().with_extension(format!("state{number}")).display())
             .with("TIDINGS_REPLAY_INTERVAL_MS", 2_000)
-            .with("RUST_LOG", "info,lapin=off");
-        daemons.push(Victim { daemon: launch.ready().await, logged: 0, launch, postgres, rabbitmq });
+            .with("RUST_LOG", "info,lapin=off,sqlx=off");
+        daemons.push(Victim { daemon: launch.ready().await, logged: String::new(), launch, postgres, rabbitmq });
     }
     let consumers: Vec<Own> = (0..plan.consumers)
         .map(|number| own(&["consume", &broker, &plan.seed.to_string(), &number.to_string(), &dir.to_string_lossy()]))
@@ -161,10 +161,8 @@ async fn rig(plan: &Plan) -> anyhow::Result<()> {
 
     let verdict = ledger::judge(&nemesis.world.db, &ledger::arrivals(&dir)?, &nemesis.faults).await?;
     report(&verdict, &nemesis);
+    write_logs(&nemesis)?;
     if !verdict.is_clean() {
-        for (number, victim) in nemesis.daemons.iter().enumerate() {
-            std::fs::write(dir.join(format!("daemon{number}.log")), victim.daemon.log())?;
-        }
         bail!("a promise was broken; --seed {} repeats the faults; more in {}", plan.seed, dir.display());
     }
     for victim in nemesis.daemons.drain(..) {
@@ -204,16 +202,20 @@ async fn drained(nemesis: &Nemesis, broker: &str) -> anyhow::Result<()> {
             return Ok(());
         }
         if Instant::now() > deadline {
-            for victim in &nemesis.daemons {
-                let log = victim.daemon.log();
-                let lines: Vec<&str> = log.lines().collect();
-                eprintln!("--- the end of a daemon's log\n{}", lines[lines.len().saturating_sub(40)..].join("\n"));
-            }
+            write_logs(nemesis)?;
             let [rig, dead, parking] = letters[..] else { unreachable!("three queues") };
             bail!("{pending} rows are pending, {rig} messages wait, {dead} are dead, {parking} parked");
         }
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
+}
+
+/// Leaves the daemons' logs in `target/rig/daemon0.log` and so on, those of the last run.
+fn write_logs(nemesis: &Nemesis) -> anyhow::Result<()> {
+    for (number, victim) in nemesis.daemons.iter().enumerate() {
+        std::fs::write(harness::target().join("rig").join(format!("daemon{number}.log")), victim.log())?;
+    }
+    Ok(())
 }
 
 fn report(verdict: &Verdict, nemesis: &Nemesis) {
@@ -231,7 +233,7 @@ fn report(verdict: &Verdict, nemesis: &Nemesis) {
         println!("{count:>8}  {what:<32} {doubled:>6}   median {median:>6} ms   most {most:>6} ms");
     }
     let duplicates: usize = duplicates.values().sum();
-    let lines: usize = nemesis.daemons.iter().map(Victim::lines).sum();
+    let lines: usize = nemesis.daemons.iter().map(|victim| victim.log().lines().count()).sum();
     println!("{lines:>8}  lines in the daemons' logs");
     println!("\n{committed:>8}  rows committed");
     println!("{arrived:>8}  arrived, {replayed} replays on top");

@@ -38,8 +38,8 @@ pub(crate) struct Nemesis {
 pub(crate) struct Victim {
     pub(crate) launch: Launch,
     pub(crate) daemon: Daemon,
-    /// Lines in the logs of those before it.
-    pub(crate) logged: usize,
+    /// What those before it wrote.
+    pub(crate) logged: String,
     pub(crate) postgres: Proxy,
     pub(crate) rabbitmq: Proxy,
 }
@@ -222,12 +222,13 @@ impl Nemesis {
 impl Victim {
     async fn start_again(&mut self) {
         let ended = std::mem::replace(&mut self.daemon, self.launch.ready().await);
-        self.logged += ended.log().lines().count();
+        self.logged += &ended.log();
+        self.logged += "\n";
     }
 
-    /// Lines of the log of all the daemons that stood here.
-    pub(crate) fn lines(&self) -> usize {
-        self.logged + self.daemon.log().lines().count()
+    /// What all the daemons that stood here wrote.
+    pub(crate) fn log(&self) -> String {
+        self.logged.clone() + &self.daemon.log()
     }
 }
 

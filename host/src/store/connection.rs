@@ -1,0 +1,132 @@
+//! The connections of the pool: every statement has a name and a deadline, and after a doubt about one connection none
+//! that is as old is used again.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions, Postgres};
+
+use super::{CONNECT_DEADLINE, STATEMENT_DEADLINE, Store, StoreError};
+
+/// When a connection last broke. The others were broken by the same event as often as not (a restart, a failover, a dead
+/// link), and to find out one by one would cost a failure and a longer pause each.
+#[derive(Clone, Debug)]
+pub(super) struct Doubt {
+    began: Instant,
+    /// In ms since `began`; 0 = never.
+    at_ms: Arc<AtomicU64>,
+}
+
+impl Doubt {
+    pub(super) fn new() -> Self {
+        Self { began: Instant::now(), at_ms: Arc::new(AtomicU64::new(0)) }
+    }
+
+    /// A connection has just broken.
+    fn raise(&self) {
+        self.at_ms.store(self.now_ms(), Ordering::Relaxed);
+    }
+
+    /// Whether no connection has broken since one of this age was opened.
+    fn spares(&self, age: Duration) -> bool {
+        let age_ms = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
+        let doubted_ms = self.at_ms.load(Ordering::Relaxed);
+        doubted_ms == 0 || self.now_ms().saturating_sub(age_ms) > doubted_ms
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+/// A pool that connects when it is first used.
+pub(super) fn pool(options: PgConnectOptions, connections: u32, doubt: Doubt) -> PgPool {
+    PgPoolOptions::new()
+        .max_connections(connections)
+        .acquire_timeout(CONNECT_DEADLINE)
+        // A dead connection is found by its next statement, which is as good as a round trip before each.
+        .test_before_acquire(false)
+        .before_acquire(move |_, metadata| {
+            let spared = doubt.spares(metadata.age);
+            Box::pin(async move { Ok(spared) })
+        })
+        .connect_lazy_with(options)
+}
+
+impl Store {
+    pub(super) async fn connection(&self) -> Result<Connection, StoreError> {
+        match self.pool.acquire().await {
+            Ok(connection) => Ok(Connection { pooled: connection, doubt: self.doubt.clone() }),
+            // The pool tries for a while, and then forgets why it failed.
+            Err(sqlx::Error::PoolTimedOut) => match self.connect().await {
+                Err(error) => Err(error),
+                Ok(_) => Err(StoreError::Deadline { doing: "accept a connection", after: CONNECT_DEADLINE }),
+            },
+            Err(source) => Err(self.connect_error(source)),
+        }
+    }
+}
+
+/// A connection of the pool.
+#[derive(Debug)]
+pub(super) struct Connection {
+    pooled: sqlx::pool::PoolConnection<Postgres>,
+    doubt: Doubt,
+}
+
+impl Connection {
+    /// Runs one statement. Not cancel-safe: a connection whose statement was cancelled must be dropped by
+    /// [`Connection::discard`].
+    pub(super) async fn run<T>(
+        &mut self,
+        doing: &'static str,
+        statement: impl AsyncFnOnce(&mut sqlx::PgConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, StoreError> {
+        match tokio::time::timeout(STATEMENT_DEADLINE, statement(&mut self.pooled)).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(source)) => {
+                if is_broken(&source) {
+                    self.doubt.raise();
+                }
+                self.discard();
+                Err(StoreError::Statement { doing, source })
+            }
+            Err(_) => {
+                self.doubt.raise();
+                self.discard();
+                Err(StoreError::Deadline { doing, after: STATEMENT_DEADLINE })
+            }
+        }
+    }
+
+    /// Closes the connection instead of giving it back: the server rolls back whatever was open.
+    pub(super) fn discard(&mut self) {
+        self.pooled.close_on_drop();
+    }
+}
+
+/// Whether the connection is lost, rather than a statement refused.
+fn is_broken(error: &sqlx::Error) -> bool {
+    match error.as_database_error() {
+        // The server shuts down, has crashed, or was told to end the session.
+        Some(error) => error.code().is_some_and(|code| code.starts_with("57P")),
+        None => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn after_a_doubt_only_younger_connections_are_used() {
+        let doubt = Doubt { began: Instant::now() - Duration::from_secs(60), at_ms: Arc::default() };
+        assert!(doubt.spares(Duration::from_secs(60)), "nothing has happened");
+        doubt.raise();
+        assert!(!doubt.spares(Duration::from_millis(1)), "it was there when it happened");
+        let later = Doubt { began: doubt.began - Duration::from_secs(10), ..doubt };
+        assert!(later.spares(Duration::from_secs(9)));
+        assert!(!later.spares(Duration::from_secs(11)));
+    }
+}
