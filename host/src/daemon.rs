@@ -50,10 +50,26 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         let (broker, last) = (Arc::clone(&broker), last.clone());
         async move { Ok(broker.run(last, || _ = broker_ready.send(())).await?) }
     });
-    let prepared = prepare(&config, &store, &wake);
-    let Some(registry) = unless_ended(&mut loops, &shutdown, prepared).await?.transpose()? else {
-        return drain(loops, &last).await;
+    let state = StateDir::open(&config.state_dir)?;
+    let engine = Engine::new(Some(&state.cache()), Metering::Time)?;
+    let registry = Arc::new(Registry::new(engine, &config.plugin_dir, state, Arc::clone(&wake)));
+    // From the beginning, so that whoever asks hears what is missing.
+    let shown = Shown {
+        plugins: Arc::clone(&registry),
+        store: store.clone(),
+        broker: Arc::clone(&broker),
+        metrics,
+        health: Arc::clone(&health),
+        notify: config.notify,
     };
+    loops.spawn({
+        let shutdown = shutdown.clone();
+        async move { http.run(shown, shutdown).await }
+    });
+    let prepared = prepare(&config, &store, &registry);
+    if unless_ended(&mut loops, &shutdown, prepared).await?.transpose()?.is_none() {
+        return drain(loops, &last).await;
+    }
     if unless_ended(&mut loops, &shutdown, connected).await?.is_none() {
         return drain(loops, &last).await;
     }
@@ -86,18 +102,6 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
             plugins::watch(registry, shutdown).await;
             Ok(())
         }
-    });
-    loops.spawn({
-        let shown = Shown {
-            plugins: Arc::clone(&registry),
-            store: store.clone(),
-            broker: Arc::clone(&broker),
-            metrics,
-            health: Arc::clone(&health),
-            notify: config.notify,
-        };
-        let shutdown = shutdown.clone();
-        async move { http.run(shown, shutdown).await }
     });
     // The listener announces our kinds; before that, another daemon might hold their rows.
     if unless_ended(&mut loops, &shutdown, listening).await?.is_none() {
@@ -137,32 +141,22 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
 }
 
 /// The database, its schema, and the plugins.
-async fn prepare(config: &Config, store: &Store, wake: &Arc<Wake>) -> anyhow::Result<Arc<Registry>> {
+async fn prepare(config: &Config, store: &Store, registry: &Registry) -> anyhow::Result<()> {
     wait_for_database(store).await?;
     info!(database = store.place(), "connected to PostgreSQL");
-    let state = StateDir::open(&config.state_dir)?;
-    let engine = Engine::new(Some(&state.cache()), Metering::Time)?;
-    let registry = Arc::new(Registry::new(engine, &config.plugin_dir, state, Arc::clone(wake)));
     let loaded = registry.load_all().await;
     loaded.with_context(|| format!("could not read the plugin directory {}", config.plugin_dir.display()))?;
     if registry.current().kinds().is_empty() {
         warn!("no plugin in {}: every row is held until one comes", config.plugin_dir.display());
     }
-    Ok(registry)
+    Ok(())
 }
 
 /// Waits until the database can be used, and checks its schema.
 async fn wait_for_database(store: &Store) -> Result<(), SchemaError> {
     let mut failures = 0;
     loop {
-        let checked = async {
-            // In words, if it cannot be reached or lets nobody in.
-            store.probe().await?;
-            store.check_server().await?;
-            store.check_schema().await?;
-            Ok(store.check_rights().await?)
-        };
-        let error = match checked.await {
+        let error = match store.check().await {
             Err(SchemaError::Store(error)) => error,
             answer => return answer,
         };

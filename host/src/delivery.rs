@@ -24,6 +24,9 @@ use crate::telemetry::{self, count_expired};
 /// Rows of one batch: enough to fill the pipeline, few enough to commit within seconds.
 const BATCH: i64 = 500;
 
+/// A claim that is older is asked for before anything is published.
+const DOUBTFUL: Duration = Duration::from_secs(5);
+
 /// What a batch needs.
 #[expect(missing_debug_implementations, reason = "the plugins have none")]
 pub struct Delivery {
@@ -106,9 +109,13 @@ impl Delivery {
             settlements.push(Settlement { id: schedule.id, plugin: Some(plugin), outcome: settlement });
         }
 
+        if clock.age() > DOUBTFUL {
+            // Frozen for longer than PostgreSQL waits for us, we would publish what another daemon has published.
+            claim.confirm_held().await?;
+        }
         for (id, verdict) in self.publish(messages).await {
             let Some(sent) = in_flight.remove(&id) else { continue };
-            settlements.extend(self.arrived(sent, verdict));
+            settlements.extend(Self::arrived(sent, verdict));
         }
 
         let settled = settlements.len();
@@ -123,12 +130,17 @@ impl Delivery {
     }
 
     /// What the broker's verdict makes of a row; nothing if we do not know, since then it stays due.
-    fn arrived(&self, sent: InFlight, verdict: Verdict) -> Option<Settlement> {
+    fn arrived(sent: InFlight, verdict: Verdict) -> Option<Settlement> {
         let InFlight { schedule, plugin, event_digest, built_ms } = sent;
         let outcome = match verdict {
             Verdict::Confirmed(confirmed) => Outcome::Delivered { confirmed, event_digest, built_ms },
             Verdict::Refused(error) => refused(&schedule, error),
-            Verdict::Poison(error) => self.unbuilt(&schedule, BuildError::Failed(error)),
+            Verdict::Poison(reason) => {
+                // Tried again, it would only close more channels.
+                let Schedule { id, kind, .. } = &schedule;
+                warn!(schedule.id = %id, schedule.kind = kind, reason, "parked {id}: RabbitMQ cannot take its message");
+                Outcome::Parked(reason)
+            }
             Verdict::Unknown => return None,
         };
         Some(Settlement { id: schedule.id, plugin: Some(plugin), outcome })

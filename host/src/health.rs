@@ -65,6 +65,18 @@ impl Health {
         }
     }
 
+    /// Why rows that fall due now are not delivered now, as far as the loops know. `notify`: whether notifications are wanted.
+    #[must_use]
+    pub fn lacking(&self, notify: bool) -> Vec<String> {
+        let mut reasons = self.hanging();
+        if !self.started.load(Ordering::Relaxed) {
+            reasons.push("starting: not every part has been ready yet".into());
+        } else if notify && !self.listening.load(Ordering::Relaxed) {
+            reasons.push("not listening for notifications: the connection to PostgreSQL for them is lost".into());
+        }
+        reasons
+    }
+
     /// Why the process ought to be started anew: a loop hangs. Empty = it is alive. A server that is away is no reason.
     #[must_use]
     pub fn hanging(&self) -> Vec<String> {

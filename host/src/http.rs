@@ -141,16 +141,17 @@ async fn is_alive(State(Shown { health, .. }): State<Shown>) -> Response {
 
 /// 200 if rows that fall due now are delivered now; otherwise 503 and why not.
 async fn is_ready(State(shown): State<Shown>) -> Response {
-    let mut reasons = shown.health.hanging();
-    if shown.notify && !shown.health.listening.load(Ordering::Relaxed) {
-        reasons.push("not listening for notifications: PostgreSQL lost the connection, or never had it".into());
-    }
+    let mut reasons = shown.health.lacking(shown.notify);
     if !shown.broker.is_open() {
         reasons.push(format!("RabbitMQ at {} is away, or blocks publishing", shown.broker.place()));
     }
     // A task of its own: a statement that was sent is seen through, whoever still waits for it.
     let asked = tokio::spawn(async move {
-        shown.store.check_schema().await.map_err(anyhow::Error::from)?;
+        if shown.health.started.load(Ordering::Relaxed) {
+            shown.store.check_schema().await.map_err(anyhow::Error::from)?;
+        } else {
+            shown.store.check().await.map_err(anyhow::Error::from)?;
+        }
         shown.store.overdue().await.map_err(anyhow::Error::from)
     });
     let asked =

@@ -61,6 +61,7 @@ impl Listener {
             self.health.listening.store(false, Ordering::Relaxed);
             self.health.listener.beat();
             warn!(error = &lost as &dyn std::error::Error, "lost the connection for notifications, connecting again");
+            self.store.doubt();
             self.wake.wake();
             let delay = RECONNECT.jittered(failures);
             failures = failures.saturating_add(1);

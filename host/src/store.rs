@@ -69,6 +69,17 @@ pub enum StoreError {
         /// What is wrong, and what to do.
         why: String,
     },
+    /// Our role may not do what we asked.
+    #[error(
+        "could not {doing}: our role lacks a right; make it a member of tidings_daemon: GRANT tidings_daemon TO our_role"
+    )]
+    Rights {
+        /// What we asked.
+        doing: &'static str,
+        /// What is forbidden.
+        #[source]
+        source: sqlx::Error,
+    },
     /// It could not do what we asked.
     #[error("could not {doing}")]
     Statement {
@@ -195,7 +206,11 @@ impl Store {
             .as_database_error()
             .and_then(sqlx::error::DatabaseError::code)
             .is_some_and(|code| code.starts_with("28") || code.starts_with("3D") || code == "42501");
-        if refused {
+        let takes_no_settings =
+            source.as_database_error().is_some_and(|error| error.message().contains("startup parameter"));
+        if takes_no_settings {
+            self.unfit(server::NO_SETTINGS)
+        } else if refused {
             StoreError::Login { place: format!("{} as {}", self.place(), self.options.get_username()), source }
         } else {
             StoreError::Connect { place: self.place(), source }

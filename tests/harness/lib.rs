@@ -8,6 +8,8 @@ pub mod consumer;
 pub mod daemon;
 pub mod guests;
 pub mod pg_proxy;
+mod place;
+pub mod pooler;
 pub mod proxy;
 pub mod raw;
 pub mod servers;

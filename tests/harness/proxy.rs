@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -42,6 +42,8 @@ struct State {
     mode: watch::Sender<Mode>,
     /// Bytes until the cut.
     left: AtomicI64,
+    /// How often those that were open were given up.
+    given_up: AtomicU64,
 }
 
 impl Proxy {
@@ -53,10 +55,19 @@ impl Proxy {
     pub async fn start(port: u16, server_port: u16) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", port)).await.expect("the port is free");
         let port = listener.local_addr().expect("it is bound").port();
-        let state = Arc::new(State { mode: watch::Sender::new(Mode::Pass), left: AtomicI64::new(0) });
+        let state = Arc::new(State {
+            mode: watch::Sender::new(Mode::Pass),
+            left: AtomicI64::new(0),
+            given_up: AtomicU64::new(0),
+        });
         let mut tasks = JoinSet::new();
         tasks.spawn(accept(listener, server_port, Arc::clone(&state)));
         Self { port, state, _tasks: tasks }
+    }
+
+    /// Swallows, from now on and for ever, whatever goes through the connections that are open; new ones are as the mode says.
+    pub fn swallow_those_open(&self) {
+        self.state.given_up.fetch_add(1, Ordering::SeqCst);
     }
 
     /// Changes what happens from now on, to open connections as well.
@@ -75,6 +86,7 @@ async fn accept(listener: TcpListener, server_port: u16, state: Arc<State>) {
         let state = Arc::clone(&state);
         connections.spawn(async move {
             let mut mode = state.mode.subscribe();
+            let born = state.given_up.load(Ordering::SeqCst);
             if *mode.borrow() == Mode::Cut {
                 return;
             }
@@ -83,9 +95,9 @@ async fn accept(listener: TcpListener, server_port: u16, state: Arc<State>) {
             let (client_read, client_write) = client.into_split();
             let (server_read, server_write) = upstream.into_split();
             tokio::select! {
-                () = pump(client_read, server_write, &state, false) => {}
-                () = pump(server_read, client_write, &state, true) => {}
-                _ = mode.wait_for(|mode| *mode == Mode::Cut) => {}
+                () = pump(client_read, server_write, &state, born, false) => {}
+                () = pump(server_read, client_write, &state, born, true) => {}
+                _ = async { mode.wait_for(|mode| *mode == Mode::Cut).await.map(|mode| *mode) } => {}
             }
         });
         // Ended ones are forgotten.
@@ -93,11 +105,12 @@ async fn accept(listener: TcpListener, server_port: u16, state: Arc<State>) {
     }
 }
 
-async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, state: &State, answers: bool) {
+async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, state: &State, born: u64, answers: bool) {
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(length @ 1..) = from.read(&mut buffer).await {
         let mode = *state.mode.borrow();
         let passed = match mode {
+            _ if state.given_up.load(Ordering::SeqCst) != born => 0,
             Mode::Swallow => 0,
             Mode::SwallowAnswers if answers => 0,
             Mode::Pass | Mode::Cut | Mode::SwallowAnswers => length,

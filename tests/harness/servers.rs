@@ -3,10 +3,9 @@
 //! program holds, stops them by pid, and removes their data.
 
 use std::fs;
-use std::io::Write as _;
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::process::CommandExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -15,7 +14,8 @@ use anyhow::{Context as _, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::setup::{self, Programs};
+use crate::place::{Place, as_user, logs, start_epmd};
+use crate::setup;
 
 /// Hands the ports of running servers on to the programs that are started after it.
 const PORTS: &str = "HARNESS_PORTS";
@@ -48,18 +48,6 @@ struct Running {
     children: Vec<Child>,
     reaper: Child,
     place: Place,
-}
-
-/// How the servers are started, and started again.
-#[derive(Debug)]
-struct Place {
-    programs: Programs,
-    dir: PathBuf,
-    postgres_port: u16,
-    rabbitmq_port: u16,
-    distribution_port: u16,
-    epmd_port: u16,
-    management_port: u16,
 }
 
 impl Servers {
@@ -156,16 +144,45 @@ impl Servers {
         self.wait()
     }
 
+    /// Starts a standby that follows this PostgreSQL. It ends with what is returned.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be made, or the servers belong to others.
+    pub fn standby(&self) -> anyhow::Result<Standby> {
+        let Running { place, .. } = self.running.as_ref().context("only servers of our own")?;
+        let [port] = free_ports()?;
+        let dir = place.dir.join("standby");
+        let place = Place { dir: dir.clone(), postgres_port: port, programs: setup::servers()?, ..*place };
+        place.prepare_standby(self.postgres_port)?;
+        let standby = Standby { port, child: place.start_postgres()? };
+        wait_for("the standby", port, Instant::now() + START_DEADLINE).with_context(|| logs(&dir))?;
+        Ok(standby)
+    }
+
     /// Lets RabbitMQ believe that its memory is used up, or that it is not.
     ///
     /// # Errors
     ///
     /// When it cannot be told.
     pub fn memory_alarm(&self, on: bool) -> anyhow::Result<()> {
+        self.rabbitmqctl(&["set_vm_memory_high_watermark", "absolute", if on { "1MB" } else { "8GB" }])
+    }
+
+    /// Has RabbitMQ close channels, from the next one on, over messages of more bytes than this.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be told.
+    pub fn largest_message(&self, bytes: usize) -> anyhow::Result<()> {
+        self.rabbitmqctl(&["eval", &format!("application:set_env(rabbit, max_message_size, {bytes}).")])
+    }
+
+    fn rabbitmqctl(&self, arguments: &[&str]) -> anyhow::Result<()> {
         let Running { place, .. } = self.running.as_ref().context("only servers of our own")?;
         let status = as_user("rabbitmq", &place.programs.rabbitmq.join("rabbitmqctl"))
-            .args(["--node", &format!("t{}@localhost", place.rabbitmq_port), "set_vm_memory_high_watermark"])
-            .args(if on { ["absolute", "1MB"] } else { ["absolute", "8GB"] })
+            .args(["--node", &format!("t{}@localhost", place.rabbitmq_port)])
+            .args(arguments)
             .env("HOME", place.dir.join("rabbitmq/home"))
             .env("ERL_EPMD_PORT", place.epmd_port.to_string())
             .stdout(Stdio::null())
@@ -182,14 +199,37 @@ impl Servers {
             ("RabbitMQ", self.rabbitmq_port),
             ("RabbitMQ's management", self.management_port),
         ] {
-            while TcpStream::connect(("127.0.0.1", port)).is_err() {
-                if Instant::now() > deadline {
-                    bail!("{what} did not listen on port {port} within {} s", START_DEADLINE.as_secs());
-                }
-                std::thread::sleep(Duration::from_millis(50));
-            }
+            wait_for(what, port, deadline)?;
         }
         Ok(())
+    }
+}
+
+fn wait_for(what: &str, port: u16, deadline: Instant) -> anyhow::Result<()> {
+    while TcpStream::connect(("127.0.0.1", port)).is_err() {
+        if Instant::now() > deadline {
+            bail!("{what} did not listen on port {port} within {} s", START_DEADLINE.as_secs());
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+/// A PostgreSQL that follows another; killed when dropped.
+#[derive(Debug)]
+pub struct Standby {
+    /// Where it listens.
+    pub port: u16,
+    child: Child,
+}
+
+impl Drop for Standby {
+    fn drop(&mut self) {
+        // At once, with its children.
+        if let Ok(pid) = i32::try_from(self.child.id()) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGQUIT);
+        }
+        let _ = self.child.wait();
     }
 }
 
@@ -219,29 +259,6 @@ fn free_ports<const N: usize>() -> anyhow::Result<[u16; N]> {
     ports.try_into().map_err(|_| anyhow::anyhow!("as many ports as asked for"))
 }
 
-/// A command that runs as `user` if we are root (both servers refuse root or should), with nothing inherited.
-fn as_user(user: &str, program: &Path) -> Command {
-    let mut command = if nix::unistd::geteuid().is_root() {
-        let mut command = Command::new("setpriv");
-        command.args([&format!("--reuid={user}"), &format!("--regid={user}"), "--clear-groups", "--"]).arg(program);
-        command
-    } else {
-        Command::new(program)
-    };
-    command.env_clear().env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin").env("LANG", "C.UTF-8").stdin(Stdio::null());
-    // A Ctrl-C in the terminal is for us; they are stopped in order.
-    command.process_group(0);
-    command
-}
-
-fn own(user: &str, dir: &Path) -> anyhow::Result<()> {
-    if nix::unistd::geteuid().is_root() {
-        let status = Command::new("chown").arg("-R").arg(format!("{user}:")).arg(dir).status()?;
-        anyhow::ensure!(status.success(), "could not give {} to {user}", dir.display());
-    }
-    Ok(())
-}
-
 /// The processes that `parent` has started.
 fn children_of(parent: u32) -> Vec<u32> {
     let pids =
@@ -253,116 +270,6 @@ fn children_of(parent: u32) -> Vec<u32> {
         of == Some(parent)
     })
     .collect()
-}
-
-impl Place {
-    fn prepare_postgres(&self) -> anyhow::Result<()> {
-        let Self { programs, dir, postgres_port: port, .. } = self;
-        let home = dir.join("postgres");
-        let data = home.join("data");
-        fs::create_dir_all(&home)?;
-        own("postgres", &home)?;
-        let log = fs::File::create(dir.join("postgres.log"))?;
-        let initdb = as_user("postgres", &programs.postgres.join("initdb"))
-            .current_dir(&home)
-            .args([
-                "--auth=trust",
-                "--username=postgres",
-                "--no-sync",
-                "--encoding=UTF8",
-                "--locale=C.UTF-8",
-                "--pgdata",
-            ])
-            .arg(&data)
-            .stdout(log.try_clone()?)
-            .stderr(log.try_clone()?)
-            .status()
-            .context("could not run initdb")?;
-        anyhow::ensure!(initdb.success(), "initdb failed: {}", logs(dir));
-        let mut settings = fs::OpenOptions::new().append(true).open(data.join("postgresql.conf"))?;
-        writeln!(
-            settings,
-            "listen_addresses = '127.0.0.1'\nport = {port}\nunix_socket_directories = ''\nmax_connections = 300\nmax_prepared_transactions = 10\nfsync = off\ntrack_commit_timestamp = on"
-        )?;
-        Ok(())
-    }
-
-    fn start_postgres(&self) -> anyhow::Result<Child> {
-        let home = self.dir.join("postgres");
-        let log = fs::OpenOptions::new().append(true).create(true).open(self.dir.join("postgres.log"))?;
-        as_user("postgres", &self.programs.postgres.join("postgres"))
-            .current_dir(&home)
-            .arg("-D")
-            .arg(home.join("data"))
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .context("could not start postgres")
-    }
-
-    fn prepare_rabbitmq(&self) -> anyhow::Result<()> {
-        let Self { dir, management_port, .. } = self;
-        let home = dir.join("rabbitmq");
-        for part in ["home", "mnesia", "log", "schema", "config"] {
-            fs::create_dir_all(home.join(part))?;
-        }
-        fs::write(home.join("enabled_plugins"), "[rabbitmq_management].")?;
-        fs::write(
-            home.join("rabbitmq.conf"),
-            format!(
-                "loopback_users = none\nmanagement.tcp.port = {management_port}\nmanagement.tcp.ip = 127.0.0.1\n\
-             disk_free_limit.absolute = 50MB\n"
-            ),
-        )?;
-        own("rabbitmq", &home)
-    }
-
-    fn start_rabbitmq(&self) -> anyhow::Result<Child> {
-        let Self { programs, dir, rabbitmq_port: port, distribution_port, epmd_port, .. } = self;
-        let home = dir.join("rabbitmq");
-        let log = fs::OpenOptions::new().append(true).create(true).open(dir.join("rabbitmq.log"))?;
-        as_user("rabbitmq", &programs.rabbitmq.join("rabbitmq-server"))
-            .current_dir(&home)
-            .arg("-noinput")
-            .env("HOME", home.join("home"))
-            .env("RABBITMQ_NODENAME", format!("t{port}@localhost"))
-            .env("RABBITMQ_NODE_IP_ADDRESS", "127.0.0.1")
-            .env("RABBITMQ_NODE_PORT", port.to_string())
-            .env("RABBITMQ_DIST_PORT", distribution_port.to_string())
-            .env("ERL_EPMD_PORT", epmd_port.to_string())
-            .env("ERL_EPMD_ADDRESS", "127.0.0.1")
-            .env("RABBITMQ_MNESIA_BASE", home.join("mnesia"))
-            .env("RABBITMQ_LOG_BASE", home.join("log"))
-            .env("RABBITMQ_SCHEMA_DIR", home.join("schema"))
-            .env("RABBITMQ_GENERATED_CONFIG_DIR", home.join("config"))
-            .env("RABBITMQ_CONF_ENV_FILE", "/dev/null")
-            .env("RABBITMQ_CONFIG_FILE", home.join("rabbitmq.conf"))
-            .env("RABBITMQ_ENABLED_PLUGINS_FILE", home.join("enabled_plugins"))
-            .env("RABBITMQ_PID_FILE", home.join("pid"))
-            // The script then becomes the server, and the pid we have is the server's.
-            .env("RABBITMQ_ALLOW_INPUT", "1")
-            .env("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", "+S 2:2 +sbwt none")
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .context("could not start rabbitmq-server")
-    }
-}
-
-fn start_epmd(dir: &Path, port: u16) -> anyhow::Result<Child> {
-    // RabbitMQ would start one that outlives it. In the foreground it is a child that we can stop.
-    let log = fs::File::create(dir.join("epmd.log"))?;
-    let epmd = ["/usr/bin/epmd", "/usr/local/bin/epmd", "/opt/homebrew/bin/epmd"].map(PathBuf::from);
-    let epmd = epmd
-        .into_iter()
-        .find(|path| path.exists())
-        .context("epmd, a part of Erlang, is in none of the usual places")?;
-    as_user("rabbitmq", &epmd)
-        .args(["-port", &port.to_string(), "-address", "127.0.0.1"])
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .spawn()
-        .context("could not start epmd")
 }
 
 /// Waits for the end of its input, that is of us, and then stops `children` in order.
@@ -378,15 +285,4 @@ fn start_reaper(dir: &Path, children: &[Child]) -> anyhow::Result<Child> {
     command.arg("-c").arg(SCRIPT).arg(dir).args(children.iter().map(|child| child.id().to_string()));
     command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
     command.spawn().context("could not start the shell that stops the servers")
-}
-
-/// The ends of the servers' logs.
-fn logs(dir: &Path) -> String {
-    let mut text = String::from("the servers did not start");
-    for name in ["postgres.log", "epmd.log", "rabbitmq.log"] {
-        let log = fs::read_to_string(dir.join(name)).unwrap_or_default();
-        let lines: Vec<&str> = log.lines().collect();
-        text.extend(["\n--- ", name, "\n", &lines[lines.len().saturating_sub(15)..].join("\n")]);
-    }
-    text
 }

@@ -37,6 +37,22 @@ pub fn servers() -> anyhow::Result<Programs> {
     })
 }
 
+/// Finds PgBouncer, or installs it.
+///
+/// # Errors
+///
+/// As [`servers`].
+pub fn pgbouncer() -> anyhow::Result<PathBuf> {
+    let find = || {
+        let usual = ["/usr/sbin", "/usr/local/bin", "/opt/homebrew/bin"].map(PathBuf::from);
+        usual.into_iter().chain(search_path()).map(|dir| dir.join("pgbouncer")).find(|path| path.exists())
+    };
+    if find().is_none() {
+        install(&["pgbouncer"]).context("PgBouncer is needed; install it and try again")?;
+    }
+    find().context("pgbouncer is in none of the usual places")
+}
+
 fn postgres() -> Option<PathBuf> {
     let mut versions: Vec<PathBuf> = std::fs::read_dir("/usr/lib/postgresql")
         .into_iter()

@@ -234,11 +234,8 @@ fn doubling(faults: &[Fault], from_ms: i64, until_ms: i64) -> Option<&'static st
 /// What was broken, or just mended, in this time.
 fn class(faults: &[Fault], from_ms: i64, until_ms: i64) -> &'static str {
     let mut broken = faults.iter().filter(|fault| fault.overlaps(from_ms, until_ms, DELAYS_MS));
-    match (broken.next(), broken.next()) {
-        (None, _) => "nothing",
-        (Some(fault), None) => fault.what,
-        (Some(_), Some(_)) => "several things",
-    }
+    let Some(first) = broken.next() else { return "nothing" };
+    if broken.all(|fault| fault.what == first.what) { first.what } else { "several things" }
 }
 
 impl Fault {

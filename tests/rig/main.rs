@@ -224,7 +224,10 @@ fn report(verdict: &Verdict, nemesis: &Nemesis) {
         *kinds.entry(fault.what).or_default() += 1;
     }
     let Verdict { committed, cancelled, arrived, expired, replayed, stale, duplicates, .. } = verdict;
-    println!("\n{} faults, second copies because of them, and after how long lateness was below 1 s again:", nemesis.faults.len());
+    println!(
+        "\n{} faults, second copies because of them, and after how long lateness was below 1 s again:",
+        nemesis.faults.len()
+    );
     for (what, count) in kinds {
         let doubled = duplicates.get(what).copied().unwrap_or_default();
         let mut normal = verdict.normal_after.get(what).cloned().unwrap_or_default();

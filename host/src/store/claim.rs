@@ -122,6 +122,17 @@ impl Store {
 }
 
 impl Claim {
+    /// Whether the rows are still ours, after a long time in which the server may have given us up.
+    ///
+    /// # Errors
+    ///
+    /// When they are not.
+    pub async fn confirm_held(&mut self) -> Result<(), StoreError> {
+        let connection = &mut self.transaction.connection;
+        let alive = async |connection: &mut sqlx::PgConnection| sqlx::query("SELECT 1").execute(connection).await;
+        connection.run("say whether a claim still holds", alive).await.map(drop)
+    }
+
     /// The database clock, as of this claim.
     #[must_use]
     pub fn clock(&self) -> DatabaseClock {

@@ -24,7 +24,7 @@ impl Doubt {
     }
 
     /// A connection has just broken.
-    fn raise(&self) {
+    pub(super) fn raise(&self) {
         self.at_ms.store(self.now_ms(), Ordering::Relaxed);
     }
 
@@ -55,6 +55,11 @@ pub(super) fn pool(options: PgConnectOptions, connections: u32, doubt: Doubt) ->
 }
 
 impl Store {
+    /// Some connection of ours has broken: none of the pool that was open then is used again.
+    pub fn doubt(&self) {
+        self.doubt.raise();
+    }
+
     pub(super) async fn connection(&self) -> Result<Connection, StoreError> {
         match self.pool.acquire().await {
             Ok(connection) => Ok(Connection { pooled: connection, doubt: self.doubt.clone() }),
@@ -90,7 +95,13 @@ impl Connection {
                     self.doubt.raise();
                 }
                 self.discard();
-                Err(StoreError::Statement { doing, source })
+                let is_forbidden =
+                    source.as_database_error().is_some_and(|error| error.code().as_deref() == Some("42501"));
+                Err(if is_forbidden {
+                    StoreError::Rights { doing, source }
+                } else {
+                    StoreError::Statement { doing, source }
+                })
             }
             Err(_) => {
                 self.doubt.raise();

@@ -2,21 +2,38 @@
 
 use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection, Row as _};
 
-use super::{CONNECT_DEADLINE, STATEMENT_DEADLINE, Store, StoreError};
+use super::{CONNECT_DEADLINE, STATEMENT_DEADLINE, SchemaError, Store, StoreError};
 
 /// What the daemon does with each table, and must have the right to.
-const RIGHTS: [(&str, &[&str]); 4] = [
+const RIGHTS: [(&str, &[&str]); 5] = [
+    ("_sqlx_migrations", &["SELECT"]),
     ("schedules", &["SELECT", "UPDATE", "DELETE"]),
     ("deliveries", &["SELECT", "INSERT", "DELETE"]),
     ("parked", &["SELECT", "INSERT", "DELETE"]),
     ("passes", &["SELECT", "INSERT", "UPDATE"]),
 ];
 
-/// What is wrong behind such a pooler, and what to do.
-pub(super) const SHARED: &str = "our sessions are shared, as behind PgBouncer in transaction mode, and notifications and session locks do not \
-    work there; give PostgreSQL's own address, or a pooler in session mode";
+/// What is wrong behind a pooler that lends sessions out, and what to do.
+const SHARED: &str = "our sessions are shared, as behind PgBouncer in transaction mode, and notifications and session locks do not \
+    work there; give PostgreSQL's own address: Tidings keeps about ten connections";
+/// What is wrong in front of a pooler that does not know the settings of a session, and what to do.
+pub(super) const NO_SETTINGS: &str = "what stands in front of it, a pooler for instance, does not pass our settings on, and without them a frozen \
+    daemon would keep its rows for ever; give PostgreSQL's own address: Tidings keeps about ten connections";
 
 impl Store {
+    /// Everything that a daemon needs of its database.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong and what to do.
+    pub async fn check(&self) -> Result<(), SchemaError> {
+        // In words, if it cannot be reached or lets nobody in.
+        self.probe().await?;
+        self.check_server().await?;
+        self.check_rights().await?;
+        self.check_schema().await
+    }
+
     /// Checks that the server is the primary, and that nobody shares our sessions.
     ///
     /// # Errors
@@ -45,21 +62,25 @@ impl Store {
         let (mut one, mut other) = (self.connect().await?, self.connect().await?);
         let asked = tokio::time::timeout(STATEMENT_DEADLINE, async {
             one.execute(AssertSqlSafe(format!("SET tidings.session = '{mark}'"))).await?;
-            session_mark(&mut other).await
+            session(&mut other).await
         });
         let doing = "say whether a session is ours alone";
         let seen = match asked.await {
             Ok(seen) => seen.map_err(|source| StoreError::Statement { doing, source })?,
             Err(_) => return Err(StoreError::Deadline { doing, after: STATEMENT_DEADLINE }),
         };
+        let (seen, settings_stand) = seen;
         if seen == Some(mark) {
             return Err(self.unfit(SHARED));
+        }
+        if !settings_stand {
+            return Err(self.unfit(NO_SETTINGS));
         }
         let _ = tokio::time::timeout(CONNECT_DEADLINE, async { tokio::join!(one.close(), other.close()) }).await;
         Ok(())
     }
 
-    /// Checks that our role may do with each table what we do with it. The schema is known to be there.
+    /// Checks that our role may do with each table what we do with it. Tables that are missing are another matter.
     ///
     /// # Errors
     ///
@@ -77,7 +98,7 @@ impl Store {
                     r#"
                     SELECT r.may || ' ' || r.relation AS "missing!"
                     FROM unnest($1::text[], $2::text[]) AS r (relation, may)
-                    WHERE NOT has_table_privilege(r.relation, r.may)
+                    WHERE NOT has_table_privilege(to_regclass(r.relation), r.may)
                     "#,
                     &tables,
                     &rights,
@@ -95,11 +116,15 @@ impl Store {
         )))
     }
 
-    fn unfit(&self, why: &str) -> StoreError {
+    pub(super) fn unfit(&self, why: &str) -> StoreError {
         StoreError::Unfit { place: self.place(), why: why.to_owned() }
     }
 }
 
-async fn session_mark(connection: &mut PgConnection) -> Result<Option<String>, sqlx::Error> {
-    connection.fetch_one("SELECT current_setting('tidings.session', true)").await?.try_get(0)
+/// What `tidings.session` is, and whether a setting that we asked for when we connected stands.
+async fn session(connection: &mut PgConnection) -> Result<(Option<String>, bool), sqlx::Error> {
+    let asked = "SELECT current_setting('tidings.session', true),
+                        current_setting('idle_in_transaction_session_timeout') = '30s'";
+    let row = connection.fetch_one(asked).await?;
+    Ok((row.try_get(0)?, row.try_get(1)?))
 }

@@ -1,0 +1,106 @@
+//! What the daemon says of its own health: `/livez` and `/readyz`, each with reasons.
+
+use harness::daemon::Daemon;
+use harness::eventually;
+use harness::proxy::{Mode, Proxy};
+use harness::world::{World, amqp_url, database_url};
+use sqlx::Executor as _;
+
+/// Status and body of what a daemon answers.
+async fn ask(daemon: &mut Daemon, path: &str) -> (u16, serde_json::Value) {
+    let url = format!("http://{}{path}", daemon.http_addr().await);
+    let asked = tokio::task::spawn_blocking(move || {
+        let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
+        let mut answer = agent.get(&url).call().expect("an answer");
+        let body = answer.body_mut().read_to_string().expect("text");
+        (answer.status().as_u16(), serde_json::from_str(&body).expect("JSON"))
+    });
+    asked.await.expect("asked")
+}
+
+/// Waits until the daemon is not ready for a reason that contains `part`, and alive all the same.
+async fn until_unready(daemon: &mut Daemon, part: &str) {
+    let what = format!("the reason {part:?}");
+    eventually(&what, async || {
+        let (status, body) = ask(daemon, "/readyz").await;
+        let reasons = body["reasons"].as_array().expect("reasons");
+        assert_eq!(status == 200, reasons.is_empty(), "{body}");
+        assert_eq!(body["ready"], reasons.is_empty(), "{body}");
+        reasons.iter().any(|reason| reason.as_str().is_some_and(|reason| reason.contains(part))).then_some(())
+    })
+    .await;
+    let (status, body) = ask(daemon, "/livez").await;
+    assert_eq!(
+        (status, &body["alive"]),
+        (200, &true.into()),
+        "a server that is away is no reason to be started anew: {body}"
+    );
+}
+
+async fn until_ready(daemon: &mut Daemon) {
+    eventually("being ready", async || (ask(daemon, "/readyz").await.0 == 200).then_some(())).await;
+}
+
+#[tokio::test]
+async fn a_broker_that_is_away_is_a_reason_with_its_address_until_it_is_back() {
+    let world = World::with(&["message"]).await;
+    let proxy = Proxy::start(0, world.ports().1).await;
+    let mut daemon = world.launch().with("TIDINGS_AMQP_URL", amqp_url(proxy.port, &world.name)).ready().await;
+    until_ready(&mut daemon).await;
+
+    proxy.set(Mode::Cut);
+    until_unready(&mut daemon, &format!("RabbitMQ at 127.0.0.1:{}/{} is away", proxy.port, world.name)).await;
+    proxy.set(Mode::Pass);
+    until_ready(&mut daemon).await;
+}
+
+#[tokio::test]
+async fn a_database_that_is_away_or_silent_is_a_reason_until_it_is_back() {
+    let world = World::with(&["message"]).await;
+    let proxy = Proxy::start(0, world.ports().0).await;
+    let mut daemon = world.launch().with("TIDINGS_DATABASE_URL", database_url(proxy.port, &world.name)).ready().await;
+    until_ready(&mut daemon).await;
+
+    proxy.set(Mode::Swallow);
+    until_unready(&mut daemon, "PostgreSQL did not answer within 3 s").await;
+    proxy.set(Mode::Cut);
+    until_unready(&mut daemon, "not listening for notifications").await;
+    proxy.set(Mode::Pass);
+    until_ready(&mut daemon).await;
+}
+
+#[tokio::test]
+async fn before_it_has_started_it_answers_and_says_what_it_waits_for() {
+    let world = World::empty().await;
+    let proxy = Proxy::start(0, world.ports().0).await;
+    proxy.set(Mode::Cut);
+    let mut daemon = world.launch().with("TIDINGS_DATABASE_URL", database_url(proxy.port, &world.name)).start();
+
+    until_unready(&mut daemon, "starting").await;
+    until_unready(&mut daemon, &format!("could not reach PostgreSQL at 127.0.0.1:{}", proxy.port)).await;
+    proxy.set(Mode::Pass);
+    until_ready(&mut daemon).await;
+}
+
+#[tokio::test]
+async fn a_row_that_is_late_is_a_reason_until_it_is_delivered_and_a_held_or_expired_one_is_none() {
+    let world = World::with(&["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    world
+        .sql(
+            r#"INSERT INTO tidings.schedules (kind, due_at, not_before, payload) VALUES
+               ('message', now() - interval '1 minute', now() - interval '1 minute', '{"routing_key": "a", "body": 1}'),
+               ('nobody', now() - interval '1 hour', now() - interval '1 hour', '{}')"#,
+        )
+        .await;
+    // Somebody works on it, so that nobody can deliver it.
+    let mut busy = world.db.begin().await.expect("a transaction");
+    busy.execute("SELECT FROM tidings.schedules WHERE kind = 'message' FOR UPDATE").await.expect("locked");
+    let mut daemon = world.daemon().await;
+
+    until_unready(&mut daemon, "late: a row that nothing holds back has been due for 6").await;
+    busy.rollback().await.expect("rolled back");
+    inbox.next().await;
+    world.until("SELECT held FROM tidings.schedules WHERE kind = 'nobody'").await;
+    until_ready(&mut daemon).await;
+}
