@@ -1,6 +1,8 @@
 //! What the process tells of itself: the log, text on standard error with levels by `RUST_LOG`, and the metrics, for
 //! Prometheus. Every metric has its name here and nowhere else, and is there from the start.
 
+mod bounded;
+
 use std::io::IsTerminal as _;
 use std::time::Duration;
 
@@ -10,6 +12,7 @@ use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use tracing_subscriber::EnvFilter;
 
 use crate::dead_letter::Tally;
+use bounded::Bounded;
 
 /// Without `RUST_LOG`. The clients log the errors that they return as well, and we log those once.
 const DEFAULT: &str = "info,lapin=off,sqlx=off";
@@ -50,6 +53,7 @@ pub fn start() {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
+        .map_event_format(Bounded::new)
         .init();
 }
 

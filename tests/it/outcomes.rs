@@ -246,3 +246,18 @@ async fn old_history_is_removed_and_nothing_else() {
     world.until("SELECT count(*) = 2 AND min(finished_at) > now() - interval '2 days' FROM tidings.deliveries").await;
     assert_eq!(world.value::<i64>("SELECT count(*) FROM tidings.schedules").await, 1);
 }
+
+#[tokio::test]
+async fn a_thousand_rows_that_fail_alike_are_all_parked_and_do_not_flood_the_log() {
+    let world = World::with(&["misbehave"]).await;
+    let daemon = world.daemon().await;
+
+    world
+        .sql("INSERT INTO tidings.schedules (kind, due_at) SELECT 'invalid', now() FROM generate_series(1, 1000)")
+        .await;
+
+    world.until("SELECT count(*) = 1000 FROM tidings.parked").await;
+    let lines = daemon.log().matches("its plugin cannot use it").count();
+    // On a busy machine the rows may take longer than one of the log's whiles.
+    assert!((200..1000).contains(&lines), "{lines} lines");
+}
