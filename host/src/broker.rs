@@ -36,6 +36,8 @@ pub use publisher::{Confirmed, Verdict};
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 /// For each declaration and each new channel.
 const RPC_DEADLINE: Duration = Duration::from_secs(5);
+/// How long we say good-bye.
+const CLOSE_DEADLINE: Duration = Duration::from_secs(1);
 
 /// The type of the queues that the daemon declares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
