@@ -13,7 +13,9 @@
 
 mod connection;
 mod dead_letters;
+mod doctor;
 mod headers;
+mod management;
 mod publisher;
 mod sieve;
 mod topology;
@@ -30,6 +32,8 @@ use crate::secret_url::SecretUrl;
 use crate::wake::Wake;
 
 pub use dead_letters::{DeadLetters, Letter, Pile, Sending, Sent};
+pub use doctor::{Found, Own, Visit};
+pub use management::{Management, ManagementError, Policy};
 pub use publisher::{Confirmed, Verdict};
 
 /// For a connection, logging in included.

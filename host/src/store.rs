@@ -4,7 +4,9 @@
 //! Every wait for the server is bounded and named. A connection that a wait was given up on is closed, never given back
 //! to the pool, where it would be waited for again.
 
+mod backlog;
 mod claim;
+mod doctor;
 mod history;
 mod kinds;
 mod parked;
@@ -12,6 +14,7 @@ mod pass;
 mod schema;
 mod server;
 mod settle;
+mod shape;
 
 use std::str::FromStr as _;
 use std::time::Duration;
@@ -23,7 +26,9 @@ use thiserror::Error;
 use crate::secret_url::SecretUrl;
 use crate::wake::Outlook;
 
+pub use backlog::{ENOUGH, Late};
 pub use claim::Claim;
+pub use doctor::{Holder, Holding, ServerVersion, Skew, TOO_LONG};
 pub use history::Delivered;
 pub(crate) use kinds::{announce, withdraw};
 pub use parked::ParkedRow;
