@@ -13,7 +13,9 @@
 
 mod connection;
 mod dead_letters;
+mod doctor;
 mod headers;
+mod management;
 mod publisher;
 mod sieve;
 mod topology;
@@ -30,12 +32,16 @@ use crate::secret_url::SecretUrl;
 use crate::wake::Wake;
 
 pub use dead_letters::{DeadLetters, Letter, Pile, Sending, Sent};
+pub use doctor::{Found, Own, Visit};
+pub use management::{Management, ManagementError, Policy};
 pub use publisher::{Confirmed, Verdict};
 
 /// For a connection, logging in included.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 /// For each declaration and each new channel.
 const RPC_DEADLINE: Duration = Duration::from_secs(5);
+/// How long we say good-bye.
+const CLOSE_DEADLINE: Duration = Duration::from_secs(1);
 
 /// The type of the queues that the daemon declares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,6 +2,7 @@
 //! schema is not ours; 66 not found; 1 anything else.
 
 mod dead;
+mod doctor;
 mod migrate;
 mod parked;
 mod plugin;
@@ -13,7 +14,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::config::{DatabaseArgs, Mistakes, RunArgs};
+use crate::config::{DatabaseArgs, DoctorArgs, Mistakes, RunArgs};
 
 /// Wrong usage or settings (`EX_USAGE` of sysexits.h).
 const USAGE: u8 = 64;
@@ -34,6 +35,8 @@ struct Cli {
 enum Command {
     /// Runs the daemon
     Run(Box<RunArgs>),
+    /// Checks a deployment from outside, with the daemon's settings: what is well, what is not, and what to do
+    Doctor(Box<DoctorArgs>),
     /// Lists, replays or drops the dead letters
     #[command(subcommand)]
     Dead(dead::Command),
@@ -67,6 +70,7 @@ pub fn main() -> ExitCode {
             Ok(config) => runtime.block_on(run::run(config)),
             Err(mistakes) => usage(&mistakes),
         },
+        Command::Doctor(args) => runtime.block_on(doctor::run(*args)),
         Command::Dead(command) => runtime.block_on(dead::run(command)),
         Command::Parked(command) => runtime.block_on(parked::run(command)),
         Command::Plugin(command) => runtime.block_on(plugin::run(command)),

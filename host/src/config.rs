@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use crate::broker::{BrokerSettings, QueueType};
+use crate::broker::{BrokerSettings, Management, QueueType};
 use crate::secret_url::SecretUrl;
 
 /// Where the database is: all that `tidings migrate` needs.
@@ -84,6 +84,16 @@ pub struct RunArgs {
     history_days: String,
 }
 
+/// The settings of `tidings doctor`, as they were typed: the daemon's, which it checks as well, and one of its own.
+#[derive(Args, Debug)]
+pub struct DoctorArgs {
+    #[command(flatten)]
+    run: RunArgs,
+    /// Where RabbitMQ's management API is, such as `http://user:password@host:15672`: policies and alarms are seen there
+    #[arg(long, env = "TIDINGS_MANAGEMENT_URL", hide_env_values = true, value_name = "URL")]
+    management_url: Option<String>,
+}
+
 /// Where the two servers are, checked.
 #[derive(Clone, Debug)]
 pub struct ServerSettings {
@@ -100,7 +110,7 @@ pub struct ServerSettings {
 pub struct Config {
     /// Where the two servers are.
     pub servers: ServerSettings,
-    /// `TIDINGS_PLUGIN_DIR`, an existing directory.
+    /// `TIDINGS_PLUGIN_DIR`; for the daemon, an existing directory.
     pub plugin_dir: PathBuf,
     /// `TIDINGS_STATE_DIR`
     pub state_dir: PathBuf,
@@ -244,18 +254,24 @@ impl RunArgs {
     /// With all mistakes.
     pub fn check(self) -> Result<Config, Mistakes> {
         let mut mistakes = unknown_variables();
-        let servers = self.servers.settings(&mut mistakes);
-        let plugin_dir = match self.plugin_dir.filter(|dir| !dir.is_empty()).map(PathBuf::from) {
-            None => {
-                mistakes.push("TIDINGS_PLUGIN_DIR is not set: give the directory with the plugins".into());
-                None
-            }
-            Some(dir) if !dir.is_dir() => {
-                mistakes.push(format!("TIDINGS_PLUGIN_DIR is {}, which is not a directory", dir.display()));
-                None
-            }
-            dir => dir,
-        };
+        if let Some(dir) = self.given_plugin_dir().filter(|dir| !dir.is_dir()) {
+            mistakes.push(format!("TIDINGS_PLUGIN_DIR is {}, which is not a directory", dir.display()));
+        }
+        let config = self.settings(&mut mistakes);
+        config.filter(|_| mistakes.is_empty()).ok_or(Mistakes(mistakes))
+    }
+
+    fn given_plugin_dir(&self) -> Option<PathBuf> {
+        self.plugin_dir.as_deref().filter(|dir| !dir.is_empty()).map(PathBuf::from)
+    }
+
+    /// The settings, whatever is at the places that they name.
+    fn settings(self, mistakes: &mut Vec<String>) -> Option<Config> {
+        let plugin_dir = self.given_plugin_dir();
+        if plugin_dir.is_none() {
+            mistakes.push("TIDINGS_PLUGIN_DIR is not set: give the directory with the plugins".into());
+        }
+        let servers = self.servers.settings(mistakes);
         let state_dir = self.state.dir();
         if plugin_dir.as_deref().is_some_and(|plugins| state_dir.starts_with(plugins)) {
             mistakes.push(format!(
@@ -263,7 +279,7 @@ impl RunArgs {
                 state_dir.display()
             ));
         }
-        let http_addr = self.http.addr(&mut mistakes);
+        let http_addr = self.http.addr(mistakes);
         let notify = match self.notify.as_str() {
             "on" => Some(true),
             "off" => Some(false),
@@ -272,33 +288,51 @@ impl RunArgs {
                 None
             }
         };
-        let sweep_ms = number("TIDINGS_SWEEP_MS", &self.sweep_ms, 10, 3_600_000, &mut mistakes);
+        let sweep_ms = number("TIDINGS_SWEEP_MS", &self.sweep_ms, 10, 3_600_000, mistakes);
         let interval = &self.replay_interval_ms;
-        let replay_interval_ms = number("TIDINGS_REPLAY_INTERVAL_MS", interval, 1_000, 86_400_000, &mut mistakes);
-        let max_attempts = number("TIDINGS_MAX_ATTEMPTS", &self.max_attempts, 1, 1_000_000, &mut mistakes);
-        let history_days = number("TIDINGS_HISTORY_DAYS", &self.history_days, 1, 36_500, &mut mistakes);
+        let replay_interval_ms = number("TIDINGS_REPLAY_INTERVAL_MS", interval, 1_000, 86_400_000, mistakes);
+        let max_attempts = number("TIDINGS_MAX_ATTEMPTS", &self.max_attempts, 1, 1_000_000, mistakes);
+        let history_days = number("TIDINGS_HISTORY_DAYS", &self.history_days, 1, 36_500, mistakes);
 
-        let config = (|| {
-            Some(Config {
-                servers: servers?,
-                plugin_dir: plugin_dir?,
-                state_dir,
-                http_addr: http_addr?,
-                sweep: Duration::from_millis(sweep_ms?.into()),
-                replay_interval: Duration::from_millis(replay_interval_ms?.into()),
-                max_attempts: max_attempts?,
-                notify: notify?,
-                history: Duration::from_secs(u64::from(history_days?) * 24 * 60 * 60),
+        Some(Config {
+            servers: servers?,
+            plugin_dir: plugin_dir?,
+            state_dir,
+            http_addr: http_addr?,
+            sweep: Duration::from_millis(sweep_ms?.into()),
+            replay_interval: Duration::from_millis(replay_interval_ms?.into()),
+            max_attempts: max_attempts?,
+            notify: notify?,
+            history: Duration::from_secs(u64::from(history_days?) * 24 * 60 * 60),
+        })
+    }
+}
+
+impl DoctorArgs {
+    /// Checks the settings; the second is where the management API is, if it was given. That the plugin directory is not
+    /// there is for the doctor to say.
+    ///
+    /// # Errors
+    ///
+    /// With all mistakes.
+    pub fn check(self) -> Result<(Config, Option<SecretUrl>), Mistakes> {
+        let mut mistakes = unknown_variables();
+        let config = self.run.settings(&mut mistakes);
+        let given = self.management_url.filter(|url| !url.is_empty());
+        let management = given.and_then(|given| {
+            url("TIDINGS_MANAGEMENT_URL", Some(given), &["http://", "https://"], &mut mistakes, |url| {
+                Management::new(url).map(drop)
             })
-        })();
-        config.filter(|_| mistakes.is_empty()).ok_or(Mistakes(mistakes))
+        });
+        config.filter(|_| mistakes.is_empty()).map(|config| (config, management)).ok_or(Mistakes(mistakes))
     }
 }
 
 /// A sentence for each variable that begins like ours and is none of ours: a misspelt one must not be ignored.
 fn unknown_variables() -> Vec<String> {
     let known: Vec<String> = {
-        let command = RunArgs::augment_args(clap::Command::new("run"));
+        // Those of the doctor are those of the daemon, and one more.
+        let command = DoctorArgs::augment_args(clap::Command::new("doctor"));
         command
             .get_arguments()
             .filter_map(|arg| arg.get_env())

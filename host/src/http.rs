@@ -27,7 +27,7 @@ use crate::telemetry::set_letters;
 /// How long a probe waits for the database.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// A row that has been due for longer is late.
-const LATE: Duration = Duration::from_secs(30);
+pub(crate) const LATE: Duration = Duration::from_secs(30);
 
 /// The interface, bound to its address.
 #[derive(Debug)]

@@ -49,7 +49,7 @@ pub use limits::Limits;
 pub use plugin::{Kind, Plugin, Trial};
 pub use registry::{GenerationStatus, KindStatus, PluginStatus, Registry};
 pub use state::{StateDir, StateError};
-pub use watcher::watch;
+pub use watcher::{try_watch, watch};
 
 /// How long the rows of one claim may take to build. Those that were not reached stay due: the claim holds locks.
 const BUILD_BUDGET: Duration = Duration::from_secs(2);
@@ -75,6 +75,15 @@ pub struct Build {
     pub plugin: String,
     /// What became of it.
     pub outcome: Option<Result<BuiltEvent, BuildError>>,
+}
+
+/// How many plugins lie in `dir`, whether they serve or not.
+///
+/// # Errors
+///
+/// When it cannot be read.
+pub fn count_files(dir: &Path) -> std::io::Result<usize> {
+    directory::look(dir).map(|seen| seen.len())
 }
 
 impl PluginSet {

@@ -4,8 +4,10 @@
 //! Every wait for the server is bounded and named. A connection that a wait was given up on is closed, never given back
 //! to the pool, where it would be waited for again.
 
+mod backlog;
 mod claim;
 mod connection;
+mod doctor;
 mod history;
 mod kinds;
 mod parked;
@@ -13,6 +15,7 @@ mod pass;
 mod schema;
 mod server;
 mod settle;
+mod shape;
 
 use std::str::FromStr as _;
 use std::time::Duration;
@@ -24,8 +27,10 @@ use thiserror::Error;
 use crate::secret_url::SecretUrl;
 use crate::wake::Outlook;
 
+pub use backlog::{ENOUGH, Late};
 pub use claim::Claim;
 use connection::{Connection, Doubt};
+pub use doctor::{Holder, Holding, ServerVersion, Skew, TOO_LONG};
 pub use history::Delivered;
 pub(crate) use kinds::{announce, withdraw};
 pub use parked::ParkedRow;

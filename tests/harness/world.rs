@@ -94,6 +94,7 @@ pub struct World {
     pub name: String,
     /// Where PostgreSQL and RabbitMQ listen.
     ports: (u16, u16),
+    management_port: u16,
 }
 
 impl World {
@@ -129,7 +130,8 @@ impl World {
         let broker = Broker::connect(&amqp_url(servers.rabbitmq_port, &name)).await;
         let plugin_dir = crate::target().join("plugin-dirs").join(&name);
         std::fs::create_dir_all(&plugin_dir).expect("a directory");
-        Self { db, broker, plugin_dir, name, ports: (port, servers.rabbitmq_port) }
+        let management_port = servers.management_port;
+        Self { db, broker, plugin_dir, name, ports: (port, servers.rabbitmq_port), management_port }
     }
 
     /// A world with these plugins of the repository or of tests/fixtures.
@@ -227,6 +229,12 @@ impl World {
     #[must_use]
     pub fn ports(&self) -> (u16, u16) {
         self.ports
+    }
+
+    /// Where RabbitMQ's management API is, with the user and the password.
+    #[must_use]
+    pub fn management_url(&self) -> String {
+        format!("http://guest:guest@127.0.0.1:{}", self.management_port)
     }
 
     /// A queue of this world, bound to the daemon's exchange with `keys`, and rejecting to its dead letters.

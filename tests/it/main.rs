@@ -7,6 +7,7 @@ mod consumers;
 mod contract;
 mod crash;
 mod delivery;
+mod doctor;
 mod faults;
 mod health;
 mod hostile;

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use async_rs::util::RuntimeParts;
 use async_rs::{Runtime, Tokio};
@@ -15,11 +14,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::sieve::{Sieve, SievingReactor};
-use super::{Broker, BrokerError, CONNECT_DEADLINE, topology};
+use super::{Broker, BrokerError, CLOSE_DEADLINE, CONNECT_DEADLINE, topology};
 use crate::backoff::RECONNECT;
-
-/// How long we say good-bye.
-const CLOSE_DEADLINE: Duration = Duration::from_secs(1);
 
 impl Broker {
     /// Connects as often as it takes, and keeps the connection until `shutdown`. `ready` is called at the first.
@@ -63,10 +59,15 @@ impl Broker {
     }
 
     async fn connect(&self) -> Result<Connection, BrokerError> {
-        let properties = ConnectionProperties::default().with_connection_name("tidings".into());
-        let connection = self.connected(Connection::connect_uri(self.uri.clone(), properties)).await?;
+        let connection = self.connect_only("tidings").await?;
         topology::declare(&connection, &self.exchange, self.queue_type).await?;
         Ok(connection)
+    }
+
+    /// A connection on which nothing has been declared.
+    pub(super) async fn connect_only(&self, name: &str) -> Result<Connection, BrokerError> {
+        let properties = ConnectionProperties::default().with_connection_name(name.into());
+        self.connected(Connection::connect_uri(self.uri.clone(), properties)).await
     }
 
     /// A connection that may read what anybody has written.

@@ -16,13 +16,11 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Confirmation, Connection};
 
 use super::headers::UNREADABLE;
-use super::{Broker, BrokerError, QueueType, topology, within};
+use super::{Broker, BrokerError, CLOSE_DEADLINE, QueueType, topology, within};
 use crate::dead_letter::{DeadLetter, Unreadable, Unsendable};
 
 /// How long the confirms of a window may take.
 const CONFIRM_DEADLINE: Duration = Duration::from_secs(30);
-/// How long we say good-bye.
-const CLOSE_DEADLINE: Duration = Duration::from_secs(1);
 /// What the broker itself adds to a message on its way, and would take for its history if it were published again; and what
 /// would send copies elsewhere.
 const NOT_CARRIED_ON: [&str; 10] = [

@@ -33,7 +33,12 @@ pub(super) async fn declare(connection: &Connection, exchange: &str, queue_type:
     Ok(())
 }
 
-async fn declare_exchange(connection: &Connection, name: &str, kind: ExchangeKind) -> Result<(), BrokerError> {
+/// Declares an exchange of ours.
+pub(super) async fn declare_exchange(
+    connection: &Connection,
+    name: &str,
+    kind: ExchangeKind,
+) -> Result<(), BrokerError> {
     let channel = within("open a channel", connection.create_channel()).await?;
     let options = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
     let declared = channel.exchange_declare(name.into(), kind, options, FieldTable::default());
@@ -43,7 +48,12 @@ async fn declare_exchange(connection: &Connection, name: &str, kind: ExchangeKin
     Ok(())
 }
 
-async fn declare_queue(connection: &Connection, name: &str, queue_type: QueueType) -> Result<(), BrokerError> {
+/// Declares a queue of ours.
+pub(super) async fn declare_queue(
+    connection: &Connection,
+    name: &str,
+    queue_type: QueueType,
+) -> Result<(), BrokerError> {
     let channel = within("open a channel", connection.create_channel()).await?;
     let mut arguments = FieldTable::default();
     if queue_type == QueueType::Quorum {

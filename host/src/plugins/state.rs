@@ -21,6 +21,9 @@ use thiserror::Error;
 use super::source::{Identity, Source};
 use crate::event::hex;
 
+/// What lies in the directory.
+const PARTS: [&str; 3] = ["cache", "quarantined", "good"];
+
 /// Why a directory cannot be used.
 #[derive(Debug, Error)]
 pub enum StateError {
@@ -71,10 +74,36 @@ impl StateDir {
         if metadata.mode() & 0o077 != 0 {
             std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o700)).map_err(unusable)?;
         }
-        for part in ["cache", "quarantined", "good"] {
+        for part in PARTS {
             std::fs::create_dir_all(dir.join(part)).map_err(unusable)?;
         }
         Ok(Self(dir))
+    }
+
+    /// Whether [`StateDir::open`] could use the directory, without making or changing anything; `false` = it is not there
+    /// yet.
+    ///
+    /// # Errors
+    ///
+    /// When it could not.
+    pub fn check(dir: &Path) -> Result<bool, StateError> {
+        let unusable = |source| StateError::Unusable { dir: dir.to_owned(), source };
+        let metadata = match dir.metadata() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            metadata => metadata.map_err(unusable)?,
+        };
+        if !metadata.is_dir() {
+            return Err(unusable(io::ErrorKind::NotADirectory.into()));
+        }
+        if metadata.uid() != rustix::process::geteuid().as_raw() {
+            return Err(StateError::Foreign { dir: dir.to_owned(), owner: metadata.uid() });
+        }
+        let parts = PARTS.map(|part| dir.join(part)).into_iter().filter(|part| part.exists());
+        for part in std::iter::once(dir.to_owned()).chain(parts) {
+            let access = rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
+            rustix::fs::access(&part, access).map_err(|error| unusable(error.into()))?;
+        }
+        Ok(true)
     }
 
     /// Where compiled code is kept.

@@ -57,6 +57,15 @@ pub async fn watch(registry: Arc<Registry>, shutdown: CancellationToken) {
     }
 }
 
+/// Whether events can be had from `dir`. Without them [`watch`] finds changes by looking.
+///
+/// # Errors
+///
+/// When they cannot.
+pub fn try_watch(dir: &Path) -> notify::Result<()> {
+    start(dir, &Arc::new(Wake::default())).map(drop)
+}
+
 fn inode(dir: &Path) -> Option<Inode> {
     std::fs::metadata(dir).ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }

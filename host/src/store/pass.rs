@@ -107,7 +107,11 @@ impl Pass {
     }
 }
 
-async fn ask<T>(doing: &'static str, work: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, StoreError> {
+/// Does `work` on a connection that is not of the pool, which is not used again after an error.
+pub(super) async fn ask<T>(
+    doing: &'static str,
+    work: impl Future<Output = Result<T, sqlx::Error>>,
+) -> Result<T, StoreError> {
     match tokio::time::timeout(STATEMENT_DEADLINE, work).await {
         Ok(answer) => answer.map_err(|source| StoreError::Statement { doing, source }),
         Err(_) => Err(StoreError::Deadline { doing, after: STATEMENT_DEADLINE }),

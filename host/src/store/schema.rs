@@ -9,7 +9,7 @@ use thiserror::Error;
 
 use super::{Store, StoreError};
 
-static MIGRATOR: Migrator = sqlx::migrate!("../migrations");
+pub(super) static MIGRATOR: Migrator = sqlx::migrate!("../migrations");
 
 /// The database's schema is not the one that this binary works with.
 #[derive(Debug, Error)]

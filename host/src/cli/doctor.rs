@@ -1,0 +1,128 @@
+//! `tidings doctor`: looks at a deployment from outside, whether the daemon runs or not, and says what is well and what is
+//! not, one line each. It changes nothing. A check that cannot be made because an earlier one failed is left out.
+
+mod daemon;
+mod postgres;
+mod rabbitmq;
+
+use std::fmt::Display;
+use std::process::ExitCode;
+
+use super::usage;
+use crate::config::DoctorArgs;
+
+/// How bad it is, as each line begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Level {
+    /// As it should be.
+    Ok,
+    /// Worth knowing; nothing to do.
+    Note,
+    /// It works, and somebody should do something.
+    Warn,
+    /// It does not work.
+    Fail,
+}
+
+/// What was found, printed as it is found.
+#[derive(Debug, Default)]
+struct Report {
+    failed: bool,
+}
+
+/// Checks everything, and says with its exit code whether something failed.
+pub(super) async fn run(args: DoctorArgs) -> ExitCode {
+    let (config, management) = match args.check() {
+        Ok(checked) => checked,
+        Err(mistakes) => return usage(&mistakes),
+    };
+    let mut report = Report::default();
+    postgres::check(&mut report, &config).await;
+    rabbitmq::check(&mut report, &config.servers.broker, management.as_ref()).await;
+    daemon::check(&mut report, &config).await;
+    ExitCode::from(u8::from(report.failed))
+}
+
+impl Level {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Note => "note",
+            Self::Warn => "warn",
+            Self::Fail => "FAIL",
+        }
+    }
+}
+
+impl Report {
+    fn ok(&mut self, sentence: impl Display) {
+        self.line(Level::Ok, sentence);
+    }
+
+    fn note(&mut self, sentence: impl Display) {
+        self.line(Level::Note, sentence);
+    }
+
+    fn warn(&mut self, sentence: impl Display) {
+        self.line(Level::Warn, sentence);
+    }
+
+    fn fail(&mut self, sentence: impl Display) {
+        self.line(Level::Fail, sentence);
+    }
+
+    fn line(&mut self, level: Level, sentence: impl Display) {
+        self.failed |= level == Level::Fail;
+        println!("{}", line(level, &sentence.to_string()));
+    }
+
+    /// What was asked for; without an answer, a line that says so with `advice`.
+    fn answer<T>(&mut self, asked: Result<T, impl Into<anyhow::Error>>, advice: &str) -> Option<T> {
+        match asked {
+            Ok(answer) => Some(answer),
+            Err(error) => {
+                self.fail(format_args!("{:#}; {advice}", error.into()));
+                None
+            }
+        }
+    }
+}
+
+/// One line, whatever servers and rows say.
+fn line(level: Level, sentence: &str) -> String {
+    let words: Vec<&str> = sentence.split(char::is_control).map(str::trim).filter(|part| !part.is_empty()).collect();
+    format!("{:<4}  {}", level.word(), words.join(" "))
+}
+
+/// A number of rows that were counted up to a limit.
+fn count(rows: i64) -> String {
+    if rows > crate::store::ENOUGH { format!("more than {}", crate::store::ENOUGH) } else { rows.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whatever_is_said_becomes_one_line_that_begins_with_its_level() {
+        assert_eq!(line(Level::Ok, "well"), "ok    well");
+        assert_eq!(line(Level::Fail, "two\n lines\r\n\tof it"), "FAIL  two lines of it");
+    }
+
+    #[test]
+    fn only_a_failure_makes_the_doctor_fail() {
+        let mut report = Report::default();
+        report.ok("a");
+        report.note("b");
+        report.warn("c");
+        assert!(!report.failed);
+        assert_eq!(report.answer::<()>(Err(anyhow::anyhow!("d")), "do this"), None);
+        assert!(report.failed);
+    }
+
+    #[test]
+    fn what_is_too_much_to_count_is_said_to_be_more() {
+        assert_eq!(count(1_000), "1000");
+        assert_eq!(count(1_001), "more than 1000");
+    }
+}
