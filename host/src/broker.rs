@@ -11,6 +11,7 @@
 //! The four names follow `TIDINGS_EXCHANGE`. The client library's own recovery is not used: what was in flight when a
 //! connection broke is unknown, and only the rows in the database say what to do about it.
 
+mod canary;
 mod connection;
 mod dead_letters;
 mod doctor;
@@ -31,6 +32,7 @@ use tokio::sync::Mutex;
 use crate::secret_url::SecretUrl;
 use crate::wake::Wake;
 
+pub use canary::CanaryInbox;
 pub use dead_letters::{DeadLetters, Letter, Pile, Sending, Sent};
 pub use doctor::{Found, Own, Visit};
 pub use management::{Management, ManagementError, Policy};

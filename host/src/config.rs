@@ -79,6 +79,9 @@ pub struct RunArgs {
     /// Listen for notifications (on), or only look every sweep (off)
     #[arg(long, env = "TIDINGS_NOTIFY", value_name = "on|off", default_value = "on")]
     notify: String,
+    /// The time from one canary to the next, in milliseconds: a row of the daemon's own through the whole path; 0 = none
+    #[arg(long, env = "TIDINGS_CANARY_MS", value_name = "MS", default_value = "0")]
+    canary_ms: String,
     /// How many days of history to keep
     #[arg(long, env = "TIDINGS_HISTORY_DAYS", value_name = "DAYS", default_value = "7")]
     history_days: String,
@@ -124,6 +127,8 @@ pub struct Config {
     pub max_attempts: u32,
     /// `TIDINGS_NOTIFY`
     pub notify: bool,
+    /// `TIDINGS_CANARY_MS`, at most a day; `None`, the default = no canary.
+    pub canary: Option<Duration>,
     /// `TIDINGS_HISTORY_DAYS`, 1 to 36,500; default 7. Older history is removed.
     pub history: Duration,
 }
@@ -292,6 +297,7 @@ impl RunArgs {
         let interval = &self.replay_interval_ms;
         let replay_interval_ms = number("TIDINGS_REPLAY_INTERVAL_MS", interval, 1_000, 86_400_000, mistakes);
         let max_attempts = number("TIDINGS_MAX_ATTEMPTS", &self.max_attempts, 1, 1_000_000, mistakes);
+        let canary_ms = number("TIDINGS_CANARY_MS", &self.canary_ms, 0, 86_400_000, mistakes);
         let history_days = number("TIDINGS_HISTORY_DAYS", &self.history_days, 1, 36_500, mistakes);
 
         Some(Config {
@@ -303,6 +309,7 @@ impl RunArgs {
             replay_interval: Duration::from_millis(replay_interval_ms?.into()),
             max_attempts: max_attempts?,
             notify: notify?,
+            canary: Some(Duration::from_millis(canary_ms?.into())).filter(|interval| !interval.is_zero()),
             history: Duration::from_secs(u64::from(history_days?) * 24 * 60 * 60),
         })
     }

@@ -13,6 +13,7 @@ use tracing::{info, warn};
 
 use crate::backoff::RECONNECT;
 use crate::broker::Broker;
+use crate::canary::Canary;
 use crate::config::Config;
 use crate::dispatcher::{Dispatcher, LANES};
 use crate::health::Health;
@@ -36,8 +37,8 @@ const RETENTION_INTERVAL: Duration = Duration::from_hours(1);
 pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
     let wake = Arc::new(Wake::default());
     let health = Arc::new(Health::new(config.sweep));
-    // The lanes, the look, the release of held rows, the removal of history, and HTTP.
-    let store = Store::new(&config.servers.database_url, LANES + 4);
+    // The lanes, the look, the release of held rows, the removal of history, the canary, and HTTP.
+    let store = Store::new(&config.servers.database_url, LANES + 5);
     let metrics = telemetry::start_metrics()?;
     let http = Http::bind(config.http_addr).await?;
     let broker = Arc::new(Broker::new(&config.servers.broker, Arc::clone(&wake)));
@@ -62,10 +63,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         health: Arc::clone(&health),
         notify: config.notify,
     };
-    loops.spawn({
-        let shutdown = shutdown.clone();
-        async move { http.run(shown, shutdown).await }
-    });
+    loops.spawn(http.run(shown, shutdown.clone()));
     let prepared = prepare(&config, &store, &registry);
     if unless_ended(&mut loops, &shutdown, prepared).await?.transpose()?.is_none() {
         return drain(loops, &last).await;
@@ -82,27 +80,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         notify: config.notify,
         health: Arc::clone(&health),
     };
-    loops.spawn({
-        let shutdown = shutdown.clone();
-        async move {
-            listener.run(shutdown, || _ = listener_ready.send(())).await;
-            Ok(())
-        }
-    });
-    loops.spawn({
-        let (store, shutdown) = (store.clone(), shutdown.clone());
-        async move {
-            remove_old_history(&store, config.history, &shutdown).await;
-            Ok(())
-        }
-    });
-    loops.spawn({
-        let (registry, shutdown) = (Arc::clone(&registry), shutdown.clone());
-        async move {
-            plugins::watch(registry, shutdown).await;
-            Ok(())
-        }
-    });
+    spawn(&mut loops, listener.run(shutdown.clone(), || _ = listener_ready.send(())));
+    spawn(&mut loops, remove_old_history(store.clone(), config.history, shutdown.clone()));
+    spawn(&mut loops, plugins::watch(Arc::clone(&registry), shutdown.clone()));
     // The listener announces our kinds; before that, another daemon might hold their rows.
     if unless_ended(&mut loops, &shutdown, listening).await?.is_none() {
         return drain(loops, &last).await;
@@ -113,13 +93,12 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         interval: config.replay_interval,
         max: config.servers.replay_max,
     };
-    loops.spawn({
-        let shutdown = shutdown.clone();
-        async move {
-            replayer.run(shutdown).await;
-            Ok(())
-        }
-    });
+    spawn(&mut loops, replayer.run(shutdown.clone()));
+    if let Some(interval) = config.canary {
+        let canary =
+            Canary { store: store.clone(), broker: Arc::clone(&broker), interval, health: Arc::clone(&health) };
+        spawn(&mut loops, canary.run(shutdown.clone()));
+    }
     let dispatcher = Dispatcher {
         store,
         broker,
@@ -138,6 +117,14 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         () = dispatched => drain(loops, &last).await,
         ended = first_to_end(&mut loops, &shutdown) => ended,
     }
+}
+
+/// Starts a loop that cannot fail; it may end unasked all the same, by a panic for instance.
+fn spawn(loops: &mut JoinSet<anyhow::Result<()>>, work: impl Future<Output = ()> + Send + 'static) {
+    loops.spawn(async move {
+        work.await;
+        Ok(())
+    });
 }
 
 /// The database, its schema, and the plugins.
@@ -206,7 +193,7 @@ async fn drain(mut loops: JoinSet<anyhow::Result<()>>, last: &CancellationToken)
     Ok(())
 }
 
-async fn remove_old_history(store: &Store, age: Duration, shutdown: &CancellationToken) {
+async fn remove_old_history(store: Store, age: Duration, shutdown: CancellationToken) {
     loop {
         match store.remove_history(age).await {
             Ok(0) => {}

@@ -51,6 +51,7 @@ pub struct Health {
     pub listening: AtomicBool,
     /// Whether every part has been ready once.
     pub started: AtomicBool,
+    canary_lost: AtomicBool,
 }
 
 impl Health {
@@ -62,7 +63,13 @@ impl Health {
             listener: Heart::new("listener", Duration::from_mins(1)),
             listening: AtomicBool::new(false),
             started: AtomicBool::new(false),
+            canary_lost: AtomicBool::new(false),
         }
+    }
+
+    /// Notes whether the last canary was lost. Returns whether the one before was.
+    pub fn canary_is_lost(&self, lost: bool) -> bool {
+        self.canary_lost.swap(lost, Ordering::Relaxed)
     }
 
     /// Why rows that fall due now are not delivered now, as far as the loops know. `notify`: whether notifications are wanted.
@@ -73,6 +80,9 @@ impl Health {
             reasons.push("starting: not every part has been ready yet".into());
         } else if notify && !self.listening.load(Ordering::Relaxed) {
             reasons.push("not listening for notifications: the connection to PostgreSQL for them is lost".into());
+        }
+        if self.canary_lost.load(Ordering::Relaxed) {
+            reasons.push("the last canary was lost: the log says why".into());
         }
         reasons
     }

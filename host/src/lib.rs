@@ -9,6 +9,7 @@ pub mod http;
 pub mod lifecycle;
 pub mod telemetry;
 
+pub mod canary;
 pub mod delivery;
 pub mod dispatcher;
 pub mod listener;

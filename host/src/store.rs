@@ -5,6 +5,7 @@
 //! to the pool, where it would be waited for again.
 
 mod backlog;
+mod canary;
 mod claim;
 mod connection;
 mod doctor;

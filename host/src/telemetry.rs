@@ -7,7 +7,7 @@ use std::io::IsTerminal as _;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use metrics::{counter, describe_counter, describe_gauge, gauge};
+use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use tracing_subscriber::EnvFilter;
 
@@ -21,7 +21,12 @@ const EXPIRED: &str = "tidings_expired_total";
 const REPLAYS: &str = "tidings_replays_total";
 const DEAD_LETTERS: &str = "tidings_dead_letters";
 const PARKED_LETTERS: &str = "tidings_parked_letters";
+const CANARY: &str = "tidings_canary_lateness_seconds";
+const LOST_CANARIES: &str = "tidings_canaries_lost_total";
 const OLDEST: &str = "tidings_dead_letters_oldest_age_seconds";
+
+/// Upper bounds of the classes of lateness, in seconds.
+const LATENESS: [f64; 12] = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0, 5.0, 15.0, 30.0];
 
 /// Where it was found that a deadline had come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,7 +68,10 @@ pub fn start() {
 ///
 /// When they were started before.
 pub fn start_metrics() -> anyhow::Result<PrometheusHandle> {
-    let handle = PrometheusBuilder::new().install_recorder().context("could not start the metrics")?;
+    let buckets = PrometheusBuilder::new().set_buckets(&LATENESS).context("could not set the buckets")?;
+    let handle = buckets.install_recorder().context("could not start the metrics")?;
+    describe_histogram!(CANARY, "How late canaries came, from their due time to a consumer.");
+    describe_counter!(LOST_CANARIES, "Canaries that did not come within 30 s, or could not be sent.");
     describe_counter!(EXPIRED, "Deadlines that had come, by where that was found: row, event or dead_letter.");
     describe_counter!(REPLAYS, "Dead letters that a pass dealt with, by outcome: replayed, expired, parked or left.");
     describe_gauge!(DEAD_LETTERS, "Dead letters that wait for the next pass.");
@@ -75,10 +83,21 @@ pub fn start_metrics() -> anyhow::Result<PrometheusHandle> {
     for place in Expired::ALL {
         count_expired(place, 0);
     }
+    counter!(LOST_CANARIES).increment(0);
     count_replays(&Tally::default());
     set_letters(0, 0);
     set_oldest_dead_letter(Duration::ZERO);
     Ok(handle)
+}
+
+/// Notes how late a canary came.
+pub fn record_canary(lateness: Duration) {
+    histogram!(CANARY).record(lateness.as_secs_f64());
+}
+
+/// Counts a canary that did not come.
+pub fn count_lost_canary() {
+    counter!(LOST_CANARIES).increment(1);
 }
 
 /// Counts deadlines that had come.

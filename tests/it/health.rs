@@ -104,3 +104,38 @@ async fn a_row_that_is_late_is_a_reason_until_it_is_delivered_and_a_held_or_expi
     world.until("SELECT held FROM tidings.schedules WHERE kind = 'nobody'").await;
     until_ready(&mut daemon).await;
 }
+
+#[tokio::test]
+async fn the_canary_goes_the_whole_way_again_and_again_and_its_lateness_is_a_metric() {
+    let world = World::with(&["message"]).await;
+    let mut everything = world.inbox(&["tidings.canary.*"]).await;
+    let mut daemon = world.launch().with("TIDINGS_SWEEP_MS", 600_000).with("TIDINGS_CANARY_MS", 100).ready().await;
+
+    let (first, second) = (everything.next().await, everything.next().await);
+    assert_ne!(first.id(), second.id());
+    assert!(first.at_ms >= first.number("tidings-due-ms"));
+    let url = format!("http://{}/metrics", daemon.http_addr().await);
+    eventually("two canaries among the metrics", async || {
+        let text = ureq::get(&url).call().expect("an answer").body_mut().read_to_string().expect("text");
+        assert!(text.contains("tidings_canaries_lost_total 0\n"), "{text}");
+        let count = text.lines().find_map(|line| line.strip_prefix("tidings_canary_lateness_seconds_count "))?;
+        (count.parse::<u32>().expect("a number") >= 2).then_some(())
+    })
+    .await;
+    until_ready(&mut daemon).await;
+}
+
+#[tokio::test]
+async fn a_lost_canary_is_a_reason_until_one_comes_again() {
+    let world = World::with(&["message"]).await;
+    let proxy = Proxy::start(0, world.ports().0).await;
+    let url = database_url(proxy.port, &world.name);
+    let mut daemon = world.launch().with("TIDINGS_DATABASE_URL", url).with("TIDINGS_CANARY_MS", 100).ready().await;
+    until_ready(&mut daemon).await;
+
+    proxy.set(Mode::Cut);
+    until_unready(&mut daemon, "the last canary was lost").await;
+    proxy.set(Mode::Pass);
+    until_ready(&mut daemon).await;
+    daemon.wait_for_line("the canary came again").await;
+}

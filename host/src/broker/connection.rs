@@ -82,7 +82,7 @@ impl Broker {
         self.connected(Connection::connector(self.uri.clone(), runtime, connect, properties)).await
     }
 
-    async fn connected(
+    pub(super) async fn connected(
         &self,
         connecting: impl Future<Output = lapin::Result<Connection>>,
     ) -> Result<Connection, BrokerError> {

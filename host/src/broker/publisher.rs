@@ -16,10 +16,10 @@ use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Confirmation};
 use tokio::time::{Instant, timeout_at};
-use tracing::warn;
+use tracing::{info, warn};
 use uuid::Uuid;
 
-use super::{Broker, BrokerError, within};
+use super::{Broker, BrokerError, topology, within};
 use crate::message::{HeaderValue, Message};
 
 /// How long the confirms of a batch may take. Whatever is not confirmed then is unknown.
@@ -63,6 +63,10 @@ impl Broker {
         let is_unknown = |verdict: &Verdict| matches!(verdict, Verdict::Unknown);
         let unknown = verdicts.values().filter(|verdict| is_unknown(verdict)).count();
         warn!(error = &error as &dyn std::error::Error, unknown, "could not publish, the unconfirmed rows stay");
+        if is_soft(&error, &AMQPSoftError::NOTFOUND) {
+            // Somebody has deleted the exchange. It is ours, so we make it again.
+            self.declare_again().await;
+        }
         if !is_about_a_message(&error) {
             return verdicts;
         }
@@ -97,6 +101,16 @@ impl Broker {
         Ok(())
     }
 
+    async fn declare_again(&self) {
+        let Some(connection) = self.connection.lock().await.clone() else { return };
+        match topology::declare(&connection, &self.exchange, self.queue_type).await {
+            Ok(()) => {
+                info!(exchange = self.exchange, "declared what is ours again; bindings are for the consumers to make");
+            }
+            Err(error) => warn!(error = &error as &dyn std::error::Error, "could not declare what is ours again"),
+        }
+    }
+
     /// An idle channel, or a new one.
     async fn channel(&self) -> Result<Channel, BrokerError> {
         while let Some(channel) = self.idle_channels.lock().await.pop() {
@@ -116,8 +130,13 @@ impl Broker {
 
 /// Whether the broker closed the channel over one of the messages on it, and not because of itself or the exchange.
 fn is_about_a_message(error: &BrokerError) -> bool {
+    is_soft(error, &AMQPSoftError::PRECONDITIONFAILED)
+}
+
+/// Whether the broker closed a channel for this reason.
+fn is_soft(error: &BrokerError, reason: &AMQPSoftError) -> bool {
     matches!(error, BrokerError::Operation { source, .. } if matches!(source.kind(), lapin::ErrorKind::ProtocolError(error)
-        if matches!(error.kind(), AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED))))
+        if matches!(error.kind(), AMQPErrorKind::Soft(soft) if soft == reason)))
 }
 
 /// An error and its causes, on one line.

@@ -7,7 +7,7 @@ use super::{CONNECT_DEADLINE, STATEMENT_DEADLINE, SchemaError, Store, StoreError
 /// What the daemon does with each table, and must have the right to.
 const RIGHTS: [(&str, &[&str]); 5] = [
     ("_sqlx_migrations", &["SELECT"]),
-    ("schedules", &["SELECT", "UPDATE", "DELETE"]),
+    ("schedules", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     ("deliveries", &["SELECT", "INSERT", "DELETE"]),
     ("parked", &["SELECT", "INSERT", "DELETE"]),
     ("passes", &["SELECT", "INSERT", "UPDATE"]),
