@@ -1,5 +1,5 @@
-//! `cargo verify`: sets up what the tests need, and passes them, on servers that all of them share. What is given after
-//! `--` goes to the tests, a part of a name for instance.
+//! `cargo verify`: sets up what the tests need, runs the rig for a while, and passes the tests, on servers that all of them
+//! share. What is given after `--` goes to the tests, a part of a name for instance; then there is no rig.
 
 use std::process::{Command, ExitCode};
 
@@ -30,10 +30,23 @@ fn verify() -> anyhow::Result<bool> {
     eprintln!("building the example consumers ...");
     build::rust_consumer()?;
     build::python_consumer()?;
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    if std::env::args().len() == 1 {
+        eprintln!("breaking things for a while ...");
+        let rig = Command::new(&cargo)
+            .args(["run", "--package", "tidings-tests", "--bin", "rig", "--"])
+            // Always the same faults: what is random is when they hit.
+            .args(["--seconds", "90", "--seed", "5", "--daemons", "2", "--rate", "200"])
+            .current_dir(repository())
+            .status()
+            .context("could not run the rig")?;
+        if !rig.success() {
+            return Ok(false);
+        }
+    }
     eprintln!("starting a PostgreSQL and a RabbitMQ of our own ...");
     let servers = Servers::start()?;
     let (name, ports) = servers.environment();
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let tests = Command::new(cargo)
         .args(["test", "--workspace", "--"])
         .args(std::env::args().skip(1))
