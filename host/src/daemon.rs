@@ -218,3 +218,32 @@ async fn remove_old_history(store: Store, age: Duration, shutdown: CancellationT
 pub fn is_schema_error(error: &anyhow::Error) -> bool {
     error.downcast_ref::<SchemaError>().is_some_and(|error| !matches!(error, SchemaError::Store(_)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What comes of a loop that ends so, while others go on.
+    async fn ended(with: anyhow::Result<()>) -> String {
+        let mut loops = JoinSet::new();
+        loops.spawn(std::future::pending());
+        loops.spawn(async move { with });
+        let ended = first_to_end(&mut loops, &CancellationToken::new()).await;
+        format!("{:#}", ended.expect_err("it is an error"))
+    }
+
+    #[tokio::test]
+    async fn a_loop_that_ends_unasked_is_an_error_whatever_it_says() {
+        assert_eq!(ended(Ok(())).await, "a loop ended unasked");
+        assert_eq!(ended(Err(anyhow::anyhow!("the reason"))).await, "the reason");
+    }
+
+    #[tokio::test]
+    async fn a_loop_that_panics_is_an_error() {
+        let mut loops = JoinSet::new();
+        spawn(&mut loops, std::future::pending());
+        spawn(&mut loops, async { panic!("on purpose") });
+        let ended = first_to_end(&mut loops, &CancellationToken::new()).await;
+        assert!(format!("{:#}", ended.expect_err("it is an error")).starts_with("a loop panicked"));
+    }
+}

@@ -2,8 +2,10 @@
 //! bear, daemons that freeze or are replaced. The rig breaks everything at once.
 
 use std::collections::HashSet;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use harness::amqp_proxy::{AmqpProxy, Method, Verdict};
 use harness::daemon::Daemon;
 use harness::eventually_within;
 use harness::proxy::Proxy;
@@ -158,4 +160,82 @@ async fn daemons_that_are_replaced_one_by_one_lose_nothing_and_double_nothing() 
     }
     assert!(inbox.within(Duration::from_millis(100)).await.is_none(), "a second copy");
     assert_eq!(HashSet::from_iter(received), written);
+}
+
+#[tokio::test]
+async fn while_the_broker_blocks_nothing_is_claimed_and_memory_stays_flat_and_afterwards_all_of_it_goes_out() {
+    let servers = tokio::task::spawn_blocking(|| Servers::private().expect("servers")).await.expect("started");
+    let world = World::on(&servers, &["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let mut daemon = world.launch().with("TIDINGS_SWEEP_MS", 100).ready().await;
+    world.sql(ROW).await;
+    inbox.next().await;
+    world.until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
+
+    servers.memory_alarm(true).expect("an alarm");
+    // RabbitMQ says that it blocks when somebody publishes.
+    let first: Uuid = world.value(ROW).await;
+    daemon.wait_for_line("RabbitMQ blocks publishing").await;
+    let before = resident_kib(daemon.pid());
+    world
+        .sql(
+            r#"INSERT INTO tidings.schedules (kind, due_at, payload)
+               SELECT 'message', now(), jsonb_build_object('routing_key', 'a', 'body', repeat('x', 10000))
+               FROM generate_series(1, 5000)"#,
+        )
+        .await;
+    // The first one's batch ends without a confirm, and then many sweeps go by.
+    let unlocked = "SELECT count(*) = 5001 FROM (SELECT FROM tidings.schedules FOR UPDATE SKIP LOCKED) AS free";
+    world.until(unlocked).await;
+    for _ in 0..100 {
+        assert!(world.value::<bool>(unlocked).await, "something was claimed");
+    }
+    let grown = resident_kib(daemon.pid()).saturating_sub(before);
+    assert!(grown < 16 * 1024, "{grown} KiB more");
+
+    servers.memory_alarm(false).expect("no alarm");
+    let mut ids = HashSet::new();
+    while ids.len() < 5001 {
+        let received = inbox.next().await;
+        assert_eq!(received.number("tidings-attempt"), 1, "no attempt was spent");
+        ids.insert(received.id());
+    }
+    assert!(ids.contains(&first));
+    world.until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
+}
+
+fn resident_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a size");
+    line.trim().trim_end_matches(" kB").parse().expect("a number")
+}
+
+#[tokio::test]
+async fn a_row_whose_confirm_never_comes_stays_due_and_goes_out_again_with_the_same_id() {
+    let world = World::with(&["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let lost = AtomicUsize::new(0);
+    let proxy = AmqpProxy::start(world.ports().1, move |method| match method {
+        Method::Confirm if lost.fetch_add(1, Ordering::SeqCst) == 0 => Verdict::Lose,
+        _ => Verdict::Pass,
+    })
+    .await;
+    let mut daemon = world
+        .launch()
+        .with("TIDINGS_SWEEP_MS", 600_000)
+        .with("TIDINGS_AMQP_URL", amqp_url(proxy.port, &world.name))
+        .ready()
+        .await;
+
+    let id: Uuid = world.value(ROW).await;
+
+    for copy in 1..=2 {
+        let received = inbox.next().await;
+        assert_eq!((received.id(), received.number("tidings-attempt")), (id, 1), "copy {copy}");
+    }
+    daemon.wait_for_line("gave up after 10 s waiting for RabbitMQ to take 1 messages").await;
+    world.until("SELECT count(*) = 1 FROM tidings.deliveries WHERE outcome = 'delivered'").await;
+    // The confirm of the second copy was not taken for that of a later message.
+    let next: Uuid = world.value(ROW).await;
+    assert_eq!(inbox.next().await.id(), next);
 }
