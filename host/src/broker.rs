@@ -13,7 +13,8 @@
 
 mod connection;
 mod dead_letters;
-mod headers;
+pub mod headers;
+pub mod letter;
 mod publisher;
 mod sieve;
 mod topology;
@@ -29,7 +30,8 @@ use tokio::sync::Mutex;
 use crate::secret_url::SecretUrl;
 use crate::wake::Wake;
 
-pub use dead_letters::{DeadLetters, Letter, Pile, Sending, Sent};
+pub use dead_letters::{DeadLetters, Letter, Pile, Sent};
+pub use letter::Sending;
 pub use publisher::{Confirmed, Verdict};
 
 /// For a connection, logging in included.
