@@ -15,7 +15,8 @@ mod canary;
 mod connection;
 mod dead_letters;
 mod doctor;
-mod headers;
+pub mod headers;
+pub mod letter;
 mod management;
 mod publisher;
 mod sieve;
@@ -33,8 +34,9 @@ use crate::secret_url::SecretUrl;
 use crate::wake::Wake;
 
 pub use canary::CanaryInbox;
-pub use dead_letters::{DeadLetters, Letter, Pile, Sending, Sent};
+pub use dead_letters::{DeadLetters, Letter, Pile, Sent};
 pub use doctor::{Found, Own, Visit};
+pub use letter::Sending;
 pub use management::{Management, ManagementError, Policy};
 pub use publisher::{Confirmed, Verdict};
 

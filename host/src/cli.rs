@@ -110,6 +110,11 @@ fn age(time: Duration) -> String {
     humantime::format_duration(Duration::from_secs(time.as_secs())).to_string()
 }
 
+/// One line that cannot do anything to a terminal: anybody may have written what is shown of a letter or a plugin.
+fn printable(text: &str) -> String {
+    text.chars().map(|char| if char.is_control() { ' ' } else { char }).collect()
+}
+
 /// Says what went wrong, with its causes, on one line.
 fn fail(code: u8, error: &anyhow::Error) -> ExitCode {
     eprintln!("tidings: {error:#}");

@@ -1,15 +1,20 @@
 //! The settings: flags or `TIDINGS_*` variables, read once at the edge. All mistakes are reported together, and none of
 //! the sentences contains a password.
 
-use std::fmt;
+mod mistakes;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
 
+use mistakes::{number, unknown_variables, url};
+
 use crate::broker::{BrokerSettings, Management, QueueType};
 use crate::secret_url::SecretUrl;
+
+pub use mistakes::Mistakes;
 
 /// Where the database is: all that `tidings migrate` needs.
 #[derive(Args, Clone, Debug)]
@@ -132,31 +137,6 @@ pub struct Config {
     /// `TIDINGS_HISTORY_DAYS`, 1 to 36,500; default 7. Older history is removed.
     pub history: Duration,
 }
-
-/// What is wrong with the settings, a sentence each.
-#[derive(Debug)]
-pub struct Mistakes(Vec<String>);
-
-impl Mistakes {
-    /// The sentences.
-    pub fn iter(&self) -> impl Iterator<Item = &str> {
-        self.0.iter().map(String::as_str)
-    }
-}
-
-impl From<&str> for Mistakes {
-    fn from(sentence: &str) -> Self {
-        Self(vec![sentence.to_owned()])
-    }
-}
-
-impl fmt::Display for Mistakes {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(&self.0.join("\n"))
-    }
-}
-
-impl std::error::Error for Mistakes {}
 
 impl DatabaseArgs {
     /// Checks the setting.
@@ -335,55 +315,125 @@ impl DoctorArgs {
     }
 }
 
-/// A sentence for each variable that begins like ours and is none of ours: a misspelt one must not be ignored.
-fn unknown_variables() -> Vec<String> {
-    let known: Vec<String> = {
-        // Those of the doctor are those of the daemon, and one more.
-        let command = DoctorArgs::augment_args(clap::Command::new("doctor"));
-        command
-            .get_arguments()
-            .filter_map(|arg| arg.get_env())
-            .map(|name| name.to_string_lossy().into_owned())
-            .collect()
-    };
-    let mut mistakes: Vec<String> = std::env::vars_os()
-        .map(|(name, _)| name.to_string_lossy().into_owned())
-        .filter(|name| name.starts_with("TIDINGS_") && !known.contains(name))
-        .map(|name| format!("{name} is not a setting; there are {}", known.join(", ")))
-        .collect();
-    mistakes.sort();
-    mistakes
-}
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
 
-fn url(
-    name: &str,
-    value: Option<String>,
-    schemes: &[&str],
-    mistakes: &mut Vec<String>,
-    check: impl Fn(&SecretUrl) -> Result<(), String>,
-) -> Option<SecretUrl> {
-    let Some(value) = value.filter(|value| !value.is_empty()) else {
-        mistakes.push(format!("{name} is not set: give a URL that begins with {}", schemes[0]));
-        return None;
-    };
-    if !schemes.iter().any(|scheme| value.starts_with(scheme)) {
-        mistakes.push(format!("{name} does not begin with {}", schemes.join(" or ")));
-        return None;
-    }
-    let url = SecretUrl::from(value);
-    match check(&url) {
-        Ok(()) => Some(url),
-        Err(error) => {
-            mistakes.push(format!("{name} is not a URL that can be used: {error}"));
-            None
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::broker::Broker;
+    use crate::store::Store;
+    use crate::wake::Wake;
+
+    const DATABASE_URL: &str = "postgres://user:password@localhost/database";
+    const AMQP_URL: &str = "amqp://user:password@localhost/vhost";
+
+    /// The settings that are typed like this, in the order of the variables below.
+    fn typed(values: [&str; VARIABLES.len()]) -> RunArgs {
+        let [database_url, amqp_url, exchange, queue_type, replay_max, plugin_dir, http_addr, rest @ ..] =
+            values.map(str::to_owned);
+        let [sweep_ms, replay_interval_ms, max_attempts, notify, canary_ms, history_days] = rest;
+        RunArgs {
+            servers: ServerArgs {
+                database: DatabaseArgs { database_url: Some(database_url) },
+                amqp_url: Some(amqp_url),
+                exchange,
+                queue_type,
+                replay_max,
+            },
+            plugin_dir: Some(plugin_dir),
+            state: StateArgs { state_dir: Some("/var/lib/tidings".into()) },
+            http: HttpArgs { http_addr },
+            sweep_ms,
+            replay_interval_ms,
+            max_attempts,
+            notify,
+            canary_ms,
+            history_days,
         }
     }
-}
 
-fn number(name: &str, value: &str, least: u32, most: u32, mistakes: &mut Vec<String>) -> Option<u32> {
-    let number = value.parse().ok().filter(|number| (least..=most).contains(number));
-    if number.is_none() {
-        mistakes.push(format!("{name} is {value:?}, which is not a whole number from {least} to {most}"));
+    /// The variables that can be wrong, and a good value of each.
+    const VARIABLES: [(&str, &str); 13] = [
+        ("TIDINGS_DATABASE_URL", DATABASE_URL),
+        ("TIDINGS_AMQP_URL", AMQP_URL),
+        ("TIDINGS_EXCHANGE", "tidings"),
+        ("TIDINGS_QUEUE_TYPE", "quorum"),
+        ("TIDINGS_REPLAY_MAX", "0"),
+        ("TIDINGS_PLUGIN_DIR", "."),
+        ("TIDINGS_HTTP_ADDR", "[::1]:0"),
+        ("TIDINGS_SWEEP_MS", "10"),
+        ("TIDINGS_REPLAY_INTERVAL_MS", "86400000"),
+        ("TIDINGS_MAX_ATTEMPTS", "1"),
+        ("TIDINGS_NOTIFY", "off"),
+        ("TIDINGS_CANARY_MS", "60000"),
+        ("TIDINGS_HISTORY_DAYS", "36500"),
+    ];
+
+    #[test]
+    fn all_mistakes_are_told_at_once_each_with_its_variable() {
+        let mistakes = typed(["amq.?"; VARIABLES.len()]).check().expect_err("nothing of it can be used");
+        for (name, _) in VARIABLES {
+            assert!(mistakes.iter().any(|sentence| sentence.starts_with(&format!("{name} "))), "{name}: {mistakes}");
+        }
     }
-    number
+
+    proptest! {
+        #[test]
+        fn whatever_is_typed_gives_settings_within_their_limits_or_sentences_that_name_the_variables(
+            odd in proptest::collection::vec((0..VARIABLES.len(), ".{0,40}|[0-9]{0,11}|(postgres|amqp)://\\PC{0,40}"), 0..4),
+        ) {
+            let mut values = VARIABLES.map(|(_, value)| value);
+            for (at, value) in &odd {
+                values[*at] = value;
+            }
+            // What is no setting, and is in the environment of the tests, is told as well.
+            let unknown = unknown_variables().len();
+            match typed(values).check() {
+                Ok(config) => {
+                    let Config { servers, sweep, replay_interval, max_attempts, history, .. } = config;
+                    prop_assert!((1..=200).contains(&servers.broker.exchange.len()));
+                    prop_assert!(servers.replay_max <= 1_000_000 && (1..=1_000_000).contains(&max_attempts));
+                    prop_assert!((Duration::from_millis(10)..=Duration::from_hours(1)).contains(&sweep));
+                    prop_assert!((Duration::from_secs(1)..=Duration::from_hours(24)).contains(&replay_interval));
+                    prop_assert!((Duration::from_hours(24)..=Duration::from_hours(24 * 36_500)).contains(&history));
+                }
+                Err(Mistakes(sentences)) => {
+                    prop_assert!(unknown > 0 || odd.iter().any(|(at, value)| values[*at] == value));
+                    for sentence in &sentences[unknown..] {
+                        let named = sentence.split(' ').next().unwrap_or_default();
+                        let at = VARIABLES.iter().position(|(name, _)| *name == named);
+                        prop_assert!(at.is_some_and(|at| values[at] != VARIABLES[at].1), "{}", sentence);
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn nothing_that_is_shown_contains_a_password(
+            before in "[a-z0-9/?#@:%&=+ .\\[\\]-]{0,4}",
+            after in "[a-z0-9/?#@:%&=+ .\\[\\]-]{0,4}",
+            rest in "|/|/vhost|/vhost\\?heartbeat=5|:5/d|:99999/d",
+        ) {
+            let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+            let _entered = runtime.enter();
+            let url = |scheme: &str| format!("{scheme}://user:{before}SECRET{after}@host{rest}");
+            let (database_url, amqp_url) = (url("postgres"), url("amqp"));
+            let mut values = VARIABLES.map(|(_, value)| value);
+            for (at, value) in [(0, &database_url), (1, &amqp_url)] {
+                values[at] = value;
+                let shown = match typed(values).check() {
+                    Ok(config) => {
+                        let store = Store::new(&config.servers.database_url, 1);
+                        let broker = Broker::new(&config.servers.broker, Arc::new(Wake::default()));
+                        format!("{config:?} {} {}", store.place(), broker.place())
+                    }
+                    Err(mistakes) => mistakes.to_string(),
+                };
+                prop_assert!(!shown.contains("SECRET"), "{}", shown);
+                values[at] = VARIABLES[at].1;
+            }
+        }
+    }
 }

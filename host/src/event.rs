@@ -186,6 +186,8 @@ pub enum BuildError {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn event(routing_key: &str, headers: &[(&str, &str)]) -> Result<Event, EventError> {
@@ -225,5 +227,64 @@ mod tests {
         assert_eq!(deadline_ms(1_000, 0), 1_000);
         assert_eq!(deadline_ms(0, u64::MAX), 315_360_000_000);
         assert_eq!(deadline_ms(i64::MAX, u64::MAX), i64::MAX);
+    }
+
+    /// Names that are good, reserved, too long, or nearly so.
+    fn name() -> impl Strategy<Value = String> {
+        prop_oneof![
+            3 => "\\PC{1,12}",
+            1 => "(tidings|x|X|Tidings)-[a-z]{0,3}|B?CC|cc|",
+            1 => (250..260_usize).prop_map(|length| "n".repeat(length)),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_accepted_obeys_the_limits_and_what_is_refused_is_told_which_part_of_it_does_not(
+            routing_key in prop_oneof!["(.|\n){0,90}", (250..260_usize).prop_map(|length| "k".repeat(length))],
+            content_type in prop_oneof!["\\PC{0,90}", (250..260_usize).prop_map(|length| "t".repeat(length))],
+            headers in proptest::collection::vec((name(), prop_oneof!["(.|\n){0,20}", "v{7000,9000}"]), 0..6),
+        ) {
+            let event = Event::new(routing_key.clone(), content_type.clone(), Vec::new(), headers.clone());
+            match event {
+                Ok(event) => {
+                    prop_assert!((1..=255).contains(&event.routing_key().len()) && event.content_type().len() <= 255);
+                    let names: std::collections::HashSet<&str> =
+                        event.headers().iter().map(|(name, _)| name.as_str()).collect();
+                    prop_assert_eq!(names.len(), headers.len());
+                    let reserved = |name: &str| name.starts_with("tidings-") || name.starts_with("x-");
+                    let fits = |name: &&str| (1..=255).contains(&name.len()) && !reserved(name);
+                    prop_assert!(names.iter().all(fits) && !names.contains("CC") && !names.contains("BCC"));
+                    let bytes: usize = headers.iter().map(|(name, value)| name.len() + value.len()).sum();
+                    prop_assert!(bytes + headers.len() * HEADER_OVERHEAD <= HEADERS_BYTES);
+                    prop_assert_eq!(event.into_parts(), (routing_key, content_type, Vec::new(), headers));
+                }
+                Err(error) => {
+                    let sentence = error.to_string();
+                    let part = match error {
+                        EventError::RoutingKey(_) => "its routing-key has ",
+                        EventError::ContentType(_) => "its content-type has ",
+                        EventError::HeaderName(_) => "the name of a header has ",
+                        EventError::ReservedHeader(_) => "a header is named ",
+                        EventError::RepeatedHeader(_) => "the header ",
+                        EventError::Headers(_) => "its headers have ",
+                    };
+                    prop_assert!(sentence.starts_with(part) && sentence.len() < 2_000, "{}", sentence);
+                }
+            }
+        }
+
+        #[test]
+        fn a_longer_life_never_ends_earlier_and_no_life_is_longer_than_the_broker_takes(
+            now_ms in any::<i64>(),
+            ttl_ms in prop_oneof![any::<u64>(), 0..=LONGEST_TTL_MS],
+        ) {
+            let deadline = deadline_ms(now_ms, ttl_ms);
+            prop_assert!(deadline >= now_ms && deadline <= deadline_ms(now_ms, ttl_ms.saturating_add(1)));
+            prop_assert!(deadline.abs_diff(now_ms) <= LONGEST_TTL_MS.min(ttl_ms));
+            if now_ms < i64::MAX - LONGEST_TTL_MS.cast_signed() {
+                prop_assert_eq!(deadline.abs_diff(now_ms), LONGEST_TTL_MS.min(ttl_ms));
+            }
+        }
     }
 }

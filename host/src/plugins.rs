@@ -42,12 +42,14 @@ use crate::event::{BuildError, BuiltEvent};
 use crate::schedule::Schedule;
 
 pub use breaker::BreakerState;
-pub use check::LoadError;
+pub use check::{LoadError, check_description, check_world};
 pub use compile::compile_here;
 pub use engine::{Engine, EngineError, Metering};
+pub use inspect::{World, inspect};
 pub use limits::Limits;
 pub use plugin::{Kind, Plugin, Trial};
 pub use registry::{GenerationStatus, KindStatus, PluginStatus, Registry};
+pub use settings::Settings;
 pub use state::{StateDir, StateError};
 pub use watcher::{try_watch, watch};
 

@@ -179,9 +179,9 @@ async fn while_the_broker_blocks_nothing_is_claimed_and_memory_stays_flat_and_af
     let before = resident_kib(daemon.pid());
     world
         .sql(
-            r#"INSERT INTO tidings.schedules (kind, due_at, payload)
+            "INSERT INTO tidings.schedules (kind, due_at, payload)
                SELECT 'message', now(), jsonb_build_object('routing_key', 'a', 'body', repeat('x', 10000))
-               FROM generate_series(1, 5000)"#,
+               FROM generate_series(1, 5000)",
         )
         .await;
     // The first one's batch ends without a confirm, and then many sweeps go by.

@@ -12,31 +12,15 @@ use lapin::message::Delivery;
 use lapin::options::{
     BasicAckOptions, BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions,
 };
-use lapin::types::{AMQPValue, FieldTable, ShortString};
-use lapin::{BasicProperties, Channel, Confirmation, Connection};
+use lapin::types::{FieldTable, ShortString};
+use lapin::{Channel, Confirmation, Connection};
 
-use super::headers::UNREADABLE;
+use super::letter::{self, Sending};
 use super::{Broker, BrokerError, CLOSE_DEADLINE, QueueType, topology, within};
-use crate::dead_letter::{DeadLetter, Unreadable, Unsendable};
+use crate::dead_letter::DeadLetter;
 
 /// How long the confirms of a window may take.
 const CONFIRM_DEADLINE: Duration = Duration::from_secs(30);
-/// What the broker itself adds to a message on its way, and would take for its history if it were published again; and what
-/// would send copies elsewhere.
-const NOT_CARRIED_ON: [&str; 10] = [
-    "x-death",
-    "x-first-death-exchange",
-    "x-first-death-queue",
-    "x-first-death-reason",
-    "x-last-death-exchange",
-    "x-last-death-queue",
-    "x-last-death-reason",
-    "x-delivery-count",
-    "x-acquired-count",
-    "CC",
-];
-/// The header with which a parked letter says why.
-const PARKED_REASON: &str = "tidings-parked-reason";
 
 /// One of the daemon's own queues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,24 +39,6 @@ pub struct Letter {
     /// Why it was parked, if it was.
     pub parked_reason: Option<String>,
     delivery: Delivery,
-}
-
-/// Where a letter is sent.
-#[derive(Clone, Debug)]
-pub enum Sending {
-    /// Back into its queue.
-    Back {
-        /// The queue.
-        queue: String,
-        /// `expiration`; `None` = it never expires.
-        expiration_ms: Option<u64>,
-        /// `tidings-replay`.
-        replays: i64,
-    },
-    /// To the parked ones, with the reason.
-    Park(String),
-    /// To the end of the dead letters, as it is.
-    Tail,
 }
 
 /// What the broker said of it.
@@ -167,9 +133,9 @@ impl DeadLetters {
         let fetched = within("hand out a dead letter", fetched).await?;
         Ok(fetched.map(|message| {
             let delivery = message.delivery;
-            let headers = delivery.properties.headers().clone().unwrap_or_default();
-            let parked_reason = text(&headers, PARKED_REASON);
-            Letter { says: read(&delivery.properties, &headers), parked_reason, delivery }
+            let (says, parked_reason) =
+                (letter::read(&delivery.properties), letter::parked_reason(&delivery.properties));
+            Letter { says, parked_reason, delivery }
         }))
     }
 
@@ -203,7 +169,7 @@ impl DeadLetters {
         let options = BasicPublishOptions { mandatory: true, immediate: false };
         let failed = |source| BrokerError::Operation { doing: "take a dead letter".into(), source };
         let publishes = letters.iter().map(|(letter, sending)| async move {
-            let (queue, properties) = self.wire(letter, sending);
+            let (queue, properties) = (self.queue(sending), letter::sent_on(&letter.delivery.properties, sending));
             // Through the default exchange: to this queue and to no other.
             self.channel.basic_publish("".into(), queue, options, &letter.delivery.data, properties).await
         });
@@ -239,32 +205,6 @@ impl DeadLetters {
         }
     }
 
-    /// Where a letter goes and with what: everything as it was but what the broker added, its remaining life and the count.
-    fn wire(&self, letter: &Letter, sending: &Sending) -> (ShortString, BasicProperties) {
-        let mut headers = letter.delivery.properties.headers().clone().unwrap_or_default();
-        let mut expiration = None;
-        match sending {
-            Sending::Back { expiration_ms, replays, .. } => {
-                headers = headers
-                    .inner()
-                    .iter()
-                    .filter(|(name, _)| !NOT_CARRIED_ON.contains(&name.as_str()) && name.as_str() != PARKED_REASON)
-                    .fold(FieldTable::default(), |mut kept, (name, value)| {
-                        kept.insert(name.clone(), value.clone());
-                        kept
-                    });
-                headers.insert("tidings-replay".into(), AMQPValue::LongLongInt(*replays));
-                expiration = *expiration_ms;
-            }
-            // With its history, for the person who will look at it.
-            Sending::Park(reason) => {
-                headers.insert(PARKED_REASON.into(), AMQPValue::LongString(reason.as_str().into()));
-            }
-            Sending::Tail => {}
-        }
-        (self.queue(sending), carried_on(&letter.delivery.properties, headers, expiration))
-    }
-
     /// A letter is done with, for good.
     ///
     /// # Errors
@@ -292,97 +232,4 @@ async fn count_letters(channel: &Channel, queue: ShortString) -> Result<u32, Bro
     let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
     let doing = format!("count the letters in the queue {queue}");
     Ok(within(&doing, channel.queue_declare(queue, options, FieldTable::default())).await?.message_count())
-}
-
-/// Every property but those that must not be carried on: the user, which must be whoever publishes, and the old life.
-fn carried_on(old: &BasicProperties, headers: FieldTable, expiration_ms: Option<u64>) -> BasicProperties {
-    let mut new = BasicProperties::default().with_headers(headers);
-    if let Some(value) = old.content_type() {
-        new = new.with_content_type(value.clone());
-    }
-    if let Some(value) = old.content_encoding() {
-        new = new.with_content_encoding(value.clone());
-    }
-    if let Some(value) = old.delivery_mode() {
-        new = new.with_delivery_mode(*value);
-    }
-    if let Some(value) = old.priority() {
-        new = new.with_priority(*value);
-    }
-    if let Some(value) = old.correlation_id() {
-        new = new.with_correlation_id(value.clone());
-    }
-    if let Some(value) = old.reply_to() {
-        new = new.with_reply_to(value.clone());
-    }
-    if let Some(value) = old.message_id() {
-        new = new.with_message_id(value.clone());
-    }
-    if let Some(value) = old.timestamp() {
-        new = new.with_timestamp(*value);
-    }
-    if let Some(value) = old.kind() {
-        new = new.with_type(value.clone());
-    }
-    if let Some(value) = old.app_id() {
-        new = new.with_app_id(value.clone());
-    }
-    if let Some(expiration_ms) = expiration_ms {
-        new = new.with_expiration(expiration_ms.to_string().into());
-    }
-    new
-}
-
-/// What a letter says of itself. Whatever anybody has written into the headers, this has an answer.
-fn read(properties: &BasicProperties, headers: &FieldTable) -> DeadLetter {
-    let death = match headers.inner().get("x-death") {
-        // The newest is the first.
-        Some(AMQPValue::FieldArray(deaths)) => match deaths.as_slice().first() {
-            Some(AMQPValue::FieldTable(death)) => Some(death),
-            _ => None,
-        },
-        _ => None,
-    };
-    let unreadable = match headers.inner().get(UNREADABLE) {
-        Some(AMQPValue::ByteArray(bytes)) if bytes.is_empty() => Some(Unsendable::TooLong),
-        Some(AMQPValue::ByteArray(_)) => Some(Unsendable::Carried),
-        _ => None,
-    };
-    let whole = |name: &str| headers.inner().get(name).and_then(number);
-    let of_death = |name: &str| death.and_then(|death| text(death, name));
-    DeadLetter {
-        unreadable,
-        id: properties.message_id().as_ref().map(ToString::to_string),
-        kind: text(headers, "tidings-kind"),
-        queue: of_death("queue").filter(|queue| queue.len() <= 255),
-        reason: of_death("reason"),
-        died_at: death.and_then(|death| match death.inner().get("time") {
-            Some(AMQPValue::Timestamp(seconds)) => Some(*seconds),
-            _ => None,
-        }),
-        expires_ms: headers.inner().get("tidings-expires-ms").map(|value| number(value).ok_or(Unreadable)),
-        due_ms: whole("tidings-due-ms"),
-        replays: whole("tidings-replay").unwrap_or(0),
-    }
-}
-
-fn text(table: &FieldTable, name: &str) -> Option<String> {
-    match table.inner().get(name)? {
-        AMQPValue::LongString(text) => String::from_utf8(text.as_bytes().to_vec()).ok(),
-        AMQPValue::ShortString(text) => Some(text.to_string()),
-        _ => None,
-    }
-}
-
-fn number(value: &AMQPValue) -> Option<i64> {
-    match value {
-        AMQPValue::ShortShortInt(number) => Some((*number).into()),
-        AMQPValue::ShortShortUInt(number) => Some((*number).into()),
-        AMQPValue::ShortInt(number) => Some((*number).into()),
-        AMQPValue::ShortUInt(number) => Some((*number).into()),
-        AMQPValue::LongInt(number) => Some((*number).into()),
-        AMQPValue::LongUInt(number) => Some((*number).into()),
-        AMQPValue::LongLongInt(number) => Some(*number),
-        _ => None,
-    }
 }

@@ -5,7 +5,7 @@
 /// stack.
 const DEEPEST: usize = 32;
 /// What we may have to add to the headers of a letter that is parked, in bytes.
-const ROOM: usize = 512;
+pub(super) const ROOM: usize = 512;
 /// The header that stands for what cannot be read, and carries it as it came: the flags, then the properties. Empty if
 /// that is so long that nobody can publish it again.
 pub(super) const UNREADABLE: &str = "tidings-unreadable";
@@ -14,8 +14,10 @@ const FIXED: usize = 12;
 const HEADERS: u16 = 1 << 13;
 
 /// What the library is given in place of this payload of a header frame, if it cannot read it, or could not send it on
-/// within frames of `longest` bytes.
-pub(super) fn instead(payload: &[u8], longest: usize) -> Option<Vec<u8>> {
+/// within frames of `longest` bytes. `None` = it can. A payload without room for the length of a body is no broker's, and
+/// passes: the library hangs up at it.
+#[must_use]
+pub fn instead(payload: &[u8], longest: usize) -> Option<Vec<u8>> {
     let (fixed, properties) = payload.split_at_checked(FIXED)?;
     let limit = longest.saturating_sub(ROOM);
     if payload.len() <= limit && are_readable(properties) {
@@ -103,6 +105,7 @@ impl<'a> Bytes<'a> {
 
 #[cfg(test)]
 mod tests {
+    use amq_protocol::frame::{AMQPFrame, parse_frame};
     use proptest::prelude::*;
 
     use super::*;
@@ -146,16 +149,86 @@ mod tests {
         assert!(cut.len() < 64 && are_readable(&cut[FIXED..]));
     }
 
+    /// The contents behind their length.
+    fn long(contents: &[u8]) -> Vec<u8> {
+        [&u32::try_from(contents.len()).expect("short").to_be_bytes(), contents].concat()
+    }
+
+    /// One entry of a table after the other.
+    fn entries(value: impl Strategy<Value = Vec<u8>>) -> impl Strategy<Value = Vec<u8>> {
+        proptest::collection::vec(("[a-z-]{0,9}", value), 0..5).prop_map(|entries| {
+            let entry = |(name, value): (String, Vec<u8>)| {
+                [&[u8::try_from(name.len()).expect("short")], name.as_bytes(), &value].concat()
+            };
+            entries.into_iter().flat_map(entry).collect()
+        })
+    }
+
+    /// A value of any type.
+    fn value() -> impl Strategy<Value = Vec<u8>> {
+        let bytes = || proptest::collection::vec(any::<u8>(), 0..20);
+        let of = |types: &'static [u8], length: usize| {
+            let contents = proptest::collection::vec(any::<u8>(), length);
+            (proptest::sample::select(types), contents).prop_map(|(kind, contents)| [&[kind], &contents[..]].concat())
+        };
+        let flat = prop_oneof![
+            of(b"V", 0),
+            of(b"tbB", 1),
+            of(b"suU", 2),
+            of(b"Iif", 4),
+            of(b"D", 5),
+            of(b"lLdT", 8),
+            (proptest::sample::select(&b"Sx"[..]), bytes())
+                .prop_map(|(kind, bytes)| [&[kind], &long(&bytes)[..]].concat()),
+        ];
+        flat.prop_recursive(6, 40, 5, |value| {
+            prop_oneof![
+                entries(value.clone()).prop_map(|entries| [b"F", &long(&entries)[..]].concat()),
+                proptest::collection::vec(value, 0..5).prop_map(|values| [b"A", &long(&values.concat())[..]].concat()),
+            ]
+        })
+    }
+
+    /// What the library makes of a frame with this payload.
+    fn library_reads(payload: &[u8]) -> bool {
+        let frame = [&[2, 0, 1][..], &long(payload), &[0xCE]].concat();
+        matches!(parse_frame(&frame[..]), Ok(([], AMQPFrame::Header(..))))
+    }
+
     proptest! {
         #[test]
         fn whatever_comes_the_library_gets_something_that_it_can_read(
             properties in proptest::collection::vec(any::<u8>(), 0..600),
+            longest in prop_oneof![Just(131_072), 0..2_000_usize],
         ) {
             let payload = [&[0; FIXED][..], &properties].concat();
-            match instead(&payload, 131_072) {
-                Some(other) => prop_assert!(are_readable(&other[FIXED..])),
-                None => prop_assert!(are_readable(&properties)),
+            let read = instead(&payload, longest).unwrap_or(payload);
+            prop_assert!(are_readable(&read[FIXED..]));
+            prop_assert!(library_reads(&read));
+        }
+
+        #[test]
+        fn headers_of_every_type_pass_and_what_is_damaged_in_them_is_replaced_if_the_library_cannot_read_it(
+            entries in entries(value()),
+            damage in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 0..4),
+        ) {
+            let mut payload = [&[0; FIXED][..], &with_header(&entries)].concat();
+            prop_assert_eq!(instead(&payload, 131_072), None);
+            prop_assert!(library_reads(&payload));
+            for (at, byte) in damage {
+                let at = FIXED + at.index(payload.len() - FIXED);
+                payload[at] = byte;
             }
+            let read = instead(&payload, 131_072).unwrap_or(payload);
+            prop_assert!(library_reads(&read));
+        }
+
+        #[test]
+        fn what_is_shorter_than_a_header_frame_passes_and_the_library_refuses_it(
+            payload in proptest::collection::vec(any::<u8>(), 0..FIXED),
+        ) {
+            prop_assert_eq!(instead(&payload, 131_072), None);
+            prop_assert!(!library_reads(&payload));
         }
     }
 }

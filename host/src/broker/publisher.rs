@@ -232,3 +232,65 @@ fn wire(message: &Message) -> (ShortString, BasicProperties) {
     }
     (short(&message.routing_key), properties)
 }
+
+#[cfg(test)]
+mod tests {
+    use amq_protocol::frame::{AMQPContentHeader, AMQPFrame, WriteContext, gen_frame};
+    use proptest::prelude::*;
+    use time::OffsetDateTime;
+
+    use super::*;
+    use crate::event::{BuiltEvent, Event};
+    use crate::schedule::Schedule;
+
+    /// RabbitMQ's own, and the client library takes what it is offered.
+    const FRAME_BYTES: usize = 128 * 1024;
+
+    proptest! {
+        // Each is some 50 KiB.
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn whatever_a_row_and_an_event_may_be_their_headers_fit_into_one_frame(
+            count in prop_oneof![0..5_usize, 1_000..5_000_usize],
+            value_bytes in prop_oneof![Just(0), 0..40_000_usize],
+            short_bytes in 1..=255_usize,
+        ) {
+            // What the table takes: 16 KiB as JSON text, where each has two quotes for its name and for its value, a colon, a
+            // comma, and two spaces.
+            let mut left = 16 * 1024;
+            let mut headers = Vec::new();
+            for number in 0..count {
+                let (name, value) = (format!("{number:x}"), "v".repeat(value_bytes.min(16_000) / count.max(1)));
+                left -= (name.len() + value.len() + 8).min(left);
+                if left == 0 {
+                    break;
+                }
+                headers.push((name, value));
+            }
+            let own = (0..count).map(|number| (format!("e{number:x}"), "v".repeat(value_bytes / count.max(1))));
+            let text = || "k".repeat(short_bytes);
+            let Ok(event) = Event::new(text(), text(), Vec::new(), own.collect()) else { return Ok(()) };
+            let schedule = Schedule {
+                id: Uuid::max(),
+                kind: "k".repeat(100),
+                key: Some(text()),
+                subject: Some(text()),
+                due_at: OffsetDateTime::UNIX_EPOCH,
+                expires_at: None,
+                payload: "{}".into(),
+                headers,
+                attempts: u32::MAX,
+                failures: 0,
+                refusals: 0,
+            };
+            let built = BuiltEvent { event, built_ms: 0, expires_ms: Some(i64::MAX), plugin: "p".repeat(210) };
+            let message = Message::new(&schedule, built, &"e".repeat(200), 1).expect("in time");
+            let (routing_key, properties) = wire(&message);
+            prop_assert_eq!(routing_key.as_str(), text());
+            let frame = AMQPFrame::Header(1, AMQPContentHeader { class_id: 60, body_size: 0, properties });
+            let (frame, _) = gen_frame(&frame)(WriteContext::from(Vec::new())).expect("a frame").into_inner();
+            prop_assert!(frame.len() <= FRAME_BYTES, "{} bytes", frame.len());
+        }
+    }
+}

@@ -9,7 +9,7 @@ use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand};
 use tokio_util::sync::CancellationToken;
 
-use super::{age, fail, progress, usage};
+use super::{age, fail, printable, progress, usage};
 use crate::broker::{Broker, DeadLetters, Pile};
 use crate::config::{Mistakes, ServerArgs};
 use crate::dead_letter::{DeadLetter, Fate, Tally};
@@ -163,7 +163,7 @@ async fn list(ByHand { letters, waiting, .. }: &mut ByHand, filter: &Filter) -> 
             if !filter.takes(&letter.says, now) {
                 continue;
             }
-            let name = |name: Option<String>| name.unwrap_or_else(|| "-".into());
+            let name = |name: Option<String>| name.map_or_else(|| "-".into(), |name| printable(&name));
             let DeadLetter { queue, kind, reason, died_at, .. } = letter.says;
             let (count, oldest) = groups.entry([name(queue), name(kind), name(reason)]).or_default();
             listed += 1;
@@ -197,7 +197,7 @@ async fn dry_run(ByHand { pass, letters, max, waiting, .. }: &mut ByHand, filter
     while left > 0 {
         let clock = pass.clock().await?;
         for letter in window(letters, Pile::Dead, &mut left).await? {
-            let id = letter.says.id.as_deref().unwrap_or("-");
+            let id = printable(letter.says.id.as_deref().unwrap_or("-"));
             if !filter.takes(&letter.says, now) {
                 tally.left += 1;
                 continue;
@@ -209,7 +209,7 @@ async fn dry_run(ByHand { pass, letters, max, waiting, .. }: &mut ByHand, filter
                 }
                 Fate::Replay { queue, replays, .. } => {
                     tally.replayed += 1;
-                    println!("{id}  would go back into {queue}; replayed {} times before", replays - 1);
+                    println!("{id}  would go back into {}; replayed {} times before", printable(&queue), replays - 1);
                 }
                 Fate::Leave(reason) => {
                     tally.left += 1;

@@ -10,7 +10,7 @@ use clap::{Args, Subcommand};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::{NOT_FOUND, age, fail, progress, usage};
+use super::{NOT_FOUND, age, fail, printable, progress, usage};
 use crate::broker::{Broker, DeadLetters, Letter, Pile, Sending, Sent};
 use crate::config::{Mistakes, ServerArgs};
 use crate::dead_letter::Fate;
@@ -122,7 +122,7 @@ async fn on_rows(
         let now = OffsetDateTime::now_utc();
         for row in &rows {
             let age = age(Duration::try_from(now - row.parked_at).unwrap_or_default());
-            println!("row     {}  {:<24} {age} ago: {}", row.id, row.kind, row.reason);
+            println!("row     {}  {:<24} {age} ago: {}", row.id, row.kind, printable(&row.reason));
         }
         done.rows = rows.len();
         return Ok(());
@@ -218,12 +218,12 @@ fn show(letter: &Letter) {
     println!(
         "letter  {}  {:<24} died in {}: {}",
         name(letter),
-        letter.says.kind.as_deref().unwrap_or("-"),
-        letter.says.queue.as_deref().unwrap_or("?"),
-        letter.parked_reason.as_deref().unwrap_or("no reason was noted")
+        printable(letter.says.kind.as_deref().unwrap_or("-")),
+        printable(letter.says.queue.as_deref().unwrap_or("?")),
+        printable(letter.parked_reason.as_deref().unwrap_or("no reason was noted"))
     );
 }
 
-fn name(letter: &Letter) -> &str {
-    letter.says.id.as_deref().unwrap_or("-")
+fn name(letter: &Letter) -> String {
+    printable(letter.says.id.as_deref().unwrap_or("-"))
 }

@@ -1,7 +1,7 @@
 //! What is checked of a component before it may serve: that it is of our world. The words are for the plugin's author;
 //! the linker's own are about types.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 
 use thiserror::Error;
@@ -17,6 +17,8 @@ const SERVED: &str = "0.1";
 const BUILDER: &str = "tidings:plugin/builder@0.1.0";
 /// What its name begins with in every compatible version.
 const BUILDER_TRACK: &str = "tidings:plugin/builder@0.1.";
+/// Kinds of one plugin.
+const KINDS: usize = 1_000;
 
 /// Why a file does not serve.
 #[derive(Debug, Error)]
@@ -75,7 +77,11 @@ impl LoadError {
 }
 
 /// Checks by name what is imported and exported.
-pub(super) fn check_world(world: &World) -> Result<(), LoadError> {
+///
+/// # Errors
+///
+/// When something is imported that there is not, or what makes a plugin is not exported.
+pub fn check_world(world: &World) -> Result<(), LoadError> {
     let World { imports, exports } = world;
     if let Some(version) = imports.iter().chain(exports).find_map(|name| foreign_version(name)) {
         return Err(LoadError::Version(version.to_owned()));
@@ -129,7 +135,46 @@ fn why_not(import: &str) -> &'static str {
     }
 }
 
-pub(super) fn is_kind(kind: &str) -> bool {
+/// Checks what a plugin's `describe` says: its name, its version, and the kinds that it serves.
+///
+/// # Errors
+///
+/// When it could not be known by them.
+pub fn check_description(name: &str, version: &str, kinds: &[&str]) -> Result<(), LoadError> {
+    for (what, text) in [("name", name), ("version", version)] {
+        if !(1..=100).contains(&text.len())
+            || text.chars().any(|char| char.is_control() || char == '@' || char == '+' && what == "name")
+        {
+            return Err(LoadError::Description(format!(
+                "the {what} {:?}, which is not 1 to 100 printable bytes",
+                start(text)
+            )));
+        }
+    }
+    if kinds.is_empty() || kinds.len() > KINDS {
+        return Err(LoadError::Description(format!("{} kinds, not 1 to {KINDS}", kinds.len())));
+    }
+    let mut named = HashSet::with_capacity(kinds.len());
+    for kind in kinds {
+        if !is_kind(kind) {
+            return Err(LoadError::Description(format!(
+                "the kind {:?}, which does not match [a-z0-9][a-z0-9._-]{{0,99}}",
+                start(kind)
+            )));
+        }
+        if !named.insert(kind) {
+            return Err(LoadError::Description(format!("the kind {kind:?} twice")));
+        }
+    }
+    Ok(())
+}
+
+/// The first characters of a text that may be endless.
+pub(super) fn start(text: &str) -> String {
+    text.chars().take(120).collect()
+}
+
+fn is_kind(kind: &str) -> bool {
     let mut bytes = kind.bytes();
     let first = bytes.next().is_some_and(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
     first
@@ -139,6 +184,8 @@ pub(super) fn is_kind(kind: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -174,6 +221,71 @@ mod tests {
         }
         for kind in ["", "-a", "A", "a b", "a/b", "é", &"k".repeat(101)] {
             assert!(!is_kind(kind), "{kind}");
+        }
+    }
+
+    #[test]
+    fn a_kind_that_is_described_twice_is_refused() {
+        let error = check_description("a", "1", &["b", "c", "b"]).expect_err("twice");
+        assert_eq!(error.to_string(), "its describe() names the kind \"b\" twice");
+    }
+
+    /// The name of an interface, ours, of WASI, or of nobody.
+    fn interface() -> impl Strategy<Value = String> {
+        let ours = "(tidings:plugin/(builder|host|types)|wasi:(cli/stderr|sockets/tcp|random/random))@0\\.[12]\\.[0-9](-rc\\.1)?";
+        prop_oneof![3 => ours, 1 => ".{0,40}"]
+    }
+
+    proptest! {
+        #[test]
+        fn what_describes_itself_well_can_be_known_by_it_and_what_does_not_is_told_what_is_wrong(
+            name in prop_oneof![4 => "[a-z]{1,9}", 1 => "[a-z+@]{0,9}|.{0,120}"],
+            version in prop_oneof![4 => "[0-9.+]{1,9}", 1 => "[0-9@]{0,9}|.{0,120}"],
+            kinds in proptest::collection::vec(
+                prop_oneof![8 => "[ab]{1,2}", 1 => "[a-z0-9._-]{0,3}|[a-z]{98,102}|.{0,130}"],
+                0..6,
+            ),
+        ) {
+            let kinds: Vec<&str> = kinds.iter().map(String::as_str).collect();
+            match check_description(&name, &version, &kinds) {
+                Ok(()) => {
+                    // The label can be taken apart again, and is one line of a header.
+                    let label = format!("{name}@{version}+00000000");
+                    prop_assert_eq!(label.split_once('@'), Some((&*name, &*format!("{version}+00000000"))));
+                    prop_assert!(label.len() <= 210 && !label.contains(char::is_control));
+                    prop_assert!(kinds.iter().all(|kind| is_kind(kind)));
+                    prop_assert_eq!(kinds.iter().collect::<HashSet<_>>().len(), kinds.len());
+                }
+                Err(error) => {
+                    let sentence = error.to_string();
+                    prop_assert!(sentence.starts_with("its describe() names "), "{}", sentence);
+                    prop_assert!(["the name", "the version", "kind"].iter().any(|part| sentence.contains(part)));
+                    prop_assert!(sentence.len() < 2_000 && !sentence.contains(char::is_control), "{}", sentence);
+                }
+            }
+        }
+
+        #[test]
+        fn any_imports_and_exports_are_of_our_world_or_it_is_said_which_are_not(
+            imports in proptest::collection::vec(interface(), 0..5),
+            exports in proptest::collection::vec(interface(), 0..5),
+        ) {
+            let world = World { imports, exports };
+            match check_world(&world) {
+                Ok(()) => {
+                    prop_assert!(world.imports.iter().all(|name| is_offered(name)));
+                    prop_assert!(world.exports.iter().any(|name| name.starts_with(BUILDER_TRACK)));
+                }
+                Err(LoadError::Version(version)) => prop_assert!(version != SERVED),
+                Err(LoadError::Imports(names)) => {
+                    let missing = world.imports.iter().filter(|name| !is_offered(name));
+                    prop_assert!(missing.clone().count() > 0 && missing.clone().all(|name| names.contains(name.as_str())));
+                }
+                Err(LoadError::NoBuilder(said)) => {
+                    prop_assert!(world.exports.iter().all(|name| said.contains(name.as_str())));
+                }
+                Err(other) => prop_assert!(false, "{}", other),
+            }
         }
     }
 }

@@ -78,15 +78,18 @@ impl Settling {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
+    use std::sync::LazyLock;
 
     use proptest::prelude::*;
 
     use super::*;
 
+    /// Looked at once: whoever writes into that directory changes it.
+    static STAT: LazyLock<Stat> = LazyLock::new(|| Stat::of(&std::env::temp_dir()).expect("there is one"));
+
     /// A file as it would be seen with this content.
     fn file(content: u64) -> Seen {
-        let dir = std::env::temp_dir();
-        let mut stat = Stat::of(&dir).expect("there is one");
+        let mut stat = *STAT;
         stat.set_len(content);
         Seen { listed: true, wasm: Some(stat), settings: None }
     }

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use super::bindings::PluginPre;
 use super::bindings::tidings::plugin::types::KindInfo;
 use super::breaker::{Breaker, BreakerState};
-use super::check::{LoadError, check_world, is_kind};
+use super::check::{LoadError, check_description, check_world};
 use super::compile::compile;
 use super::engine::Engine;
 use super::guest::Guest;
@@ -25,8 +25,6 @@ pub use build::Trial;
 
 /// Wasmtime's words for an export of another type than ours.
 const WRONG_TYPE: &str = "failed to convert function to given type";
-/// Kinds of one plugin.
-const KINDS: usize = 1_000;
 
 /// One loaded version of a plugin.
 pub struct Plugin {
@@ -157,25 +155,8 @@ impl Plugin {
             None => LoadError::Describe(text),
         })?;
 
-        for (what, text) in [("name", &info.name), ("version", &info.version)] {
-            if !(1..=100).contains(&text.len())
-                || text.chars().any(|char| char.is_control() || char == '@' || char == '+' && what == "name")
-            {
-                return Err(LoadError::Description(format!(
-                    "the {what} {:?}, which is not 1 to 100 printable bytes",
-                    start(text)
-                )));
-            }
-        }
-        if info.kinds.is_empty() || info.kinds.len() > KINDS {
-            return Err(LoadError::Description(format!("{} kinds, not 1 to {KINDS}", info.kinds.len())));
-        }
-        if let Some(other) = info.kinds.iter().find(|info| !is_kind(&info.kind)) {
-            return Err(LoadError::Description(format!(
-                "the kind {:?}, which does not match [a-z0-9][a-z0-9._-]{{0,99}}",
-                start(&other.kind)
-            )));
-        }
+        let kinds: Vec<&str> = info.kinds.iter().map(|info| info.kind.as_str()).collect();
+        check_description(&info.name, &info.version, &kinds)?;
         self.label = format!("{}@{}+{}", info.name, info.version, &self.digest[..8]).into();
         let kind = |info: KindInfo| Kind {
             summary: info.summary,
@@ -267,11 +248,6 @@ impl Kind {
         let breaker = self.breaker.lock().expect("nobody panics with it");
         (breaker.state(), breaker.answered, breaker.failed)
     }
-}
-
-/// The first characters of a text that may be endless.
-fn start(text: &str) -> String {
-    text.chars().take(120).collect()
 }
 
 #[cfg(test)]

@@ -178,11 +178,31 @@ fn count(number: i32) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
     fn the_headers_of_a_row_are_read_from_its_json() {
         assert_eq!(headers("{}"), []);
         assert_eq!(headers(r#"{"b": "2", "a": "\u00e9"}"#), [("a".into(), "é".into()), ("b".into(), "2".into())]);
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_names_and_values_are_they_are_read_as_they_were_written(
+            object in proptest::collection::btree_map("\\PC{0,9}|(.|\n){0,9}", "\\PC{0,20}|(.|\n){0,20}", 0..6),
+        ) {
+            let listed: Vec<(String, String)> = object.clone().into_iter().collect();
+            let written = serde_json::to_string(&object).expect("strings");
+            prop_assert_eq!(headers(&written), listed.clone());
+            // As PostgreSQL may write it: all that is not ASCII escaped, with spaces, in another order.
+            let text = |text: &String| {
+                let units: Vec<String> = text.encode_utf16().map(|unit| format!("\\u{unit:04x}")).collect();
+                format!("\"{}\"", units.concat())
+            };
+            let entries: Vec<String> = object.iter().rev().map(|(name, value)| format!("{}: {}", text(name), text(value))).collect();
+            prop_assert_eq!(headers(&format!("{{{}}}", entries.join(", "))), listed);
+        }
     }
 }

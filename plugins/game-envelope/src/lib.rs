@@ -67,6 +67,8 @@ impl Serialize for Instant {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -89,5 +91,42 @@ mod tests {
             String::from_utf8(body).expect("UTF-8"),
             r#"{"event_type":"game.test","timestamp":"2026-11-21T20:00:00.007000+00:00","data":{"a":1},"trace_id":null}"#
         );
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_given_as_a_time_is_kept_as_it_was_written_or_refused_with_it(
+            text in prop_oneof![
+                "[0-9]{4}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-6][0-9]:[0-6][0-9](\\.[0-9]{1,12})?(Z|[+-][0-2][0-9]:[0-6][0-9])",
+                "[0-9]{4}-[01][0-9]-[0-3][0-9].?[0-2][0-9]:[0-9:Z+-]{0,9}",
+                "\\PC{0,30}",
+            ],
+        ) {
+            let json = serde_json::to_string(&text).expect("a string");
+            match serde_json::from_str::<Instant>(&json) {
+                Ok(instant) => prop_assert_eq!(serde_json::to_string(&instant).expect("a string"), json),
+                Err(error) => {
+                    let said = format!("{text:?} is not an RFC 3339 time");
+                    prop_assert!(error.to_string().contains(&said), "{}", error);
+                }
+            }
+        }
+
+        #[test]
+        fn an_envelope_made_at_any_time_is_whole_or_says_which_time_it_is_not(
+            now_ms in prop_oneof![any::<u64>(), 0..253_402_300_800_100_u64],
+        ) {
+            match wrap("game.test", now_ms, ()) {
+                Ok(body) => {
+                    let envelope: serde_json::Value = serde_json::from_slice(&body).expect("JSON");
+                    let instant: Instant = serde_json::from_value(envelope["timestamp"].clone()).expect("a time");
+                    prop_assert_eq!(instant.unix_ms().cast_unsigned(), now_ms);
+                }
+                Err(sentence) => {
+                    let time = format!("now-ms {now_ms} ");
+                    prop_assert!(sentence.starts_with(&time), "{}", sentence);
+                }
+            }
+        }
     }
 }

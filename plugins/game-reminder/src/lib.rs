@@ -88,6 +88,8 @@ fn remind(payload: &str, now_ms: u64) -> Result<Built, BuildError> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     /// 2026-11-21T20:00:00Z
@@ -141,6 +143,37 @@ mod tests {
                 panic!("{payload} was built");
             };
             assert!(sentence.contains(why), "{sentence}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_reminder_lives_as_long_as_it_is_of_use_at_any_time_and_never_longer(
+            starts_at in "[0-9]{4}-(0[1-9]|1[0-2])-[0-2][1-8]T[01][0-9]:[0-5][0-9]:[0-5][0-9](\\.[0-9]{1,9})?Z",
+            now_ms in prop_oneof![any::<u64>(), 0..253_402_300_800_000_u64],
+        ) {
+            let instant: Instant = serde_json::from_str(&format!("\"{starts_at}\"")).expect("a time");
+            let left_ms = i128::from(instant.unix_ms()) - i128::from(now_ms);
+            match remind(&payload(&starts_at), now_ms) {
+                Ok(built) => prop_assert_eq!(built.ttl_ms.map(i128::from), Some(left_ms)),
+                Err(BuildError::Skip(reason)) => {
+                    let ago = format!(" {} ms ago", -left_ms);
+                    prop_assert!(left_ms <= 0 && reason.ends_with(&ago), "{}", reason);
+                }
+                Err(BuildError::Invalid(reason) | BuildError::Other(reason)) => {
+                    let time = format!("now-ms {now_ms} ");
+                    prop_assert!(reason.starts_with(&time), "{}", reason);
+                }
+                Err(BuildError::Retry(_)) => prop_assert!(false, "it is never too early"),
+            }
+        }
+
+        #[test]
+        fn no_payload_is_answered_but_with_a_reminder_or_words(payload in "(.|\n){0,60}|\\{\"game_id\":[^}]{0,20}\\}") {
+            match remind(&payload, NOW_MS) {
+                Err(BuildError::Invalid(reason)) => prop_assert!(reason.starts_with("the payload is not a game reminder: ")),
+                other => prop_assert!(false, "{:?}", other),
+            }
         }
     }
 }

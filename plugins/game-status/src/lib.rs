@@ -78,6 +78,8 @@ fn transition(payload: &str, now_ms: u64) -> Result<Built, BuildError> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     /// 2026-11-21T20:00:00Z
@@ -115,6 +117,31 @@ mod tests {
                 panic!("{payload} was built");
             };
             assert!(sentence.contains(why), "{sentence}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_status_but_an_empty_one_is_carried_as_it_is(status in "(.|\n){0,40}") {
+            let payload = serde_json::json!({
+                "game_id": Uuid::nil(), "target_status": status, "transition_time": "2026-11-21T22:00:00Z",
+            });
+            match transition(&payload.to_string(), NOW_MS) {
+                Ok(built) => {
+                    let body: serde_json::Value = serde_json::from_slice(&built.event.body).expect("JSON");
+                    prop_assert_eq!(&body["data"], &payload);
+                    prop_assert!(!status.is_empty());
+                }
+                Err(error) => prop_assert!(status.is_empty(), "{:?}", error),
+            }
+        }
+
+        #[test]
+        fn no_payload_is_answered_but_with_a_status_change_or_words(payload in "(.|\n){0,60}", now_ms in any::<u64>()) {
+            match transition(&payload, now_ms) {
+                Err(BuildError::Invalid(reason)) => prop_assert!(reason.starts_with("the payload is not a status change: ")),
+                other => prop_assert!(false, "{:?}", other),
+            }
         }
     }
 }

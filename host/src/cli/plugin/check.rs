@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use super::super::printable;
 use super::PluginArgs;
 use crate::plugins::{Metering, Plugin};
 
@@ -15,9 +16,9 @@ pub(super) async fn check(args: &PluginArgs) -> anyhow::Result<ExitCode> {
 pub(super) fn report(plugin: &Plugin) {
     println!("{} would serve as {}", plugin.file().display(), plugin.label());
     for (name, kind) in plugin.kinds() {
-        println!("  kind      {name}: {}", kind.summary);
+        println!("  kind      {name}: {}", printable(&kind.summary));
         if let Some(example) = &kind.example {
-            println!("            for example {example}");
+            println!("            for example {}", printable(example));
         }
     }
     println!("  sha-256   {}", plugin.digest());
