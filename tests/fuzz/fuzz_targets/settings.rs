@@ -1,0 +1,75 @@
+//! What a person writes: a plugin's NAME.toml, and the settings of the daemon, where no sentence may show a password.
+
+#![cfg_attr(fuzzing, no_main)]
+
+use clap::{Args as _, FromArgMatches as _};
+use tidings::config::RunArgs;
+use tidings::plugins::Settings;
+
+/// What stands for the middle of a password.
+const SECRET: &str = "S3CRET";
+/// The flags whose values are lines of the input.
+const FLAGS: [&str; 10] = [
+    "exchange",
+    "queue-type",
+    "replay-max",
+    "plugin-dir",
+    "http-addr",
+    "sweep-ms",
+    "replay-interval-ms",
+    "max-attempts",
+    "notify",
+    "history-days",
+];
+
+tidings_fuzz::target!(try_settings);
+
+fn try_settings(bytes: &[u8]) {
+    let [mode, bytes @ ..] = bytes else { return };
+    let Ok(text) = str::from_utf8(bytes) else { return };
+    if mode & 1 == 0 { file(text) } else { daemon(text, mode & 2 == 0) }
+}
+
+fn file(text: &str) {
+    match Settings::parse(text) {
+        Ok(Settings { limits, .. }) => {
+            assert!((10..=60_000).contains(&limits.cpu_ms) && (10..=60_000).contains(&limits.wall_ms));
+            assert!((1..=4_096).contains(&limits.memory_mib) && (1..=131_072).contains(&limits.output_kib));
+        }
+        Err(reason) => assert!(reason.contains(" at line ") || reason.starts_with("[limits] "), "{reason}"),
+    }
+}
+
+fn daemon(text: &str, with_password: bool) {
+    if text.contains(SECRET) {
+        return;
+    }
+    let mut lines = text.split('\n');
+    let mut url = |scheme: &str| {
+        let (before, after) = lines.next().unwrap_or_default().split_once('\t').unwrap_or_default();
+        if with_password {
+            format!("{scheme}://user:{before}{SECRET}@{after}")
+        } else {
+            format!("{scheme}://{before}{after}")
+        }
+    };
+    let (database_url, amqp_url) = (url("postgres"), url("amqp"));
+    let urls = [format!("--database-url={database_url}"), format!("--amqp-url={amqp_url}")];
+    let others = FLAGS.iter().zip(lines).map(|(flag, value)| format!("--{flag}={value}"));
+    let command = RunArgs::augment_args(clap::Command::new("run").no_binary_name(true));
+    let Ok(matches) = command.try_get_matches_from(urls.into_iter().chain(others)) else { return };
+    let args = RunArgs::from_arg_matches(&matches).expect("clap has seen them");
+    match args.check() {
+        Ok(config) => {
+            assert!((1..=200).contains(&config.servers.broker.exchange.len()) && config.max_attempts > 0);
+            assert!(!format!("{config:?}").contains(SECRET));
+        }
+        Err(mistakes) => {
+            assert!(mistakes.iter().count() > 0);
+            for sentence in mistakes.iter() {
+                assert!(sentence.starts_with("TIDINGS_"), "{sentence}");
+                assert!(!sentence.contains(SECRET), "{sentence}");
+            }
+        }
+    }
+}
