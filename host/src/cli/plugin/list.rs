@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use clap::Args;
 use serde_json::Value;
 
-use super::super::usage;
+use super::super::{printable, usage};
 use crate::config::HttpArgs;
 
 /// Whom to ask.
@@ -79,7 +79,7 @@ fn show(plugin: &Value) {
         );
     }
     if let Some(problem) = plugin["problem"].as_str() {
-        println!("  REFUSED  {problem}");
+        println!("  REFUSED  {}", printable(problem));
     }
 }
 
