@@ -126,17 +126,37 @@ impl Servers {
     /// When it does not stop or start, or belongs to others.
     pub fn restart(&mut self, server: Server, signal: Signal) -> anyhow::Result<()> {
         let pid = self.running.as_ref().context("only servers of our own")?.children[server as usize].id();
+        let parent = Pid::from_raw(i32::try_from(pid)?);
         if signal == Signal::SIGKILL {
+            // So that no child is born after we have looked for them.
+            kill(parent, Signal::SIGSTOP)?;
             self.signal(server, signal)?;
         } else {
-            kill(Pid::from_raw(i32::try_from(pid)?), signal)?;
+            kill(parent, signal)?;
         }
         let Running { children, reaper, place } = self.running.as_mut().context("only servers of our own")?;
         children[server as usize].wait()?;
-        children[server as usize] = match server {
-            Server::Postgres => place.start_postgres()?,
-            Server::RabbitMq => place.start_rabbitmq()?,
+        let port = match server {
+            Server::Postgres => place.postgres_port,
+            Server::RabbitMq => place.rabbitmq_port,
         };
+        let deadline = Instant::now() + START_DEADLINE;
+        loop {
+            children[server as usize] = match server {
+                Server::Postgres => place.start_postgres()?,
+                Server::RabbitMq => place.start_rabbitmq()?,
+            };
+            // One that was killed may leave something behind for a moment, over which the next one stumbles.
+            while TcpStream::connect(("127.0.0.1", port)).is_err() && children[server as usize].try_wait()?.is_none() {
+                anyhow::ensure!(Instant::now() < deadline, "{server:?} did not start again:\n{}", logs(&place.dir));
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            if children[server as usize].try_wait()?.is_none() {
+                break;
+            }
+            anyhow::ensure!(Instant::now() < deadline, "{server:?} ends at its start:\n{}", logs(&place.dir));
+            std::thread::sleep(Duration::from_millis(200));
+        }
         // The old one knows a pid that is nobody's now.
         let mut old = std::mem::replace(reaper, start_reaper(&place.dir, children)?);
         let (killed, ended) = (old.kill(), old.wait());
