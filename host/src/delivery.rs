@@ -22,7 +22,7 @@ use crate::store::{Outcome, Settlement, Store, StoreError};
 use crate::telemetry::{self, count_expired};
 
 /// Rows of one batch: enough to fill the pipeline, few enough to commit within seconds.
-const BATCH: i64 = 500;
+const BATCH: i64 = 200;
 
 /// A claim that is older is asked for before anything is published.
 const DOUBTFUL: Duration = Duration::from_secs(5);

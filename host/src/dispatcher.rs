@@ -21,7 +21,7 @@ use crate::store::{Store, StoreError};
 use crate::wake::{Wake, wait};
 
 /// Batches that are delivered side by side: while one waits for the broker, another keeps the database busy.
-pub const LANES: u32 = 4;
+pub const LANES: u32 = 3;
 
 /// What the dispatcher works with.
 #[expect(missing_debug_implementations, reason = "the plugins have none")]
