@@ -79,11 +79,15 @@ impl Management {
     pub fn new(url: &SecretUrl) -> Result<Self, String> {
         let uri: ureq::http::Uri = url.expose().parse().map_err(|error| format!("{error}"))?;
         let authority = uri.authority().filter(|authority| !authority.host().is_empty());
-        let authority = authority.ok_or("it names no host")?.as_str();
+        let authority = authority.ok_or("it names no host")?;
+        let (host, port, authority) = (authority.host(), authority.port_u16(), authority.as_str());
         let (user, place) = match authority.rsplit_once('@') {
             Some((user, place)) => (Some(user), place),
             None => (None, authority),
         };
+        if place.len() > host.len() && port.is_none() {
+            return Err("its port is no number up to 65535".into());
+        }
         let authorization = user.map(|user| {
             let (name, password) = user.split_once(':').unwrap_or((user, ""));
             let plain = |part| percent_decode_str(part).decode_utf8_lossy();
