@@ -48,7 +48,11 @@ async fn a_role_without_the_rights_is_told_what_to_grant_and_served_when_it_has_
 
     daemon.wait_for_line("GRANT tidings_daemon TO").await;
     world.sql(&format!("GRANT tidings_producer TO {role}")).await;
-    daemon.wait_for_line("our role may not SELECT tidings._sqlx_migrations, UPDATE tidings.schedules").await;
+    daemon
+        .wait_for_line(
+            "our role may not SELECT tidings._sqlx_migrations, INSERT tidings.schedules, UPDATE tidings.schedules",
+        )
+        .await;
     world.sql(&format!("GRANT tidings_daemon TO {role}")).await;
     daemon.wait_for_line(" ready ").await;
     world.sql(r#"SELECT tidings.schedule('message', now(), '{"routing_key": "a", "body": 1}')"#).await;
