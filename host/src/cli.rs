@@ -215,3 +215,47 @@ fn fail(code: u8, error: &anyhow::Error) -> ExitCode {
     complain(format_args!("tidings: {error:#}"));
     ExitCode::from(code)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The subcommands that can be run, by name, with what their help ends with.
+    fn leaves(command: &clap::Command, path: &str, found: &mut Vec<(String, String)>) {
+        let path = format!("{path} {}", command.get_name());
+        if !command.has_subcommands() && !command.is_hide_set() {
+            let ends = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            found.push((path.clone(), ends));
+        }
+        for subcommand in command.get_subcommands() {
+            leaves(subcommand, &path, found);
+        }
+    }
+
+    #[test]
+    fn the_help_of_every_command_ends_with_an_example_of_it() {
+        let mut found = Vec::new();
+        leaves(&Cli::command(), "", &mut found);
+        assert!(found.len() > 20, "{found:?}");
+        for (path, ends) in found {
+            assert!(
+                ends.starts_with("Example") && ends.contains(&format!(" {path} ")) || ends.ends_with(&path),
+                "{path}: {ends}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_command_line_holds_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_broken_rule_is_told_with_the_argument_that_broke_it() {
+        assert_eq!(
+            named("expires_at must be after due_at"),
+            "--expires-at or --expires-in: expires_at must be after due_at"
+        );
+        assert_eq!(named("timestamp out of range"), "timestamp out of range");
+    }
+}
