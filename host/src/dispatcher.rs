@@ -102,7 +102,7 @@ impl Dispatcher {
 
     /// Looks at the queue, starts a lane if rows are due, and says how long to wait.
     async fn look_and_start(&self, delivery: &Arc<Delivery>, state: &mut State) -> Duration {
-        if let Some(left) = state.paused() {
+        if let Some(left) = state.resting() {
             return left;
         }
         if !self.broker.is_open() {
@@ -148,7 +148,7 @@ impl Dispatcher {
             }
             // If the broker is away, its return is a wake. If it is there and confirms nothing, asking it again and again
             // would only make duplicates.
-            Ok(Ok(Delivered::Unsettled)) if self.broker.is_open() => drop(state.pause()),
+            Ok(Ok(Delivered::Unsettled)) if self.broker.is_open() => drop(state.rest()),
             Ok(Ok(Delivered::Unsettled)) => {}
             Ok(Ok(Delivered::Settled { more })) => {
                 state.go_on();
@@ -167,7 +167,7 @@ impl Dispatcher {
             Ok(Err(error)) => drop(state.failed(&error)),
             Err(panic) => {
                 tracing::error!(error = &panic as &dyn std::error::Error, "a lane panicked, its rows stay");
-                state.pause();
+                state.rest();
             }
         }
     }
@@ -231,7 +231,7 @@ impl State {
             Ok(Err(error)) => drop(self.failed(&error)),
             Err(panic) => {
                 tracing::error!(error = &panic as &dyn std::error::Error, "holding rows panicked");
-                self.pause();
+                self.rest();
             }
         }
     }
@@ -246,27 +246,27 @@ impl State {
             Ok(Err(error)) => drop(self.failed(&error)),
             Err(panic) => {
                 tracing::error!(error = &panic as &dyn std::error::Error, "releasing held rows panicked");
-                self.pause();
+                self.rest();
             }
         }
     }
 
-    /// The database did not do it: a line for the operator, and a pause.
+    /// The database did not do it: a line for the operator, and a rest.
     fn failed(&mut self, error: &StoreError) -> Duration {
         warn!(error = error as &dyn std::error::Error, "the database cannot be used, trying again");
-        self.pause()
+        self.rest()
     }
 
     /// How long nothing is to be tried.
-    fn paused(&self) -> Option<Duration> {
+    fn resting(&self) -> Option<Duration> {
         let left = self.not_before?.saturating_duration_since(Instant::now());
         (!left.is_zero()).then_some(left)
     }
 
     /// Tries nothing for a while, longer each time until a batch succeeds. Returns for how long.
-    fn pause(&mut self) -> Duration {
+    fn rest(&mut self) -> Duration {
         // Lanes that fail together fail for the same reason.
-        if let Some(left) = self.paused() {
+        if let Some(left) = self.resting() {
             return left;
         }
         let delay = RECONNECT.jittered(self.failures);

@@ -13,7 +13,7 @@ use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 
 use super::output::Output;
-use super::{age, fail, printable, progress, usage};
+use super::{age, fail, printable, progress, times, usage};
 use crate::broker::{Broker, DeadLetters, Pile};
 use crate::config::{Mistakes, ServerArgs, ServerSettings};
 use crate::dead_letter::{DeadLetter, Fate, Tally};
@@ -79,7 +79,7 @@ struct Filter {
     #[arg(long, value_name = "QUEUE")]
     queue: Option<String>,
     /// Only those that died within this time, such as 90s, 15min or 2h
-    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "TIME", value_parser = times::span)]
     since: Option<Duration>,
 }
 

@@ -1,10 +1,13 @@
 //! How a command answers: in lines for people, or with `--json` in one JSON document. When nobody reads any more, as behind
-//! `| head`, the process ends without a word.
+//! `| head`, the process ends without a word, as programs do there.
 
 use std::fmt::Display;
 use std::io::{self, Write};
 
 use serde::Serialize;
+
+/// How a shell reports a process that SIGPIPE has ended, which is what happens to others behind `| head`.
+const UNREAD: i32 = 141;
 
 /// What the answer is written for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,17 +42,18 @@ impl Output {
 
 /// A line on standard output.
 pub(super) fn print(line: impl Display) {
-    write(io::stdout(), line);
-}
-
-/// A line on standard error.
-pub(super) fn complain(line: impl Display) {
-    write(io::stderr(), line);
-}
-
-fn write(mut to: impl Write, line: impl Display) {
-    if let Err(error) = writeln!(to, "{line}") {
-        // Whoever read has seen enough. Anything else, a full disk for instance, must not look like success.
-        std::process::exit(i32::from(error.kind() != io::ErrorKind::BrokenPipe));
+    match writeln!(io::stdout(), "{line}") {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => std::process::exit(UNREAD),
+        // A full disk, for instance.
+        Err(error) => {
+            complain(format_args!("tidings: could not write the answer: {error}"));
+            std::process::exit(1)
+        }
     }
+}
+
+/// A line on standard error. If nobody reads it, the exit code says what there is to say.
+pub(super) fn complain(line: impl Display) {
+    let _ = writeln!(io::stderr(), "{line}");
 }
