@@ -62,7 +62,10 @@ impl Store {
                     WITH due AS MATERIALIZED (
                         SELECT id, kind
                         FROM tidings.schedules
-                        WHERE slot_at <= statement_timestamp() AND kind <> ALL($1)
+                        WHERE slot_at <= statement_timestamp()
+                            AND kind <> ALL($1)
+                            -- Past its deadline a row is any claim's, and no slot is later.
+                            AND (expires_at <= statement_timestamp()) IS NOT TRUE
                         ORDER BY slot_at
                         LIMIT $2
                         FOR UPDATE SKIP LOCKED
