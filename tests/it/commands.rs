@@ -8,6 +8,8 @@ use harness::daemon::Launch;
 use harness::world::{World, database_url};
 use serde_json::{Value, json};
 
+use crate::replay::no_pass_at_start;
+
 /// A command in a world.
 fn command(world: &World, arguments: &[&str]) -> Launch {
     world.launch().subcommand(arguments[0]).args(&arguments[1..])
@@ -367,6 +369,7 @@ async fn a_database_without_the_schema_is_exit_code_65() {
 #[tokio::test]
 async fn every_command_that_answers_has_one_json_document() {
     let world = World::with(&["message"]).await;
+    no_pass_at_start(&world).await;
     let mut daemon = world.daemon().await;
     let addr = daemon.http_addr().await;
     world.sql("SELECT tidings.schedule('message', now(), '{}', key => 'parked')").await;

@@ -21,7 +21,7 @@ pub(super) struct NextArgs {
     #[command(flatten)]
     database: DatabaseArgs,
     /// Only what is due within this time, such as 15min or 1h
-    #[arg(long, value_name = "SPAN", value_parser = times::span)]
+    #[arg(long, value_name = "SPAN", allow_hyphen_values = true, value_parser = times::span)]
     within: Option<Duration>,
     /// Only of this kind
     #[arg(long, value_name = "KIND")]

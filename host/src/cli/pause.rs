@@ -26,7 +26,7 @@ pub(super) struct PauseArgs {
     #[arg(long, value_name = "TIME", value_parser = times::instant, conflicts_with = "span")]
     until: Option<OffsetDateTime>,
     /// How long it lasts, such as 15min or 2h
-    #[arg(long = "for", id = "span", value_name = "SPAN", value_parser = times::span)]
+    #[arg(long = "for", id = "span", value_name = "SPAN", allow_hyphen_values = true, value_parser = times::span)]
     span: Option<Duration>,
     /// Why, for whoever finds it paused
     #[arg(long, value_name = "TEXT")]

@@ -30,7 +30,7 @@ pub(super) struct ScheduleArgs {
     #[arg(long, value_name = "TIME", value_parser = times::instant, required_unless_present = "due_in", conflicts_with = "due_in")]
     at: Option<OffsetDateTime>,
     /// How long from now it is due, such as 90s, 15min, 2h or 3days
-    #[arg(long = "in", id = "due_in", value_name = "SPAN", value_parser = times::span)]
+    #[arg(long = "in", id = "due_in", value_name = "SPAN", allow_hyphen_values = true, value_parser = times::span)]
     due_in: Option<Duration>,
     /// Its natural name within the kind: at most one pending row has it
     #[arg(long, value_name = "KEY")]
@@ -42,7 +42,7 @@ pub(super) struct ScheduleArgs {
     #[arg(long, value_name = "TIME", value_parser = times::instant, conflicts_with = "expires_in")]
     expires_at: Option<OffsetDateTime>,
     /// Its deadline, as a time span from when it is due
-    #[arg(long, value_name = "SPAN", value_parser = times::span)]
+    #[arg(long, value_name = "SPAN", allow_hyphen_values = true, value_parser = times::span)]
     expires_in: Option<Duration>,
     /// What the plugin is given: JSON, @FILE with JSON in it, or - for standard input
     #[arg(long, value_name = "JSON|@FILE|-", default_value = "{}")]
