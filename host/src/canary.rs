@@ -11,7 +11,7 @@ use tracing::{info, warn};
 
 use crate::broker::{Broker, CanaryInbox};
 use crate::health::Health;
-use crate::store::Store;
+use crate::store::{Store, StoreError};
 use crate::telemetry;
 
 /// How long after it was written a canary is due, so that the daemon must wake up for it.
@@ -53,7 +53,9 @@ impl Canary {
             };
             let was_lost = self.health.canary_is_lost(sent.is_err());
             match sent {
-                Ok(lateness) => {
+                // None is sent, and none is missed.
+                Ok(None) => {}
+                Ok(Some(lateness)) => {
                     telemetry::record_canary(lateness);
                     if was_lost {
                         info!(?lateness, "the canary came again");
@@ -69,8 +71,12 @@ impl Canary {
         }
     }
 
-    /// Sends one, and waits for it. Returns its lateness, at most a round trip to the database too long.
-    async fn send(&self, key: &str, inbox: &mut Option<CanaryInbox>) -> anyhow::Result<Duration> {
+    /// Sends one, and waits for it. Returns its lateness, at most a round trip to the database too long; `None` = a person
+    /// has paused its kind.
+    async fn send(&self, key: &str, inbox: &mut Option<CanaryInbox>) -> anyhow::Result<Option<Duration>> {
+        if self.is_paused().await? {
+            return Ok(None);
+        }
         let inbox = match inbox {
             Some(inbox) => inbox,
             None => inbox.insert(self.broker.canary_inbox(key).await?),
@@ -80,12 +86,17 @@ impl Canary {
         let due = asked_at + AHEAD;
         loop {
             match tokio::time::timeout_at(due + PATIENCE, inbox.next()).await {
-                Ok(Ok(arrived)) if arrived == id => return Ok(due.elapsed()),
+                Ok(Ok(arrived)) if arrived == id => return Ok(Some(due.elapsed())),
                 // A second copy, or one that was taken for lost.
                 Ok(Ok(_)) => {}
                 Ok(Err(error)) => return Err(error.into()),
+                Err(_) if self.is_paused().await? => return Ok(None),
                 Err(_) => bail!("it did not come within {} s; it needs the plugin `message`", PATIENCE.as_secs()),
             }
         }
+    }
+
+    async fn is_paused(&self) -> Result<bool, StoreError> {
+        Ok(self.store.pauses().await?.iter().any(|pause| pause.kind == "message"))
     }
 }

@@ -1,20 +1,33 @@
 //! The command line: one file per subcommand. Exit codes: 0 done or stopped by a signal; 64 usage and settings; 65 the
 //! schema is not ours; 66 not found; 1 anything else.
 
+// They panic when nobody reads any more; `output` does not.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
+mod completions;
 mod dead;
 mod doctor;
+mod explain;
 mod migrate;
+mod next;
+mod output;
 mod parked;
+mod pause;
 mod plugin;
 mod run;
+mod schedule;
+mod times;
 
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::config::{DatabaseArgs, DoctorArgs, Mistakes, RunArgs};
+use crate::store::{Store, StoreError};
+use crate::whereabouts::Pause;
+use output::{Output, complain};
 
 /// Wrong usage or settings (`EX_USAGE` of sysexits.h).
 const USAGE: u8 = 64;
@@ -26,7 +39,11 @@ const NOT_FOUND: u8 = 66;
 /// Turns rows in PostgreSQL into messages in RabbitMQ, on time.
 #[derive(Debug, Parser)]
 #[command(name = "tidings", version, arg_required_else_help = true)]
+#[command(after_help = "Example:\n  tidings next --within 1h")]
 struct Cli {
+    /// Answers in JSON, for programs
+    #[arg(long, global = true)]
+    json: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -34,9 +51,24 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Runs the daemon
+    #[command(after_help = "Example:\n  tidings run --database-url postgres://tidings:secret@db/shop \\\n      \
+                            --amqp-url amqp://tidings:secret@mq/shop --plugin-dir /srv/plugins")]
     Run(Box<RunArgs>),
     /// Checks a deployment from outside, with the daemon's settings: what is well, what is not, and what to do
+    #[command(after_help = "Example:\n  tidings doctor --json | jq '.checks[] | select(.level != \"ok\")'")]
     Doctor(Box<DoctorArgs>),
+    /// Shows what is due next, and what is held or paused
+    Next(next::NextArgs),
+    /// Says where a row is, and why
+    Explain(explain::ExplainArgs),
+    /// Schedules a row, and prints its id
+    Schedule(schedule::ScheduleArgs),
+    /// Removes pending rows
+    Cancel(schedule::CancelArgs),
+    /// Stops a kind: its rows wait where they are
+    Pause(pause::PauseArgs),
+    /// Lets a paused kind go on
+    Resume(pause::ResumeArgs),
     /// Lists, replays or drops the dead letters
     #[command(subcommand)]
     Dead(dead::Command),
@@ -47,7 +79,10 @@ enum Command {
     #[command(subcommand)]
     Plugin(plugin::Command),
     /// Creates or updates the schema `tidings` in the database
+    #[command(after_help = "Example:\n  tidings migrate --database-url postgres://owner:secret@db/shop")]
     Migrate(DatabaseArgs),
+    /// Prints what a shell needs to complete the command line
+    Completions(completions::CompletionsArgs),
 }
 
 /// Runs the command line of this process.
@@ -65,17 +100,25 @@ pub fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return fail(1, &anyhow::Error::from(error).context("could not start")),
     };
+    let output = if cli.json { Output::Json } else { Output::Text };
     let code = match cli.command {
         Command::Run(args) => match args.check() {
             Ok(config) => runtime.block_on(run::run(config)),
             Err(mistakes) => usage(&mistakes),
         },
-        Command::Doctor(args) => runtime.block_on(doctor::run(*args)),
-        Command::Dead(command) => runtime.block_on(dead::run(command)),
-        Command::Parked(command) => runtime.block_on(parked::run(command)),
-        Command::Plugin(command) => runtime.block_on(plugin::run(command)),
+        Command::Doctor(args) => runtime.block_on(doctor::run(*args, output)),
+        Command::Dead(command) => runtime.block_on(dead::run(command, output)),
+        Command::Parked(command) => runtime.block_on(parked::run(command, output)),
+        Command::Plugin(command) => runtime.block_on(plugin::run(command, output)),
+        Command::Next(args) => runtime.block_on(next::next(args, output)),
+        Command::Explain(args) => runtime.block_on(explain::explain(args, output)),
+        Command::Schedule(args) => runtime.block_on(schedule::schedule(args, output)),
+        Command::Cancel(args) => runtime.block_on(schedule::cancel(args, output)),
+        Command::Pause(args) => runtime.block_on(pause::pause(args, output)),
+        Command::Resume(args) => runtime.block_on(pause::resume(args, output)),
+        Command::Completions(args) => completions::completions(&args, Cli::command()),
         Command::Migrate(args) => match args.check() {
-            Ok(url) => runtime.block_on(migrate::migrate(&url)),
+            Ok(url) => runtime.block_on(migrate::migrate(&url, output)),
             Err(mistakes) => usage(&mistakes),
         },
     };
@@ -86,9 +129,61 @@ pub fn main() -> ExitCode {
 
 fn usage(mistakes: &Mistakes) -> ExitCode {
     for mistake in mistakes.iter() {
-        eprintln!("tidings: {mistake}");
+        complain(format_args!("tidings: {mistake}"));
     }
     ExitCode::from(USAGE)
+}
+
+/// Answers from the database alone: does `work` with it, and says in words what went wrong.
+async fn answered(database: DatabaseArgs, work: impl AsyncFnOnce(Store) -> Result<ExitCode, StoreError>) -> ExitCode {
+    let url = match database.check() {
+        Ok(url) => url,
+        Err(mistakes) => return usage(&mistakes),
+    };
+    let error = match work(Store::new(&url, 1)).await {
+        Ok(code) => return code,
+        Err(error) => error,
+    };
+    if let Some(rule) = error.broken_rule() {
+        usage(&Mistakes::from(named(rule).as_str()))
+    } else if let Some(conflict) = error.conflict() {
+        complain(format_args!("tidings: {}", printable(conflict)));
+        ExitCode::FAILURE
+    } else if error.is_unmigrated() {
+        complain(
+            "tidings: the database has no schema tidings, or one of an older release: run `tidings migrate` first",
+        );
+        ExitCode::from(SCHEMA)
+    } else {
+        fail(1, &error.into())
+    }
+}
+
+/// A rule, behind the argument that broke it: rules begin with a column.
+fn named(rule: &str) -> String {
+    let column = rule.split(' ').next().unwrap_or_default();
+    let argument = match column {
+        "kind" => "KIND",
+        "key" => "the key",
+        "subject" => "--subject",
+        "due_at" => "--at or --in",
+        "expires_at" => "--expires-at or --expires-in",
+        "payload" => "--payload",
+        "headers" => "--header",
+        "until" => "--until or --for",
+        "reason" => "--reason",
+        _ => return rule.to_owned(),
+    };
+    format!("{argument}: {rule}")
+}
+
+/// That a kind is paused: since when, by whom, until when, and why.
+fn pause_sentence(Pause { kind, since, until, reason, by }: &Pause) -> String {
+    let until =
+        until.map_or_else(|| "until somebody resumes it".to_owned(), |until| format!("until {}", times::show(until)));
+    let reason = reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
+    let since = times::show(*since);
+    printable(&format!("the kind {kind} is paused by {by} since {since}, {until}{reason}"))
 }
 
 /// A bar on a terminal, and nothing elsewhere. `length` 0 = none at all.
@@ -117,6 +212,50 @@ fn printable(text: &str) -> String {
 
 /// Says what went wrong, with its causes, on one line.
 fn fail(code: u8, error: &anyhow::Error) -> ExitCode {
-    eprintln!("tidings: {error:#}");
+    complain(format_args!("tidings: {error:#}"));
     ExitCode::from(code)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The subcommands that can be run, by name, with what their help ends with.
+    fn leaves(command: &clap::Command, path: &str, found: &mut Vec<(String, String)>) {
+        let path = format!("{path} {}", command.get_name());
+        if !command.has_subcommands() && !command.is_hide_set() {
+            let ends = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            found.push((path.clone(), ends));
+        }
+        for subcommand in command.get_subcommands() {
+            leaves(subcommand, &path, found);
+        }
+    }
+
+    #[test]
+    fn the_help_of_every_command_ends_with_an_example_of_it() {
+        let mut found = Vec::new();
+        leaves(&Cli::command(), "", &mut found);
+        assert!(found.len() > 20, "{found:?}");
+        for (path, ends) in found {
+            assert!(
+                ends.starts_with("Example") && ends.contains(&format!(" {path} ")) || ends.ends_with(&path),
+                "{path}: {ends}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_command_line_holds_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_broken_rule_is_told_with_the_argument_that_broke_it() {
+        assert_eq!(
+            named("expires_at must be after due_at"),
+            "--expires-at or --expires-in: expires_at must be after due_at"
+        );
+        assert_eq!(named("timestamp out of range"), "timestamp out of range");
+    }
 }

@@ -37,8 +37,8 @@ const RETENTION_INTERVAL: Duration = Duration::from_hours(1);
 pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
     let wake = Arc::new(Wake::default());
     let health = Arc::new(Health::new(config.sweep));
-    // The lanes, the look, the release of held rows, the removal of history, the canary, and HTTP.
-    let store = Store::new(&config.servers.database_url, LANES + 5);
+    // The lanes, the look, holding rows and releasing them, the removal of history, the canary, and HTTP.
+    let store = Store::new(&config.servers.database_url, LANES + 6);
     let metrics = telemetry::start_metrics()?;
     let http = Http::bind(config.http_addr).await?;
     let broker = Arc::new(Broker::new(&config.servers.broker, Arc::clone(&wake)));

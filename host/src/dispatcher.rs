@@ -1,23 +1,24 @@
 //! The loop: looks at the queue, claims what is due, delivers it, and waits for a reason to look again.
 //!
-//! Woken by: a notification, the next row's due time, the broker coming back, a lane that ended, the sweep. Guarantees:
-//! a row leaves the queue only in the transaction that locked it, after its message was confirmed or its end decided;
-//! while the broker is away nothing is claimed; an error of a server loses nothing and is tried again.
+//! Woken by: a notification, the next row's due time, the end of a pause, the broker coming back, a lane that ended, the
+//! sweep. Guarantees: a row leaves the queue only in the transaction that locked it, after its message was confirmed or
+//! its end decided; while the broker is away nothing is claimed; an error of a server loses nothing and is tried again.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::backoff::RECONNECT;
 use crate::broker::Broker;
 use crate::delivery::{Delivered, Delivery};
 use crate::health::Health;
 use crate::plugins::Registry;
-use crate::store::{Store, StoreError};
+use crate::store::{Look, Store, StoreError};
 use crate::wake::{Wake, wait};
 
 /// Batches that are delivered side by side: while one waits for the broker, another keeps the database busy.
@@ -42,13 +43,28 @@ pub struct Dispatcher {
     pub health: Arc<Health>,
 }
 
+/// How many rows were held, by kind.
+#[derive(Default)]
+struct Held {
+    /// Since no daemon serves it.
+    unserved: BTreeMap<String, i64>,
+    /// Since it is paused.
+    paused: BTreeMap<String, i64>,
+}
+
 /// What the loop remembers between two looks.
 #[derive(Default)]
 struct State {
     lanes: JoinSet<Result<Delivered, StoreError>>,
-    /// Puts held rows back into the queue, if some were found whose plugin has arrived.
+    /// Takes rows that cannot be claimed out of the queue.
+    hold: JoinSet<Result<Held, StoreError>>,
+    /// Puts held rows back into the queue, if some were found whose plugin has arrived or whose pause is over.
     release: JoinSet<Result<u64, StoreError>>,
-    /// Claims in a row that came to nothing although rows were due.
+    /// The last look, and when it was asked for.
+    look: Option<(Look, Instant)>,
+    /// The last claim came to nothing although rows are due: nothing is claimed until something has happened.
+    stuck: bool,
+    /// Such claims in a row.
     empty_claims: u32,
     /// Looks and batches in a row that a server did not see through.
     failures: u32,
@@ -72,24 +88,30 @@ impl Dispatcher {
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break,
-                Some(ended) = state.lanes.join_next() => self.lane_ended(ended, &delivery, &mut state).await,
+                Some(ended) = state.lanes.join_next() => self.lane_ended(ended, &delivery, &mut state),
+                Some(ended) = state.hold.join_next() => state.hold_ended(ended),
                 Some(ended) = state.release.join_next() => state.release_ended(ended),
-                () = self.wake.woken() => state.empty_claims = 0,
-                () = tokio::time::sleep(wait) => {}
+                () = self.wake.woken() => state.go_on(),
+                () = tokio::time::sleep(wait) => state.stuck = false,
             }
         }
+        state.hold.abort_all();
         state.release.abort_all();
         while state.lanes.join_next().await.is_some() {}
     }
 
     /// Looks at the queue, starts a lane if rows are due, and says how long to wait.
     async fn look_and_start(&self, delivery: &Arc<Delivery>, state: &mut State) -> Duration {
-        if let Some(left) = state.paused() {
+        if let Some(left) = state.resting() {
             return left;
         }
         if !self.broker.is_open() {
             // Its return is a wake.
             return self.sweep;
+        }
+        // Another look would find the same rows due, and the loop would turn as fast as it can.
+        if let Some((look, asked_at)) = state.look.as_ref().filter(|_| state.stuck) {
+            return wait(look.outlook, asked_at.elapsed(), state.empty_claims, self.sweep);
         }
         let asked_at = Instant::now();
         let plugins = self.plugins.current();
@@ -97,12 +119,13 @@ impl Dispatcher {
             Ok(look) => look,
             Err(error) => return state.failed(&error),
         };
-        if look.held_for_us && state.release.is_empty() {
+        if !look.held_for_us.is_empty() && state.release.is_empty() {
             // Beside the loop, since there may be millions; the first of them are due before the last are released.
-            let (store, wake) = (self.store.clone(), Arc::clone(&self.wake));
-            state.release.spawn(async move { store.release_held(plugins.kinds(), || wake.wake()).await });
+            let (store, wake, kinds) = (self.store.clone(), Arc::clone(&self.wake), look.held_for_us.clone());
+            state.release.spawn(async move { store.release_held(&kinds, || wake.wake()).await });
         }
         let outlook = look.outlook;
+        state.look = Some((look, asked_at));
         if outlook.due {
             state.start(delivery);
         } else {
@@ -111,30 +134,30 @@ impl Dispatcher {
         wait(outlook, asked_at.elapsed(), state.empty_claims, self.sweep)
     }
 
-    async fn lane_ended(
+    fn lane_ended(
         &self,
         ended: Result<Result<Delivered, StoreError>, tokio::task::JoinError>,
         delivery: &Arc<Delivery>,
         state: &mut State,
     ) {
         match ended {
-            Ok(Ok(Delivered::Nothing)) => match self.store.hold_unserved(self.plugins.current().kinds()).await {
-                Ok(held) if held.is_empty() => state.empty_claims = state.empty_claims.saturating_add(1),
-                Ok(held) => {
-                    for (kind, rows) in held {
-                        warn!(schedule.kind = kind, rows, "held rows of the kind {kind:?}: no plugin serves it");
-                    }
-                }
-                Err(error) => drop(state.failed(&error)),
-            },
+            Ok(Ok(Delivered::Nothing)) => {
+                state.stuck = true;
+                state.empty_claims = state.empty_claims.saturating_add(1);
+                self.start_holding(state);
+            }
             // If the broker is away, its return is a wake. If it is there and confirms nothing, asking it again and again
             // would only make duplicates.
-            Ok(Ok(Delivered::Unsettled)) if self.broker.is_open() => drop(state.pause()),
+            Ok(Ok(Delivered::Unsettled)) if self.broker.is_open() => drop(state.rest()),
             Ok(Ok(Delivered::Unsettled)) => {}
             Ok(Ok(Delivered::Settled { more })) => {
-                state.empty_claims = 0;
+                state.go_on();
                 state.failures = 0;
                 state.not_before = None;
+                // However much there is to deliver, paused rows must not stay where each claim steps over them.
+                if state.look.as_ref().is_some_and(|(look, _)| look.paused_first) {
+                    self.start_holding(state);
+                }
                 // More is due than one lane takes at a time: two go on where one ended.
                 if more && self.broker.is_open() {
                     state.start(delivery);
@@ -144,10 +167,35 @@ impl Dispatcher {
             Ok(Err(error)) => drop(state.failed(&error)),
             Err(panic) => {
                 tracing::error!(error = &panic as &dyn std::error::Error, "a lane panicked, its rows stay");
-                state.pause();
+                state.rest();
             }
         }
     }
+
+    /// Takes what we cannot claim out of the queue, beside the loop, since there may be millions.
+    fn start_holding(&self, state: &mut State) {
+        if state.hold.is_empty() {
+            let (store, plugins) = (self.store.clone(), self.plugins.current());
+            state.hold.spawn(async move { hold(&store, plugins.kinds()).await });
+        }
+    }
+}
+
+/// Holds what is due, and is paused or not served, batch by batch.
+async fn hold(store: &Store, our_kinds: &[String]) -> Result<Held, StoreError> {
+    let mut held = Held::default();
+    while add(&mut held.paused, store.hold_paused(our_kinds).await?) {}
+    while add(&mut held.unserved, store.hold_unserved(our_kinds).await?) {}
+    Ok(held)
+}
+
+/// Adds the rows of a batch, and says whether there were any.
+fn add(held: &mut BTreeMap<String, i64>, batch: Vec<(String, i64)>) -> bool {
+    let some = !batch.is_empty();
+    for (kind, rows) in batch {
+        *held.entry(kind).or_default() += rows;
+    }
+    some
 }
 
 impl State {
@@ -160,34 +208,65 @@ impl State {
         }
     }
 
-    /// Held rows were released, or some of them.
-    fn release_ended(&mut self, ended: Result<Result<u64, StoreError>, tokio::task::JoinError>) {
+    /// Something has happened: another claim may come to something.
+    fn go_on(&mut self) {
+        self.stuck = false;
+        self.empty_claims = 0;
+    }
+
+    /// Rows were held, or there were none.
+    fn hold_ended(&mut self, ended: Result<Result<Held, StoreError>, tokio::task::JoinError>) {
         match ended {
-            Ok(Ok(released)) => info!(released, "released held rows, their plugin is here"),
+            Ok(Ok(Held { unserved, paused })) => {
+                if !unserved.is_empty() || !paused.is_empty() {
+                    self.go_on();
+                }
+                for (kind, rows) in unserved {
+                    warn!(schedule.kind = kind, rows, "held rows of the kind {kind:?}: no plugin serves it");
+                }
+                for (kind, rows) in paused {
+                    debug!(schedule.kind = kind, rows, "held rows of the kind {kind:?}: it is paused");
+                }
+            }
             Ok(Err(error)) => drop(self.failed(&error)),
             Err(panic) => {
-                tracing::error!(error = &panic as &dyn std::error::Error, "releasing held rows panicked");
-                self.pause();
+                tracing::error!(error = &panic as &dyn std::error::Error, "holding rows panicked");
+                self.rest();
             }
         }
     }
 
-    /// The database did not do it: a line for the operator, and a pause.
+    /// Held rows were released, or some of them.
+    fn release_ended(&mut self, ended: Result<Result<u64, StoreError>, tokio::task::JoinError>) {
+        match ended {
+            Ok(Ok(released)) => {
+                self.go_on();
+                info!(released, "released held rows: a plugin serves them, and their kind is not paused");
+            }
+            Ok(Err(error)) => drop(self.failed(&error)),
+            Err(panic) => {
+                tracing::error!(error = &panic as &dyn std::error::Error, "releasing held rows panicked");
+                self.rest();
+            }
+        }
+    }
+
+    /// The database did not do it: a line for the operator, and a rest.
     fn failed(&mut self, error: &StoreError) -> Duration {
         warn!(error = error as &dyn std::error::Error, "the database cannot be used, trying again");
-        self.pause()
+        self.rest()
     }
 
     /// How long nothing is to be tried.
-    fn paused(&self) -> Option<Duration> {
+    fn resting(&self) -> Option<Duration> {
         let left = self.not_before?.saturating_duration_since(Instant::now());
         (!left.is_zero()).then_some(left)
     }
 
     /// Tries nothing for a while, longer each time until a batch succeeds. Returns for how long.
-    fn pause(&mut self) -> Duration {
+    fn rest(&mut self) -> Duration {
         // Lanes that fail together fail for the same reason.
-        if let Some(left) = self.paused() {
+        if let Some(left) = self.resting() {
             return left;
         }
         let delay = RECONNECT.jittered(self.failures);

@@ -21,8 +21,9 @@ use tracing::{debug, info};
 use crate::broker::Broker;
 use crate::health::Health;
 use crate::plugins::{PluginStatus, Registry};
-use crate::store::Store;
+use crate::store::{Store, StoreError};
 use crate::telemetry::set_letters;
+use crate::whereabouts::Pause;
 
 /// How long a probe waits for the database.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -63,6 +64,7 @@ struct Ready {
 struct Plugins {
     plugins: Vec<PluginStatus>,
     held: Vec<Held>,
+    paused: Vec<Pause>,
 }
 
 /// Rows that wait for a plugin of their kind.
@@ -109,10 +111,10 @@ impl Http {
 }
 
 async fn list_plugins(State(Shown { plugins, store, .. }): State<Shown>) -> Response {
-    match store.held().await {
-        Ok(held) => {
+    match async { Ok::<_, StoreError>((store.held().await?, store.pauses().await?)) }.await {
+        Ok((held, paused)) => {
             let held = held.into_iter().map(|(kind, rows)| Held { kind, rows }).collect();
-            Json(Plugins { plugins: plugins.status(), held }).into_response()
+            Json(Plugins { plugins: plugins.status(), held, paused }).into_response()
         }
         Err(error) => {
             let error = format!("{:#}", anyhow::Error::from(error));

@@ -9,14 +9,18 @@ mod canary;
 mod claim;
 mod connection;
 mod doctor;
+mod find;
 mod history;
 mod kinds;
 mod parked;
 mod pass;
+mod pauses;
+mod produce;
 mod schema;
 mod server;
 mod settle;
 mod shape;
+mod upcoming;
 
 use std::str::FromStr as _;
 use std::time::Duration;
@@ -36,8 +40,11 @@ pub use history::Delivered;
 pub(crate) use kinds::{announce, withdraw};
 pub use parked::ParkedRow;
 pub use pass::{Begun, Pass};
+pub use pauses::Until;
+pub use produce::NewSchedule;
 pub use schema::SchemaError;
 pub use settle::{Outcome, Settlement};
+pub use upcoming::{Upcoming, UpcomingRow};
 
 /// A statement takes milliseconds; one that takes this long has met a frozen server or a dead link.
 const STATEMENT_DEADLINE: Duration = Duration::from_secs(20);
@@ -111,6 +118,36 @@ impl StoreError {
     pub fn is_refusal(&self) -> bool {
         matches!(self, Self::Statement { source: sqlx::Error::Database(_), .. })
     }
+
+    /// The sentence, if what was given breaks a rule of the schema or cannot be stored: nothing was done, and the same again
+    /// would be refused again. It begins with the column, where it is about one.
+    #[must_use]
+    pub fn broken_rule(&self) -> Option<&str> {
+        let Self::Statement { source: sqlx::Error::Database(error), .. } = self else { return None };
+        match error.code().as_deref() {
+            // The names of our constraints are sentences.
+            Some("23514") => error.constraint(),
+            Some("22P05") => Some("payload must not contain \\u0000, which PostgreSQL cannot store"),
+            // Other data exceptions, such as a time that is out of range.
+            Some(code) if code.starts_with("22") => Some(error.message()),
+            _ => None,
+        }
+    }
+
+    /// The sentence, if a key is taken.
+    #[must_use]
+    pub fn conflict(&self) -> Option<&str> {
+        let Self::Statement { source: sqlx::Error::Database(error), .. } = self else { return None };
+        (error.code().as_deref() == Some("23505")).then(|| error.message())
+    }
+
+    /// Whether there is no schema, or an older one.
+    #[must_use]
+    pub fn is_unmigrated(&self) -> bool {
+        let Self::Statement { source: sqlx::Error::Database(error), .. } = self else { return false };
+        // No such schema, table, column or function.
+        matches!(error.code().as_deref(), Some("3F000" | "42P01" | "42703" | "42883"))
+    }
 }
 
 /// The database.
@@ -122,12 +159,14 @@ pub struct Store {
 }
 
 /// What [`Store::look`] found.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Look {
-    /// Rows due now and next.
+    /// Rows due now, and when to look again: at the next row's time, or when a pause ends.
     pub outlook: Outlook,
-    /// Rows of kinds that we serve are held: they were waiting for us.
-    pub held_for_us: bool,
+    /// Kinds that we serve and nobody has paused, of which rows are held: they were waiting for us.
+    pub held_for_us: Vec<String>,
+    /// The first row of the queue is of a kind of ours that is paused, and in the way of the others.
+    pub paused_first: bool,
 }
 
 /// Whether `url` can be understood, without the password in the answer.
@@ -167,6 +206,9 @@ impl Store {
                 ("search_path", ""),
                 ("TimeZone", "UTC"),
                 ("jit", "off"),
+                // What is asked for in an order is read in the order of its index. By its statistics, which lag behind or
+                // cannot know what is paused, PostgreSQL would now and then rather read the whole table and sort it.
+                ("enable_sort", "off"),
                 // Our own updates need not wake us.
                 ("tidings.notify", "off"),
             ])
@@ -241,25 +283,52 @@ impl Store {
         let mut connection = self.connection().await?;
         let row = connection
             .run("look at the queue", async |connection| {
-                // Each part reads one entry of an index, however many rows wait.
+                // Each part reads one entry of an index, however many rows wait, whatever the planner believes: held rows are
+                // asked for in the order of their index, kind by kind, and pauses are few.
                 sqlx::query!(
                     r#"
+                    WITH ours AS MATERIALIZED (
+                        SELECT kind FROM unnest($1::text[]) AS kind EXCEPT SELECT kind FROM tidings.paused
+                    )
                     SELECT
                         statement_timestamp() AS "now!",
                         coalesce(
                             (SELECT slot_at FROM tidings.schedules ORDER BY slot_at LIMIT 1) <= statement_timestamp(),
                             false
                         ) AS "due!",
-                        (
-                            SELECT slot_at
-                            FROM tidings.schedules
-                            WHERE slot_at > statement_timestamp() AND slot_at < 'infinity'
-                            ORDER BY slot_at
-                            LIMIT 1
-                        ) AS next_at,
                         coalesce(
-                            (SELECT true FROM tidings.schedules WHERE held AND kind = ANY($1) LIMIT 1),
+                            (
+                                SELECT
+                                    slot_at <= statement_timestamp()
+                                    AND (expires_at <= statement_timestamp()) IS NOT TRUE
+                                    AND kind = ANY($1)
+                                    AND kind IN (SELECT kind FROM tidings.paused)
+                                FROM (
+                                    SELECT slot_at, expires_at, kind FROM tidings.schedules ORDER BY slot_at LIMIT 1
+                                ) AS head
+                            ),
                             false
+                        ) AS "paused_first!",
+                        least(
+                            (
+                                SELECT slot_at
+                                FROM tidings.schedules
+                                WHERE slot_at > statement_timestamp() AND slot_at < 'infinity'
+                                ORDER BY slot_at
+                                LIMIT 1
+                            ),
+                            (SELECT min(until) FROM tidings.paused)
+                        ) AS next_at,
+                        ARRAY(
+                            SELECT kind
+                            FROM ours
+                            WHERE kind = (
+                                SELECT waiting.kind
+                                FROM tidings.schedules AS waiting
+                                WHERE waiting.held AND waiting.kind >= ours.kind
+                                ORDER BY waiting.kind
+                                LIMIT 1
+                            )
                         ) AS "held_for_us!"
                     "#,
                     kinds,
@@ -269,7 +338,8 @@ impl Store {
             })
             .await?;
         let next_in = row.next_at.map(|next_at| Duration::try_from(next_at - row.now).unwrap_or(Duration::ZERO));
-        Ok(Look { outlook: Outlook { due: row.due, next_in }, held_for_us: row.held_for_us })
+        let outlook = Outlook { due: row.due, next_in };
+        Ok(Look { outlook, held_for_us: row.held_for_us, paused_first: row.paused_first })
     }
 
     /// For how long the row at the head of the queue has been due, which nothing holds back: it is neither held nor backing

@@ -71,13 +71,9 @@ impl Launch {
         self
     }
 
-    /// Starts it, and waits for nothing.
-    ///
-    /// # Panics
-    ///
-    /// When it cannot be started.
+    /// The command itself, for who wants to feed and read it otherwise.
     #[must_use]
-    pub fn start(&self) -> Daemon {
+    pub fn command(&self) -> Command {
         let mut command = Command::new(&self.binary);
         command.args(&self.arguments);
         for (name, _) in std::env::vars_os() {
@@ -86,7 +82,18 @@ impl Launch {
             }
         }
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
-        let mut child = command
+        command
+    }
+
+    /// Starts it, and waits for nothing.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot be started.
+    #[must_use]
+    pub fn start(&self) -> Daemon {
+        let mut child = self
+            .command()
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

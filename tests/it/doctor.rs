@@ -51,7 +51,7 @@ async fn a_deployment_that_is_well_is_ok_in_every_line() {
 
     assert_eq!(code, 0, "{output}");
     assert_eq!(counts(&output), [27, 0, 0, 0], "{output}");
-    assert!(output.contains("3 triggers") && output.contains("10 indexes"), "{output}");
+    assert!(output.contains("3 triggers") && output.contains("11 indexes"), "{output}");
 }
 
 #[tokio::test]
@@ -286,6 +286,12 @@ async fn rows_that_are_late_held_and_parked_are_told_of() {
     assert_eq!(code, 1, "{output}");
     assert!(says(&output, "FAIL", &["2 rows", &oldest.to_string(), "kind message", "1h", "nobody came"]), "{output}");
     assert!(says(&output, "warn", &["held", "2 of the kind nobody-a, 1 of the kind nobody-b"]), "{output}");
+
+    world.sql("INSERT INTO tidings.pauses (kind, reason) VALUES ('nobody-a', 'on purpose')").await;
+    let (_, output) = doctor(&world).finished().await;
+    assert!(says(&output, "note", &["the kind nobody-a is paused by postgres", "on purpose"]), "{output}");
+    assert!(!says(&output, "warn", &["of the kind nobody-a"]), "{output}");
+    assert!(says(&output, "warn", &["1 of the kind nobody-b"]), "{output}");
     assert!(says(&output, "note", &["1 rows are parked"]), "{output}");
 }
 

@@ -3,6 +3,7 @@
 mod author;
 mod breaker;
 mod by_hand;
+mod commands;
 mod consumers;
 mod contract;
 mod crash;
@@ -15,6 +16,7 @@ mod languages;
 mod letters;
 mod outcomes;
 mod passes;
+mod pause;
 mod plugins;
 mod process;
 mod queries;

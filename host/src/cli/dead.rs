@@ -1,17 +1,21 @@
 //! `tidings dead …`: the dead letters, by hand. Whoever works on them is alone with them, as a pass of the daemon is.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand};
+use serde::Serialize;
+use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 
-use super::{age, fail, printable, progress, usage};
+use super::output::Output;
+use super::{age, fail, printable, progress, times, usage};
 use crate::broker::{Broker, DeadLetters, Pile};
-use crate::config::{Mistakes, ServerArgs};
+use crate::config::{Mistakes, ServerArgs, ServerSettings};
 use crate::dead_letter::{DeadLetter, Fate, Tally};
 use crate::lifecycle::shutdown_on_signal;
 use crate::replayer::{drop_letters, take_back, window};
@@ -22,10 +26,13 @@ use crate::wake::Wake;
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
     /// Counts what lies there, by queue, kind and reason, with the age of the oldest
+    #[command(after_help = "Example:\n  tidings dead list --kind game-status --since 2h")]
     List(ListArgs),
     /// Makes a pass now: sends letters back into the queues they died in
+    #[command(after_help = "Example:\n  tidings dead replay --queue mails --dry-run")]
     Replay(ReplayArgs),
     /// Removes letters for good
+    #[command(after_help = "Example:\n  tidings dead drop --queue old")]
     Drop(DropArgs),
 }
 
@@ -72,7 +79,7 @@ struct Filter {
     #[arg(long, value_name = "QUEUE")]
     queue: Option<String>,
     /// Only those that died within this time, such as 90s, 15min or 2h
-    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "TIME", value_parser = times::span)]
     since: Option<Duration>,
 }
 
@@ -90,26 +97,77 @@ impl Filter {
     }
 }
 
-pub(super) async fn run(command: Command) -> ExitCode {
-    let done = match command {
-        Command::List(args) => with_letters(args.servers, async |by_hand| list(by_hand, &args.filter).await).await,
-        Command::Replay(args) if args.dry_run => {
-            with_letters(args.servers, async |by_hand| dry_run(by_hand, &args.filter).await).await
+/// What lies there.
+#[derive(Debug, Serialize)]
+struct Listed {
+    /// How many letters there are in all.
+    waiting: u32,
+    /// How many were asked for.
+    listed: u32,
+    groups: Vec<Group>,
+    /// To tell how old the oldest are.
+    #[serde(skip)]
+    now_seconds: u64,
+}
+
+/// Letters that died in one queue, of one kind and for one reason.
+#[derive(Debug, Serialize)]
+struct Group {
+    queue: Option<String>,
+    kind: Option<String>,
+    reason: Option<String>,
+    letters: u32,
+    /// By the broker's clock, to the second.
+    #[serde(with = "time::serde::rfc3339::option")]
+    oldest_died_at: Option<OffsetDateTime>,
+}
+
+/// What was done, or would be.
+#[derive(Debug, Serialize)]
+struct Replayed {
+    dry_run: bool,
+    replayed: u64,
+    expired: u64,
+    parked: u64,
+    left: u64,
+    /// With `--dry-run`, letter by letter.
+    letters: Vec<Would>,
+}
+
+/// What would become of one letter.
+#[derive(Debug, Serialize)]
+struct Would {
+    id: Option<String>,
+    /// `replay`, `expire`, `park` or `leave`.
+    fate: &'static str,
+    /// In words.
+    says: String,
+}
+
+/// What is gone.
+#[derive(Debug, Serialize)]
+struct Dropped {
+    dropped: u64,
+}
+
+pub(super) async fn run(command: Command, output: Output) -> ExitCode {
+    match command {
+        Command::List(ListArgs { servers, filter }) => {
+            with_letters(servers, output, async |by_hand| list(by_hand, &filter).await).await
         }
-        Command::Replay(args) => with_letters(args.servers, async |by_hand| replay(by_hand, &args.filter).await).await,
+        Command::Replay(ReplayArgs { servers, filter, dry_run: true }) => {
+            with_letters(servers, output, async |by_hand| dry_run(by_hand, &filter).await).await
+        }
+        Command::Replay(ReplayArgs { servers, filter, dry_run: false }) => {
+            with_letters(servers, output, async |by_hand| replay(by_hand, &filter).await).await
+        }
         Command::Drop(args) if !args.all && args.filter.takes_all() => {
             let sentence = "say which letters to drop for good, with --kind, --queue or --since, or say --all";
-            Ok(Err(Mistakes::from(sentence)))
+            usage(&Mistakes::from(sentence))
         }
-        Command::Drop(args) => with_letters(args.servers, async |by_hand| drop_them(by_hand, &args.filter).await).await,
-    };
-    match done {
-        Ok(Ok(sentence)) => {
-            println!("{sentence}");
-            ExitCode::SUCCESS
+        Command::Drop(DropArgs { servers, filter, .. }) => {
+            with_letters(servers, output, async |by_hand| drop_them(by_hand, &filter).await).await
         }
-        Ok(Err(mistakes)) => usage(&mistakes),
-        Err(error) => fail(1, &error),
     }
 }
 
@@ -125,115 +183,175 @@ struct ByHand {
     stop: CancellationToken,
 }
 
-/// Does something with the letters, alone, and closes them, whatever came of it. Returns a sentence that says what was done.
-async fn with_letters(
+/// Does something with the letters, alone, closes them whatever came of it, and answers.
+async fn with_letters<T: fmt::Display + Serialize>(
     servers: ServerArgs,
-    work: impl AsyncFnOnce(&mut ByHand) -> anyhow::Result<String>,
-) -> anyhow::Result<Result<String, Mistakes>> {
+    output: Output,
+    work: impl AsyncFnOnce(&mut ByHand) -> anyhow::Result<T>,
+) -> ExitCode {
     let servers = match servers.check() {
         Ok(servers) => servers,
-        Err(mistakes) => return Ok(Err(mistakes)),
+        Err(mistakes) => return usage(&mistakes),
     };
-    let broker = Broker::new(&servers.broker, Arc::new(Wake::default()));
-    let Some(pass) = Store::new(&servers.database_url, 1).lock_dead_letters(broker.exchange()).await? else {
-        bail!("somebody is making a pass over the dead letters of {} at this moment; try again soon", broker.exchange())
+    let done = async {
+        let mut by_hand = ByHand::alone(&servers).await?;
+        let done = work(&mut by_hand).await;
+        by_hand.letters.close().await;
+        by_hand.pass.end().await;
+        done
     };
-    let letters = broker.dead_letters().await?;
-    let waiting = letters.waiting(Pile::Dead).await;
-    let waiting = waiting.with_context(|| {
-        format!("there are no dead letters of {}; the daemon declares their queue when it starts", broker.exchange())
-    })?;
-    let stop = shutdown_on_signal()?;
-    let mut by_hand = ByHand { pass, letters, max: servers.replay_max, waiting, stop };
-    let done = work(&mut by_hand).await;
-    by_hand.letters.close().await;
-    by_hand.pass.end().await;
-    done.map(Ok)
+    match done.await {
+        Ok(answer) => {
+            output.answer(&answer);
+            ExitCode::SUCCESS
+        }
+        Err(error) => fail(1, &error),
+    }
 }
 
-async fn list(ByHand { letters, waiting, .. }: &mut ByHand, filter: &Filter) -> anyhow::Result<String> {
+impl ByHand {
+    /// Gets the right to the letters, unless somebody else has it.
+    async fn alone(servers: &ServerSettings) -> anyhow::Result<Self> {
+        let broker = Broker::new(&servers.broker, Arc::new(Wake::default()));
+        let Some(pass) = Store::new(&servers.database_url, 1).lock_dead_letters(broker.exchange()).await? else {
+            bail!(
+                "somebody is making a pass over the dead letters of {} at this moment; try again soon",
+                broker.exchange()
+            )
+        };
+        let letters = broker.dead_letters().await?;
+        let waiting = letters.waiting(Pile::Dead).await;
+        let waiting = waiting.with_context(|| {
+            format!(
+                "there are no dead letters of {}; the daemon declares their queue when it starts",
+                broker.exchange()
+            )
+        })?;
+        let stop = shutdown_on_signal()?;
+        Ok(Self { pass, letters, max: servers.replay_max, waiting, stop })
+    }
+}
+
+async fn list(ByHand { letters, waiting, .. }: &mut ByHand, filter: &Filter) -> anyhow::Result<Listed> {
     let bar = progress(u64::from(*waiting), "looked at");
-    let (now, mut listed) = (now_seconds(), 0);
-    let mut groups: BTreeMap<[String; 3], (u32, Option<u64>)> = BTreeMap::new();
+    let (now_seconds, mut listed) = (now_seconds(), 0);
+    let mut groups: BTreeMap<[Option<String>; 3], (u32, Option<u64>)> = BTreeMap::new();
     let mut left = *waiting;
     while left > 0 {
         // Nothing is acknowledged: all of it is where it was when this connection closes.
         for letter in window(letters, Pile::Dead, &mut left).await? {
             bar.inc(1);
-            if !filter.takes(&letter.says, now) {
+            if !filter.takes(&letter.says, now_seconds) {
                 continue;
             }
-            let name = |name: Option<String>| name.map_or_else(|| "-".into(), |name| printable(&name));
             let DeadLetter { queue, kind, reason, died_at, .. } = letter.says;
-            let (count, oldest) = groups.entry([name(queue), name(kind), name(reason)]).or_default();
+            let (count, oldest) = groups.entry([queue, kind, reason]).or_default();
             listed += 1;
             *count += 1;
             *oldest = [*oldest, died_at].into_iter().flatten().min();
         }
     }
     bar.finish_and_clear();
-    if !groups.is_empty() {
-        println!("{:>8}  {:<30} {:<24} {:<14} oldest", "letters", "died in", "kind", "reason");
-    }
-    for ([queue, kind, reason], (count, oldest)) in groups {
-        let age = oldest.map_or_else(|| "?".into(), |at| age(Duration::from_secs(now.saturating_sub(at))));
-        println!("{count:>8}  {queue:<30} {kind:<24} {reason:<14} {age}");
-    }
-    Ok(format!("{listed} of {waiting} dead letters"))
+    let groups = groups.into_iter().map(|([queue, kind, reason], (letters, oldest))| Group {
+        queue,
+        kind,
+        reason,
+        letters,
+        oldest_died_at: oldest
+            .and_then(|at| i64::try_from(at).ok())
+            .and_then(|at| OffsetDateTime::from_unix_timestamp(at).ok()),
+    });
+    Ok(Listed { waiting: *waiting, listed, groups: groups.collect(), now_seconds })
 }
 
-async fn replay(ByHand { pass, letters, max, waiting, stop }: &mut ByHand, filter: &Filter) -> anyhow::Result<String> {
+async fn replay(
+    ByHand { pass, letters, max, waiting, stop }: &mut ByHand,
+    filter: &Filter,
+) -> anyhow::Result<Replayed> {
     let (bar, now) = (progress(u64::from(*waiting), "dealt with"), now_seconds());
     let wanted = |letter: &DeadLetter| filter.takes(letter, now);
     let tally = take_back(letters, pass, *max, wanted, |window| bar.inc(window.letters()), stop).await;
     bar.finish_and_clear();
-    let Tally { replayed, expired, parked, left, .. } = tally?;
-    Ok(format!("{replayed} replayed, {expired} expired, {parked} parked, {left} left"))
+    Ok(Replayed::of(&tally?, None))
 }
 
 /// Says letter by letter what a pass would do, and does nothing.
-async fn dry_run(ByHand { pass, letters, max, waiting, .. }: &mut ByHand, filter: &Filter) -> anyhow::Result<String> {
+async fn dry_run(ByHand { pass, letters, max, waiting, .. }: &mut ByHand, filter: &Filter) -> anyhow::Result<Replayed> {
     let (mut tally, now, mut left) = (Tally::default(), now_seconds(), *waiting);
+    let mut would = Vec::new();
     while left > 0 {
         let clock = pass.clock().await?;
         for letter in window(letters, Pile::Dead, &mut left).await? {
-            let id = printable(letter.says.id.as_deref().unwrap_or("-"));
             if !filter.takes(&letter.says, now) {
                 tally.left += 1;
                 continue;
             }
-            match letter.says.fate(clock.now_ms(), *max) {
-                Fate::Expired => {
-                    tally.expired += 1;
-                    println!("{id}  would be removed: its deadline has come");
-                }
+            let (count, fate, says) = match letter.says.fate(clock.now_ms(), *max) {
+                Fate::Expired => (&mut tally.expired, "expire", "would be removed: its deadline has come".to_owned()),
                 Fate::Replay { queue, replays, .. } => {
-                    tally.replayed += 1;
-                    println!("{id}  would go back into {}; replayed {} times before", printable(&queue), replays - 1);
+                    let says = format!("would go back into {queue}; replayed {} times before", replays - 1);
+                    (&mut tally.replayed, "replay", says)
                 }
-                Fate::Leave(reason) => {
-                    tally.left += 1;
-                    println!("{id}  would stay: {reason}");
-                }
-                Fate::Park(reason) => {
-                    tally.parked += 1;
-                    println!("{id}  would be parked: {reason}");
-                }
-            }
+                Fate::Leave(reason) => (&mut tally.left, "leave", format!("would stay: {reason}")),
+                Fate::Park(reason) => (&mut tally.parked, "park", format!("would be parked: {reason}")),
+            };
+            *count += 1;
+            would.push(Would { id: letter.says.id, fate, says });
         }
     }
-    let Tally { replayed, expired, parked, left, .. } = tally;
-    Ok(format!("would be: {replayed} replayed, {expired} expired, {parked} parked, {left} left; nothing was done"))
+    Ok(Replayed::of(&tally, Some(would)))
 }
 
 async fn drop_them(
     ByHand { pass, letters, waiting, stop, .. }: &mut ByHand,
     filter: &Filter,
-) -> anyhow::Result<String> {
+) -> anyhow::Result<Dropped> {
     let (bar, now) = (progress(u64::from(*waiting), "looked at"), now_seconds());
     let dropped = drop_letters(letters, pass, |letter| filter.takes(letter, now), |seen| bar.inc(seen), stop).await;
     bar.finish_and_clear();
-    Ok(format!("{} dropped for good", dropped?))
+    Ok(Dropped { dropped: dropped? })
+}
+
+impl Replayed {
+    /// `would` is what a dry run found.
+    fn of(tally: &Tally, would: Option<Vec<Would>>) -> Self {
+        let Tally { replayed, expired, parked, left, .. } = *tally;
+        Self { dry_run: would.is_some(), replayed, expired, parked, left, letters: would.unwrap_or_default() }
+    }
+}
+
+impl fmt::Display for Listed {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.groups.is_empty() {
+            writeln!(formatter, "{:>8}  {:<30} {:<24} {:<14} oldest", "letters", "died in", "kind", "reason")?;
+        }
+        for Group { queue, kind, reason, letters, oldest_died_at } in &self.groups {
+            let name = |name: &Option<String>| name.as_deref().map_or_else(|| "-".to_owned(), printable);
+            let (queue, kind, reason) = (name(queue), name(kind), name(reason));
+            let oldest = oldest_died_at.and_then(|at| u64::try_from(at.unix_timestamp()).ok());
+            let age =
+                oldest.map_or_else(|| "?".into(), |at| age(Duration::from_secs(self.now_seconds.saturating_sub(at))));
+            writeln!(formatter, "{letters:>8}  {queue:<30} {kind:<24} {reason:<14} {age}")?;
+        }
+        write!(formatter, "{} of {} dead letters", self.listed, self.waiting)
+    }
+}
+
+impl fmt::Display for Replayed {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for Would { id, says, .. } in &self.letters {
+            writeln!(formatter, "{}  {}", printable(id.as_deref().unwrap_or("-")), printable(says))?;
+        }
+        let Self { dry_run, replayed, expired, parked, left, .. } = self;
+        let (would, nothing) = if *dry_run { ("would be: ", "; nothing was done") } else { ("", "") };
+        write!(formatter, "{would}{replayed} replayed, {expired} expired, {parked} parked, {left} left{nothing}")
+    }
+}
+
+impl fmt::Display for Dropped {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{} dropped for good", self.dropped)
+    }
 }
 
 /// The broker notes the time of a death by a wall clock, and no other will do to compare with it.

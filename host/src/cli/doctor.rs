@@ -8,11 +8,15 @@ mod rabbitmq;
 use std::fmt::Display;
 use std::process::ExitCode;
 
+use serde::Serialize;
+
+use super::output::Output;
 use super::usage;
 use crate::config::DoctorArgs;
 
 /// How bad it is, as each line begins.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 enum Level {
     /// As it should be.
     Ok,
@@ -24,22 +28,33 @@ enum Level {
     Fail,
 }
 
-/// What was found, printed as it is found.
-#[derive(Debug, Default)]
+/// What was found; for people printed as it is found.
+#[derive(Debug, Serialize)]
 struct Report {
+    #[serde(skip)]
+    output: Output,
     failed: bool,
+    checks: Vec<Check>,
+}
+
+/// What one check found.
+#[derive(Debug, Serialize)]
+struct Check {
+    level: Level,
+    says: String,
 }
 
 /// Checks everything, and says with its exit code whether something failed.
-pub(super) async fn run(args: DoctorArgs) -> ExitCode {
+pub(super) async fn run(args: DoctorArgs, output: Output) -> ExitCode {
     let (config, management) = match args.check() {
         Ok(checked) => checked,
         Err(mistakes) => return usage(&mistakes),
     };
-    let mut report = Report::default();
+    let mut report = Report { output, failed: false, checks: Vec::new() };
     postgres::check(&mut report, &config).await;
     rabbitmq::check(&mut report, &config.servers.broker, management.as_ref()).await;
     daemon::check(&mut report, &config).await;
+    output.json(&report);
     ExitCode::from(u8::from(report.failed))
 }
 
@@ -73,7 +88,9 @@ impl Report {
 
     fn line(&mut self, level: Level, sentence: impl Display) {
         self.failed |= level == Level::Fail;
-        println!("{}", line(level, &sentence.to_string()));
+        let says = one_line(&sentence.to_string());
+        self.output.line(line(level, &says));
+        self.checks.push(Check { level, says });
     }
 
     /// What was asked for; without an answer, a line that says so with `advice`.
@@ -89,9 +106,13 @@ impl Report {
 }
 
 /// One line, whatever servers and rows say.
-fn line(level: Level, sentence: &str) -> String {
+fn one_line(sentence: &str) -> String {
     let words: Vec<&str> = sentence.split(char::is_control).map(str::trim).filter(|part| !part.is_empty()).collect();
-    format!("{:<4}  {}", level.word(), words.join(" "))
+    words.join(" ")
+}
+
+fn line(level: Level, says: &str) -> String {
+    format!("{:<4}  {says}", level.word())
 }
 
 /// A number of rows that were counted up to a limit.
@@ -106,12 +127,12 @@ mod tests {
     #[test]
     fn whatever_is_said_becomes_one_line_that_begins_with_its_level() {
         assert_eq!(line(Level::Ok, "well"), "ok    well");
-        assert_eq!(line(Level::Fail, "two\n lines\r\n\tof it"), "FAIL  two lines of it");
+        assert_eq!(line(Level::Fail, &one_line("two\n lines\r\n\tof it")), "FAIL  two lines of it");
     }
 
     #[test]
     fn only_a_failure_makes_the_doctor_fail() {
-        let mut report = Report::default();
+        let mut report = Report { output: Output::Json, failed: false, checks: Vec::new() };
         report.ok("a");
         report.note("b");
         report.warn("c");

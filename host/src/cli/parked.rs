@@ -1,21 +1,24 @@
 //! `tidings parked …`: what was set aside for a person. Rows that no plugin could build lie in the database, dead letters
 //! that could not go back in a queue; here they are one list.
 
+use std::fmt;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand};
+use serde::Serialize;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+use super::output::{Output, complain};
 use super::{NOT_FOUND, age, fail, printable, progress, usage};
-use crate::broker::{Broker, DeadLetters, Letter, Pile, Sending, Sent};
+use crate::broker::{Broker, DeadLetters, Pile, Sending, Sent};
 use crate::config::{Mistakes, ServerArgs};
 use crate::dead_letter::Fate;
 use crate::replayer::window;
-use crate::store::{Pass, Store};
+use crate::store::{ParkedRow, Pass, Store};
 use crate::wake::Wake;
 
 /// Rows that are put back or dropped by one statement.
@@ -25,10 +28,13 @@ const CHUNK: usize = 500;
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
     /// Lists rows and letters, with the reasons
+    #[command(after_help = "Example:\n  tidings parked list")]
     List(ServerArgs),
     /// Puts rows back into the queue, due now, and letters back into the queues they died in
+    #[command(after_help = "Example:\n  tidings parked retry 0199a6b2-1c2d-7000-8000-000000000001")]
     Retry(Which),
     /// Removes them for good
+    #[command(after_help = "Example:\n  tidings parked drop --all")]
     Drop(Which),
 }
 
@@ -53,15 +59,56 @@ enum Deed {
     Drop,
 }
 
-/// How many it was done with, and how many stay, each of which was named.
-#[derive(Clone, Copy, Debug, Default)]
+/// What it was done with, and what stays.
+#[derive(Debug, Default)]
 struct Done {
     rows: usize,
     letters: usize,
-    stay: usize,
+    stay: Vec<Stays>,
+    listed: Listed,
 }
 
-pub(super) async fn run(command: Command) -> ExitCode {
+/// What is parked.
+#[derive(Debug, Default, Serialize)]
+struct Listed {
+    rows: Vec<ParkedRow>,
+    letters: Vec<ParkedLetter>,
+}
+
+/// A parked letter.
+#[derive(Debug, Serialize)]
+struct ParkedLetter {
+    id: Option<String>,
+    kind: Option<String>,
+    /// Where it died.
+    queue: Option<String>,
+    /// Why it is parked.
+    reason: Option<String>,
+}
+
+/// What could not be put back.
+#[derive(Debug, Serialize)]
+struct Stays {
+    id: Option<String>,
+    why: String,
+}
+
+/// How many were put back, and what was not.
+#[derive(Debug, Serialize)]
+struct Retried {
+    rows: usize,
+    letters: usize,
+    stay: Vec<Stays>,
+}
+
+/// How many are gone.
+#[derive(Debug, Serialize)]
+struct Dropped {
+    rows: usize,
+    letters: usize,
+}
+
+pub(super) async fn run(command: Command, output: Output) -> ExitCode {
     let (which, deed) = match command {
         Command::List(servers) => (Which { servers, ids: Vec::new(), all: true }, Deed::List),
         Command::Retry(which) => (which, Deed::Retry),
@@ -69,21 +116,22 @@ pub(super) async fn run(command: Command) -> ExitCode {
     };
     // A list of nothing is an answer; an id that nothing has is a mistake.
     let all = which.all;
-    let Done { rows, letters, stay } = match run_on(which, deed).await {
+    let Done { rows, letters, stay, listed } = match run_on(which, deed).await {
         Ok(Ok(done)) => done,
         Ok(Err(mistakes)) => return usage(&mistakes),
         Err(error) => return fail(1, &error),
     };
-    match deed {
-        Deed::List => println!("{rows} rows and {letters} letters are parked"),
-        Deed::Retry => println!("{rows} rows and {letters} letters put back, {stay} stay"),
-        Deed::Drop => println!("{rows} rows and {letters} letters dropped for good"),
-    }
-    match rows + letters {
-        _ if stay > 0 => ExitCode::from(1),
+    let code = match rows + letters {
+        _ if !stay.is_empty() => ExitCode::FAILURE,
         0 if !all => ExitCode::from(NOT_FOUND),
         _ => ExitCode::SUCCESS,
+    };
+    match deed {
+        Deed::List => output.answer(&listed),
+        Deed::Retry => output.answer(&Retried { rows, letters, stay }),
+        Deed::Drop => output.answer(&Dropped { rows, letters }),
     }
+    code
 }
 
 async fn run_on(Which { servers, ids, all }: Which, deed: Deed) -> anyhow::Result<Result<Done, Mistakes>> {
@@ -119,12 +167,7 @@ async fn on_rows(
     let mut rows = store.parked().await?;
     rows.retain(|row| takes(Some(&row.id.to_string())));
     if deed == Deed::List {
-        let now = OffsetDateTime::now_utc();
-        for row in &rows {
-            let age = age(Duration::try_from(now - row.parked_at).unwrap_or_default());
-            println!("row     {}  {:<24} {age} ago: {}", row.id, row.kind, printable(&row.reason));
-        }
-        done.rows = rows.len();
+        done.listed.rows = rows;
         return Ok(());
     }
     let ids: Vec<Uuid> = rows.iter().map(|row| row.id).collect();
@@ -140,8 +183,8 @@ async fn on_rows(
                         match store.unpark(&[*id]).await {
                             Ok(one) => count += one,
                             Err(error) => {
-                                done.stay += 1;
-                                bar.suspend(|| eprintln!("tidings: {id} stays: {:#}", anyhow::Error::from(error)));
+                                let why = format!("{:#}", anyhow::Error::from(error));
+                                bar.suspend(|| stays(Some(id.to_string()), why, done));
                             }
                         }
                     }
@@ -178,10 +221,12 @@ async fn on_letters(
                 continue;
             }
             match deed {
-                Deed::List => {
-                    show(&letter);
-                    done.letters += 1;
-                }
+                Deed::List => done.listed.letters.push(ParkedLetter {
+                    id: letter.says.id,
+                    kind: letter.says.kind,
+                    queue: letter.says.queue,
+                    reason: letter.parked_reason,
+                }),
                 Deed::Drop => {
                     letters.acknowledge(&letter).await?;
                     done.letters += 1;
@@ -192,38 +237,60 @@ async fn on_letters(
                         back.push((letter, Sending::Back { queue, expiration_ms, replays }));
                     }
                     Fate::Expired => {
-                        stays(&letter, "its deadline has come, and nobody may see it any more; drop it", done);
+                        let why = "its deadline has come, and nobody may see it any more; drop it";
+                        stays(letter.says.id, why.into(), done);
                     }
-                    Fate::Park(reason) => stays(&letter, &reason, done),
-                    Fate::Leave(reason) => stays(&letter, reason, done),
+                    Fate::Park(reason) => stays(letter.says.id, reason, done),
+                    Fate::Leave(reason) => stays(letter.says.id, reason.into(), done),
                 },
             }
         }
         let (sent, others) = letters.send(back).await?;
         done.letters += usize::try_from(sent).unwrap_or(usize::MAX);
         for (letter, sent) in others {
-            stays(&letter, if sent == Sent::NoQueue { "its queue is gone" } else { "its queue did not take it" }, done);
+            let why = if sent == Sent::NoQueue { "its queue is gone" } else { "its queue did not take it" };
+            stays(letter.says.id, why.into(), done);
         }
     }
     bar.finish_and_clear();
     Ok(())
 }
 
-fn stays(letter: &Letter, why: &str, done: &mut Done) {
-    done.stay += 1;
-    eprintln!("tidings: {} stays: {why}", name(letter));
+fn stays(id: Option<String>, why: String, done: &mut Done) {
+    complain(format_args!("tidings: {} stays: {}", name(id.as_ref()), printable(&why)));
+    done.stay.push(Stays { id, why });
 }
 
-fn show(letter: &Letter) {
-    println!(
-        "letter  {}  {:<24} died in {}: {}",
-        name(letter),
-        printable(letter.says.kind.as_deref().unwrap_or("-")),
-        printable(letter.says.queue.as_deref().unwrap_or("?")),
-        printable(letter.parked_reason.as_deref().unwrap_or("no reason was noted"))
-    );
+fn name(id: Option<&String>) -> String {
+    id.map_or_else(|| "-".to_owned(), |id| printable(id))
 }
 
-fn name(letter: &Letter) -> String {
-    printable(letter.says.id.as_deref().unwrap_or("-"))
+impl fmt::Display for Listed {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let now = OffsetDateTime::now_utc();
+        for ParkedRow { id, kind, parked_at, reason } in &self.rows {
+            let age = age(Duration::try_from(now - *parked_at).unwrap_or_default());
+            writeln!(formatter, "row     {id}  {kind:<24} {age} ago: {}", printable(reason))?;
+        }
+        for ParkedLetter { id, kind, queue, reason } in &self.letters {
+            let kind = printable(kind.as_deref().unwrap_or("-"));
+            let queue = printable(queue.as_deref().unwrap_or("?"));
+            let reason = printable(reason.as_deref().unwrap_or("no reason was noted"));
+            writeln!(formatter, "letter  {}  {kind:<24} died in {queue}: {reason}", name(id.as_ref()))?;
+        }
+        write!(formatter, "{} rows and {} letters are parked", self.rows.len(), self.letters.len())
+    }
+}
+
+impl fmt::Display for Retried {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { rows, letters, stay } = self;
+        write!(formatter, "{rows} rows and {letters} letters put back, {} stay", stay.len())
+    }
+}
+
+impl fmt::Display for Dropped {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{} rows and {} letters dropped for good", self.rows, self.letters)
+    }
 }

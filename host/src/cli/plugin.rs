@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use clap::{Args, Subcommand};
 
+use super::output::{Output, complain};
 use super::{NOT_FOUND, fail};
 use crate::config::StateArgs;
 use crate::plugins::{Engine, LoadError, Metering, Plugin, StateDir};
@@ -23,16 +24,22 @@ use crate::plugins::{Engine, LoadError, Metering, Plugin, StateDir};
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
     /// Writes a new plugin that builds as it stands, without a network
+    #[command(after_help = "Example:\n  tidings plugin new greeting")]
     New(new::NewArgs),
     /// Says whether the daemon would serve a file, and if not, why and what to do
+    #[command(after_help = "Example:\n  tidings plugin check target/wasm32-wasip2/release/greeting.wasm")]
     Check(PluginArgs),
     /// Builds the rows of fixtures/ and compares what becomes of them with what is expected
+    #[command(after_help = "Example:\n  tidings plugin test target/wasm32-wasip2/release/greeting.wasm")]
     Test(test::TestArgs),
     /// Shows what serves in the running daemon
+    #[command(after_help = "Example:\n  tidings plugin list --http-addr 127.0.0.1:7070")]
     List(list::ListArgs),
     /// Checks a file and puts it into the daemon's plugin directory
+    #[command(after_help = "Example:\n  tidings plugin install greeting.wasm --plugin-dir /srv/plugins")]
     Install(install::InstallArgs),
     /// Builds rows that were delivered with another version, and shows how their events would differ
+    #[command(after_help = "Example:\n  tidings plugin replay greeting.wasm --last 1000")]
     Replay(replay::ReplayArgs),
     /// Compiles a component into a cache; the daemon calls it
     #[command(hide = true)]
@@ -51,14 +58,14 @@ pub(super) struct PluginArgs {
     state: StateArgs,
 }
 
-pub(super) async fn run(command: Command) -> ExitCode {
+pub(super) async fn run(command: Command, output: Output) -> ExitCode {
     let done = match command {
-        Command::New(args) => new::new(&args),
-        Command::Check(args) => check::check(&args).await,
-        Command::Test(args) => test::test(&args).await,
-        Command::List(args) => list::list(args),
-        Command::Install(args) => install::install(&args).await,
-        Command::Replay(args) => replay::replay(args).await,
+        Command::New(args) => new::new(&args, output),
+        Command::Check(args) => check::check(&args, output).await,
+        Command::Test(args) => test::test(&args, output).await,
+        Command::List(args) => list::list(args, output),
+        Command::Install(args) => install::install(&args, output).await,
+        Command::Replay(args) => replay::replay(args, output).await,
         Command::Compile(args) => compile::compile(&args),
     };
     done.unwrap_or_else(|error| {
@@ -79,7 +86,7 @@ fn engine(state: &StateArgs, metering: Metering) -> anyhow::Result<Arc<Engine>> 
     let cache = match StateDir::open(&state.dir()) {
         Ok(state) => Some(state.cache()),
         Err(error) => {
-            eprintln!("tidings: {:#}; going on without", anyhow::Error::from(error));
+            complain(format_args!("tidings: {:#}; going on without", anyhow::Error::from(error)));
             None
         }
     };

@@ -24,6 +24,12 @@ impl From<&str> for Mistakes {
     }
 }
 
+impl FromIterator<String> for Mistakes {
+    fn from_iter<I: IntoIterator<Item = String>>(sentences: I) -> Self {
+        Self(sentences.into_iter().collect())
+    }
+}
+
 impl fmt::Display for Mistakes {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(&self.0.join("\n"))

@@ -10,7 +10,7 @@ pub(super) const TICK: Duration = Duration::from_millis(10);
 
 /// The `[limits]` of a plugin's NAME.toml. What is not given has the default.
 #[derive(Clone, Copy, Debug, Deserialize, Serialize, PartialEq, Eq)]
-#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(default, deny_unknown_fields, rename_all(deserialize = "kebab-case"))]
 pub struct Limits {
     /// CPU time of one call, in milliseconds, 10 to 60,000; default 100. Measured in steps of 10.
     pub cpu_ms: u64,

@@ -72,7 +72,8 @@ impl Store {
         }))
     }
 
-    /// How many rows are held, by kind, of the first few kinds, each up to one more than [`ENOUGH`].
+    /// How many rows are held, since nobody serves them or they are paused, by kind, of the first few kinds, each up to one
+    /// more than [`ENOUGH`].
     ///
     /// # Errors
     ///

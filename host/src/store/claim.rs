@@ -31,8 +31,8 @@ pub(super) struct Transaction {
 }
 
 impl Store {
-    /// Locks up to `limit` due rows of `kinds`, and due rows of any kind that are past their deadline. `None` = there are
-    /// none that nobody else has locked.
+    /// Locks up to `limit` due rows of `kinds`, but for those that are paused, and due rows of any kind that are past their
+    /// deadline. `None` = there are none that nobody else has locked.
     ///
     /// # Errors
     ///
@@ -53,7 +53,10 @@ impl Store {
                         -- well: whatever happens to the slot, nothing is early.
                         WHERE slot_at <= statement_timestamp()
                             AND due_at <= statement_timestamp()
-                            AND (kind = ANY($1) OR expires_at <= statement_timestamp())
+                            AND (
+                                kind = ANY($1) AND kind <> ALL(ARRAY(SELECT kind FROM tidings.paused))
+                                OR expires_at <= statement_timestamp()
+                            )
                         ORDER BY slot_at
                         LIMIT $2
                         FOR UPDATE SKIP LOCKED

@@ -1,4 +1,5 @@
-//! Kinds that are served, and rows of kinds that are not: held, out of the queue, until a daemon comes that serves them.
+//! Kinds that are served, and rows of kinds that are not or that a person has paused: held, out of the queue, until a
+//! daemon comes that serves them, or the pause ends.
 //!
 //! A daemon announces its kinds by holding a shared advisory lock for each, on a connection that lives as long as it
 //! does. So whether anybody serves a kind is known to the server at every moment, without a heartbeat, and a crash
@@ -61,7 +62,10 @@ impl Store {
                     WITH due AS MATERIALIZED (
                         SELECT id, kind
                         FROM tidings.schedules
-                        WHERE slot_at <= statement_timestamp() AND kind <> ALL($1)
+                        WHERE slot_at <= statement_timestamp()
+                            AND kind <> ALL($1)
+                            -- Past its deadline a row is any claim's, and no slot is later.
+                            AND (expires_at <= statement_timestamp()) IS NOT TRUE
                         ORDER BY slot_at
                         LIMIT $2
                         FOR UPDATE SKIP LOCKED
@@ -88,7 +92,51 @@ impl Store {
         Ok(rows.into_iter().map(|row| (row.kind, row.rows)).collect())
     }
 
-    /// How many rows are held, by kind.
+    /// Holds due rows of those of our kinds that are paused, at most a few thousand at a time: a claim leaves them alone, and
+    /// would have to step over them each time. Those past their deadline are left to it. Returns how many, by kind.
+    ///
+    /// Only a daemon that serves the kind does it, since it also releases them: whenever it has held some, it looks again,
+    /// and sees if the pause has ended meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// When the database cannot do it.
+    pub async fn hold_paused(&self, our_kinds: &[String]) -> Result<Vec<(String, i64)>, StoreError> {
+        let mut connection = self.connection().await?;
+        let rows = connection
+            .run("hold rows that are paused", async |connection| {
+                sqlx::query!(
+                    r#"
+                    WITH due AS MATERIALIZED (
+                        SELECT id
+                        FROM tidings.schedules
+                        WHERE slot_at <= statement_timestamp()
+                            AND kind = ANY($1)
+                            AND kind = ANY(ARRAY(SELECT kind FROM tidings.paused))
+                            AND (expires_at <= statement_timestamp()) IS NOT TRUE
+                        ORDER BY slot_at
+                        LIMIT $2
+                        FOR UPDATE SKIP LOCKED
+                    ), held AS (
+                        UPDATE tidings.schedules AS waiting
+                        SET held = true, last_error = 'held: the kind "' || waiting.kind || '" is paused'
+                        -- An array, as above.
+                        WHERE id = ANY (ARRAY(SELECT id FROM due))
+                        RETURNING waiting.kind
+                    )
+                    SELECT kind AS "kind!", count(*) AS "rows!" FROM held GROUP BY kind ORDER BY kind
+                    "#,
+                    our_kinds,
+                    BATCH,
+                )
+                .fetch_all(connection)
+                .await
+            })
+            .await?;
+        Ok(rows.into_iter().map(|row| (row.kind, row.rows)).collect())
+    }
+
+    /// How many rows are held since no daemon serves them, by kind.
     ///
     /// # Errors
     ///
@@ -98,7 +146,13 @@ impl Store {
         let rows = connection
             .run("count held rows", async |connection| {
                 sqlx::query!(
-                    r#"SELECT kind AS "kind!", count(*) AS "rows!" FROM tidings.schedules WHERE held GROUP BY kind ORDER BY kind"#
+                    r#"
+                    SELECT kind AS "kind!", count(*) AS "rows!"
+                    FROM tidings.schedules
+                    WHERE held AND kind <> ALL(ARRAY(SELECT kind FROM tidings.paused))
+                    GROUP BY kind
+                    ORDER BY kind
+                    "#
                 )
                 .fetch_all(connection)
                 .await
@@ -107,42 +161,50 @@ impl Store {
         Ok(rows.into_iter().map(|row| (row.kind, row.rows)).collect())
     }
 
-    /// Puts held rows of `kinds` back into the queue, due now, a few thousand at a time, and calls `some` after each.
-    /// Returns how many.
+    /// Puts held rows of `kinds`, but for those that are paused, back into the queue, due now, a few thousand at a time, and
+    /// calls `some` after each. Returns how many.
     ///
     /// # Errors
     ///
     /// When the database cannot do it.
     pub async fn release_held(&self, kinds: &[String], some: impl Fn()) -> Result<u64, StoreError> {
         let mut released = 0;
-        loop {
-            let mut connection = self.connection().await?;
-            let answer = connection
-                .run("release held rows", async |connection| {
-                    sqlx::query!(
-                        r#"
-                        UPDATE tidings.schedules
-                        SET held = false, last_error = NULL, not_before = tidings.arrival()
-                        WHERE id = ANY (ARRAY(
-                            SELECT id
-                            FROM tidings.schedules
-                            WHERE held AND kind = ANY($1)
-                            LIMIT $2
-                            FOR UPDATE SKIP LOCKED
-                        ))
-                        "#,
-                        kinds,
-                        BATCH,
-                    )
-                    .execute(connection)
-                    .await
-                })
-                .await?;
-            released += answer.rows_affected();
-            some();
-            if answer.rows_affected() < BATCH.unsigned_abs() {
-                return Ok(released);
+        for kind in kinds {
+            loop {
+                let mut connection = self.connection().await?;
+                let answer = connection
+                    .run("release held rows", async |connection| {
+                        sqlx::query!(
+                            r#"
+                            UPDATE tidings.schedules
+                            SET held = false, last_error = NULL, not_before = tidings.arrival()
+                            WHERE id = ANY (ARRAY(
+                                SELECT id
+                                FROM tidings.schedules
+                                WHERE held
+                                    -- In the order of its index, or the planner would rather read the whole table if
+                                    -- most rows are held.
+                                    AND kind >= $1 AND kind <= $1
+                                    AND NOT EXISTS (SELECT FROM tidings.paused WHERE paused.kind = $1)
+                                ORDER BY kind
+                                LIMIT $2
+                                FOR UPDATE SKIP LOCKED
+                            ))
+                            "#,
+                            kind,
+                            BATCH,
+                        )
+                        .execute(connection)
+                        .await
+                    })
+                    .await?;
+                released += answer.rows_affected();
+                some();
+                if answer.rows_affected() < BATCH.unsigned_abs() {
+                    break;
+                }
             }
         }
+        Ok(released)
     }
 }

@@ -1,18 +1,20 @@
 //! `tidings.parked`, for people: what lies there, back into the queue, or gone for good.
 
+use serde::Serialize;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::{Store, StoreError};
 
 /// A row that was set aside.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 pub struct ParkedRow {
     /// Its id, as ever.
     pub id: Uuid,
     /// Its kind.
     pub kind: String,
     /// When it was set aside.
+    #[serde(with = "time::serde::rfc3339")]
     pub parked_at: OffsetDateTime,
     /// Why.
     pub reason: String,

@@ -5,12 +5,13 @@ use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection, Row as _
 use super::{CONNECT_DEADLINE, STATEMENT_DEADLINE, SchemaError, Store, StoreError};
 
 /// What the daemon does with each table, and must have the right to.
-const RIGHTS: [(&str, &[&str]); 5] = [
+const RIGHTS: [(&str, &[&str]); 6] = [
     ("_sqlx_migrations", &["SELECT"]),
     ("schedules", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     ("deliveries", &["SELECT", "INSERT", "DELETE"]),
     ("parked", &["SELECT", "INSERT", "DELETE"]),
     ("passes", &["SELECT", "INSERT", "UPDATE"]),
+    ("paused", &["SELECT"]),
 ];
 
 /// What is wrong behind a pooler that lends sessions out, and what to do.

@@ -9,12 +9,13 @@ use super::{Store, StoreError};
 /// The triggers of `tidings.schedules`, as the migrations make them.
 const TRIGGERS: [&str; 3] = ["look_afresh_before_update", "notify_after_insert", "notify_after_update"];
 /// The indexes of the schema, as the migrations make them.
-const INDEXES: [&str; 10] = [
+const INDEXES: [&str; 11] = [
     "_sqlx_migrations_pkey",
     "deliveries_finished_at",
     "deliveries_id",
     "parked_pkey",
     "passes_pkey",
+    "pauses_pkey",
     "schedules_held",
     "schedules_kind_key",
     "schedules_pkey",

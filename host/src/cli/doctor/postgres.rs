@@ -1,6 +1,6 @@
 //! What the doctor finds in the database.
 
-use super::super::age;
+use super::super::{age, pause_sentence};
 use super::{Level, Report, count};
 use crate::config::Config;
 use crate::http::LATE;
@@ -230,7 +230,12 @@ async fn rows(report: &mut Report, store: &Store) {
             )),
         }
     }
-    if let Some(held) = report.answer(store.some_held().await, ASK_AGAIN) {
+    let paused = report.answer(store.pauses().await, ASK_AGAIN).unwrap_or_default();
+    for pause in &paused {
+        report.note(format_args!("{}; to go on: `tidings resume {}`", pause_sentence(pause), pause.kind));
+    }
+    if let Some(mut held) = report.answer(store.some_held().await, ASK_AGAIN) {
+        held.retain(|(kind, _)| paused.iter().all(|pause| pause.kind != *kind));
         if held.is_empty() {
             report.ok("no row is held");
         } else {

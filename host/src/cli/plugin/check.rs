@@ -1,38 +1,88 @@
 //! `tidings plugin check`: the loader's own verdict.
 
+use std::fmt;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
+use serde::Serialize;
+
+use super::super::output::Output;
 use super::super::printable;
 use super::PluginArgs;
-use crate::plugins::{Metering, Plugin};
+use crate::plugins::{Limits, Metering, Plugin};
 
-pub(super) async fn check(args: &PluginArgs) -> anyhow::Result<ExitCode> {
+/// What the daemon would serve.
+#[derive(Debug, Serialize)]
+pub(super) struct Checked {
+    file: PathBuf,
+    /// `name@version+digest8`.
+    plugin: String,
+    kinds: Vec<CheckedKind>,
+    /// SHA-256 of the file.
+    digest: String,
+    size_bytes: usize,
+    limits: Limits,
+    /// What it imports of ours.
+    imports: Vec<String>,
+    /// What it imports of WASI, behind which there is nothing.
+    inert: Vec<String>,
+}
+
+/// A kind that it would serve.
+#[derive(Debug, Serialize)]
+struct CheckedKind {
+    kind: String,
+    summary: String,
+    payload_schema: Option<String>,
+    example: Option<String>,
+}
+
+pub(super) async fn check(args: &PluginArgs, output: Output) -> anyhow::Result<ExitCode> {
     let plugin = args.open(Metering::Time).await?;
-    report(&plugin);
+    output.answer(&Checked::of(&plugin));
     Ok(ExitCode::SUCCESS)
 }
 
-/// Says what the daemon would serve.
-pub(super) fn report(plugin: &Plugin) {
-    println!("{} would serve as {}", plugin.file().display(), plugin.label());
-    for (name, kind) in plugin.kinds() {
-        println!("  kind      {name}: {}", printable(&kind.summary));
-        if let Some(example) = &kind.example {
-            println!("            for example {}", printable(example));
+impl Checked {
+    pub(super) fn of(plugin: &Plugin) -> Self {
+        let kinds = plugin.kinds().iter().map(|(name, kind)| CheckedKind {
+            kind: name.clone(),
+            summary: kind.summary.clone(),
+            payload_schema: kind.payload_schema.clone(),
+            example: kind.example.clone(),
+        });
+        let (imports, inert) = plugin.imports().iter().cloned().partition(|name| name.starts_with("tidings:"));
+        Self {
+            file: plugin.file().to_owned(),
+            plugin: plugin.label().to_owned(),
+            kinds: kinds.collect(),
+            digest: plugin.digest().to_owned(),
+            size_bytes: plugin.size(),
+            limits: plugin.limits(),
+            imports,
+            inert,
         }
     }
-    println!("  sha-256   {}", plugin.digest());
-    println!("  size      {} KiB", plugin.size().div_ceil(1024));
-    let limits = plugin.limits();
-    println!(
-        "  limits    cpu-ms = {}, wall-ms = {}, memory-mib = {}, output-kib = {}",
-        limits.cpu_ms, limits.wall_ms, limits.memory_mib, limits.output_kib
-    );
-    let (ours, inert): (Vec<&String>, Vec<&String>) =
-        plugin.imports().iter().partition(|name| name.starts_with("tidings:"));
-    let list = |names: Vec<&String>| {
-        if names.is_empty() { "nothing".to_owned() } else { names.into_iter().cloned().collect::<Vec<_>>().join(", ") }
-    };
-    println!("  imports   {}", list(ours));
-    println!("  inert     {} (nothing is behind what is offered of WASI)", list(inert));
+}
+
+impl fmt::Display for Checked {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(formatter, "{} would serve as {}", self.file.display(), self.plugin)?;
+        for CheckedKind { kind, summary, example, .. } in &self.kinds {
+            writeln!(formatter, "  kind      {kind}: {}", printable(summary))?;
+            if let Some(example) = example {
+                writeln!(formatter, "            for example {}", printable(example))?;
+            }
+        }
+        writeln!(formatter, "  sha-256   {}", self.digest)?;
+        writeln!(formatter, "  size      {} KiB", self.size_bytes.div_ceil(1024))?;
+        let Limits { cpu_ms, wall_ms, memory_mib, output_kib } = self.limits;
+        writeln!(
+            formatter,
+            "  limits    cpu-ms = {cpu_ms}, wall-ms = {wall_ms}, memory-mib = {memory_mib}, output-kib = {output_kib}"
+        )?;
+        let list = |names: &[String]| if names.is_empty() { "nothing".to_owned() } else { names.join(", ") };
+        writeln!(formatter, "  imports   {}", list(&self.imports))?;
+        write!(formatter, "  inert     {} (nothing is behind what is offered of WASI)", list(&self.inert))
+    }
 }

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 
+use super::super::output::complain;
 use crate::plugins::compile_here;
 
 /// How it is called.
@@ -22,7 +23,7 @@ pub(super) fn compile(args: &CompileArgs) -> anyhow::Result<ExitCode> {
     match compile_here(&args.metering, &args.cache, &bytes) {
         Ok(()) => Ok(ExitCode::SUCCESS),
         Err(reason) => {
-            eprintln!("{reason}");
+            complain(reason);
             Ok(ExitCode::FAILURE)
         }
     }

@@ -7,8 +7,11 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
+use serde::Serialize;
 
-use super::{PluginArgs, check, engine, open};
+use super::super::output::Output;
+use super::check::Checked;
+use super::{PluginArgs, engine, open};
 use crate::plugins::Metering;
 
 /// What to install, and where.
@@ -24,7 +27,15 @@ pub(crate) struct InstallArgs {
     name: Option<String>,
 }
 
-pub(super) async fn install(args: &InstallArgs) -> anyhow::Result<ExitCode> {
+/// What was installed, and where.
+#[derive(Debug, Serialize)]
+struct Installed {
+    #[serde(flatten)]
+    checked: Checked,
+    installed_as: PathBuf,
+}
+
+pub(super) async fn install(args: &InstallArgs, output: Output) -> anyhow::Result<ExitCode> {
     let dir = &args.plugin_dir;
     ensure!(dir.is_dir(), "{} is not a directory; give the daemon's plugin directory with --plugin-dir", dir.display());
     let engine = engine(&args.plugin.state, Metering::Time)?;
@@ -59,8 +70,9 @@ pub(super) async fn install(args: &InstallArgs) -> anyhow::Result<ExitCode> {
         put(&settings, &target.with_extension("toml"))?;
     }
     put(&args.plugin.file, &target)?;
-    check::report(&plugin);
-    println!("installed as {}", target.display());
+    let installed = Installed { checked: Checked::of(&plugin), installed_as: target };
+    output.line(format_args!("{}\ninstalled as {}", installed.checked, installed.installed_as.display()));
+    output.json(&installed);
     Ok(ExitCode::SUCCESS)
 }
 

@@ -7,6 +7,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
+use serde::Serialize;
+
+use super::super::output::Output;
 
 /// The files, and what is in them, with the name to be filled in.
 const FILES: [(&str, &str); 9] = [
@@ -35,7 +38,14 @@ pub(crate) struct NewArgs {
     dir: Option<PathBuf>,
 }
 
-pub(super) fn new(args: &NewArgs) -> anyhow::Result<ExitCode> {
+/// What was written.
+#[derive(Debug, Serialize)]
+struct Written<'a> {
+    name: &'a str,
+    dir: &'a Path,
+}
+
+pub(super) fn new(args: &NewArgs, output: Output) -> anyhow::Result<ExitCode> {
     let name = &args.name;
     ensure!(
         is_name(name),
@@ -53,7 +63,8 @@ pub(super) fn new(args: &NewArgs) -> anyhow::Result<ExitCode> {
         };
         write().with_context(|| format!("could not write {}", path.display()))?;
     }
-    println!("wrote the plugin {name} into {}; its README.md says how to go on", dir.display());
+    output.line(format_args!("wrote the plugin {name} into {}; its README.md says how to go on", dir.display()));
+    output.json(&Written { name, dir: &dir });
     Ok(ExitCode::SUCCESS)
 }
 

@@ -7,9 +7,12 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, ensure};
 use clap::Args;
+use serde::Serialize;
 use serde_json::Value;
+use uuid::Uuid;
 
-use super::super::usage;
+use super::super::output::Output;
+use super::super::{printable, usage};
 use super::fixture::{difference, outcome};
 use super::{PluginArgs, engine, open};
 use crate::config::DatabaseArgs;
@@ -45,7 +48,29 @@ enum Comparison {
     Unknown(Value),
 }
 
-pub(super) async fn replay(args: ReplayArgs) -> anyhow::Result<ExitCode> {
+/// How the events of the rows compare.
+#[derive(Debug, Default, Serialize)]
+struct Compared {
+    same: usize,
+    differ: usize,
+    /// How many would not become an event any more.
+    broken: usize,
+    /// Those that differ.
+    rows: Vec<Differing>,
+}
+
+/// A row whose event would be another.
+#[derive(Debug, Serialize)]
+struct Differing {
+    id: Uuid,
+    kind: String,
+    key: Option<String>,
+    /// What was sent; null = that is not known any more.
+    old: Option<Value>,
+    new: Value,
+}
+
+pub(super) async fn replay(args: ReplayArgs, output: Output) -> anyhow::Result<ExitCode> {
     let url = match args.database.check() {
         Ok(url) => url,
         Err(mistakes) => return Ok(usage(&mistakes)),
@@ -60,34 +85,38 @@ pub(super) async fn replay(args: ReplayArgs) -> anyhow::Result<ExitCode> {
     let rows = Store::new(&url, 1).last_delivered(&kinds, args.last).await?;
     ensure!(!rows.is_empty(), "no row of the kinds {} is in the history", kinds.join(", "));
 
-    let (mut same, mut differ, mut broken) = (0, 0, 0);
+    let mut compared = Compared::default();
     for row in rows {
-        let title =
-            format!("{}  {}  {}", row.schedule.id, row.schedule.kind, row.schedule.key.as_deref().unwrap_or("-"));
+        let (id, kind, key) = (row.schedule.id, row.schedule.kind.clone(), row.schedule.key.clone());
+        let title = printable(&format!("{id}  {kind}  {}", key.as_deref().unwrap_or("-")));
         let now_ms = row.now_ms();
         let built = new.try_row(row.schedule.clone(), now_ms).await.outcome;
-        let breaks = built.is_err();
-        match compare(&row, built, &old).await {
+        compared.broken += usize::from(built.is_err());
+        let (old, new) = match compare(&row, built, &old).await {
             Comparison::Same => {
-                same += 1;
-                println!("same    {title}");
+                compared.same += 1;
+                output.line(format_args!("same    {title}"));
+                continue;
             }
             Comparison::Differs(old, new) => {
-                differ += 1;
-                println!("differs {title}\n{}", difference(&old, &new).trim_end());
+                output.line(format_args!("differs {title}\n{}", difference(&old, &new).trim_end()));
+                (Some(old), new)
             }
             Comparison::Unknown(new) => {
-                differ += 1;
                 let by = row.plugin.as_deref().unwrap_or("a plugin that is not known");
-                println!(
+                output.line(format_args!(
                     "differs {title}\n    from what {by} sent, which cannot be built here any more; now it would be\n{}",
                     difference(&Value::Null, &new).trim_end()
-                );
+                ));
+                (None, new)
             }
-        }
-        broken += u32::from(breaks);
+        };
+        compared.differ += 1;
+        compared.rows.push(Differing { id, kind, key, old, new });
     }
-    println!("{same} same, {differ} differ; {broken} would not become an event any more");
+    let Compared { same, differ, broken, .. } = compared;
+    output.line(format_args!("{same} same, {differ} differ; {broken} would not become an event any more"));
+    output.json(&compared);
     Ok(if broken == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

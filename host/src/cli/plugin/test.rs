@@ -1,5 +1,6 @@
 //! `tidings plugin test`: rows in, events out, with the daemon's engine and limits.
 
+use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -7,7 +8,9 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
+use serde::Serialize;
 
+use super::super::output::Output;
 use super::fixture::{Fixture, difference, meets, normal, outcome};
 use super::{PluginArgs, engine, open};
 use crate::plugins::{Metering, Plugin};
@@ -25,28 +28,63 @@ pub(crate) struct TestArgs {
     update: bool,
 }
 
-pub(super) async fn test(args: &TestArgs) -> anyhow::Result<ExitCode> {
+/// What came of the fixtures.
+#[derive(Debug, Serialize)]
+struct Tested {
+    /// `name@version+digest8`.
+    plugin: String,
+    passed: usize,
+    failed: usize,
+    fixtures: Vec<Tried>,
+}
+
+/// What came of one fixture.
+#[derive(Debug, Serialize)]
+struct Tried {
+    /// The name of its file.
+    fixture: String,
+    result: Verdict,
+    /// What the call took; null = there was none.
+    took_ms: Option<f64>,
+    instructions: Option<u64>,
+    memory_bytes: Option<usize>,
+    /// What is expected (-) and what it was (+), or why there was no call.
+    difference: Option<String>,
+}
+
+/// How a fixture ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Verdict {
+    Passed,
+    Updated,
+    Failed,
+}
+
+pub(super) async fn test(args: &TestArgs, output: Output) -> anyhow::Result<ExitCode> {
     let files = files(&args.fixtures)?;
     let plugin = args.plugin.open(Metering::Time).await?;
     // Instructions are counted by code of its own: the time is that of the daemon's.
     let counting = engine(&args.plugin.state, Metering::Fuel)?;
     let counting = open(&counting, &args.plugin.file, args.plugin.settings.as_deref()).await?;
-    println!("{} with {} fixtures", plugin.label(), files.len());
-    let mut failed = 0;
+    output.line(format_args!("{} with {} fixtures", plugin.label(), files.len()));
+    let mut fixtures = Vec::new();
     for file in &files {
-        match one(file, &plugin, &counting, args.update).await {
-            Ok(None) => {}
-            Ok(Some(difference)) => {
-                failed += 1;
-                println!("{difference}");
-            }
-            Err(error) => {
-                failed += 1;
-                println!("FAIL    {}: {error:#}", name(file));
-            }
-        }
+        let tried = one(file, &plugin, &counting, args.update).await.unwrap_or_else(|error| Tried {
+            fixture: name(file),
+            result: Verdict::Failed,
+            took_ms: None,
+            instructions: None,
+            memory_bytes: None,
+            difference: Some(format!("{error:#}")),
+        });
+        output.line(&tried);
+        fixtures.push(tried);
     }
-    println!("{} passed, {failed} failed", files.len() - failed);
+    let failed = fixtures.iter().filter(|tried| tried.result == Verdict::Failed).count();
+    let passed = fixtures.len() - failed;
+    output.line(format_args!("{passed} passed, {failed} failed"));
+    output.json(&Tested { plugin: plugin.label().to_owned(), passed, failed, fixtures });
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -66,13 +104,8 @@ fn files(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Passes one fixture. The answer is what to show if it does not pass.
-async fn one(
-    file: &Path,
-    plugin: &Arc<Plugin>,
-    counting: &Arc<Plugin>,
-    update: bool,
-) -> anyhow::Result<Option<String>> {
+/// Passes one fixture, or says how far it is from passing.
+async fn one(file: &Path, plugin: &Arc<Plugin>, counting: &Arc<Plugin>, update: bool) -> anyhow::Result<Tried> {
     let text = fs::read_to_string(file).context("it cannot be read")?;
     let fixture = Fixture::parse(&text)?;
     let (schedule, now_ms) = fixture.schedule()?;
@@ -83,27 +116,46 @@ async fn one(
     let trial = plugin.try_row(schedule.clone(), now_ms).await;
     let counted = counting.try_row(schedule, now_ms).await;
     let became = outcome(&trial.outcome, now_ms);
-    let figures = format!(
-        "{:>8.2} ms {:>12} instructions {:>7} KiB",
-        trial.took.as_secs_f64() * 1000.0,
-        counted.fuel.map_or_else(|| "?".to_owned(), |fuel| fuel.to_string()),
-        trial.memory_bytes.div_ceil(1024)
-    );
-    if fixture.expect.as_ref().is_some_and(|expect| meets(&became, expect)) {
-        println!("ok      {:<40} {figures}", name(file));
-        return Ok(None);
-    }
-    if update {
+    let (result, difference) = if fixture.expect.as_ref().is_some_and(|expect| meets(&became, expect)) {
+        (Verdict::Passed, None)
+    } else if update {
         fs::write(file, fixture.text(&became)).context("it cannot be written")?;
-        println!("updated {:<40} {figures}", name(file));
-        return Ok(None);
+        (Verdict::Updated, None)
+    } else {
+        let expect = fixture.expect.as_ref().map(normal).unwrap_or_default();
+        (Verdict::Failed, Some(difference(&expect, &became)))
+    };
+    Ok(Tried {
+        fixture: name(file),
+        result,
+        took_ms: Some(trial.took.as_secs_f64() * 1000.0),
+        instructions: counted.fuel,
+        memory_bytes: Some(trial.memory_bytes),
+        difference,
+    })
+}
+
+impl fmt::Display for Tried {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { fixture, result, took_ms, instructions, memory_bytes, difference } = self;
+        let verdict = match result {
+            Verdict::Passed => "ok",
+            Verdict::Updated => "updated",
+            Verdict::Failed => "FAIL",
+        };
+        let (Some(took_ms), Some(memory_bytes)) = (took_ms, memory_bytes) else {
+            return write!(formatter, "{verdict:<7} {fixture}: {}", difference.as_deref().unwrap_or_default());
+        };
+        let instructions = instructions.map_or_else(|| "?".to_owned(), |fuel| fuel.to_string());
+        let kib = memory_bytes.div_ceil(1024);
+        write!(formatter, "{verdict:<7} {fixture:<40} {took_ms:>8.2} ms {instructions:>12} instructions {kib:>7} KiB")?;
+        match difference {
+            Some(difference) => {
+                write!(formatter, "\n{difference}    expected (-) and got (+); accept with --update")
+            }
+            None => Ok(()),
+        }
     }
-    let expect = fixture.expect.as_ref().map(normal).unwrap_or_default();
-    let difference = difference(&expect, &became);
-    Ok(Some(format!(
-        "FAIL    {:<40} {figures}\n{difference}    expected (-) and got (+); accept with --update",
-        name(file)
-    )))
 }
 
 fn name(file: &Path) -> String {

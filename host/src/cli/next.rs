@@ -1,0 +1,111 @@
+//! `tidings next`: what is due next, and what waits without a time.
+
+use std::fmt;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Args;
+use serde::Serialize;
+use time::OffsetDateTime;
+
+use super::output::Output;
+use super::{answered, pause_sentence, printable, times};
+use crate::config::DatabaseArgs;
+use crate::store::{ENOUGH, Store, UpcomingRow};
+use crate::whereabouts::Pause;
+
+/// What to show.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  tidings next --within 1h --kind game-reminder")]
+pub(super) struct NextArgs {
+    #[command(flatten)]
+    database: DatabaseArgs,
+    /// Only what is due within this time, such as 15min or 1h
+    #[arg(long, value_name = "SPAN", allow_hyphen_values = true, value_parser = times::span)]
+    within: Option<Duration>,
+    /// Only of this kind
+    #[arg(long, value_name = "KIND")]
+    kind: Option<String>,
+    /// How many rows to show
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    limit: u32,
+}
+
+/// What `tidings next` answers.
+#[derive(Debug, Serialize)]
+struct Next {
+    /// By the database clock.
+    #[serde(with = "time::serde::rfc3339")]
+    now: OffsetDateTime,
+    rows: Vec<UpcomingRow>,
+    more: u64,
+    more_is_estimate: bool,
+    held: Vec<Held>,
+    paused: Vec<Pause>,
+}
+
+/// Rows of one kind that are held.
+#[derive(Debug, Serialize)]
+struct Held {
+    kind: String,
+    rows: i64,
+    /// There are more than that.
+    or_more: bool,
+}
+
+pub(super) async fn next(args: NextArgs, output: Output) -> ExitCode {
+    let NextArgs { database, within, kind, limit } = args;
+    answered(database, async |store: Store| {
+        let upcoming = store.upcoming(within, kind.as_deref(), limit).await?;
+        let wanted = |other: &str| kind.as_deref().is_none_or(|kind| kind == other);
+        let held = store.some_held().await?.into_iter().filter(|(kind, _)| wanted(kind));
+        let held = held.map(|(kind, rows)| Held { kind, rows: rows.min(ENOUGH), or_more: rows > ENOUGH });
+        output.answer(&Next {
+            now: upcoming.now,
+            rows: upcoming.rows,
+            more: upcoming.more,
+            more_is_estimate: upcoming.more_is_estimate,
+            held: held.collect(),
+            paused: store.pauses().await?.into_iter().filter(|pause| wanted(&pause.kind)).collect(),
+        });
+        Ok(ExitCode::SUCCESS)
+    })
+    .await
+}
+
+impl fmt::Display for Next {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.rows.is_empty() {
+            writeln!(formatter, "{:<24} {:<16} {:<24} {:<24} subject", "at", "", "kind", "key")?;
+        }
+        for row in &self.rows {
+            let name = |name: &Option<String>| name.as_deref().map_or_else(|| "-".to_owned(), printable);
+            let away = match times::relative(row.at, self.now) {
+                away if row.held => format!("{away}, held"),
+                away if row.attempts > 0 => format!("{away}, again"),
+                away => away,
+            };
+            let (at, kind, key, subject) = (times::show(row.at), &row.kind, name(&row.key), name(&row.subject));
+            writeln!(formatter, "{at:<24} {away:<16} {kind:<24} {key:<24} {subject}")?;
+        }
+        match (self.rows.len(), self.more) {
+            (0, _) => write!(formatter, "nothing is due")?,
+            (rows, 0) => write!(formatter, "{rows} rows, and no more")?,
+            (rows, more) if self.more_is_estimate => write!(formatter, "{rows} rows, and about {more} more")?,
+            (rows, more) => write!(formatter, "{rows} rows, and {more} more")?,
+        }
+        for Held { kind, rows, or_more } in &self.held {
+            let rows = if *or_more { format!("more than {rows}") } else { rows.to_string() };
+            let why = if self.paused.iter().any(|pause| pause.kind == *kind) {
+                "until it goes on"
+            } else {
+                "until a plugin serves it"
+            };
+            write!(formatter, "\nheld: {rows} rows of the kind {kind}, {why}")?;
+        }
+        for pause in &self.paused {
+            write!(formatter, "\npaused: {}", pause_sentence(pause))?;
+        }
+        Ok(())
+    }
+}

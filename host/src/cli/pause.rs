@@ -1,0 +1,106 @@
+//! `tidings pause` and `tidings resume`: a person stops a kind, and lets it go on. Its rows stay where they are.
+
+use std::fmt;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Args;
+use serde::Serialize;
+use time::OffsetDateTime;
+
+use super::output::{Output, complain};
+use super::{NOT_FOUND, answered, pause_sentence, printable, times};
+use crate::config::DatabaseArgs;
+use crate::store::{Store, Until};
+use crate::whereabouts::Pause;
+
+/// What to pause, and until when.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  tidings pause game-reminder --for 2h --reason 'the mail server is down'")]
+pub(super) struct PauseArgs {
+    #[command(flatten)]
+    database: DatabaseArgs,
+    /// The kind
+    kind: String,
+    /// When the pause ends by itself, in RFC 3339; without --until and --for only `tidings resume` ends it
+    #[arg(long, value_name = "TIME", value_parser = times::instant, conflicts_with = "span")]
+    until: Option<OffsetDateTime>,
+    /// How long it lasts, such as 15min or 2h
+    #[arg(long = "for", id = "span", value_name = "SPAN", allow_hyphen_values = true, value_parser = times::span)]
+    span: Option<Duration>,
+    /// Why, for whoever finds it paused
+    #[arg(long, value_name = "TEXT")]
+    reason: Option<String>,
+}
+
+/// What to resume.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  tidings resume game-reminder")]
+pub(super) struct ResumeArgs {
+    #[command(flatten)]
+    database: DatabaseArgs,
+    /// The kind
+    kind: String,
+}
+
+/// What `tidings pause` answers.
+#[derive(Debug, Serialize)]
+struct Paused {
+    #[serde(flatten)]
+    pause: Pause,
+    /// How many daemons serve the kind.
+    daemons: i64,
+}
+
+/// What `tidings resume` answers.
+#[derive(Debug, Serialize)]
+struct Resumed {
+    kind: String,
+    resumed: bool,
+}
+
+pub(super) async fn pause(args: PauseArgs, output: Output) -> ExitCode {
+    let PauseArgs { database, kind, until, span, reason } = args;
+    let until = match (until, span) {
+        (Some(at), _) => Until::At(at),
+        (None, Some(span)) => Until::After(span),
+        (None, None) => Until::Resumed,
+    };
+    answered(database, async |store: Store| {
+        let pause = store.pause(&kind, until, reason.as_deref()).await?;
+        let daemons = store.count_daemons(&kind).await?;
+        if daemons == 0 {
+            complain(format_args!("tidings: no daemon serves the kind {} now; is that its name?", printable(&kind)));
+        }
+        output.answer(&Paused { pause, daemons });
+        Ok(ExitCode::SUCCESS)
+    })
+    .await
+}
+
+pub(super) async fn resume(args: ResumeArgs, output: Output) -> ExitCode {
+    let ResumeArgs { database, kind } = args;
+    answered(database, async |store: Store| {
+        let resumed = store.resume(&kind).await?;
+        output.answer(&Resumed { kind, resumed });
+        Ok(if resumed { ExitCode::SUCCESS } else { ExitCode::from(NOT_FOUND) })
+    })
+    .await
+}
+
+impl fmt::Display for Paused {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}; what was in flight is finished", pause_sentence(&self.pause))
+    }
+}
+
+impl fmt::Display for Resumed {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = printable(&self.kind);
+        if self.resumed {
+            write!(formatter, "the kind {kind} goes on")
+        } else {
+            write!(formatter, "the kind {kind} is not paused")
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! `tidings schedule` and `tidings cancel`: by hand what an application does in SQL, through the same functions.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io::Read as _;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+use serde_json::value::RawValue;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use super::output::Output;
+use super::{NOT_FOUND, answered, times, usage};
+use crate::config::DatabaseArgs;
+use crate::store::{NewSchedule, Store};
+
+/// What to schedule.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  tidings schedule message --in 10min --key greeting --expires-in 1h \\\n      \
+                        --payload '{\"routing_key\": \"hello\", \"body\": \"Hello!\"}'")]
+pub(super) struct ScheduleArgs {
+    #[command(flatten)]
+    database: DatabaseArgs,
+    /// The kind, which selects the plugin
+    kind: String,
+    /// When it is due, in RFC 3339
+    #[arg(long, value_name = "TIME", value_parser = times::instant, required_unless_present = "due_in", conflicts_with = "due_in")]
+    at: Option<OffsetDateTime>,
+    /// How long from now it is due, such as 90s, 15min, 2h or 3days
+    #[arg(long = "in", id = "due_in", value_name = "SPAN", allow_hyphen_values = true, value_parser = times::span)]
+    due_in: Option<Duration>,
+    /// Its natural name within the kind: at most one pending row has it
+    #[arg(long, value_name = "KEY")]
+    key: Option<String>,
+    /// What it is about, for `tidings cancel --subject`
+    #[arg(long, value_name = "SUBJECT")]
+    subject: Option<String>,
+    /// Its deadline, in RFC 3339: never published after that
+    #[arg(long, value_name = "TIME", value_parser = times::instant, conflicts_with = "expires_in")]
+    expires_at: Option<OffsetDateTime>,
+    /// Its deadline, as a time span from when it is due
+    #[arg(long, value_name = "SPAN", allow_hyphen_values = true, value_parser = times::span)]
+    expires_in: Option<Duration>,
+    /// What the plugin is given: JSON, @FILE with JSON in it, or - for standard input
+    #[arg(long, value_name = "JSON|@FILE|-", default_value = "{}")]
+    payload: String,
+    /// A header of the message; may be given several times
+    #[arg(long = "header", value_name = "NAME=VALUE")]
+    headers: Vec<String>,
+    /// What to do if the key is taken: replace that row, keep it (and print its id), or fail
+    #[arg(long, value_enum, default_value = "replace")]
+    on_conflict: OnConflict,
+}
+
+/// What to do if the key is taken.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum OnConflict {
+    Replace,
+    Keep,
+    Error,
+}
+
+/// What to cancel.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  tidings cancel game-reminder 'game 7/60'\n  tidings cancel --subject 'game 7'")]
+pub(super) struct CancelArgs {
+    #[command(flatten)]
+    database: DatabaseArgs,
+    /// The kind
+    #[arg(required_unless_present = "subject", requires = "key", conflicts_with = "subject")]
+    kind: Option<String>,
+    /// The key within the kind
+    key: Option<String>,
+    /// Every pending row about this subject
+    #[arg(long, value_name = "SUBJECT")]
+    subject: Option<String>,
+}
+
+/// What `tidings schedule` answers.
+#[derive(Debug, Serialize)]
+struct Scheduled {
+    id: Uuid,
+}
+
+/// What `tidings cancel` answers.
+#[derive(Debug, Serialize)]
+struct Cancelled {
+    cancelled: i64,
+}
+
+pub(super) async fn schedule(args: ScheduleArgs, output: Output) -> ExitCode {
+    let (payload, headers) = match (payload(&args.payload), headers(&args.headers)) {
+        (Ok(payload), Ok(headers)) => (payload, headers),
+        (payload, headers) => {
+            let sentences = [payload.err(), headers.err()].into_iter().flatten();
+            return usage(&sentences.collect());
+        }
+    };
+    let new = NewSchedule {
+        kind: args.kind,
+        due: match (args.at, args.due_in) {
+            (Some(at), _) => Ok(at),
+            (None, span) => Err(span.unwrap_or_default()),
+        },
+        key: args.key,
+        subject: args.subject,
+        expires: match (args.expires_at, args.expires_in) {
+            (None, None) => None,
+            (Some(at), _) => Some(Ok(at)),
+            (None, Some(span)) => Some(Err(span)),
+        },
+        payload,
+        headers,
+        on_conflict: match args.on_conflict {
+            OnConflict::Replace => "replace",
+            OnConflict::Keep => "keep",
+            OnConflict::Error => "error",
+        },
+    };
+    answered(args.database, async |store: Store| {
+        let id = store.schedule(&new).await?;
+        output.answer(&Scheduled { id });
+        Ok(ExitCode::SUCCESS)
+    })
+    .await
+}
+
+pub(super) async fn cancel(args: CancelArgs, output: Output) -> ExitCode {
+    let CancelArgs { database, kind, key, subject } = args;
+    answered(database, async |store: Store| {
+        let cancelled = match (kind, key, subject) {
+            (_, _, Some(subject)) => store.cancel_subject(&subject).await?,
+            (kind, key, None) => i64::from(store.cancel(&kind.unwrap_or_default(), &key.unwrap_or_default()).await?),
+        };
+        output.answer(&Cancelled { cancelled });
+        Ok(if cancelled == 0 { ExitCode::from(NOT_FOUND) } else { ExitCode::SUCCESS })
+    })
+    .await
+}
+
+/// The JSON text that was given, in one way or another.
+fn payload(given: &str) -> Result<String, String> {
+    let text = match given.strip_prefix('@') {
+        Some(file) => {
+            std::fs::read_to_string(file).map_err(|error| format!("--payload: cannot read {file}: {error}"))?
+        }
+        None if given == "-" => {
+            let mut text = String::new();
+            let read = std::io::stdin().read_to_string(&mut text);
+            read.map_err(|error| format!("--payload: cannot read standard input: {error}"))?;
+            text
+        }
+        None => given.to_owned(),
+    };
+    let json: Result<&RawValue, _> = serde_json::from_str(&text);
+    json.map(|json| json.get().to_owned()).map_err(|error| format!("--payload is not JSON: {error}"))
+}
+
+/// A JSON object of what was given.
+fn headers(given: &[String]) -> Result<String, String> {
+    let mut headers = BTreeMap::new();
+    for header in given {
+        let Some((name, value)) = header.split_once('=') else {
+            return Err(format!("--header is {header:?}, which is not NAME=VALUE"));
+        };
+        if headers.insert(name, value).is_some() {
+            return Err(format!("--header {name} is given twice"));
+        }
+    }
+    Ok(serde_json::to_string(&headers).expect("strings can always be written as JSON"))
+}
+
+impl fmt::Display for Scheduled {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.id.fmt(formatter)
+    }
+}
+
+impl fmt::Display for Cancelled {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.cancelled {
+            0 => write!(formatter, "nothing was pending"),
+            rows => write!(formatter, "{rows} rows cancelled"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_payload_is_json_however_it_is_given() {
+        assert_eq!(payload(r#" {"a": 1.10} "#), Ok(r#"{"a": 1.10}"#.into()));
+        assert!(payload("{").expect_err("broken").starts_with("--payload is not JSON: "));
+        assert!(payload("{} {}").is_err() && payload("").is_err());
+        assert!(payload("@/nonexistent").expect_err("no file").contains("/nonexistent"));
+    }
+
+    #[test]
+    fn headers_are_names_and_values_each_once() {
+        let given = |given: &[&str]| headers(&given.iter().map(|&header| header.to_owned()).collect::<Vec<_>>());
+        assert_eq!(given(&["b=1=2", "a="]), Ok(r#"{"a":"","b":"1=2"}"#.into()));
+        assert!(given(&["a"]).expect_err("no value").starts_with("--header is \"a\""));
+        assert!(given(&["a=1", "a=2"]).is_err());
+    }
+}
