@@ -18,7 +18,8 @@ use crate::delivery::{Delivered, Delivery};
 use crate::health::Health;
 use crate::plugins::Registry;
 use crate::store::{Store, StoreError};
-use crate::wake::{Wake, wait};
+use crate::telemetry::{count_held, count_wakes, note_next_due};
+use crate::wake::{Reason, Wake, wait};
 
 /// Batches that are delivered side by side: while one waits for the broker, another keeps the database busy.
 pub const LANES: u32 = 4;
@@ -68,41 +69,54 @@ impl Dispatcher {
         let mut state = State::default();
         loop {
             self.health.dispatcher.beat();
-            let wait = self.look_and_start(&delivery, &mut state).await;
-            tokio::select! {
+            let (wait, why) = self.look_and_start(&delivery, &mut state).await;
+            let reasons = tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break,
-                Some(ended) = state.lanes.join_next() => self.lane_ended(ended, &delivery, &mut state).await,
-                Some(ended) = state.release.join_next() => state.release_ended(ended),
-                () = self.wake.woken() => state.empty_claims = 0,
-                () = tokio::time::sleep(wait) => {}
-            }
+                Some(ended) = state.lanes.join_next() => {
+                    self.lane_ended(ended, &delivery, &mut state).await;
+                    Reason::Lane.into()
+                }
+                Some(ended) = state.release.join_next() => {
+                    state.release_ended(ended);
+                    Reason::Released.into()
+                }
+                reasons = self.wake.woken() => {
+                    state.empty_claims = 0;
+                    reasons
+                }
+                () = tokio::time::sleep(wait) => why.into(),
+            };
+            count_wakes(reasons);
         }
         state.release.abort_all();
         while state.lanes.join_next().await.is_some() {}
     }
 
-    /// Looks at the queue, starts a lane if rows are due, and says how long to wait.
-    async fn look_and_start(&self, delivery: &Arc<Delivery>, state: &mut State) -> Duration {
+    /// Looks at the queue, starts a lane if rows are due, and says how long to wait, and why to look then.
+    async fn look_and_start(&self, delivery: &Arc<Delivery>, state: &mut State) -> (Duration, Reason) {
         if let Some(left) = state.paused() {
-            return left;
+            return (left, Reason::Again);
         }
         if !self.broker.is_open() {
             // Its return is a wake.
-            return self.sweep;
+            return (self.sweep, Reason::Sweep);
         }
         let asked_at = Instant::now();
         let plugins = self.plugins.current();
         let look = match self.store.look(plugins.kinds()).await {
             Ok(look) => look,
-            Err(error) => return state.failed(&error),
+            Err(error) => return (state.failed(&error), Reason::Again),
         };
         if look.held_for_us && state.release.is_empty() {
             // Beside the loop, since there may be millions; the first of them are due before the last are released.
             let (store, wake) = (self.store.clone(), Arc::clone(&self.wake));
-            state.release.spawn(async move { store.release_held(plugins.kinds(), || wake.wake()).await });
+            state
+                .release
+                .spawn(async move { store.release_held(plugins.kinds(), || wake.wake(Reason::Released)).await });
         }
         let outlook = look.outlook;
+        note_next_due(outlook.next_in);
         if outlook.due {
             state.start(delivery);
         } else {
@@ -122,6 +136,7 @@ impl Dispatcher {
                 Ok(held) if held.is_empty() => state.empty_claims = state.empty_claims.saturating_add(1),
                 Ok(held) => {
                     for (kind, rows) in held {
+                        count_held(rows.unsigned_abs());
                         warn!(schedule.kind = kind, rows, "held rows of the kind {kind:?}: no plugin serves it");
                     }
                 }
