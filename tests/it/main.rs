@@ -13,6 +13,7 @@ mod health;
 mod hostile;
 mod languages;
 mod letters;
+mod metrics;
 mod outcomes;
 mod passes;
 mod plugins;
