@@ -107,6 +107,7 @@ impl Plugin {
                 Failure::Opened => {
                     tracing::warn!(
                         plugin = &*self.label,
+                        generation = self.generation,
                         schedule.kind,
                         error,
                         "the breaker is open: rows of the kind wait until one succeeds"
@@ -117,7 +118,12 @@ impl Plugin {
             }
         } else {
             if breaker.state() != BreakerState::Closed {
-                tracing::info!(plugin = &*self.label, schedule.kind, "the breaker is closed: a row succeeded");
+                tracing::info!(
+                    plugin = &*self.label,
+                    generation = self.generation,
+                    schedule.kind,
+                    "the breaker is closed: a row succeeded"
+                );
             }
             breaker.answered();
             if breaker.answered > 1 {

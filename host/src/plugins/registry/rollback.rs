@@ -45,6 +45,7 @@ impl Registry {
         let Some(source) = self.memory.good(kind, file).filter(|source| source.identity() != *plugin.identity()) else {
             warn!(
                 plugin = label,
+                generation = plugin.generation(),
                 schedule.kind = kind,
                 error = why,
                 "the breaker is open from the start: rows of the kind wait until one succeeds"
