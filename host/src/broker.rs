@@ -120,6 +120,15 @@ pub enum BrokerError {
     },
 }
 
+/// How the connection that publishes is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// It is there.
+    pub connected: bool,
+    /// RabbitMQ takes nothing on it, for want of memory or disk.
+    pub blocked: bool,
+}
+
 /// RabbitMQ.
 #[derive(Debug)]
 pub struct Broker {
@@ -176,6 +185,16 @@ impl Broker {
     #[must_use]
     pub fn is_open(&self) -> bool {
         self.open.load(Ordering::Acquire)
+    }
+
+    /// Whether there is a connection, and whether RabbitMQ blocks it.
+    pub async fn link(&self) -> Link {
+        let connection = self.connection.lock().await.clone();
+        let status = connection.map(|connection| connection.status().clone());
+        Link {
+            connected: status.as_ref().is_some_and(lapin::ConnectionStatus::connected),
+            blocked: status.as_ref().is_some_and(lapin::ConnectionStatus::blocked),
+        }
     }
 
     /// Host, port and virtual host, for people.

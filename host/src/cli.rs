@@ -26,6 +26,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::config::{DatabaseArgs, DoctorArgs, Mistakes, RunArgs};
 use crate::store::{Store, StoreError};
+use crate::telemetry::{self, LogFormat};
 use crate::whereabouts::Pause;
 use output::{Output, complain};
 
@@ -95,15 +96,20 @@ pub fn main() -> ExitCode {
             return if error.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS };
         }
     };
-    crate::telemetry::start();
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => return fail(1, &anyhow::Error::from(error).context("could not start")),
     };
+    if !matches!(cli.command, Command::Run(_)) {
+        telemetry::start(LogFormat::Text);
+    }
     let output = if cli.json { Output::Json } else { Output::Text };
     let code = match cli.command {
         Command::Run(args) => match args.check() {
-            Ok(config) => runtime.block_on(run::run(config)),
+            Ok(config) => {
+                telemetry::start(config.log);
+                runtime.block_on(run::run(config))
+            }
             Err(mistakes) => usage(&mistakes),
         },
         Command::Doctor(args) => runtime.block_on(doctor::run(*args, output)),

@@ -13,6 +13,7 @@ use mistakes::{number, unknown_variables, url};
 
 use crate::broker::{BrokerSettings, Management, QueueType};
 use crate::secret_url::SecretUrl;
+use crate::telemetry::LogFormat;
 
 pub use mistakes::Mistakes;
 
@@ -87,6 +88,9 @@ pub struct RunArgs {
     /// The time from one canary to the next, in milliseconds: a row of the daemon's own through the whole path; 0 = none
     #[arg(long, env = "TIDINGS_CANARY_MS", value_name = "MS", default_value = "0")]
     canary_ms: String,
+    /// How the log is written: text, or json, an object a line
+    #[arg(long, env = "TIDINGS_LOG", value_name = "text|json", default_value = "text")]
+    log: String,
     /// How many days of history to keep
     #[arg(long, env = "TIDINGS_HISTORY_DAYS", value_name = "DAYS", default_value = "7")]
     history_days: String,
@@ -134,6 +138,8 @@ pub struct Config {
     pub notify: bool,
     /// `TIDINGS_CANARY_MS`, at most a day; `None`, the default = no canary.
     pub canary: Option<Duration>,
+    /// `TIDINGS_LOG`
+    pub log: LogFormat,
     /// `TIDINGS_HISTORY_DAYS`, 1 to 36,500; default 7. Older history is removed.
     pub history: Duration,
 }
@@ -278,6 +284,14 @@ impl RunArgs {
         let replay_interval_ms = number("TIDINGS_REPLAY_INTERVAL_MS", interval, 1_000, 86_400_000, mistakes);
         let max_attempts = number("TIDINGS_MAX_ATTEMPTS", &self.max_attempts, 1, 1_000_000, mistakes);
         let canary_ms = number("TIDINGS_CANARY_MS", &self.canary_ms, 0, 86_400_000, mistakes);
+        let log = match self.log.as_str() {
+            "text" => Some(LogFormat::Text),
+            "json" => Some(LogFormat::Json),
+            other => {
+                mistakes.push(format!("TIDINGS_LOG is {other:?}, which is neither text nor json"));
+                None
+            }
+        };
         let history_days = number("TIDINGS_HISTORY_DAYS", &self.history_days, 1, 36_500, mistakes);
 
         Some(Config {
@@ -290,6 +304,7 @@ impl RunArgs {
             max_attempts: max_attempts?,
             notify: notify?,
             canary: Some(Duration::from_millis(canary_ms?.into())).filter(|interval| !interval.is_zero()),
+            log: log?,
             history: Duration::from_secs(u64::from(history_days?) * 24 * 60 * 60),
         })
     }
@@ -333,7 +348,7 @@ mod tests {
     fn typed(values: [&str; VARIABLES.len()]) -> RunArgs {
         let [database_url, amqp_url, exchange, queue_type, replay_max, plugin_dir, http_addr, rest @ ..] =
             values.map(str::to_owned);
-        let [sweep_ms, replay_interval_ms, max_attempts, notify, canary_ms, history_days] = rest;
+        let [sweep_ms, replay_interval_ms, max_attempts, notify, canary_ms, log, history_days] = rest;
         RunArgs {
             servers: ServerArgs {
                 database: DatabaseArgs { database_url: Some(database_url) },
@@ -350,12 +365,13 @@ mod tests {
             max_attempts,
             notify,
             canary_ms,
+            log,
             history_days,
         }
     }
 
     /// The variables that can be wrong, and a good value of each.
-    const VARIABLES: [(&str, &str); 13] = [
+    const VARIABLES: [(&str, &str); 14] = [
         ("TIDINGS_DATABASE_URL", DATABASE_URL),
         ("TIDINGS_AMQP_URL", AMQP_URL),
         ("TIDINGS_EXCHANGE", "tidings"),
@@ -368,6 +384,7 @@ mod tests {
         ("TIDINGS_MAX_ATTEMPTS", "1"),
         ("TIDINGS_NOTIFY", "off"),
         ("TIDINGS_CANARY_MS", "60000"),
+        ("TIDINGS_LOG", "json"),
         ("TIDINGS_HISTORY_DAYS", "36500"),
     ];
 

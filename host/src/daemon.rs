@@ -59,11 +59,12 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         plugins: Arc::clone(&registry),
         store: store.clone(),
         broker: Arc::clone(&broker),
-        metrics,
+        metrics: metrics.clone(),
         health: Arc::clone(&health),
         notify: config.notify,
     };
     loops.spawn(http.run(shown, shutdown.clone()));
+    spawn(&mut loops, telemetry::upkeep(metrics, shutdown.clone()));
     let prepared = prepare(&config, &store, &registry);
     if unless_ended(&mut loops, &shutdown, prepared).await?.transpose()?.is_none() {
         return drain(loops, &last).await;

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::Instant;
 use tracing::{debug, warn};
 use uuid::Uuid;
 
@@ -16,10 +17,10 @@ use crate::broker::{Broker, Verdict};
 use crate::clock::unix_ms;
 use crate::event::{BuildError, LONGEST_TTL_MS};
 use crate::message::{Expired, Message};
-use crate::plugins::{Build, Registry};
+use crate::plugins::{Build, Plugin, Registry};
 use crate::schedule::Schedule;
 use crate::store::{Outcome, Settlement, Store, StoreError};
-use crate::telemetry::{self, count_expired};
+use crate::telemetry::{Batch, count_claim, record_confirms};
 
 /// Rows of one batch: enough to fill the pipeline, few enough to commit within seconds.
 const BATCH: i64 = 200;
@@ -57,7 +58,7 @@ pub enum Delivered {
 /// A message that is on its way, and what to write when it has arrived.
 struct InFlight {
     schedule: Schedule,
-    plugin: String,
+    plugin: Arc<Plugin>,
     event_digest: String,
     built_ms: i64,
 }
@@ -75,15 +76,16 @@ impl Delivery {
             return Ok(Delivered::Nothing);
         };
         let (more, clock) = (claim.more, claim.clock());
+        count_claim(claim.rows.len());
 
         let now = clock.now();
         let (expired, due): (Vec<Schedule>, Vec<Schedule>) =
             std::mem::take(&mut claim.rows).into_iter().partition(|row| row.expires_at.is_some_and(|at| at <= now));
-        let mut settlements: Vec<Settlement> = expired.iter().map(|row| expired_row(row, unix_ms(now))).collect();
+        let mut settlements: Vec<Settlement> = expired.into_iter().map(|row| expired_row(row, unix_ms(now))).collect();
 
         let builds = plugins.build(due, clock).await;
 
-        let (mut messages, mut too_late) = (Vec::new(), 0);
+        let mut messages = Vec::new();
         let mut in_flight = HashMap::new();
         for Build { schedule, plugin, outcome } in builds {
             // No time was left for it: it stays due.
@@ -98,15 +100,12 @@ impl Delivery {
                             in_flight.insert(id, InFlight { schedule, plugin, event_digest, built_ms });
                             continue;
                         }
-                        Err(Expired(at)) => {
-                            too_late += 1;
-                            Outcome::Expired(format!("its event's deadline, {at} ms, had come"))
-                        }
+                        Err(Expired(at)) => Outcome::Expired(format!("its event's deadline, {at} ms, had come")),
                     }
                 }
-                Err(error) => self.unbuilt(&schedule, error),
+                Err(error) => self.unbuilt(&schedule, &plugin, error),
             };
-            settlements.push(Settlement { id: schedule.id, plugin: Some(plugin), outcome: settlement });
+            settlements.push(settlement_of(schedule, Some(&plugin), settlement));
         }
 
         if clock.age() > DOUBTFUL {
@@ -118,44 +117,58 @@ impl Delivery {
             settlements.extend(Self::arrived(sent, verdict));
         }
 
+        let batch = Batch::of(&settlements, clock);
         let settled = settlements.len();
         claim.settle(settlements).await?;
-        count_expired(telemetry::Expired::Row, expired.len() as u64);
-        count_expired(telemetry::Expired::Event, too_late);
+        batch.count();
         Ok(if settled == 0 { Delivered::Unsettled } else { Delivered::Settled { more } })
     }
 
     async fn publish(&self, messages: Vec<Message>) -> HashMap<Uuid, Verdict> {
-        if messages.is_empty() { HashMap::new() } else { self.broker.publish(&messages).await }
+        if messages.is_empty() {
+            return HashMap::new();
+        }
+        let begun = Instant::now();
+        let verdicts = self.broker.publish(&messages).await;
+        record_confirms(begun.elapsed());
+        verdicts
     }
 
     /// What the broker's verdict makes of a row; nothing if we do not know, since then it stays due.
     fn arrived(sent: InFlight, verdict: Verdict) -> Option<Settlement> {
         let InFlight { schedule, plugin, event_digest, built_ms } = sent;
+        let Schedule { id, kind, .. } = &schedule;
+        let (by, generation) = (plugin.label(), plugin.generation());
         let outcome = match verdict {
             Verdict::Confirmed(confirmed) => Outcome::Delivered { confirmed, event_digest, built_ms },
-            Verdict::Refused(error) => refused(&schedule, error),
+            Verdict::Refused(error) => {
+                // The first is worth a line; the rest can be read in last_error.
+                if schedule.refusals == 0 {
+                    warn!(schedule.id = %id, schedule.kind = kind, plugin = by, generation, error, "RabbitMQ did not take {id}, it waits");
+                }
+                refused(&schedule, error)
+            }
             Verdict::Poison(reason) => {
                 // Tried again, it would only close more channels.
-                let Schedule { id, kind, .. } = &schedule;
-                warn!(schedule.id = %id, schedule.kind = kind, reason, "parked {id}: RabbitMQ cannot take its message");
+                warn!(schedule.id = %id, schedule.kind = kind, plugin = by, generation, reason, "parked {id}: RabbitMQ cannot take its message");
                 Outcome::Parked(reason)
             }
             Verdict::Unknown => return None,
         };
-        Some(Settlement { id: schedule.id, plugin: Some(plugin), outcome })
+        Some(settlement_of(schedule, Some(&plugin), outcome))
     }
 
     /// What becomes of a row without an event.
-    fn unbuilt(&self, schedule: &Schedule, error: BuildError) -> Outcome {
+    fn unbuilt(&self, schedule: &Schedule, plugin: &Plugin, error: BuildError) -> Outcome {
         let Schedule { id, kind, .. } = schedule;
+        let (plugin, generation) = (plugin.label(), plugin.generation());
         match error {
             BuildError::Skip(reason) => {
-                debug!(schedule.id = %id, schedule.kind = kind, reason, "skipped");
+                debug!(schedule.id = %id, schedule.kind = kind, plugin, generation, reason, "skipped");
                 Outcome::Skipped(reason)
             }
             BuildError::Invalid(reason) => {
-                warn!(schedule.id = %id, schedule.kind = kind, reason, "parked {id}: its plugin cannot use it");
+                warn!(schedule.id = %id, schedule.kind = kind, plugin, generation, reason, "parked {id}: its plugin cannot use it");
                 Outcome::Parked(reason)
             }
             BuildError::Retry(error, after_ms) => {
@@ -163,39 +176,40 @@ impl Delivery {
                     || BUILD.jittered(schedule.attempts),
                     |ms| Duration::from_millis(ms.min(LONGEST_TTL_MS)),
                 );
-                debug!(schedule.id = %id, schedule.kind = kind, error, ?after, "its plugin wants to be asked again");
+                debug!(schedule.id = %id, schedule.kind = kind, plugin, generation, error, ?after, "its plugin wants to be asked again");
                 Outcome::Retry { error, after, failed: false }
             }
             BuildError::Unavailable(error, after) => Outcome::Waits { error, after },
             BuildError::Failed(reason) if schedule.failures.saturating_add(1) >= self.max_attempts => {
                 let reason = format!("failed {} times, at last: {reason}", self.max_attempts);
-                warn!(schedule.id = %id, schedule.kind = kind, reason, "parked {id}");
+                warn!(schedule.id = %id, schedule.kind = kind, plugin, generation, reason, "parked {id}");
                 Outcome::Parked(reason)
             }
             BuildError::Failed(error) => {
                 let after = BUILD.jittered(schedule.attempts);
-                warn!(schedule.id = %id, schedule.kind = kind, attempt = schedule.attempt(), error, "could not build {id}");
+                warn!(schedule.id = %id, schedule.kind = kind, plugin, generation, attempt = schedule.attempt(), error, "could not build {id}");
                 Outcome::Retry { error, after, failed: true }
             }
         }
     }
 }
 
+/// What becomes of a row; `plugin` is the one that was asked, if one was.
+fn settlement_of(row: Schedule, plugin: Option<&Plugin>, outcome: Outcome) -> Settlement {
+    let plugin = plugin.map(|plugin| plugin.label().to_owned());
+    Settlement { id: row.id, kind: row.kind, due_at: row.due_at, plugin, outcome }
+}
+
 /// A row whose deadline came before anybody asked its plugin.
-fn expired_row(row: &Schedule, now_ms: i64) -> Settlement {
+fn expired_row(row: Schedule, now_ms: i64) -> Settlement {
     let late_ms = row.expires_ms().map_or(0, |deadline| now_ms - deadline);
     let detail = format!("its deadline had come {late_ms} ms before it could be built");
-    Settlement { id: row.id, plugin: None, outcome: Outcome::Expired(detail) }
+    settlement_of(row, None, Outcome::Expired(detail))
 }
 
 /// A row whose message the broker did not take: it waits.
 fn refused(schedule: &Schedule, error: String) -> Outcome {
-    let Schedule { id, refusals, .. } = schedule;
-    // The first is worth a line; the rest can be read in last_error.
-    if *refusals == 0 {
-        warn!(schedule.id = %id, error, "RabbitMQ did not take {id}, it waits");
-    }
-    Outcome::Refused { error, after: REFUSED.jittered(*refusals) }
+    Outcome::Refused { error, after: REFUSED.jittered(schedule.refusals) }
 }
 
 #[cfg(test)]

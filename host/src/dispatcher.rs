@@ -19,7 +19,8 @@ use crate::delivery::{Delivered, Delivery};
 use crate::health::Health;
 use crate::plugins::Registry;
 use crate::store::{Look, Store, StoreError};
-use crate::wake::{Wake, wait};
+use crate::telemetry::{count_held, count_wakes, note_next_due};
+use crate::wake::{Reason, Wake, wait};
 
 /// Batches that are delivered side by side: while one waits for the broker, another keeps the database busy.
 pub const LANES: u32 = 3;
@@ -84,30 +85,46 @@ impl Dispatcher {
         let mut state = State::default();
         loop {
             self.health.dispatcher.beat();
-            let wait = self.look_and_start(&delivery, &mut state).await;
-            tokio::select! {
+            let (wait, why) = self.look_and_start(&delivery, &mut state).await;
+            let reasons = tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break,
-                Some(ended) = state.lanes.join_next() => self.lane_ended(ended, &delivery, &mut state),
-                Some(ended) = state.hold.join_next() => state.hold_ended(ended),
-                Some(ended) = state.release.join_next() => state.release_ended(ended),
-                () = self.wake.woken() => state.go_on(),
-                () = tokio::time::sleep(wait) => state.stuck = false,
-            }
+                Some(ended) = state.lanes.join_next() => {
+                    self.lane_ended(ended, &delivery, &mut state);
+                    Reason::Lane.into()
+                }
+                Some(ended) = state.hold.join_next() => {
+                    state.hold_ended(ended);
+                    Reason::Held.into()
+                }
+                Some(ended) = state.release.join_next() => {
+                    state.release_ended(ended);
+                    Reason::Released.into()
+                }
+                reasons = self.wake.woken() => {
+                    state.go_on();
+                    reasons
+                }
+                () = tokio::time::sleep(wait) => {
+                    state.stuck = false;
+                    why.into()
+                }
+            };
+            count_wakes(reasons);
         }
         state.hold.abort_all();
         state.release.abort_all();
         while state.lanes.join_next().await.is_some() {}
     }
 
-    /// Looks at the queue, starts a lane if rows are due, and says how long to wait.
-    async fn look_and_start(&self, delivery: &Arc<Delivery>, state: &mut State) -> Duration {
+    /// Looks at the queue, starts a lane if rows are due, and says how long to wait, and why to look then.
+    async fn look_and_start(&self, delivery: &Arc<Delivery>, state: &mut State) -> (Duration, Reason) {
         if let Some(left) = state.resting() {
-            return left;
+            return (left, Reason::Again);
         }
         if !self.broker.is_open() {
             // Its return is a wake.
-            return self.sweep;
+            return (self.sweep, Reason::Sweep);
         }
         // Another look would find the same rows due, and the loop would turn as fast as it can.
         if let Some((look, asked_at)) = state.look.as_ref().filter(|_| state.stuck) {
@@ -117,14 +134,15 @@ impl Dispatcher {
         let plugins = self.plugins.current();
         let look = match self.store.look(plugins.kinds()).await {
             Ok(look) => look,
-            Err(error) => return state.failed(&error),
+            Err(error) => return (state.failed(&error), Reason::Again),
         };
         if !look.held_for_us.is_empty() && state.release.is_empty() {
             // Beside the loop, since there may be millions; the first of them are due before the last are released.
             let (store, wake, kinds) = (self.store.clone(), Arc::clone(&self.wake), look.held_for_us.clone());
-            state.release.spawn(async move { store.release_held(&kinds, || wake.wake()).await });
+            state.release.spawn(async move { store.release_held(&kinds, || wake.wake(Reason::Released)).await });
         }
         let outlook = look.outlook;
+        note_next_due(outlook.next_in);
         state.look = Some((look, asked_at));
         if outlook.due {
             state.start(delivery);
@@ -220,6 +238,9 @@ impl State {
             Ok(Ok(Held { unserved, paused })) => {
                 if !unserved.is_empty() || !paused.is_empty() {
                     self.go_on();
+                }
+                for (kind, rows) in unserved.iter().chain(&paused) {
+                    count_held(kind, rows.unsigned_abs());
                 }
                 for (kind, rows) in unserved {
                     warn!(schedule.kind = kind, rows, "held rows of the kind {kind:?}: no plugin serves it");

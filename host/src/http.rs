@@ -1,5 +1,7 @@
 //! The daemon's HTTP interface. It shows; it never decides, and nothing waits for it.
 
+mod scrape;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -8,7 +10,6 @@ use std::time::Duration;
 use anyhow::Context as _;
 use axum::extract::State;
 use axum::http::StatusCode;
-use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
 use axum::{Json, Router};
@@ -16,16 +17,15 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Serialize;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info};
+use tracing::info;
 
 use crate::broker::Broker;
 use crate::health::Health;
 use crate::plugins::{PluginStatus, Registry};
 use crate::store::{Store, StoreError};
-use crate::telemetry::set_letters;
 use crate::whereabouts::Pause;
 
-/// How long a probe waits for the database.
+/// How long whoever asks waits for a server.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// A row that has been due for longer is late.
 pub(crate) const LATE: Duration = Duration::from_secs(30);
@@ -97,7 +97,7 @@ impl Http {
         info!("HTTP at http://{}", self.0.local_addr()?);
         let router = Router::new()
             .route("/api/plugins", get(list_plugins))
-            .route("/metrics", get(show_metrics))
+            .route("/metrics", get(scrape::show_metrics))
             .route("/livez", get(is_alive))
             .route("/readyz", get(is_ready))
             .with_state(shown);
@@ -121,17 +121,6 @@ async fn list_plugins(State(Shown { plugins, store, .. }): State<Shown>) -> Resp
             (StatusCode::SERVICE_UNAVAILABLE, Json(serde_json::json!({ "error": error }))).into_response()
         }
     }
-}
-
-/// The metrics in Prometheus' text format. The letters are counted when somebody asks; while RabbitMQ cannot be asked, the
-/// last count stands.
-async fn show_metrics(State(Shown { broker, metrics, .. }): State<Shown>) -> Response {
-    match broker.count_letters().await {
-        Ok(Some((dead, parked))) => set_letters(dead, parked),
-        Ok(None) => {}
-        Err(error) => debug!(error = &error as &dyn std::error::Error, "could not count the dead letters"),
-    }
-    ([(CONTENT_TYPE, "text/plain; version=0.0.4")], metrics.render()).into_response()
 }
 
 /// 200 as long as the loops make progress; 503 means that only a new start will help.

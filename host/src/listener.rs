@@ -16,7 +16,7 @@ use tracing::{info, warn};
 use crate::backoff::RECONNECT;
 use crate::health::Health;
 use crate::store::{Store, announce, withdraw};
-use crate::wake::Wake;
+use crate::wake::{Reason, Wake};
 
 /// The channel of the triggers in `migrations/0003_triggers.sql`.
 const CHANNEL: &str = "tidings";
@@ -62,7 +62,7 @@ impl Listener {
             self.health.listener.beat();
             warn!(error = &lost as &dyn std::error::Error, "lost the connection for notifications, connecting again");
             self.store.doubt();
-            self.wake.wake();
+            self.wake.wake(Reason::Doubt);
             let delay = RECONNECT.jittered(failures);
             failures = failures.saturating_add(1);
             tokio::select! {
@@ -97,7 +97,7 @@ impl Listener {
         within(announce(&mut listener, &announced)).await?;
         info!(notify = self.notify, "connected for notifications");
         // What was written before we listened was not notified to us.
-        self.wake.wake();
+        self.wake.wake(Reason::Doubt);
         self.health.listening.store(true, Ordering::Relaxed);
         connected();
         loop {
@@ -112,7 +112,7 @@ impl Listener {
                     within(withdraw(&mut listener, &gone)).await?;
                     announced = kinds;
                     // Rows of the kinds that are gone can be held from now on.
-                    self.wake.wake();
+                    self.wake.wake(Reason::Plugins);
                     continue;
                 }
                 heard = tokio::time::timeout(SILENCE, listener.try_recv()) => heard,
@@ -120,7 +120,7 @@ impl Listener {
             match heard {
                 Ok(Ok(Some(_))) => {
                     while listener.next_buffered().is_some() {}
-                    self.wake.wake();
+                    self.wake.wake(Reason::Notification);
                 }
                 Ok(Ok(None)) => return Err(sqlx::Error::Io(std::io::ErrorKind::ConnectionAborted.into())),
                 Ok(Err(error)) => return Err(error),

@@ -73,8 +73,8 @@ pub struct PluginSet {
 pub struct Build {
     /// The row.
     pub schedule: Schedule,
-    /// `name@version+digest8` of the plugin.
-    pub plugin: String,
+    /// The plugin that was asked.
+    pub plugin: Arc<Plugin>,
     /// What became of it.
     pub outcome: Option<Result<BuiltEvent, BuildError>>,
 }

@@ -32,7 +32,7 @@ use thiserror::Error;
 use crate::secret_url::SecretUrl;
 use crate::wake::Outlook;
 
-pub use backlog::{ENOUGH, Late};
+pub use backlog::{Backlog, ENOUGH, Late};
 pub use claim::Claim;
 use connection::{Connection, Doubt};
 pub use doctor::{Holder, Holding, ServerVersion, Skew, TOO_LONG};

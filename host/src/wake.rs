@@ -1,25 +1,109 @@
 //! When the dispatcher looks again: woken by others, or after a wait that one pure function decides.
 
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use tokio::sync::Notify;
 
 use crate::backoff;
 
-/// A reason to look again. A wake that comes while nobody waits is kept, so the order of looking and arming does not
-/// matter; several become one.
+/// Why the dispatcher looks again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// PostgreSQL notified us.
+    Notification,
+    /// A notification may have been lost.
+    Doubt,
+    /// Other plugins serve than before, or they have news.
+    Plugins,
+    /// Messages can be published again.
+    Broker,
+    /// Held rows were released.
+    Released,
+    /// A lane has ended.
+    Lane,
+    /// Rows that cannot be claimed were held.
+    Held,
+    /// The next row is due.
+    Due,
+    /// Others held the rows that are due, or a server did not see something through: asked again.
+    Again,
+    /// It has not looked for a while.
+    Sweep,
+}
+
+impl Reason {
+    /// All of them, each at the place of its number.
+    pub const ALL: [Self; 10] = [
+        Self::Notification,
+        Self::Doubt,
+        Self::Plugins,
+        Self::Broker,
+        Self::Released,
+        Self::Lane,
+        Self::Held,
+        Self::Due,
+        Self::Again,
+        Self::Sweep,
+    ];
+
+    /// One word.
+    #[must_use]
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Notification => "notification",
+            Self::Doubt => "doubt",
+            Self::Plugins => "plugins",
+            Self::Broker => "broker",
+            Self::Released => "released",
+            Self::Lane => "lane",
+            Self::Held => "held",
+            Self::Due => "due",
+            Self::Again => "again",
+            Self::Sweep => "sweep",
+        }
+    }
+}
+
+/// The reasons of wakes that became one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reasons(u16);
+
+impl From<Reason> for Reasons {
+    fn from(reason: Reason) -> Self {
+        Self(1 << reason as u16)
+    }
+}
+
+impl Reasons {
+    /// Each of them once.
+    pub fn iter(self) -> impl Iterator<Item = Reason> {
+        Reason::ALL.into_iter().filter(move |reason| self.0 & Self::from(*reason).0 != 0)
+    }
+}
+
+/// Makes the dispatcher look again. A wake that comes while nobody waits is kept, so the order of looking and arming does
+/// not matter; several become one.
 #[derive(Debug, Default)]
-pub struct Wake(Notify);
+pub struct Wake {
+    notify: Notify,
+    /// Only to be counted: nothing depends on them.
+    reasons: AtomicU16,
+}
 
 impl Wake {
     /// Makes the dispatcher look again.
-    pub fn wake(&self) {
-        self.0.notify_one();
+    pub fn wake(&self, reason: Reason) {
+        // Before the permit, so that whoever takes that finds the reason; an earlier one may have taken it along.
+        self.reasons.fetch_or(Reasons::from(reason).0, Ordering::Relaxed);
+        self.notify.notify_one();
     }
 
-    /// Waits for a wake. Cancel-safe: a wake is consumed only by the call that returns.
-    pub async fn woken(&self) {
-        self.0.notified().await;
+    /// Waits for a wake, and returns the reasons since the last. Cancel-safe: a wake is consumed only by the call that
+    /// returns.
+    pub async fn woken(&self) -> Reasons {
+        self.notify.notified().await;
+        Reasons(self.reasons.swap(0, Ordering::Relaxed))
     }
 }
 
@@ -32,20 +116,26 @@ pub struct Outlook {
     pub next_in: Option<Duration>,
 }
 
-/// How long to wait from now on, if nobody wakes us.
+/// How long to wait from now on, if nobody wakes us, and why to look then.
 ///
 /// `elapsed` is the time since the question behind `outlook` was sent. `empty_claims` counts the claims in a row that
 /// came to nothing although rows are due, since others hold their locks or the broker does not confirm. Whatever the outlook, the wait ends with the next
 /// sweep; and it is at least a millisecond, which is what the timer can do.
 #[must_use]
-pub fn wait(outlook: Outlook, elapsed: Duration, empty_claims: u32, sweep: Duration) -> Duration {
+pub fn wait(outlook: Outlook, elapsed: Duration, empty_claims: u32, sweep: Duration) -> (Duration, Reason) {
     let next = outlook.next_in.map_or(Duration::MAX, |next_in| next_in.saturating_sub(elapsed));
     let again = match empty_claims {
         0 => Duration::MAX,
         claims if outlook.due => backoff::LOCKED.delay(claims - 1),
         _ => Duration::MAX,
     };
-    next.min(again).min(sweep).max(Duration::from_millis(1))
+    let (mut after, mut why) = (sweep, Reason::Sweep);
+    for (earlier, reason) in [(again, Reason::Again), (next, Reason::Due)] {
+        if earlier < after {
+            (after, why) = (earlier, reason);
+        }
+    }
+    (after.max(Duration::from_millis(1)), why)
 }
 
 #[cfg(test)]
@@ -62,43 +152,45 @@ mod tests {
 
     #[test]
     fn an_empty_queue_waits_for_the_sweep() {
-        assert_eq!(wait(Outlook::default(), Duration::ZERO, 0, SWEEP), SWEEP);
+        assert_eq!(wait(Outlook::default(), Duration::ZERO, 0, SWEEP), (SWEEP, Reason::Sweep));
     }
 
     #[test]
     fn a_row_due_before_the_sweep_ends_the_wait_exactly_then() {
-        assert_eq!(wait(next_in(1_234), Duration::from_millis(34), 0, SWEEP), Duration::from_millis(1_200));
+        let due = (Duration::from_millis(1_200), Reason::Due);
+        assert_eq!(wait(next_in(1_234), Duration::from_millis(34), 0, SWEEP), due);
     }
 
     #[test]
     fn a_row_far_away_costs_nothing_before_the_sweep() {
-        assert_eq!(wait(next_in(u64::MAX), Duration::ZERO, 0, SWEEP), SWEEP);
+        assert_eq!(wait(next_in(u64::MAX), Duration::ZERO, 0, SWEEP).0, SWEEP);
     }
 
     #[test]
     fn a_row_that_became_due_since_the_question_is_looked_at_at_once_but_without_spinning() {
-        assert_eq!(wait(next_in(10), Duration::from_millis(25), 0, SWEEP), Duration::from_millis(1));
+        assert_eq!(wait(next_in(10), Duration::from_millis(25), 0, SWEEP).0, Duration::from_millis(1));
     }
 
     #[test]
     fn due_rows_that_others_hold_are_asked_for_again_ever_less_often() {
         let due = Outlook { due: true, next_in: None };
-        let waits: Vec<u128> = (1..6).map(|claims| wait(due, Duration::ZERO, claims, SWEEP).as_millis()).collect();
+        let waits: Vec<u128> = (1..6).map(|claims| wait(due, Duration::ZERO, claims, SWEEP).0.as_millis()).collect();
         assert_eq!(waits, [100, 200, 400, 800, 1_000]);
     }
 
     #[test]
     fn rows_held_by_others_do_not_hide_the_next_one() {
         let outlook = Outlook { due: true, next_in: Some(Duration::from_millis(7)) };
-        assert_eq!(wait(outlook, Duration::ZERO, 4, SWEEP), Duration::from_millis(7));
+        assert_eq!(wait(outlook, Duration::ZERO, 4, SWEEP), (Duration::from_millis(7), Reason::Due));
     }
 
     #[tokio::test]
     async fn a_wake_between_the_look_and_the_wait_is_not_lost_and_wakes_once() {
         let wake = Wake::default();
-        wake.wake();
-        wake.wake();
-        wake.woken().await;
+        wake.wake(Reason::Notification);
+        wake.wake(Reason::Broker);
+        let reasons: Vec<Reason> = wake.woken().await.iter().collect();
+        assert_eq!(reasons, [Reason::Notification, Reason::Broker]);
         let second = tokio::time::timeout(Duration::from_millis(1), wake.woken()).await;
         assert!(second.is_err(), "two wakes become one");
     }
@@ -112,7 +204,7 @@ mod tests {
             empty_claims in any::<u32>(),
         ) {
             let outlook = Outlook { due, next_in: next_ms.map(Duration::from_millis) };
-            let wait = wait(outlook, Duration::from_millis(elapsed_ms), empty_claims, SWEEP);
+            let (wait, _) = wait(outlook, Duration::from_millis(elapsed_ms), empty_claims, SWEEP);
             prop_assert!(wait >= Duration::from_millis(1));
             prop_assert!(wait <= SWEEP);
             if let Some(next_ms) = next_ms {

@@ -182,7 +182,9 @@ impl Daemon {
     /// When it does not say it in time.
     pub async fn http_addr(&mut self) -> String {
         let line = self.wait_for_line("HTTP at http://").await;
-        line.rsplit("http://").next().expect("there is one").to_owned()
+        let addr = line.rsplit("http://").next().expect("there is one");
+        // As JSON, the line goes on.
+        addr.split('"').next().expect("there is one").to_owned()
     }
 
     /// Whether it has ended.

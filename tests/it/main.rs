@@ -14,6 +14,7 @@ mod health;
 mod hostile;
 mod languages;
 mod letters;
+mod metrics;
 mod outcomes;
 mod passes;
 mod pause;

@@ -16,6 +16,7 @@ use tracing::{info, warn};
 use super::sieve::{Sieve, SievingReactor};
 use super::{Broker, BrokerError, CLOSE_DEADLINE, CONNECT_DEADLINE, topology};
 use crate::backoff::RECONNECT;
+use crate::wake::Reason;
 
 impl Broker {
     /// Connects as often as it takes, and keeps the connection until `shutdown`. `ready` is called at the first.
@@ -119,7 +120,7 @@ impl Broker {
         let stopping = loop {
             self.open.store(usable, Ordering::Release);
             if usable {
-                self.wake.wake();
+                self.wake.wake(Reason::Broker);
             }
             if !connection.status().connected() {
                 break false;

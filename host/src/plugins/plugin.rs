@@ -5,7 +5,7 @@ mod build;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use super::bindings::PluginPre;
 use super::bindings::tidings::plugin::types::KindInfo;
@@ -19,6 +19,7 @@ use super::instance::{Instance, chain};
 use super::limits::Limits;
 use super::settings::Settings;
 use super::source::{Identity, Source, settings_file};
+use crate::telemetry::Calls;
 use crate::wake::Wake;
 
 pub use build::Trial;
@@ -47,7 +48,6 @@ pub struct Plugin {
 }
 
 /// One kind that a plugin serves.
-#[derive(Debug)]
 pub struct Kind {
     /// One line for people.
     pub summary: String,
@@ -56,6 +56,8 @@ pub struct Kind {
     /// An example payload, JSON text.
     pub example: Option<String>,
     breaker: Mutex<Breaker>,
+    /// From the moment it serves: what does not serve must not be seen among the metrics.
+    calls: OnceLock<Calls>,
 }
 
 /// The most that calls of one generation have used.
@@ -163,6 +165,7 @@ impl Plugin {
             payload_schema: info.payload_schema,
             example: info.example,
             breaker: Mutex::default(),
+            calls: OnceLock::new(),
         };
         self.kinds = info.kinds.into_iter().map(|info| (info.kind.clone(), kind(info))).collect();
         Ok(())
@@ -235,13 +238,31 @@ impl Plugin {
         (memory_bytes.load(relaxed), cpu_ms.load(relaxed), output_bytes.load(relaxed))
     }
 
+    /// From now on its calls are seen among the metrics, none so far.
+    pub(super) fn show_calls(&self) {
+        for (name, kind) in &self.kinds {
+            kind.calls(self.name(), name);
+        }
+    }
+
     /// What has happened since this was asked last.
     pub(super) fn take_news(&self) -> Vec<News> {
         std::mem::take(&mut *self.news.lock().expect("nobody panics with it"))
     }
 }
 
+impl std::fmt::Debug for Kind {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Kind").field("summary", &self.summary).finish_non_exhaustive()
+    }
+}
+
 impl Kind {
+    /// Where its calls are counted; `name` is its own.
+    fn calls(&self, plugin: &str, name: &str) -> &Calls {
+        self.calls.get_or_init(|| Calls::of(plugin, name))
+    }
+
     /// The state of the breaker, and how many calls were answered and failed.
     #[must_use]
     pub fn breaker(&self) -> (BreakerState, u64, u64) {

@@ -23,7 +23,8 @@ use super::engine::Engine;
 use super::plugin::Plugin;
 use super::source::{Identity, Source};
 use super::state::{Memory, StateDir};
-use crate::wake::Wake;
+use crate::telemetry::{Reload, count_reload, serve};
+use crate::wake::{Reason, Wake};
 
 pub use status::{GenerationStatus, KindStatus, PluginStatus};
 
@@ -237,6 +238,7 @@ impl Registry {
                 return Err(LoadError::KindTaken { kind: kind.clone(), by: active.file().to_owned() });
             }
         }
+        plugin.show_calls();
         let plugin = Arc::new(plugin);
         let slot = slots.by_file.entry(file.to_owned()).or_default();
         slot.problem = None;
@@ -253,6 +255,7 @@ impl Registry {
         }
         self.publish(&slots);
         drop(slots);
+        count_reload(Reload::Loaded);
         let kinds: Vec<&str> = plugin.kinds().keys().map(String::as_str).collect();
         info!(
             plugin = plugin.label(),
@@ -289,6 +292,7 @@ impl Registry {
             }
             slot.active.clone()
         };
+        count_reload(Reload::Refused);
         let path = self.dir.join(file);
         if let Some(active) = active {
             warn!(reason = %error, "refused the plugin {}: {} still serves", path.display(), active.label());
@@ -318,6 +322,7 @@ impl Registry {
         self.publish(&slots);
         drop(slots);
         if let Some(plugin) = slot.active {
+            count_reload(Reload::Removed);
             info!(plugin = plugin.label(), "removed {}: rows of its kinds are held", plugin.file().display());
         }
         self.forget(file);
@@ -331,13 +336,15 @@ impl Registry {
     fn publish(&self, slots: &Slots) {
         let set = PluginSet::of(slots.by_file.values().filter_map(|slot| slot.active.clone()));
         let kinds = set.kinds().to_vec();
+        // Before they serve, so that none of their rows is counted as another's.
+        serve(&kinds);
         self.set.store(Arc::new(set));
         self.kinds.send_if_modified(|before| {
             let modified = *before != kinds;
             *before = kinds;
             modified
         });
-        self.wake.wake();
+        self.wake.wake(Reason::Plugins);
     }
 
     fn slots(&self) -> std::sync::MutexGuard<'_, Slots> {

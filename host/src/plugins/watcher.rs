@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::registry::Registry;
-use crate::wake::Wake;
+use crate::wake::{Reason, Wake};
 
 /// How often the directory is looked at without a hint.
 const RESCAN: Duration = Duration::from_secs(5);
@@ -51,7 +51,7 @@ pub async fn watch(registry: Arc<Registry>, shutdown: CancellationToken) {
             biased;
             () = shutdown.cancelled() => return,
             // While something changes, more hints tell nothing new.
-            () = registry.bell.woken(), if !changing => {}
+            _ = registry.bell.woken(), if !changing => {}
             () = tokio::time::sleep(if changing { SETTLE } else { RESCAN }) => {}
         }
     }
@@ -78,7 +78,7 @@ fn start(dir: &Path, bell: &Arc<Wake>) -> notify::Result<RecommendedWatcher> {
             |event| matches!(event.kind, EventKind::Access(kind) if kind != AccessKind::Close(AccessMode::Write)),
         );
         if !ours {
-            bell.wake();
+            bell.wake(Reason::Plugins);
         }
     })?;
     watcher.watch(dir, RecursiveMode::NonRecursive)?;

@@ -1,4 +1,5 @@
-//! Rows that nobody takes: late, held and parked ones, counted for `tidings doctor` without reading many of them.
+//! Rows that wait, and rows that nobody takes: late, held and parked ones, counted for `tidings doctor` and for the metrics
+//! without reading many of them.
 
 use std::time::Duration;
 
@@ -26,7 +27,71 @@ pub struct Late {
     pub last_error: Option<String>,
 }
 
+/// What waits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Backlog {
+    /// Rows, as PostgreSQL's statistics estimate it.
+    pub pending: u64,
+    /// Those of them that are held, up to one more than [`ENOUGH`].
+    pub held: u64,
+    /// Rows that are parked, up to one more than [`ENOUGH`].
+    pub parked: u64,
+    /// For how long the row at the head of the queue has been due, as in [`Store::overdue`].
+    pub overdue: Duration,
+}
+
 impl Store {
+    /// What waits, without counting a million rows.
+    ///
+    /// # Errors
+    ///
+    /// When the database cannot be asked.
+    pub async fn backlog(&self) -> Result<Backlog, StoreError> {
+        let mut connection = self.connection().await?;
+        let row = connection
+            .run("look at what waits", async |connection| {
+                sqlx::query!(
+                    r#"
+                    WITH head AS MATERIALIZED (SELECT slot_at FROM tidings.schedules ORDER BY slot_at LIMIT 1)
+                    SELECT
+                        CASE
+                            -- The count of the statistics follows within seconds, and is never far off. A crash of the
+                            -- server sets it to zero; then what the last vacuum found has to do.
+                            WHEN NOT EXISTS (SELECT FROM head) THEN 0
+                            WHEN pg_stat_get_live_tuples(class.oid) > 0 THEN pg_stat_get_live_tuples(class.oid)
+                            ELSE greatest(class.reltuples, 1)::bigint
+                        END AS "pending!",
+                        -- In the order of its index, or the planner may take it into its head to read the table.
+                        (
+                            SELECT count(*)
+                            FROM (SELECT FROM tidings.schedules WHERE held ORDER BY kind LIMIT $1) AS counted
+                        ) AS "held!",
+                        (SELECT count(*) FROM (SELECT FROM tidings.parked LIMIT $1) AS counted) AS "parked!",
+                        coalesce(
+                            (
+                                SELECT extract(epoch FROM statement_timestamp() - slot_at)::float8
+                                FROM head
+                                WHERE slot_at <= statement_timestamp()
+                            ),
+                            0
+                        ) AS "overdue!"
+                    FROM pg_class AS class
+                    WHERE class.oid = 'tidings.schedules'::regclass
+                    "#,
+                    ENOUGH + 1,
+                )
+                .fetch_one(connection)
+                .await
+            })
+            .await?;
+        Ok(Backlog {
+            pending: row.pending.unsigned_abs(),
+            held: row.held.unsigned_abs(),
+            parked: row.parked.unsigned_abs(),
+            overdue: Duration::try_from_secs_f64(row.overdue).unwrap_or_default(),
+        })
+    }
+
     /// The rows that nothing holds back and that have been due for longer than `time`, if there are any. As in
     /// [`Store::overdue`], a row that is held is among them when its deadline has come: it waits for nobody but a daemon.
     ///

@@ -20,6 +20,10 @@ const TEXT_BYTES: usize = 4 * 1024;
 pub struct Settlement {
     /// The row.
     pub id: Uuid,
+    /// Its kind.
+    pub kind: String,
+    /// When it was due.
+    pub due_at: OffsetDateTime,
     /// `name@version+digest8` of the plugin that was asked, if one was.
     pub plugin: Option<String>,
     /// What becomes of it.
@@ -81,7 +85,7 @@ impl Claim {
         let mut moved = Moved::default();
         let clock = self.clock();
         let connection = &mut self.transaction.connection;
-        for Settlement { id, plugin, outcome } in settlements {
+        for Settlement { id, plugin, outcome, .. } in settlements {
             let plugin = plugin.as_deref();
             match outcome {
                 Outcome::Delivered { confirmed, event_digest, built_ms } => {

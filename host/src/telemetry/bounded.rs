@@ -20,12 +20,14 @@ const WHILE: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(super) struct Bounded<F> {
     format: F,
+    /// The line that says how many were left out.
+    left_out: fn(u64) -> String,
     places: Mutex<HashMap<Identifier, Place>>,
 }
 
 impl<F> Bounded<F> {
-    pub(super) fn new(format: F) -> Self {
-        Self { format, places: Mutex::default() }
+    pub(super) fn new(format: F, left_out: fn(u64) -> String) -> Self {
+        Self { format, left_out, places: Mutex::default() }
     }
 }
 
@@ -67,7 +69,7 @@ where
         let Some(left_out) = admitted else { return Ok(()) };
         self.format.format_event(ctx, writer.by_ref(), event)?;
         if left_out > 0 {
-            writeln!(writer, "    and {left_out} lines like this one were left out before it")?;
+            writeln!(writer, "{}", (self.left_out)(left_out))?;
         }
         Ok(())
     }

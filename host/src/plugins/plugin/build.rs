@@ -15,6 +15,8 @@ use crate::plugins::bindings::exports::tidings::plugin::builder as wit;
 use crate::plugins::breaker::{Admission, BreakerState, Failure};
 use crate::plugins::instance::{Instance, Used};
 use crate::schedule::Schedule;
+use crate::telemetry::CallResult;
+use crate::wake::Reason;
 
 /// One row, built apart from the queue.
 #[derive(Debug)]
@@ -48,7 +50,7 @@ impl Plugin {
                 let enough = Instant::now() >= until || bodies.load(Ordering::Relaxed) == 0;
                 let outcome =
                     if enough { None } else { Some(plugin.build_row(&mut instance, &schedule, clock, &bodies).await) };
-                builds.push(Build { schedule, plugin: plugin.label.to_string(), outcome });
+                builds.push(Build { schedule, plugin: Arc::clone(&plugin), outcome });
             }
             builds
         });
@@ -105,6 +107,7 @@ impl Plugin {
                 Failure::Opened => {
                     tracing::warn!(
                         plugin = &*self.label,
+                        generation = self.generation,
                         schedule.kind,
                         error,
                         "the breaker is open: rows of the kind wait until one succeeds"
@@ -115,7 +118,12 @@ impl Plugin {
             }
         } else {
             if breaker.state() != BreakerState::Closed {
-                tracing::info!(plugin = &*self.label, schedule.kind, "the breaker is closed: a row succeeded");
+                tracing::info!(
+                    plugin = &*self.label,
+                    generation = self.generation,
+                    schedule.kind,
+                    "the breaker is closed: a row succeeded"
+                );
             }
             breaker.answered();
             if breaker.answered > 1 {
@@ -125,7 +133,7 @@ impl Plugin {
         };
         drop(breaker);
         self.news.lock().expect("nobody panics with it").push(news);
-        self.bell.wake();
+        self.bell.wake(Reason::Plugins);
     }
 
     /// Builds one row in a fresh store at `now_ms`, apart from the queue, the breaker and the history.
@@ -148,7 +156,22 @@ impl Plugin {
         })
     }
 
+    /// Calls the plugin, and counts it.
     async fn try_build(
+        &self,
+        instance: &mut Option<Instance>,
+        schedule: &Schedule,
+        now_ms: i64,
+    ) -> Result<BuiltEvent, BuildError> {
+        let begun = Instant::now();
+        let outcome = self.call(instance, schedule, now_ms).await;
+        if let Some(kind) = self.kinds.get(&schedule.kind) {
+            kind.calls(self.name(), &schedule.kind).count(CallResult::from(&outcome), begun.elapsed());
+        }
+        outcome
+    }
+
+    async fn call(
         &self,
         instance: &mut Option<Instance>,
         schedule: &Schedule,

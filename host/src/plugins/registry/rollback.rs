@@ -9,6 +9,7 @@ use super::{Registry, warn_of_memory};
 use crate::plugins::check::LoadError;
 use crate::plugins::plugin::{News, Plugin};
 use crate::plugins::source::Source;
+use crate::telemetry::{Reload, count_reload};
 
 impl Registry {
     /// What serving plugins have to tell: the first row built of a kind, or that nothing works.
@@ -44,6 +45,7 @@ impl Registry {
         let Some(source) = self.memory.good(kind, file).filter(|source| source.identity() != *plugin.identity()) else {
             warn!(
                 plugin = label,
+                generation = plugin.generation(),
                 schedule.kind = kind,
                 error = why,
                 "the breaker is open from the start: rows of the kind wait until one succeeds"
@@ -58,6 +60,7 @@ impl Registry {
                 let slot = slots.by_file.entry(file.to_owned()).or_default();
                 slot.problem = Some((LoadError::Quarantined(why.clone()).to_string(), Some(plugin.identity().clone())));
                 let serves = slot.active.as_deref().map_or("nothing", Plugin::label);
+                count_reload(Reload::RolledBack);
                 error!(reason = why, "rolled back {}: {serves} serves again", self.dir.join(file).display());
             }
             Err(error) => error!(reason = %error, "could not roll back {}", self.dir.join(file).display()),
