@@ -6,6 +6,7 @@ mod doctor;
 mod migrate;
 mod parked;
 mod plugin;
+mod ready;
 mod run;
 
 use std::process::ExitCode;
@@ -14,7 +15,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::config::{DatabaseArgs, DoctorArgs, Mistakes, RunArgs};
+use crate::config::{DatabaseArgs, DoctorArgs, HttpArgs, Mistakes, RunArgs};
 
 /// Wrong usage or settings (`EX_USAGE` of sysexits.h).
 const USAGE: u8 = 64;
@@ -37,6 +38,8 @@ enum Command {
     Run(Box<RunArgs>),
     /// Checks a deployment from outside, with the daemon's settings: what is well, what is not, and what to do
     Doctor(Box<DoctorArgs>),
+    /// Asks the daemon on this host whether it is ready, for a health check: exits with 0 if it is, with 1 otherwise
+    Ready(HttpArgs),
     /// Lists, replays or drops the dead letters
     #[command(subcommand)]
     Dead(dead::Command),
@@ -71,6 +74,7 @@ pub fn main() -> ExitCode {
             Err(mistakes) => usage(&mistakes),
         },
         Command::Doctor(args) => runtime.block_on(doctor::run(*args)),
+        Command::Ready(args) => ready::ready(args),
         Command::Dead(command) => runtime.block_on(dead::run(command)),
         Command::Parked(command) => runtime.block_on(parked::run(command)),
         Command::Plugin(command) => runtime.block_on(plugin::run(command)),
