@@ -9,7 +9,7 @@ use anyhow::{Context as _, bail, ensure};
 use clap::Args;
 
 use super::{PluginArgs, check, engine, open};
-use crate::plugins::Metering;
+use crate::plugins::{Allowed, Metering};
 
 /// What to install, and where.
 #[derive(Args, Debug)]
@@ -61,6 +61,9 @@ pub(super) async fn install(args: &InstallArgs) -> anyhow::Result<ExitCode> {
     put(&args.plugin.file, &target)?;
     check::report(&plugin);
     println!("installed as {}", target.display());
+    if let Err(error) = Allowed::read(dir).and_then(|allowed| allowed.check(plugin.digest(), &format!("{stem}.wasm"))) {
+        println!("it does not serve yet: {error}");
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -1,0 +1,38 @@
+//! Why a server's certificate is refused, in words, for both servers. Whom we trust is what the machine says: its own store,
+//! or what `SSL_CERT_FILE` and `SSL_CERT_DIR` name in its place. No I/O.
+
+use std::io;
+
+use rustls::{CertificateError as Wrong, Error as TlsError};
+
+/// What is wrong with the server's certificate and what to do, if that is why a connection could not be made.
+pub(crate) fn refusal(error: &io::Error) -> Option<&'static str> {
+    let TlsError::InvalidCertificate(wrong) = error.get_ref()?.downcast_ref()? else { return None };
+    Some(match wrong {
+        Wrong::UnknownIssuer => {
+            "nobody whom we trust has signed it; put the certificate of the authority that has into a file, and name the file in SSL_CERT_FILE"
+        }
+        Wrong::NotValidForName | Wrong::NotValidForNameContext { .. } => {
+            "it is another host's; name the host in the URL as its certificate does"
+        }
+        Wrong::Expired | Wrong::ExpiredContext { .. } => "it has expired; renew it",
+        Wrong::NotValidYet | Wrong::NotValidYetContext { .. } => {
+            "it is not valid yet; compare the clock of this machine with that of the authority"
+        }
+        _ => "it is not as it should be; have the authority make another one",
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_certificate_is_refused_for_what_is_wrong_with_it() {
+        let because = |error: TlsError| io::Error::new(io::ErrorKind::InvalidData, error);
+        assert!(refusal(&because(Wrong::UnknownIssuer.into())).is_some_and(|why| why.contains("SSL_CERT_FILE")));
+        assert!(refusal(&because(Wrong::BadEncoding.into())).is_some());
+        assert_eq!(refusal(&because(TlsError::DecryptError)), None);
+        assert_eq!(refusal(&io::ErrorKind::ConnectionRefused.into()), None);
+    }
+}
