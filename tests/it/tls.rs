@@ -93,6 +93,7 @@ async fn servers_whose_authority_is_trusted_serve_over_tls_and_all_others_are_re
     assert!(code == 0 && output.contains("PostgreSQL answers at localhost"), "{output}");
 
     trusting.refuses("localhost", &strange, "nobody whom we trust has signed it", "UnknownIssuer").await;
+    trusting.refuses("localhost", Path::new("/nonexistent"), "this machine trusts nobody", "").await;
     trusting.refuses("127.0.0.1", &trusted, "it is another host's", "not valid for name").await;
     servers.show(&authority.identity("localhost", -1)).expect("shown");
     trusting.refuses("localhost", &trusted, "it has expired; renew it", "expired").await;
