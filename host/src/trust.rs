@@ -18,7 +18,8 @@ pub(crate) fn refusal(error: &io::Error) -> Option<&'static str> {
     let TlsError::InvalidCertificate(wrong) = inner.downcast_ref()? else { return None };
     Some(match wrong {
         Wrong::UnknownIssuer if rustls_native_certs::load_native_certs().certs.is_empty() => NOBODY,
-        Wrong::UnknownIssuer => {
+        // A bad signature: the authority that we trust has the same name, and is another.
+        Wrong::UnknownIssuer | Wrong::BadSignature => {
             "nobody whom we trust has signed it; put the certificate of the authority that has into a file, and name the file in SSL_CERT_FILE"
         }
         Wrong::NotValidForName | Wrong::NotValidForNameContext { .. } => {

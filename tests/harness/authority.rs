@@ -19,15 +19,14 @@ pub struct Identity {
 }
 
 impl Authority {
-    /// An authority that nobody trusts yet.
+    /// An authority of this name that nobody trusts yet; each is another one.
     ///
     /// # Panics
     ///
     /// When there are no keys to be had.
     #[must_use]
-    #[expect(clippy::new_without_default, reason = "each is another")]
-    pub fn new() -> Self {
-        let mut params = params("an authority", &[]);
+    pub fn new(name: &str) -> Self {
+        let mut params = params(name, &[]);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let key = KeyPair::generate().expect("a key");
         let certificate = params.self_signed(&key).expect("signed").pem();

@@ -30,20 +30,23 @@ impl Trusting<'_> {
             .with("TIDINGS_DATABASE_URL", database_url)
             .with("TIDINGS_AMQP_URL", amqp_url)
             .with("SSL_CERT_FILE", authority.display())
+            // Whomever this machine trusts otherwise.
+            .with("SSL_CERT_DIR", "")
+    }
+
+    async fn doctor(&self, host: &str, authority: &Path) -> (i32, String) {
+        self.over_tls(&self.world.launch().subcommand("doctor"), host, authority).finished().await
     }
 
     /// The doctor refuses both servers in a sentence with `why`, and a word of TLS's.
     async fn refuses(&self, host: &str, authority: &Path, why: &str, word: &str) {
-        eventually(&format!("{why:?} of both servers"), async || {
-            let doctor = self.world.launch().subcommand("doctor");
-            let (code, output) = self.over_tls(&doctor, host, authority).finished().await;
-            let refused = |server: &str| {
-                let begins = format!("FAIL  the certificate of {server} at {host}:");
-                output.lines().any(|line| line.starts_with(&begins) && line.contains(why) && line.contains(word))
-            };
-            (code == 1 && refused("PostgreSQL") && refused("RabbitMQ")).then_some(())
-        })
-        .await;
+        let (code, output) = self.doctor(host, authority).await;
+        assert_eq!(code, 1, "{output}");
+        for server in ["PostgreSQL", "RabbitMQ"] {
+            let begins = format!("FAIL  the certificate of {server} at {host}:");
+            let refused = |line: &str| line.starts_with(&begins) && line.contains(why) && line.contains(word);
+            assert!(output.lines().any(refused), "{server}, {why}:\n{output}");
+        }
     }
 }
 
@@ -56,12 +59,11 @@ fn file(world: &World, name: &str, certificate: &str) -> PathBuf {
 
 #[tokio::test]
 async fn servers_whose_authority_is_trusted_serve_over_tls_and_all_others_are_refused_in_a_sentence() {
-    let (authority, stranger) = (Authority::new(), Authority::new());
+    let authority = Authority::new("our own");
     let mut servers = tokio::task::spawn_blocking(|| Servers::private().expect("servers")).await.expect("started");
     let amqps_port = servers.offer_tls(&authority.identity("localhost", 1)).expect("TLS");
     let world = World::on(&servers, &["message"]).await;
-    let (trusted, strange) =
-        (file(&world, "ca.pem", &authority.certificate), file(&world, "stranger.pem", &stranger.certificate));
+    let trusted = file(&world, "ca.pem", &authority.certificate);
     let trusting = Trusting { world: &world, amqps_port };
     let mut inbox = world.inbox(&["k"]).await;
 
@@ -92,10 +94,18 @@ async fn servers_whose_authority_is_trusted_serve_over_tls_and_all_others_are_re
     let (code, output) = Launch::clone(&doctor).with("TIDINGS_DATABASE_URL", url).finished().await;
     assert!(code == 0 && output.contains("PostgreSQL answers at localhost"), "{output}");
 
-    trusting.refuses("localhost", &strange, "nobody whom we trust has signed it", "UnknownIssuer").await;
+    for (name, word) in [("a stranger", "UnknownIssuer"), ("our own", "BadSignature")] {
+        let strange = file(&world, "strange.pem", &Authority::new(name).certificate);
+        trusting.refuses("localhost", &strange, "nobody whom we trust has signed it", word).await;
+    }
     trusting.refuses("localhost", Path::new("/nonexistent"), "this machine trusts nobody", "").await;
     trusting.refuses("127.0.0.1", &trusted, "it is another host's", "not valid for name").await;
     servers.show(&authority.identity("localhost", -1)).expect("shown");
+    eventually("both expired certificates", async || {
+        let (_, output) = trusting.doctor("localhost", &trusted).await;
+        (output.matches("FAIL  the certificate of").count() == 2).then_some(())
+    })
+    .await;
     trusting.refuses("localhost", &trusted, "it has expired; renew it", "expired").await;
 
     // The daemon waits, in case that somebody renews it.
