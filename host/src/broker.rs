@@ -79,6 +79,17 @@ pub enum BrokerError {
         #[source]
         source: lapin::Error,
     },
+    /// It answers, and its certificate says that it may be somebody else.
+    #[error("the certificate of RabbitMQ at {place} is refused: {why}")]
+    Certificate {
+        /// Host, port and virtual host.
+        place: String,
+        /// What is wrong with it, and what to do.
+        why: &'static str,
+        /// In the words of TLS.
+        #[source]
+        source: lapin::Error,
+    },
     /// It answers, and does not let us in.
     #[error(
         "RabbitMQ at {place} refused the login; check the user, the password and the virtual host in TIDINGS_AMQP_URL"

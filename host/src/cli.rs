@@ -14,6 +14,7 @@ mod output;
 mod parked;
 mod pause;
 mod plugin;
+mod ready;
 mod run;
 mod schedule;
 mod times;
@@ -24,7 +25,7 @@ use std::time::Duration;
 use clap::{CommandFactory as _, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::config::{DatabaseArgs, DoctorArgs, Mistakes, RunArgs};
+use crate::config::{DatabaseArgs, DoctorArgs, HttpArgs, Mistakes, RunArgs};
 use crate::store::{Store, StoreError};
 use crate::telemetry::{self, LogFormat};
 use crate::whereabouts::Pause;
@@ -70,6 +71,9 @@ enum Command {
     Pause(pause::PauseArgs),
     /// Lets a paused kind go on
     Resume(pause::ResumeArgs),
+    /// Asks the daemon on this host whether it is ready, for a health check: exits with 0 if it is, with 1 otherwise
+    #[command(after_help = "Example:\n  tidings ready --http-addr 127.0.0.1:7070 && echo it works")]
+    Ready(HttpArgs),
     /// Lists, replays or drops the dead letters
     #[command(subcommand)]
     Dead(dead::Command),
@@ -113,6 +117,7 @@ pub fn main() -> ExitCode {
             Err(mistakes) => usage(&mistakes),
         },
         Command::Doctor(args) => runtime.block_on(doctor::run(*args, output)),
+        Command::Ready(args) => ready::ready(args, output),
         Command::Dead(command) => runtime.block_on(dead::run(command, output)),
         Command::Parked(command) => runtime.block_on(parked::run(command, output)),
         Command::Plugin(command) => runtime.block_on(plugin::run(command, output)),

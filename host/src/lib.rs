@@ -23,6 +23,7 @@ pub mod event;
 pub mod message;
 pub mod schedule;
 pub mod secret_url;
+mod trust;
 pub mod whereabouts;
 
 pub mod broker;

@@ -10,6 +10,7 @@
 //! A plugin is never trusted: its time, memory, stack, output and log lines are limited, and it is linked with nothing
 //! that reaches outside. What it does wrong is the fault of the row it was asked for, never of another.
 
+mod allowed;
 mod bindings;
 mod breaker;
 mod check;
@@ -41,6 +42,7 @@ use crate::clock::DatabaseClock;
 use crate::event::{BuildError, BuiltEvent};
 use crate::schedule::Schedule;
 
+pub use allowed::Allowed;
 pub use breaker::BreakerState;
 pub use check::{LoadError, check_description, check_world};
 pub use compile::compile_here;

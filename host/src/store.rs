@@ -30,6 +30,7 @@ use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 use thiserror::Error;
 
 use crate::secret_url::SecretUrl;
+use crate::trust;
 use crate::wake::Outlook;
 
 pub use backlog::{Backlog, ENOUGH, Late};
@@ -60,6 +61,17 @@ pub enum StoreError {
         /// Host and port.
         place: String,
         /// Why.
+        #[source]
+        source: sqlx::Error,
+    },
+    /// It answers, and its certificate says that it may be somebody else.
+    #[error("the certificate of PostgreSQL at {place} is refused: {why}")]
+    Certificate {
+        /// Host, port and database.
+        place: String,
+        /// What is wrong with it, and what to do.
+        why: &'static str,
+        /// In the words of TLS.
         #[source]
         source: sqlx::Error,
     },
@@ -260,6 +272,10 @@ impl Store {
             self.unfit(server::NO_SETTINGS)
         } else if refused {
             StoreError::Login { place: format!("{} as {}", self.place(), self.options.get_username()), source }
+        } else if let sqlx::Error::Io(error) = &source
+            && let Some(why) = trust::refusal(error)
+        {
+            StoreError::Certificate { place: self.place(), why, source }
         } else {
             StoreError::Connect { place: self.place(), source }
         }

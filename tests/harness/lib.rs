@@ -2,6 +2,7 @@
 //! somebody who consumes. Never a mock.
 
 pub mod amqp_proxy;
+pub mod authority;
 pub mod bindings;
 pub mod build;
 pub mod consumer;

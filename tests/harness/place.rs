@@ -2,12 +2,14 @@
 
 use std::fs;
 use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::Context as _;
 
+use crate::authority::Identity;
 use crate::setup::Programs;
 
 /// How the servers are started, and started again.
@@ -128,6 +130,36 @@ impl Place {
             ),
         )?;
         own("rabbitmq", &home)
+    }
+
+    /// Puts a certificate and its key where both servers look for theirs.
+    pub(crate) fn write_identity(&self, identity: &Identity) -> anyhow::Result<()> {
+        for (user, certificate, key) in [
+            ("postgres", "postgres/data/server.crt", "postgres/data/server.key"),
+            ("rabbitmq", "rabbitmq/config/server.crt", "rabbitmq/config/server.key"),
+        ] {
+            for (path, pem) in [(certificate, &identity.certificate), (key, &identity.key)] {
+                let path = self.dir.join(path);
+                fs::write(&path, pem)?;
+                fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+                own(user, &path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What makes both servers speak TLS, when they read it.
+    pub(crate) fn offer_tls(&self, amqps_port: u16) -> anyhow::Result<()> {
+        let settings = |path| fs::OpenOptions::new().append(true).open(self.dir.join(path));
+        writeln!(settings("postgres/data/postgresql.conf")?, "ssl = on")?;
+        let config = self.dir.join("rabbitmq/config");
+        writeln!(
+            settings("rabbitmq/rabbitmq.conf")?,
+            "listeners.ssl.1 = 127.0.0.1:{amqps_port}\nssl_options.certfile = {0}/server.crt\n\
+             ssl_options.keyfile = {0}/server.key\nssl_options.verify = verify_none",
+            config.display()
+        )?;
+        Ok(())
     }
 
     pub(crate) fn start_rabbitmq(&self) -> anyhow::Result<Child> {

@@ -14,6 +14,7 @@ use anyhow::{Context as _, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::authority::Identity;
 use crate::place::{Place, as_user, logs, start_epmd};
 use crate::setup;
 
@@ -162,6 +163,39 @@ impl Servers {
         let (killed, ended) = (old.kill(), old.wait());
         killed.and(ended)?;
         self.wait()
+    }
+
+    /// Has both servers speak TLS as well: PostgreSQL on its port, RabbitMQ on another, which is returned, after a restart.
+    ///
+    /// # Errors
+    ///
+    /// When they do not, or belong to others.
+    pub fn offer_tls(&mut self, identity: &Identity) -> anyhow::Result<u16> {
+        let [port] = free_ports()?;
+        let Running { place, .. } = self.running.as_ref().context("only servers of our own")?;
+        place.write_identity(identity)?;
+        place.offer_tls(port)?;
+        kill(self.pid(Server::Postgres)?, Signal::SIGHUP)?;
+        self.restart(Server::RabbitMq, Signal::SIGTERM)?;
+        wait_for("RabbitMQ's TLS", port, Instant::now() + START_DEADLINE)?;
+        Ok(port)
+    }
+
+    /// Has both servers show another certificate, in a moment.
+    ///
+    /// # Errors
+    ///
+    /// When they cannot be told.
+    pub fn show(&self, identity: &Identity) -> anyhow::Result<()> {
+        let Running { place, .. } = self.running.as_ref().context("only servers of our own")?;
+        place.write_identity(identity)?;
+        kill(self.pid(Server::Postgres)?, Signal::SIGHUP)?;
+        self.rabbitmqctl(&["eval", "ssl:clear_pem_cache()."])
+    }
+
+    fn pid(&self, server: Server) -> anyhow::Result<Pid> {
+        let Running { children, .. } = self.running.as_ref().context("only servers of our own")?;
+        Ok(Pid::from_raw(i32::try_from(children[server as usize].id())?))
     }
 
     /// Starts a standby that follows this PostgreSQL. It ends with what is returned.

@@ -1,5 +1,6 @@
 //! The behaviour of Tidings, against real servers. One file per area; the names are what users may rely on.
 
+mod allowed;
 mod author;
 mod breaker;
 mod by_hand;
@@ -26,5 +27,6 @@ mod replay;
 mod scenario;
 mod soak;
 mod sql;
+mod tls;
 mod unfit;
 mod waking;

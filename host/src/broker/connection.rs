@@ -16,6 +16,7 @@ use tracing::{info, warn};
 use super::sieve::{Sieve, SievingReactor};
 use super::{Broker, BrokerError, CLOSE_DEADLINE, CONNECT_DEADLINE, topology};
 use crate::backoff::RECONNECT;
+use crate::trust;
 use crate::wake::Reason;
 
 impl Broker {
@@ -105,6 +106,10 @@ impl Broker {
         if refused {
             let user = &self.uri.authority.userinfo.username;
             BrokerError::Login { place: format!("{} as {user}", self.place()), source }
+        } else if let lapin::ErrorKind::IOError(error) = source.kind()
+            && let Some(why) = trust::refusal(error)
+        {
+            BrokerError::Certificate { place: self.place(), why, source }
         } else {
             BrokerError::Connect { place: self.place(), source }
         }

@@ -60,6 +60,10 @@ pub enum LoadError {
     Describe(String),
     #[error("its describe() names {0}")]
     Description(String),
+    #[error("its digest is not in {}; if you trust it, add the line: {line}", .list.display())]
+    NotAllowed { list: PathBuf, line: String },
+    #[error("the list {} cannot be used: {reason}; write it with sha256sum, or remove it and anything may serve", .file.display())]
+    List { file: PathBuf, reason: String },
     #[error("the kind {kind:?} is served by {} already", .by.display())]
     KindTaken { kind: String, by: PathBuf },
     #[error(
@@ -69,6 +73,11 @@ pub enum LoadError {
 }
 
 impl LoadError {
+    /// It is the list that says no, and may say yes of the same bytes later.
+    pub(super) fn is_by_the_list(&self) -> bool {
+        matches!(self, Self::NotAllowed { .. } | Self::List { .. })
+    }
+
     /// There is no such file.
     #[must_use]
     pub fn is_not_found(&self) -> bool {

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use super::allowed;
 use super::source::{Stat, settings_file};
 
 /// Looks after which a file that keeps changing is read all the same: whole files may be replaced all the time.
@@ -18,22 +19,25 @@ pub(super) struct Seen {
     pub(super) listed: bool,
     wasm: Option<Stat>,
     settings: Option<Stat>,
+    /// The list of what may serve: with another one, each plugin is another matter.
+    allowed: Option<Stat>,
 }
 
 impl Seen {
-    const NOTHING: Self = Self { listed: false, wasm: None, settings: None };
+    const NOTHING: Self = Self { listed: false, wasm: None, settings: None, allowed: None };
 }
 
 /// Looks at the plugins in `dir`, by the names of their files: `.wasm` files directly in it whose names do not begin
 /// with a dot.
 pub(super) fn look(dir: &Path) -> std::io::Result<BTreeMap<String, Seen>> {
     let mut seen = BTreeMap::new();
+    let allowed = Stat::of(&dir.join(allowed::FILE));
     for entry in std::fs::read_dir(dir)? {
         let path = entry?.path();
         let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
         if !name.starts_with('.') && path.extension().is_some_and(|extension| extension == "wasm") {
             let (wasm, settings) = (Stat::of(&path), Stat::of(&settings_file(&path)));
-            seen.insert(name.to_owned(), Seen { listed: true, wasm, settings });
+            seen.insert(name.to_owned(), Seen { listed: true, wasm, settings, allowed });
         }
     }
     Ok(seen)
@@ -91,7 +95,7 @@ mod tests {
     fn file(content: u64) -> Seen {
         let mut stat = *STAT;
         stat.set_len(content);
-        Seen { listed: true, wasm: Some(stat), settings: None }
+        Seen { listed: true, wasm: Some(stat), settings: None, allowed: None }
     }
 
     fn dir(files: &[(&str, u64)]) -> BTreeMap<String, Seen> {

@@ -16,6 +16,7 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use super::PluginSet;
+use super::allowed::Allowed;
 use super::breaker::BreakerState;
 use super::check::LoadError;
 use super::directory::{Seen, Settling, look};
@@ -177,6 +178,9 @@ impl Registry {
 
     /// Reads a file, and lets it serve if it can. Files in `gone` do not stand in its way.
     async fn load_file(&self, file: &str, seen: Option<Seen>, gone: &[String]) {
+        if let Err(error) = self.end_what_is_not_allowed(file) {
+            return self.refuse(file, seen, &error, None, gone).await;
+        }
         let path = self.dir.join(file);
         let read = tokio::task::spawn_blocking(move || Source::read(&path, None)).await;
         let source = match read {
@@ -213,11 +217,32 @@ impl Registry {
                     warn_of_memory(self.memory.forget_kind(kind));
                 }
             }
-            Err(error) => self.refuse(file, seen, &error, Some(identity), gone).await,
+            Err(error) => {
+                let identity = (!error.is_by_the_list()).then_some(identity);
+                self.refuse(file, seen, &error, identity, gone).await;
+            }
         }
     }
 
+    /// Whatever lies in `file` now: what serves from it ends if the list does not allow it any more. A list that cannot be
+    /// read ends nothing.
+    fn end_what_is_not_allowed(&self, file: &str) -> Result<(), LoadError> {
+        let allowed = Allowed::read(&self.dir)?;
+        let mut slots = self.slots();
+        let Some(slot) = slots.by_file.get_mut(file) else { return Ok(()) };
+        if let Some(plugin) = slot.active.take_if(|active| allowed.check(active.digest(), file).is_err()) {
+            self.publish(&slots);
+            warn!(
+                plugin = plugin.label(),
+                "{} is not allowed any more: rows of its kinds are held",
+                plugin.file().display()
+            );
+        }
+        Ok(())
+    }
+
     async fn load(&self, file: &str, source: Source) -> Result<Plugin, LoadError> {
+        Allowed::read(&self.dir)?.check(source.digest(), file)?;
         let generation = {
             let mut slots = self.slots();
             slots.generations += 1;

@@ -117,7 +117,7 @@ pub(super) fn settings_file(wasm: &Path) -> PathBuf {
 }
 
 /// Reads a regular file of at most `limit` bytes that does not change meanwhile.
-fn read(path: &Path, limit: u64) -> Result<Vec<u8>, LoadError> {
+pub(super) fn read(path: &Path, limit: u64) -> Result<Vec<u8>, LoadError> {
     // Before it is opened: opening a pipe waits for its writer. And once more after, without waiting.
     if !std::fs::metadata(path).map_err(LoadError::Read)?.is_file() {
         return Err(LoadError::NotAFile);

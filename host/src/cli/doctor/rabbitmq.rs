@@ -73,7 +73,8 @@ async fn topology(report: &mut Report, broker: &Broker) -> Option<Vec<Own>> {
 /// What cannot be used at all, and what to do.
 fn unreached(error: BrokerError) -> String {
     let advice = match &error {
-        BrokerError::Login { .. } => "",
+        // They say it.
+        BrokerError::Login { .. } | BrokerError::Certificate { .. } => "",
         _ => "; see that it runs, and that TIDINGS_AMQP_URL names it",
     };
     format!("{:#}{advice}", anyhow::Error::from(error))

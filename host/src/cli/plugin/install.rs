@@ -12,7 +12,7 @@ use serde::Serialize;
 use super::super::output::Output;
 use super::check::Checked;
 use super::{PluginArgs, engine, open};
-use crate::plugins::Metering;
+use crate::plugins::{Allowed, Metering};
 
 /// What to install, and where.
 #[derive(Args, Debug)]
@@ -33,6 +33,9 @@ struct Installed {
     #[serde(flatten)]
     checked: Checked,
     installed_as: PathBuf,
+    /// Why it does not serve yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    problem: Option<String>,
 }
 
 pub(super) async fn install(args: &InstallArgs, output: Output) -> anyhow::Result<ExitCode> {
@@ -70,8 +73,13 @@ pub(super) async fn install(args: &InstallArgs, output: Output) -> anyhow::Resul
         put(&settings, &target.with_extension("toml"))?;
     }
     put(&args.plugin.file, &target)?;
-    let installed = Installed { checked: Checked::of(&plugin), installed_as: target };
+    let allowed = Allowed::read(dir).and_then(|allowed| allowed.check(plugin.digest(), &format!("{stem}.wasm")));
+    let problem = allowed.err().map(|error| error.to_string());
+    let installed = Installed { checked: Checked::of(&plugin), installed_as: target, problem };
     output.line(format_args!("{}\ninstalled as {}", installed.checked, installed.installed_as.display()));
+    if let Some(problem) = &installed.problem {
+        output.line(format_args!("it does not serve yet: {problem}"));
+    }
     output.json(&installed);
     Ok(ExitCode::SUCCESS)
 }
