@@ -135,7 +135,7 @@ async fn with_letters(
         Err(mistakes) => return Ok(Err(mistakes)),
     };
     let broker = Broker::new(&servers.broker, Arc::new(Wake::default()));
-    let Some(pass) = Store::new(&servers.database_url, 1).lock_dead_letters(broker.exchange()).await? else {
+    let Some(pass) = Store::new(&servers.database_url, 1).wait_for_dead_letters(broker.exchange()).await? else {
         bail!("somebody is making a pass over the dead letters of {} at this moment; try again soon", broker.exchange())
     };
     let letters = broker.dead_letters().await?;
