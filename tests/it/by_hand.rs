@@ -84,6 +84,14 @@ async fn whoever_works_on_dead_letters_is_alone_with_them() {
         assert!(output.contains("somebody is making a pass"), "{output}");
     }
     assert_eq!(waiting(&world, "tidings.dead").await, 2);
+
+    // Most passes are short: whoever comes meanwhile waits for its end.
+    let unlock = async {
+        world.until("SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted)").await;
+        sqlx::query("SELECT pg_advisory_unlock_all()").execute(&mut *session).await.expect("unlocked");
+    };
+    let ((code, output), ()) = tokio::join!(world.tidings(["dead", "list"]), unlock);
+    assert_eq!(code, 0, "{output}");
 }
 
 #[tokio::test]

@@ -255,7 +255,7 @@ async fn a_message_that_a_full_queue_refuses_stays_a_row_and_goes_out_when_there
 }
 
 #[tokio::test]
-async fn while_the_exchange_is_gone_rows_stay_and_afterwards_they_go_out() {
+async fn an_exchange_that_was_deleted_is_declared_again_and_its_rows_stay_until_a_queue_is_bound() {
     let world = World::with(&["message"]).await;
     let mut daemon = world.daemon().await;
     let channel = world.broker.channel().await;
@@ -264,6 +264,16 @@ async fn while_the_exchange_is_gone_rows_stay_and_afterwards_they_go_out() {
 
     daemon.wait_for_line("NOT_FOUND").await;
     assert_eq!(world.value::<i64>("SELECT count(*) FROM tidings.schedules WHERE attempts = 0").await, 1);
+
+    // Passive: this asks whether it is there, and does not make it.
+    daemon.wait_for_line("declared what is ours again").await;
+    let passive = lapin::options::ExchangeDeclareOptions { passive: true, ..Default::default() };
+    let channel = world.broker.channel().await;
+    let kind = lapin::ExchangeKind::Topic;
+    channel
+        .exchange_declare("tidings".into(), kind, passive, lapin::types::FieldTable::default())
+        .await
+        .expect("it is there");
 
     world.inbox(&["a"]).await.next().await;
 }

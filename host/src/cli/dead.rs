@@ -213,7 +213,7 @@ impl ByHand {
     /// Gets the right to the letters, unless somebody else has it.
     async fn alone(servers: &ServerSettings) -> anyhow::Result<Self> {
         let broker = Broker::new(&servers.broker, Arc::new(Wake::default()));
-        let Some(pass) = Store::new(&servers.database_url, 1).lock_dead_letters(broker.exchange()).await? else {
+        let Some(pass) = Store::new(&servers.database_url, 1).wait_for_dead_letters(broker.exchange()).await? else {
             bail!(
                 "somebody is making a pass over the dead letters of {} at this moment; try again soon",
                 broker.exchange()

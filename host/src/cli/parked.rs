@@ -142,7 +142,7 @@ async fn run_on(Which { servers, ids, all }: Which, deed: Deed) -> anyhow::Resul
     let store = Store::new(&servers.database_url, 1);
     let broker = Broker::new(&servers.broker, Arc::new(Wake::default()));
     // Both servers before anything is done on one of them.
-    let Some(mut pass) = store.lock_dead_letters(broker.exchange()).await? else {
+    let Some(mut pass) = store.wait_for_dead_letters(broker.exchange()).await? else {
         bail!("somebody is making a pass over the dead letters of {} at this moment; try again soon", broker.exchange())
     };
     let letters = broker.dead_letters().await?;

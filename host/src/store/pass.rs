@@ -29,12 +29,36 @@ pub enum Begun<T> {
 }
 
 impl Store {
-    /// The right to touch the dead letters of `exchange`, unless somebody else has it.
+    /// The right to touch the dead letters of `exchange`, unless somebody else keeps it for 5 s, which is the `lock_timeout`
+    /// of our sessions: most passes are shorter.
     ///
     /// # Errors
     ///
     /// When the database does not answer.
-    pub async fn lock_dead_letters(&self, exchange: &str) -> Result<Option<Pass>, StoreError> {
+    pub async fn wait_for_dead_letters(&self, exchange: &str) -> Result<Option<Pass>, StoreError> {
+        let mut session = self.connect().await?;
+        let locked = ask("lock the dead letters", async {
+            sqlx::query_scalar!(
+                r#"SELECT count(pg_advisory_lock(hashtextextended('tidings.dead ' || $1, 0))) AS "locked!""#,
+                exchange
+            )
+            .fetch_one(&mut session)
+            .await
+        })
+        .await;
+        match locked {
+            Ok(_) => Ok(Some(Pass { session })),
+            Err(StoreError::Statement { source: sqlx::Error::Database(error), .. })
+                if error.code().as_deref() == Some("55P03") =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The right to touch the dead letters of `exchange`, unless somebody else has it.
+    async fn lock_dead_letters(&self, exchange: &str) -> Result<Option<Pass>, StoreError> {
         let mut session = self.connect().await?;
         let locked = ask("lock the dead letters", async {
             sqlx::query_scalar!(
@@ -102,8 +126,13 @@ impl Pass {
     }
 
     /// Gives up the right.
-    pub async fn end(self) {
-        let _ = tokio::time::timeout(STATEMENT_DEADLINE, sqlx::Connection::close(self.session)).await;
+    pub async fn end(mut self) {
+        let _ = tokio::time::timeout(STATEMENT_DEADLINE, async {
+            // The server ends a session some time after we have hung up: whoever asks next must not find it locked.
+            let _ = sqlx::query("SELECT pg_advisory_unlock_all()").execute(&mut self.session).await;
+            sqlx::Connection::close(self.session).await
+        })
+        .await;
     }
 }
 
