@@ -102,8 +102,13 @@ impl Pass {
     }
 
     /// Gives up the right.
-    pub async fn end(self) {
-        let _ = tokio::time::timeout(STATEMENT_DEADLINE, sqlx::Connection::close(self.session)).await;
+    pub async fn end(mut self) {
+        let _ = tokio::time::timeout(STATEMENT_DEADLINE, async {
+            // The server ends a session some time after we have hung up: whoever asks next must not find it locked.
+            let _ = sqlx::query("SELECT pg_advisory_unlock_all()").execute(&mut self.session).await;
+            sqlx::Connection::close(self.session).await
+        })
+        .await;
     }
 }
 
