@@ -30,7 +30,7 @@ const ELSEWHERE: &[Elsewhere] = &[
     compose("cp .env.example .env", ".env.example", Here::Nothing),
     compose(
         "docker compose --profile demo up --build --detach tidings consumer",
-        "compose up --build --detach tidings consumer",
+        "compose up --detach tidings consumer",
         Here::Deployment,
     ),
     compose(
