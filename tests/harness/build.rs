@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 
+use crate::pages::command_line;
 use crate::{profile_dir, repository, setup, target};
 
 pub use consumers::{python_consumer, rust_consumer};
@@ -189,6 +190,24 @@ pub fn component(dir: &Path, name: &str) -> anyhow::Result<PathBuf> {
     cargo.args(["build", "--quiet", "--release", "--target", triple]);
     run(cargo)?;
     Ok(dir.join("target").join(triple).join("release").join(format!("{}.wasm", name.replace('-', "_"))))
+}
+
+/// A script that is `cargo` for who builds a component for `wasm32-wasip2`: where that target is not installed, the component is
+/// built as it can be, and put where it is expected.
+///
+/// # Errors
+///
+/// As [`plugins`].
+pub fn cargo_script() -> anyhow::Result<String> {
+    let toolchain = toolchain()?;
+    let triple = toolchain.triple();
+    let mut build = toolchain.cargo();
+    build.args(["build", "--release", "--target", triple]);
+    let (any, component) = (command_line(&cargo()), command_line(&build));
+    Ok(format!(
+        "#!/bin/sh\nset -e\n[ \"$*\" = 'build --release --target wasm32-wasip2' ] || exec {any} \"$@\"\n{component}\n\
+         [ {triple} = wasm32-wasip2 ] || install -D target/{triple}/release/*.wasm -t target/wasm32-wasip2/release\n"
+    ))
 }
 
 /// Runs the tests of the crate in `dir`, without a network, and returns what they said.

@@ -42,6 +42,12 @@ impl Launch {
         Self { binary: binary.to_owned(), arguments: Vec::new(), environment: Vec::new() }
     }
 
+    /// Another program with the same settings, without arguments.
+    #[must_use]
+    pub fn running(self, binary: &Path) -> Self {
+        Self { binary: binary.to_owned(), arguments: Vec::new(), ..self }
+    }
+
     /// With another subcommand.
     #[must_use]
     pub fn subcommand(mut self, subcommand: &str) -> Self {

@@ -8,6 +8,7 @@ pub mod build;
 pub mod consumer;
 pub mod daemon;
 pub mod guests;
+pub mod pages;
 pub mod pg_proxy;
 mod place;
 pub mod pooler;

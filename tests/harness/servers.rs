@@ -15,6 +15,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::authority::Identity;
+use crate::pages::command_line;
 use crate::place::{Place, as_user, logs, start_epmd};
 use crate::setup;
 
@@ -232,18 +233,28 @@ impl Servers {
         self.rabbitmqctl(&["eval", &format!("application:set_env(rabbit, max_message_size, {bytes}).")])
     }
 
+    /// A script that is `rabbitmqctl` of this RabbitMQ.
+    ///
+    /// # Errors
+    ///
+    /// When it belongs to others.
+    pub fn rabbitmqctl_script(&self) -> anyhow::Result<String> {
+        Ok(format!("#!/bin/sh\nexec {} \"$@\"\n", command_line(&self.rabbitmqctl_command()?)))
+    }
+
     fn rabbitmqctl(&self, arguments: &[&str]) -> anyhow::Result<()> {
-        let Running { place, .. } = self.running.as_ref().context("only servers of our own")?;
-        let status = as_user("rabbitmq", &place.programs.rabbitmq.join("rabbitmqctl"))
-            .args(["--node", &format!("t{}@localhost", place.rabbitmq_port)])
-            .args(arguments)
-            .env("HOME", place.dir.join("rabbitmq/home"))
-            .env("ERL_EPMD_PORT", place.epmd_port.to_string())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .status()?;
+        let mut command = self.rabbitmqctl_command()?;
+        let status = command.args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).status()?;
         anyhow::ensure!(status.success(), "rabbitmqctl failed");
         Ok(())
+    }
+
+    fn rabbitmqctl_command(&self) -> anyhow::Result<Command> {
+        let Running { place, .. } = self.running.as_ref().context("only servers of our own")?;
+        let mut command = as_user("rabbitmq", &place.programs.rabbitmq.join("rabbitmqctl"));
+        command.args(["--node", &format!("t{}@localhost", place.rabbitmq_port)]);
+        command.env("HOME", place.dir.join("rabbitmq/home")).env("ERL_EPMD_PORT", place.epmd_port.to_string());
+        Ok(command)
     }
 
     fn wait(&self) -> anyhow::Result<()> {

@@ -168,6 +168,12 @@ impl World {
         found.into_iter().find(|path| path.exists()).unwrap_or_else(|| panic!("no plugin {plugin}"))
     }
 
+    /// The daemon's program.
+    #[must_use]
+    pub fn binary() -> PathBuf {
+        built().daemon.clone()
+    }
+
     /// Puts bytes into the plugin directory as `file`, all of them or nothing.
     ///
     /// # Panics

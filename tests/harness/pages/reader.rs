@@ -1,0 +1,227 @@
+//! Somebody who does what the pages say: with a shell, whose directory and variables last from block to block, and `psql`.
+
+use std::fs;
+use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use super::{Block, Elsewhere, Here, Page, missing};
+use crate::daemon::{Daemon, Launch};
+use crate::servers::Servers;
+use crate::world::{World, amqp_url, database_url};
+use crate::{build, eventually, setup};
+
+/// Somebody who follows a page in a world.
+#[derive(Debug)]
+pub struct Reader<'a> {
+    world: &'a World,
+    elsewhere: &'a [Elsewhere],
+    /// What the pages say, and what it is here.
+    stands_for: Vec<(&'static str, String)>,
+    /// The files of the reader's own.
+    home: PathBuf,
+    shell: Launch,
+    daemon: Option<Daemon>,
+    consumer: Option<Daemon>,
+}
+
+impl<'a> Reader<'a> {
+    /// A reader with a terminal, in an empty directory.
+    ///
+    /// # Panics
+    ///
+    /// When there is none to be had.
+    #[must_use]
+    pub fn new(world: &'a World, servers: &Servers, elsewhere: &'a [Elsewhere]) -> Self {
+        let home = world.plugin_dir.with_extension("reader");
+        let programs = home.join("programs");
+        fs::create_dir_all(home.join("work/target")).expect("a directory");
+        fs::create_dir_all(&programs).expect("a directory");
+        std::os::unix::fs::symlink(&world.plugin_dir, home.join("work/target/plugins")).expect("linked");
+        std::os::unix::fs::symlink(World::binary(), programs.join("tidings")).expect("linked");
+        program(&programs, "rabbitmqctl", &servers.rabbitmqctl_script().expect("servers of our own"));
+        program(&programs, "cargo", &build::cargo_script().expect("a way to build plugins"));
+        fs::write(home.join("directory"), home.join("work").display().to_string()).expect("written");
+        fs::write(home.join("variables"), "").expect("written");
+
+        let (postgres, rabbitmq) = world.ports();
+        let name = &world.name;
+        let path = std::env::var("PATH").expect("there is one");
+        let postgres_programs = setup::servers().expect("they are installed").postgres;
+        let port =
+            std::net::TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a port").port();
+        let shell = (world.launch().running(Path::new("bash")).without("CARGO_TARGET_DIR"))
+            .with("PATH", format!("{}:{}:{path}", programs.display(), postgres_programs.display()))
+            .with("TIDINGS_HTTP_ADDR", format!("127.0.0.1:{port}"))
+            .with("PGHOST", "127.0.0.1")
+            .with("PGPORT", postgres)
+            .with("PGUSER", "postgres")
+            .with("PGDATABASE", name);
+        let stands_for = vec![
+            ("127.0.0.1:5432/shop", format!("127.0.0.1:{postgres}/{name}")),
+            ("127.0.0.1:5432", format!("127.0.0.1:{postgres}")),
+            ("127.0.0.1:5672/shop", format!("127.0.0.1:{rabbitmq}/{name}")),
+            ("-p shop", format!("-p {name}")),
+            ("DATABASE shop ", format!("DATABASE {name} ")),
+            ("/srv/plugins", world.plugin_dir.display().to_string()),
+        ];
+        Self { world, elsewhere, stands_for, home, shell, daemon: None, consumer: None }
+    }
+
+    /// Has the daemon run before the page begins.
+    ///
+    /// # Panics
+    ///
+    /// When it does not start.
+    pub async fn start_daemon(&mut self) {
+        self.daemon = Some(self.shell.clone().running(&World::binary()).args(["run"]).ready().await);
+    }
+
+    /// The environment that the page has come to, for another program.
+    ///
+    /// # Panics
+    ///
+    /// Never.
+    #[must_use]
+    pub fn shell(&self, script: &str) -> Launch {
+        let home = self.home.display();
+        let script = format!(
+            "set -euo pipefail\nsource {home}/variables\ncd \"$(cat {home}/directory)\"\n{}\n\
+             export -p >{home}/variables\npwd >{home}/directory\n",
+            self.here(script)
+        );
+        self.shell.clone().args(["-c", &script])
+    }
+
+    /// What the page says, with what it stands for here.
+    fn here(&self, text: &str) -> String {
+        self.stands_for.iter().fold(text.to_owned(), |text, (said, meant)| text.replace(said, meant))
+    }
+
+    /// Does what the page says, from its beginning to its end.
+    ///
+    /// # Panics
+    ///
+    /// When something comes to something else than the page says.
+    pub async fn follow(&mut self, page: &Page) {
+        let blocks = page.blocks();
+        let mut blocks = blocks.iter().peekable();
+        while let Some(block) = blocks.next() {
+            let place = format!("{}:{}", page.path, block.line);
+            let shown = blocks.next_if(|next| next.language == "text").map(|shown| self.here(&shown.text));
+            match block.language.as_str() {
+                "sh" if block.is("daemon") => self.go_on(&place, block).await,
+                "sh" | "sql" => self.run(&place, block, shown.as_deref()).await,
+                "text" => panic!("{place}: a text is what the block before it shows, and there is none"),
+                language => {
+                    let file = block.marks.first().unwrap_or_else(|| {
+                        panic!("{place}: a block of {language} with neither a program to run it nor the name of a file")
+                    });
+                    let directory = fs::read_to_string(self.home.join("directory")).expect("it is there");
+                    fs::write(Path::new(directory.trim_end()).join(file), &block.text).expect("written");
+                }
+            }
+        }
+    }
+
+    /// Starts what goes on beside the rest of the page, in place of the daemon that runs.
+    async fn go_on(&mut self, place: &str, block: &Block) {
+        if let Some(daemon) = self.daemon.take() {
+            daemon.stop().await;
+        }
+        let (before, last) = block.text.trim_end().rsplit_once('\n').expect("more than a line");
+        assert_eq!(last, "tidings run", "{place}: it does not end with the daemon");
+        self.outcome(&self.shell(before), "").await.0.expect("settings");
+        self.daemon = Some(self.shell("exec tidings run").ready().await);
+    }
+
+    async fn run(&mut self, place: &str, block: &Block, shown: Option<&str>) {
+        let exits = block.marks.iter().find_map(|mark| mark.strip_prefix("exits=")).unwrap_or("0");
+        let (launch, input) = if block.language == "sql" {
+            (self.shell("psql --no-psqlrc --set=ON_ERROR_STOP=1"), self.here(&block.text))
+        } else {
+            let mut script = String::new();
+            for line in block.commands() {
+                match self.elsewhere.iter().find(|elsewhere| elsewhere.is(&line)).map(|elsewhere| elsewhere.here) {
+                    None => script.extend([&line, "\n"]),
+                    Some(Here::Nothing) => {}
+                    Some(Here::Shell(command)) => script.extend([command, "\n"]),
+                    Some(Here::Deployment) => self.deploy().await,
+                }
+            }
+            (self.shell(&script), String::new())
+        };
+        let attempt = async || {
+            let (code, output) = self.outcome(&launch, &input).await;
+            let code = code.map_or_else(|| "a signal".to_owned(), |code| code.to_string());
+            if code != exits {
+                return Err(format!("{place} ended with {code}, not {exits}:\n{output}"));
+            }
+            match shown.and_then(|shown| missing(shown, &output)) {
+                None => Ok(()),
+                Some(line) => Err(format!("{place} does not show\n{line}\nbut\n{output}")),
+            }
+        };
+        if block.is("again") {
+            eventually(place, async || attempt().await.ok()).await;
+        } else if let Err(sentence) = attempt().await {
+            panic!("{sentence}");
+        }
+    }
+
+    /// Runs a program to its end, and returns its exit code and what it wrote.
+    async fn outcome(&self, launch: &Launch, input: &str) -> (Option<i32>, String) {
+        let (mut command, input) = (launch.command(), input.to_owned());
+        command.env_remove("CARGO_TARGET_DIR").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let ran = tokio::task::spawn_blocking(move || {
+            let mut child = command.spawn()?;
+            // Whoever does not read it closes it.
+            let _ = child.stdin.take().expect("piped").write_all(input.as_bytes());
+            child.wait_with_output()
+        });
+        let output = ran.await.expect("it does not panic").expect("it runs");
+        let text = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+        (output.status.code(), text.concat())
+    }
+
+    async fn deploy(&mut self) {
+        self.start_daemon().await;
+        let (postgres, rabbitmq) = self.world.ports();
+        let consumer = Launch::program(&build::rust_consumer().expect("the consumer builds"))
+            .with("DATABASE_URL", database_url(postgres, &self.world.name))
+            .with("AMQP_URL", amqp_url(rabbitmq, &self.world.name));
+        let mut consumer = consumer.start();
+        consumer.wait_for_line("ready").await;
+        self.consumer = Some(consumer);
+    }
+}
+
+impl Drop for Reader<'_> {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            let _ = fs::remove_dir_all(&self.home);
+        }
+    }
+}
+
+/// Writes a program of the reader's own.
+fn program(dir: &Path, name: &str, script: &str) {
+    let path = dir.join(name);
+    fs::write(&path, script).expect("written");
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("allowed");
+}
+
+/// What a shell must be told to do what `command` would.
+pub(crate) fn command_line(command: &Command) -> String {
+    let quoted = |text: &std::ffi::OsStr| format!("'{}'", text.to_string_lossy().replace('\'', r"'\''"));
+    let mut words = vec!["env".to_owned()];
+    // It takes what to forget before what to set.
+    words.extend(
+        command.get_envs().filter(|(_, value)| value.is_none()).map(|(name, _)| format!("-u {}", quoted(name))),
+    );
+    words.extend(command.get_envs().filter_map(|(name, value)| Some(format!("{}={}", name.display(), quoted(value?)))));
+    words.push(quoted(command.get_program()));
+    words.extend(command.get_args().map(quoted));
+    words.join(" ")
+}
