@@ -1,7 +1,8 @@
-//! The settings: flags or `TIDINGS_*` variables, read once at the edge. All mistakes are reported together, and none of
-//! the sentences contains a password.
+//! The settings: flags or `TIDINGS_*` variables, and `OTEL_*` for traces, read once at the edge. All mistakes are reported
+//! together, and none of the sentences contains a password.
 
 mod mistakes;
+mod traces;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -13,7 +14,7 @@ use mistakes::{number, unknown_variables, url};
 
 use crate::broker::{BrokerSettings, Management, QueueType};
 use crate::secret_url::SecretUrl;
-use crate::telemetry::LogFormat;
+use crate::telemetry::{LogFormat, TraceSettings};
 
 pub use mistakes::Mistakes;
 
@@ -142,6 +143,8 @@ pub struct Config {
     pub log: LogFormat,
     /// `TIDINGS_HISTORY_DAYS`, 1 to 36,500; default 7. Older history is removed.
     pub history: Duration,
+    /// `OTEL_EXPORTER_OTLP_ENDPOINT` and others; `None`, the default = no traces.
+    pub traces: Option<TraceSettings>,
 }
 
 impl DatabaseArgs {
@@ -293,6 +296,7 @@ impl RunArgs {
             }
         };
         let history_days = number("TIDINGS_HISTORY_DAYS", &self.history_days, 1, 36_500, mistakes);
+        let traces = traces::traces(|name| std::env::var(name).ok(), mistakes);
 
         Some(Config {
             servers: servers?,
@@ -306,6 +310,7 @@ impl RunArgs {
             canary: Some(Duration::from_millis(canary_ms?.into())).filter(|interval| !interval.is_zero()),
             log: log?,
             history: Duration::from_secs(u64::from(history_days?) * 24 * 60 * 60),
+            traces,
         })
     }
 }
