@@ -116,6 +116,8 @@ pub struct ServerSettings {
     pub broker: BrokerSettings,
     /// `TIDINGS_REPLAY_MAX`, 0 to 1,000,000; default 0. How often a dead letter may be replayed; 0 = as often as it takes.
     pub replay_max: u32,
+    /// `OTEL_EXPORTER_OTLP_ENDPOINT` and others; `None`, the default = no traces.
+    pub traces: Option<TraceSettings>,
 }
 
 /// The settings of `tidings run`, checked.
@@ -143,8 +145,6 @@ pub struct Config {
     pub log: LogFormat,
     /// `TIDINGS_HISTORY_DAYS`, 1 to 36,500; default 7. Older history is removed.
     pub history: Duration,
-    /// `OTEL_EXPORTER_OTLP_ENDPOINT` and others; `None`, the default = no traces.
-    pub traces: Option<TraceSettings>,
 }
 
 impl DatabaseArgs {
@@ -198,8 +198,9 @@ impl ServerArgs {
             }
         };
         let replay_max = number("TIDINGS_REPLAY_MAX", &self.replay_max, 0, 1_000_000, mistakes);
+        let traces = traces::traces(|name| std::env::var(name).ok(), mistakes);
         let broker = BrokerSettings { url: url?, exchange, queue_type: queue_type? };
-        Some(ServerSettings { database_url: database_url?, broker, replay_max: replay_max? })
+        Some(ServerSettings { database_url: database_url?, broker, replay_max: replay_max?, traces })
     }
 }
 
@@ -296,7 +297,6 @@ impl RunArgs {
             }
         };
         let history_days = number("TIDINGS_HISTORY_DAYS", &self.history_days, 1, 36_500, mistakes);
-        let traces = traces::traces(|name| std::env::var(name).ok(), mistakes);
 
         Some(Config {
             servers: servers?,
@@ -310,7 +310,6 @@ impl RunArgs {
             canary: Some(Duration::from_millis(canary_ms?.into())).filter(|interval| !interval.is_zero()),
             log: log?,
             history: Duration::from_secs(u64::from(history_days?) * 24 * 60 * 60),
-            traces,
         })
     }
 }

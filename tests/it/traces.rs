@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use crate::delivery::row_in_flight_of;
 use crate::metrics::scrape;
-use crate::replay::{often, publish, reject, send, take};
+use crate::replay::{no_pass_at_start, often, once, publish, reject, send, until_waiting};
 
 /// The span of whoever scheduled, and what `traceparent` says of it.
 const SCHEDULER: &str = "0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331";
@@ -232,13 +232,32 @@ async fn a_replay_is_a_span_linked_to_the_one_that_the_letter_carries_on() {
 
     // One whose queue is gone.
     schedule(&world, "k", &format!(r#"{{"traceparent": "{TRACEPARENT}"}}"#)).await;
-    let received = inbox.next_unacknowledged().await;
-    inbox.reject(&received).await;
+    let first = reject(&mut inbox).await;
     inbox.channel.queue_delete("inbox.k".into(), lapin::options::QueueDeleteOptions::default()).await.expect("deleted");
-    let parked = take(&world, "tidings.parking").await;
     let span = collector.one("tidings.outcome", "parked").await;
-    assert_eq!(span.links[0].0, carried(&parked));
+    assert_eq!(span.links, [(carried(&first), String::new())]);
     assert_eq!(span.error.as_deref(), Some("the queue \"inbox.k\" it died in is gone"));
+}
+
+#[tokio::test]
+async fn a_replay_by_hand_is_a_span_as_well() {
+    let world = World::with(&["message"]).await;
+    let collector = Collector::start(Answer::Takes).await;
+    let mut inbox = world.inbox(&["k"]).await;
+    no_pass_at_start(&world).await;
+    // It makes no pass, and no traces.
+    let _daemon = once(&world).ready().await;
+    schedule(&world, "k", &format!(r#"{{"traceparent": "{TRACEPARENT}"}}"#)).await;
+    reject(&mut inbox).await;
+    until_waiting(&world, "tidings.dead", 1).await;
+
+    let launch = traced(world.launch().subcommand("dead").args(["replay"]), &collector);
+    let (code, output) = launch.with("OTEL_BSP_SCHEDULE_DELAY", 600_000).finished().await;
+
+    assert!(code == 0 && output.contains("1 replayed"), "{output}");
+    let [span] = &*collector.spans() else { panic!("{:?}", collector.spans()) };
+    assert!(linked_to_the_scheduler(span) && span.name == "replay inbox.k");
+    assert_eq!(inbox.next().await.headers()["traceparent"], TRACEPARENT);
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ use crate::telemetry::Traces;
 use crate::{daemon, lifecycle};
 
 pub(super) async fn run(config: Config) -> ExitCode {
-    let traces = match Traces::start(config.traces.as_ref()) {
+    let traces = match Traces::start(config.servers.traces.as_ref()) {
         Ok(traces) => traces,
         Err(error) => return fail(1, &anyhow::Error::from(error).context("could not start the traces")),
     };
