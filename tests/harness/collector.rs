@@ -1,6 +1,7 @@
 //! Somebody who collects traces over OTLP/HTTP, or does not: keeps what it was sent, as it came and decoded.
 
 use std::collections::BTreeMap;
+use std::io::{Read as _, Write as _};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
@@ -10,11 +11,18 @@ use opentelemetry_proto::tonic::common::v1::{AnyValue, KeyValue};
 use opentelemetry_proto::tonic::trace::v1::status::StatusCode;
 use opentelemetry_proto::tonic::trace::v1::{Span as Sent, span::SpanKind};
 use prost::Message as _;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
+use crate::authority::Identity;
 use crate::eventually;
+
+/// That it has the spans.
+const TAKEN: &str = "HTTP/1.1 200 OK\r\nContent-Type: application/x-protobuf\r\nContent-Length: 0\r\n\r\n";
 
 /// What it answers.
 #[derive(Clone, Copy, Debug)]
@@ -107,6 +115,38 @@ impl Collector {
         format!("http://{}", self.addr)
     }
 
+    /// Takes spans over TLS as well, as the host that `identity` is of; returns the port.
+    ///
+    /// # Panics
+    ///
+    /// When there is no port.
+    #[must_use]
+    pub fn offer_tls(&self, identity: &Identity) -> u16 {
+        let certificate = CertificateDer::from_pem_slice(identity.certificate.as_bytes()).expect("a certificate");
+        let key = PrivateKeyDer::from_pem_slice(identity.key.as_bytes()).expect("a key");
+        let config = ServerConfig::builder().with_no_client_auth().with_single_cert(vec![certificate], key);
+        let config = Arc::new(config.expect("they belong together"));
+        let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a port");
+        let port = listener.local_addr().expect("it is bound").port();
+        let requests = Arc::clone(&self.requests);
+        // It ends with this program.
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let connection = ServerConnection::new(Arc::clone(&config)).expect("a connection");
+                let mut stream = StreamOwned::new(connection, stream.expect("somebody"));
+                let (mut bytes, mut some) = (Vec::new(), [0; 4096]);
+                while let Ok(count @ 1..) = stream.read(&mut some) {
+                    bytes.extend_from_slice(&some[..count]);
+                    while let Some(request) = next(&mut bytes) {
+                        requests.lock().expect("nobody panics with it").push(request);
+                        let _ = stream.write_all(TAKEN.as_bytes());
+                    }
+                }
+            }
+        });
+        port
+    }
+
     /// Everything that it was sent.
     ///
     /// # Panics
@@ -171,44 +211,31 @@ impl Collector {
 /// Takes requests until somebody hangs up.
 async fn serve(mut stream: TcpStream, answer: Answer, requests: Arc<Mutex<Vec<Request>>>) {
     let mut bytes = Vec::new();
-    while let Some(request) = next(&mut stream, &mut bytes).await {
-        requests.lock().expect("nobody panics with it").push(request);
-        let taken = "HTTP/1.1 200 OK\r\nContent-Type: application/x-protobuf\r\nContent-Length: 0\r\n\r\n";
-        let text = match answer {
-            Answer::Takes => taken,
-            Answer::Says(text) => text,
-            Answer::Never => std::future::pending().await,
-        };
-        // Whoever was stopped meanwhile does not listen any more.
-        if stream.write_all(text.as_bytes()).await.is_err() || matches!(answer, Answer::Says(_)) {
-            return;
+    while stream.read_buf(&mut bytes).await.is_ok_and(|count| count > 0) {
+        while let Some(request) = next(&mut bytes) {
+            requests.lock().expect("nobody panics with it").push(request);
+            let text = match answer {
+                Answer::Takes => TAKEN,
+                Answer::Says(text) => text,
+                Answer::Never => std::future::pending().await,
+            };
+            // Whoever was stopped meanwhile does not listen any more.
+            if stream.write_all(text.as_bytes()).await.is_err() || matches!(answer, Answer::Says(_)) {
+                return;
+            }
         }
     }
 }
 
-/// The next request; `bytes` are those that were read beyond the last one.
-async fn next(stream: &mut TcpStream, bytes: &mut Vec<u8>) -> Option<Request> {
-    let (mut head, mut length) = (None, 0);
-    loop {
-        if head.is_none()
-            && let Some(end) = bytes.windows(4).position(|window| window == b"\r\n\r\n")
-        {
-            let rest = bytes.split_off(end + 4);
-            let text = String::from_utf8(std::mem::replace(bytes, rest)).expect("a head of ASCII");
-            let said = text
-                .lines()
-                .find_map(|line| line.to_ascii_lowercase().strip_prefix("content-length:").map(str::to_owned));
-            length = said.expect("a length").trim().parse().expect("a number");
-            head = Some(text);
-        }
-        if head.is_some() && bytes.len() >= length {
-            let rest = bytes.split_off(length);
-            return Some(Request { head: head?, body: std::mem::replace(bytes, rest) });
-        }
-        if stream.read_buf(bytes).await.ok()? == 0 {
-            return None;
-        }
-    }
+/// Takes the first request from `bytes`, if it is there to its end.
+fn next(bytes: &mut Vec<u8>) -> Option<Request> {
+    let head = bytes.windows(4).position(|window| window == b"\r\n\r\n")? + 4;
+    let text = String::from_utf8(bytes[..head].to_vec()).expect("a head of ASCII");
+    let line = text.lines().find(|line| line.to_ascii_lowercase().starts_with("content-length:")).expect("a length");
+    let length: usize = line["content-length:".len()..].trim().parse().expect("a number");
+    let body = bytes.get(head..head + length)?.to_vec();
+    bytes.drain(..head + length);
+    Some(Request { head: text, body })
 }
 
 fn decoded(span: Sent, sender: BTreeMap<String, String>) -> Span {

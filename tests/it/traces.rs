@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
+use harness::authority::Authority;
 use harness::collector::{Answer, Collector, Span};
 use harness::consumer::Received;
 use harness::daemon::{Daemon, Launch};
@@ -417,6 +418,34 @@ async fn a_collector_that_is_away_or_talks_nonsense_is_a_line_in_the_log_and_so_
         assert!(!log.contains("SECRET") && !line.contains("SECRET"), "{log}");
         assert!(daemon.stop().await.success());
     }
+}
+
+#[tokio::test]
+async fn a_collector_over_tls_is_trusted_as_the_servers_are_and_a_stranger_gets_nothing() {
+    let world = World::with(&["message"]).await;
+    let collector = Collector::start(Answer::Takes).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let authority = Authority::new("our own");
+    let url = format!("https://localhost:{}", collector.offer_tls(&authority.identity("localhost", 1)));
+    let launch = traced(world.launch(), &collector).with("OTEL_EXPORTER_OTLP_ENDPOINT", &url);
+    let trusting = |authority: &Authority, name: &str| {
+        let file = world.plugin_dir.join(name);
+        std::fs::write(&file, &authority.certificate).expect("written");
+        launch.clone().with("SSL_CERT_FILE", file.display()).with("SSL_CERT_DIR", "")
+    };
+
+    let mut daemon = trusting(&Authority::new("a stranger"), "strange.pem").ready().await;
+    schedule(&world, "k", "{}").await;
+    inbox.next().await;
+    let line = daemon.wait_for_line("does not take spans").await;
+    assert!(line.contains("UnknownIssuer"), "{line}");
+    assert!(daemon.stop().await.success());
+    assert_eq!(collector.requests().len(), 0);
+
+    let _daemon = trusting(&authority, "ca.pem").ready().await;
+    let id = schedule(&world, "k", "{}").await;
+    inbox.next().await;
+    collector.one("messaging.message.id", &id.to_string()).await;
 }
 
 #[tokio::test]
