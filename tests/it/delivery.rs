@@ -1,20 +1,15 @@
 //! From a due row to a confirmed message: the message contract and the moment.
 
-use harness::daemon::{Daemon, Launch};
+use harness::daemon::Daemon;
 use harness::world::World;
 use uuid::Uuid;
 
 /// A daemon with the row `echo`, of the plugin misbehave, claimed and not published yet: another row of its batch computes
 /// for as long as it may. Returns the row's id as well.
 pub(crate) async fn row_in_flight(world: &World) -> (Daemon, Uuid) {
-    row_in_flight_of(world, world.launch().with("TIDINGS_SWEEP_MS", 600_000)).await
-}
-
-/// The same for a daemon that is launched otherwise.
-pub(crate) async fn row_in_flight_of(world: &World, launch: Launch) -> (Daemon, Uuid) {
     std::fs::write(world.plugin_dir.join("misbehave.toml"), "[limits]\ncpu-ms = 1000\nwall-ms = 5000\n")
         .expect("written");
-    let daemon = launch.ready().await;
+    let daemon = world.daemon().await;
     world
         .sql("INSERT INTO tidings.schedules (kind, key, due_at) SELECT kind, kind, now() FROM unnest('{echo,spin}'::text[]) AS kind")
         .await;

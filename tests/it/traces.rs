@@ -2,13 +2,15 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use harness::authority::Authority;
 use harness::collector::{Answer, Collector, Span};
 use harness::consumer::Received;
 use harness::daemon::{Daemon, Launch};
 use harness::eventually;
-use harness::world::World;
+use harness::pg_proxy::{Fate, PgProxy};
+use harness::world::{World, database_url};
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable};
 use opentelemetry::propagation::TextMapPropagator as _;
@@ -16,7 +18,6 @@ use opentelemetry::trace::TraceContextExt as _;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use uuid::Uuid;
 
-use crate::delivery::row_in_flight_of;
 use crate::metrics::scrape;
 use crate::replay::{no_pass_at_start, often, once, publish, reject, send, until_waiting};
 
@@ -176,15 +177,19 @@ async fn each_attempt_is_a_span_of_its_own_with_the_same_link_and_the_same_messa
 
 #[tokio::test]
 async fn a_message_whose_delivery_was_not_committed_is_in_a_span_that_says_so_and_in_one_of_its_copy() {
-    let world = World::with(&["misbehave"]).await;
+    let world = World::with(&["message"]).await;
     let collector = Collector::start(Answer::Takes).await;
     let mut inbox = world.inbox(&["#"]).await;
-    let launch = traced(world.launch().with("TIDINGS_SWEEP_MS", 600_000), &collector);
-    let (_daemon, id) = row_in_flight_of(&world, launch).await;
+    let cut = AtomicBool::new(false);
+    let proxy = PgProxy::start(world.ports().0, move |statement| {
+        let first = statement.contains("INSERT INTO tidings.deliveries") && !cut.swap(true, Ordering::Relaxed);
+        if first { Fate::Cut } else { Fate::Pass }
+    })
+    .await;
+    let launch = world.launch().with("TIDINGS_DATABASE_URL", database_url(proxy.port, &world.name));
+    let _daemon = traced(launch, &collector).ready().await;
 
-    world
-        .sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'tidings' AND state LIKE 'idle in transaction%'")
-        .await;
+    let id = schedule(&world, "k", "{}").await;
 
     let (first, copy) = (inbox.next().await, inbox.next().await);
     let spans = collector.with("messaging.message.id", &id.to_string(), 2).await;
