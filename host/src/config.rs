@@ -1,7 +1,8 @@
-//! The settings: flags or `TIDINGS_*` variables, read once at the edge. All mistakes are reported together, and none of
-//! the sentences contains a password.
+//! The settings: flags or `TIDINGS_*` variables, and `OTEL_*` for traces, read once at the edge. All mistakes are reported
+//! together, and none of the sentences contains a password.
 
 mod mistakes;
+mod traces;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -13,7 +14,7 @@ use mistakes::{number, unknown_variables, url};
 
 use crate::broker::{BrokerSettings, Management, QueueType};
 use crate::secret_url::SecretUrl;
-use crate::telemetry::LogFormat;
+use crate::telemetry::{LogFormat, TraceSettings};
 
 pub use mistakes::Mistakes;
 
@@ -115,6 +116,8 @@ pub struct ServerSettings {
     pub broker: BrokerSettings,
     /// `TIDINGS_REPLAY_MAX`, 0 to 1,000,000; default 0. How often a dead letter may be replayed; 0 = as often as it takes.
     pub replay_max: u32,
+    /// `OTEL_EXPORTER_OTLP_ENDPOINT` and others; `None`, the default = no traces.
+    pub traces: Option<TraceSettings>,
 }
 
 /// The settings of `tidings run`, checked.
@@ -195,8 +198,9 @@ impl ServerArgs {
             }
         };
         let replay_max = number("TIDINGS_REPLAY_MAX", &self.replay_max, 0, 1_000_000, mistakes);
+        let traces = traces::traces(|name| std::env::var(name).ok(), mistakes);
         let broker = BrokerSettings { url: url?, exchange, queue_type: queue_type? };
-        Some(ServerSettings { database_url: database_url?, broker, replay_max: replay_max? })
+        Some(ServerSettings { database_url: database_url?, broker, replay_max: replay_max?, traces })
     }
 }
 

@@ -24,6 +24,10 @@ pub struct DeadLetter {
     pub due_ms: Option<i64>,
     /// `tidings-expires-ms`, or that it cannot be read.
     pub expires_ms: Option<Result<i64, Unreadable>>,
+    /// `traceparent`: the span that it carries. A foreign letter's may be anything.
+    pub traceparent: Option<String>,
+    /// `tracestate`, the same.
+    pub tracestate: Option<String>,
     /// `tidings-replay`: how often it was replayed. Absent or unreadable is never.
     pub replays: i64,
 }

@@ -20,7 +20,7 @@ use crate::message::{Expired, Message};
 use crate::plugins::{Build, Plugin, Registry};
 use crate::schedule::Schedule;
 use crate::store::{Outcome, Settlement, Store, StoreError};
-use crate::telemetry::{Batch, count_claim, record_confirms};
+use crate::telemetry::{Batch, Spans, count_claim, record_confirms};
 
 /// Rows of one batch: enough to fill the pipeline, few enough to commit within seconds.
 const BATCH: i64 = 200;
@@ -77,6 +77,7 @@ impl Delivery {
         };
         let (more, clock) = (claim.more, claim.clock());
         count_claim(claim.rows.len());
+        let mut spans = Spans::begin(&claim.rows, clock, self.broker.exchange());
 
         let now = clock.now();
         let (expired, due): (Vec<Schedule>, Vec<Schedule>) =
@@ -87,14 +88,16 @@ impl Delivery {
 
         let mut messages = Vec::new();
         let mut in_flight = HashMap::new();
-        for Build { schedule, plugin, outcome } in builds {
+        for Build { schedule, plugin, outcome, at } in builds {
             // No time was left for it: it stays due.
             let Some(outcome) = outcome else { continue };
+            spans.built(schedule.id, plugin.label(), plugin.generation(), at);
             let settlement = match outcome {
                 Ok(built) => {
                     let (event_digest, built_ms) = (built.event.digest(), built.built_ms);
                     match Message::new(&schedule, built, self.broker.exchange(), clock.now_ms()) {
-                        Ok(message) => {
+                        Ok(mut message) => {
+                            spans.carry(&mut message);
                             messages.push(message);
                             let id = schedule.id;
                             in_flight.insert(id, InFlight { schedule, plugin, event_digest, built_ms });
@@ -112,15 +115,18 @@ impl Delivery {
             // Frozen for longer than PostgreSQL waits for us, we would publish what another daemon has published.
             claim.confirm_held().await?;
         }
+        spans.publish();
         for (id, verdict) in self.publish(messages).await {
             let Some(sent) = in_flight.remove(&id) else { continue };
             settlements.extend(Self::arrived(sent, verdict));
         }
 
         let batch = Batch::of(&settlements, clock);
+        spans.settle(&settlements);
         let settled = settlements.len();
         claim.settle(settlements).await?;
         batch.count();
+        spans.commit();
         Ok(if settled == 0 { Delivered::Unsettled } else { Delivered::Settled { more } })
     }
 

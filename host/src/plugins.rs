@@ -79,6 +79,8 @@ pub struct Build {
     pub plugin: Arc<Plugin>,
     /// What became of it.
     pub outcome: Option<Result<BuiltEvent, BuildError>>,
+    /// When that was known.
+    pub at: Instant,
 }
 
 /// How many plugins lie in `dir`, whether they serve or not.

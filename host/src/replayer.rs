@@ -11,7 +11,7 @@ use crate::broker::{Broker, BrokerError, DeadLetters, Letter, Pile, Sending, Sen
 use crate::clock::DatabaseClock;
 use crate::dead_letter::{DeadLetter, Fate, Tally};
 use crate::store::{Begun, Pass, Store, StoreError};
-use crate::telemetry::{Expired, count_expired, count_replays, set_oldest_dead_letter};
+use crate::telemetry::{Expired, Replays, count_expired, count_replays, set_oldest_dead_letter};
 
 /// A pass that began so recently is not repeated by a daemon that starts: one that crashes and starts again and again would
 /// replay at every start.
@@ -211,17 +211,21 @@ async fn settle(
             }
         }
     }
+    let mut spans = Replays::begin(back.iter().map(|(letter, _)| (letter.tag(), &letter.says)), clock);
     let (replayed, others) = letters.send(back).await?;
     tally.replayed = replayed;
     for (letter, sent) in others {
         if sent == Sent::NoQueue {
             let reason = format!("the queue {:?} it died in is gone", letter.says.queue.as_deref().unwrap_or_default());
+            spans.failed(letter.tag(), "parked", &reason);
             aside.push((letter, Sending::Park(reason)));
         } else {
             // A queue that is full today may take it tomorrow; others should not wait behind it.
+            spans.failed(letter.tag(), "left", "its queue did not take it");
             tail.push((letter, Sending::Tail));
         }
     }
+    spans.end();
     for (letter, sending) in &aside {
         if let Sending::Park(reason) = sending {
             warn!(message.id = letter.says.id, reason, "parked a dead letter");

@@ -1,10 +1,11 @@
-//! What the process tells of itself: the log on standard error, with levels by `RUST_LOG`, and the metrics, for Prometheus.
-//! Every metric has its name here and nowhere else.
+//! What the process tells of itself: the log on standard error, with levels by `RUST_LOG`, the metrics, for Prometheus, and
+//! traces, if somebody collects them. Every metric and every attribute has its name here and nowhere else.
 
 mod bounded;
 mod json;
 mod kinds;
 mod metrics;
+mod traces;
 
 use std::io::IsTerminal as _;
 
@@ -15,10 +16,12 @@ use json::Json;
 
 pub use kinds::{Batch, CallResult, Calls, serve};
 pub use metrics::{
-    Expired, Reload, Server, Serving, count_claim, count_expired, count_held, count_lost_canary, count_reload,
-    count_replays, count_wakes, look_at_process, note_next_due, record_canary, record_confirms, set_backlog,
-    set_blocked, set_connected, set_letters, set_listening, set_oldest_dead_letter, set_serving, start_metrics, upkeep,
+    Expired, Reload, Server, Serving, count_claim, count_dropped_spans, count_expired, count_held, count_lost_canary,
+    count_reload, count_replays, count_wakes, look_at_process, note_next_due, record_canary, record_confirms,
+    set_backlog, set_blocked, set_connected, set_letters, set_listening, set_oldest_dead_letter, set_serving,
+    start_metrics, upkeep,
 };
+pub use traces::{Replays, Spans, TraceSettings, Traces, check_endpoint};
 
 /// Without `RUST_LOG`. The clients log the errors that they return as well, and we log those once.
 const DEFAULT: &str = "info,lapin=off,sqlx=off";

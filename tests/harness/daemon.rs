@@ -83,7 +83,7 @@ impl Launch {
         let mut command = Command::new(&self.binary);
         command.args(&self.arguments);
         for (name, _) in std::env::vars_os() {
-            if name.to_string_lossy().starts_with("TIDINGS_") {
+            if ["TIDINGS_", "OTEL_"].iter().any(|begin| name.to_string_lossy().starts_with(begin)) {
                 command.env_remove(name);
             }
         }

@@ -5,6 +5,7 @@ pub mod amqp_proxy;
 pub mod authority;
 pub mod bindings;
 pub mod build;
+pub mod collector;
 pub mod consumer;
 pub mod daemon;
 pub mod guests;

@@ -20,6 +20,8 @@ pub enum Fate {
     Hang,
     /// It arrives, and nobody hears what came of it.
     LoseReply,
+    /// It never arrives, and the connection is closed.
+    Cut,
 }
 
 /// The proxy, on a port of its own.
@@ -115,6 +117,7 @@ async fn statements(
         match executed.map_or(Fate::Pass, |statement| judge(&statement)) {
             Fate::Pass => {}
             Fate::Hang => return std::future::pending().await,
+            Fate::Cut => return Ok(()),
             Fate::LoseReply => {
                 lost.send_replace(true);
             }

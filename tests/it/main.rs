@@ -30,5 +30,6 @@ mod scenario;
 mod soak;
 mod sql;
 mod tls;
+mod traces;
 mod unfit;
 mod waking;

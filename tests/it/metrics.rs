@@ -13,7 +13,7 @@ use sqlx::{AssertSqlSafe, Row as _};
 use uuid::Uuid;
 
 /// What `/metrics` says: the value of each series, by its name and labels.
-async fn scrape(daemon: &mut Daemon) -> BTreeMap<String, f64> {
+pub(crate) async fn scrape(daemon: &mut Daemon) -> BTreeMap<String, f64> {
     let url = format!("http://{}/metrics", daemon.http_addr().await);
     let asked = tokio::task::spawn_blocking(move || {
         ureq::get(&url).call().expect("an answer").body_mut().read_to_string().expect("text")

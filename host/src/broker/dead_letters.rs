@@ -98,6 +98,12 @@ impl Letter {
     pub fn size(&self) -> usize {
         self.delivery.data.len()
     }
+
+    /// What tells it from the others of its pass.
+    #[must_use]
+    pub fn tag(&self) -> u64 {
+        self.delivery.delivery_tag
+    }
 }
 
 impl DeadLetters {

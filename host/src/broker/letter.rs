@@ -77,6 +77,8 @@ pub fn read(properties: &BasicProperties) -> DeadLetter {
         }),
         expires_ms: headers.inner().get("tidings-expires-ms").map(|value| number(value).ok_or(Unreadable)),
         due_ms: whole("tidings-due-ms"),
+        traceparent: text(headers, "traceparent"),
+        tracestate: text(headers, "tracestate"),
         replays: whole("tidings-replay").unwrap_or(0),
     }
 }

@@ -20,6 +20,7 @@ use crate::dead_letter::{DeadLetter, Fate, Tally};
 use crate::lifecycle::shutdown_on_signal;
 use crate::replayer::{drop_letters, take_back, window};
 use crate::store::{Pass, Store};
+use crate::telemetry::{TraceSettings, Traces};
 use crate::wake::Wake;
 
 /// What can be done with dead letters.
@@ -181,6 +182,8 @@ struct ByHand {
     waiting: u32,
     /// A signal: what is in flight is finished.
     stop: CancellationToken,
+    /// Where traces go.
+    traces: Option<TraceSettings>,
 }
 
 /// Does something with the letters, alone, closes them whatever came of it, and answers.
@@ -228,7 +231,7 @@ impl ByHand {
             )
         })?;
         let stop = shutdown_on_signal()?;
-        Ok(Self { pass, letters, max: servers.replay_max, waiting, stop })
+        Ok(Self { pass, letters, max: servers.replay_max, waiting, stop, traces: servers.traces.clone() })
     }
 }
 
@@ -265,13 +268,15 @@ async fn list(ByHand { letters, waiting, .. }: &mut ByHand, filter: &Filter) -> 
 }
 
 async fn replay(
-    ByHand { pass, letters, max, waiting, stop }: &mut ByHand,
+    ByHand { pass, letters, max, waiting, stop, traces }: &mut ByHand,
     filter: &Filter,
 ) -> anyhow::Result<Replayed> {
+    let traces = Traces::start(traces.as_ref())?;
     let (bar, now) = (progress(u64::from(*waiting), "dealt with"), now_seconds());
     let wanted = |letter: &DeadLetter| filter.takes(letter, now);
     let tally = take_back(letters, pass, *max, wanted, |window| bar.inc(window.letters()), stop).await;
     bar.finish_and_clear();
+    traces.stop().await;
     Ok(Replayed::of(&tally?, None))
 }
 

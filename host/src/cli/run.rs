@@ -4,13 +4,20 @@ use std::process::ExitCode;
 
 use super::{SCHEMA, fail};
 use crate::config::Config;
+use crate::telemetry::Traces;
 use crate::{daemon, lifecycle};
 
 pub(super) async fn run(config: Config) -> ExitCode {
+    let traces = match Traces::start(config.servers.traces.as_ref()) {
+        Ok(traces) => traces,
+        Err(error) => return fail(1, &anyhow::Error::from(error).context("could not start the traces")),
+    };
     let ended = match lifecycle::shutdown_on_signal() {
         Ok(shutdown) => daemon::run(config, shutdown).await,
         Err(error) => Err(anyhow::Error::from(error).context("could not listen for signals")),
     };
+    // However it ended, and last: what was in flight made spans.
+    traces.stop().await;
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if daemon::is_schema_error(&error) => fail(SCHEMA, &error),

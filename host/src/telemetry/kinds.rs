@@ -50,6 +50,24 @@ impl Meter {
     }
 }
 
+/// Where among [`OUTCOMES`] it is.
+fn at(outcome: &Outcome) -> usize {
+    match outcome {
+        Outcome::Delivered { .. } => 0,
+        Outcome::Expired(_) => 1,
+        Outcome::Skipped(_) => 2,
+        Outcome::Parked(_) => 3,
+        Outcome::Retry { .. } => 4,
+        Outcome::Waits { .. } => 5,
+        Outcome::Refused { .. } => 6,
+    }
+}
+
+/// What became of a row at one attempt, as the label says it.
+pub(super) fn outcome(outcome: &Outcome) -> &'static str {
+    OUTCOMES[at(outcome)]
+}
+
 /// From now on, `kinds` are served, and no others.
 pub fn serve(kinds: &[String]) {
     let served = kinds.iter().map(|kind| (kind.clone(), Meter::of(kind))).collect();
@@ -98,24 +116,16 @@ impl Batch {
                 batch.by_kind.insert(kind.clone(), Sums::default());
             }
             let sums = batch.by_kind.get_mut(kind).expect("it was just put there");
-            // In the order of OUTCOMES.
-            let at = match outcome {
+            match outcome {
                 Outcome::Delivered { confirmed, .. } => {
                     sums.lateness.push((clock.at(confirmed.at()) - *due_at).as_seconds_f64().max(0.0));
-                    0
                 }
-                Outcome::Expired(_) => {
-                    // Without a plugin nobody had been asked.
-                    *(if plugin.is_none() { &mut batch.expired_rows } else { &mut batch.expired_events }) += 1;
-                    1
-                }
-                Outcome::Skipped(_) => 2,
-                Outcome::Parked(_) => 3,
-                Outcome::Retry { .. } => 4,
-                Outcome::Waits { .. } => 5,
-                Outcome::Refused { .. } => 6,
-            };
-            sums.outcomes[at] += 1;
+                // Without a plugin nobody had been asked.
+                Outcome::Expired(_) if plugin.is_none() => batch.expired_rows += 1,
+                Outcome::Expired(_) => batch.expired_events += 1,
+                _ => {}
+            }
+            sums.outcomes[at(outcome)] += 1;
         }
         batch
     }

@@ -47,6 +47,7 @@ const PARKED_LETTERS: &str = "tidings_parked_letters";
 const OLDEST_LETTER: &str = "tidings_dead_letters_oldest_age_seconds";
 const CANARY: &str = "tidings_canary_lateness_seconds";
 const LOST_CANARIES: &str = "tidings_canaries_lost_total";
+const DROPPED_SPANS: &str = "tidings_spans_dropped_total";
 
 const HISTOGRAMS: [(&str, &str, &[f64]); 4] = [
     (LATENESS, "From the due time to the confirm, by the database clock, of delivered rows.", &LATENESS_CLASSES),
@@ -65,7 +66,7 @@ const LATENESS_CLASSES: [f64; 15] =
 /// Upper bounds of the classes of what takes microseconds to seconds, in seconds.
 const WORK_CLASSES: [f64; 12] = [0.000_1, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 10.0];
 
-const COUNTERS: [(&str, &str); 9] = [
+const COUNTERS: [(&str, &str); 10] = [
     (DELIVERIES, "What attempts at rows came to, by kind and outcome."),
     (WAKES, "Looks at the queue, by what woke the dispatcher."),
     (CLAIMS, "Claims that locked rows."),
@@ -75,6 +76,7 @@ const COUNTERS: [(&str, &str); 9] = [
     (EXPIRED, "Deadlines that had come, by where that was found: row, event or dead_letter."),
     (REPLAYS, "Dead letters that a pass dealt with, by outcome: replayed, expired, parked or left."),
     (LOST_CANARIES, "Canaries that did not come within 30 s, or could not be sent."),
+    (DROPPED_SPANS, "Spans that the collector did not take, or that were too many to wait for it."),
 ];
 
 const GAUGES: [(&str, &str); 16] = [
@@ -233,6 +235,7 @@ pub fn start_metrics() -> anyhow::Result<PrometheusHandle> {
     }
     count_replays(&Tally::default());
     counter!(LOST_CANARIES).increment(0);
+    count_dropped_spans(0);
     // So that it can be seen before the first came.
     drop(histogram!(CANARY));
     set_backlog(&Backlog::default());
@@ -358,6 +361,11 @@ pub fn record_canary(lateness: Duration) {
 /// Counts a canary that did not come.
 pub fn count_lost_canary() {
     counter!(LOST_CANARIES).increment(1);
+}
+
+/// Counts spans that were lost.
+pub fn count_dropped_spans(count: u64) {
+    counter!(DROPPED_SPANS).increment(count);
 }
 
 /// Counts deadlines that had come.

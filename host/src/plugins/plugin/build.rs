@@ -50,7 +50,7 @@ impl Plugin {
                 let enough = Instant::now() >= until || bodies.load(Ordering::Relaxed) == 0;
                 let outcome =
                     if enough { None } else { Some(plugin.build_row(&mut instance, &schedule, clock, &bodies).await) };
-                builds.push(Build { schedule, plugin: Arc::clone(&plugin), outcome });
+                builds.push(Build { schedule, plugin: Arc::clone(&plugin), outcome, at: Instant::now() });
             }
             builds
         });
