@@ -23,7 +23,6 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Serialize;
-use serde_json::value::RawValue;
 use tokio::net::TcpListener;
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
@@ -77,7 +76,7 @@ struct Site {
     /// The last overview, and when it was made.
     overview: Mutex<Option<(Instant, Arc<str>)>>,
     /// The last look at the letters.
-    letters: Mutex<Option<(Instant, Arc<RawValue>)>>,
+    letters: Mutex<Option<(Instant, Arc<str>)>>,
     /// Whose turn it is to ask the database for something that takes longer.
     turn: Mutex<()>,
     /// What a person has begun.

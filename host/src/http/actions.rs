@@ -66,7 +66,7 @@ type Answered = Result<Json<Answer>, Refusal>;
 type Body = Result<Bytes, BytesRejection>;
 type Name = Result<Path<String>, PathRejection>;
 type Here = State<Arc<Site>>;
-type From = ConnectInfo<SocketAddr>;
+type Peer = ConnectInfo<SocketAddr>;
 
 /// What is done with rows.
 #[derive(Clone, Copy)]
@@ -90,7 +90,7 @@ pub(super) async fn token() -> Json<Answer> {
 }
 
 /// `POST /api/kinds/{kind}/pause`
-pub(super) async fn pause(State(site): Here, from: From, kind: Name, headers: HeaderMap, body: Body) -> Answered {
+pub(super) async fn pause(State(site): Here, from: Peer, kind: Name, headers: HeaderMap, body: Body) -> Answered {
     let (kind, Pausing { for_seconds, reason }) = (name(kind)?, read(&headers, body)?);
     let until = for_seconds.map_or(Until::Resumed, |seconds| Until::After(Duration::from_secs(seconds.into())));
     let reason = reason.filter(|reason| !reason.is_empty());
@@ -105,7 +105,7 @@ pub(super) async fn pause(State(site): Here, from: From, kind: Name, headers: He
 }
 
 /// `POST /api/kinds/{kind}/resume`
-pub(super) async fn resume(State(site): Here, from: From, kind: Name, headers: HeaderMap, body: Body) -> Answered {
+pub(super) async fn resume(State(site): Here, from: Peer, kind: Name, headers: HeaderMap, body: Body) -> Answered {
     let (kind, Nothing {}) = (name(kind)?, read(&headers, body)?);
     let store = site.shown.store.clone();
     act(site, from, async move {
@@ -119,48 +119,48 @@ pub(super) async fn resume(State(site): Here, from: From, kind: Name, headers: H
 }
 
 /// `POST /api/parked/{id}/retry`
-pub(super) async fn retry_row(State(site): Here, from: From, id: Name, headers: HeaderMap, body: Body) -> Answered {
+pub(super) async fn retry_row(State(site): Here, from: Peer, id: Name, headers: HeaderMap, body: Body) -> Answered {
     let (id, Nothing {}) = (name(id)?, read(&headers, body)?);
     rows(site, from, Rows::Retry, Wanted::Ids(HashSet::from([id]))).await
 }
 
 /// `POST /api/parked/{id}/drop`
-pub(super) async fn drop_row(State(site): Here, from: From, id: Name, headers: HeaderMap, body: Body) -> Answered {
+pub(super) async fn drop_row(State(site): Here, from: Peer, id: Name, headers: HeaderMap, body: Body) -> Answered {
     let (id, Nothing {}) = (name(id)?, read(&headers, body)?);
     rows(site, from, Rows::Drop, Wanted::Ids(HashSet::from([id]))).await
 }
 
 /// `POST /api/parked/retry`
-pub(super) async fn retry_rows(State(site): Here, from: From, headers: HeaderMap, body: Body) -> Answered {
+pub(super) async fn retry_rows(State(site): Here, from: Peer, headers: HeaderMap, body: Body) -> Answered {
     rows(site, from, Rows::Retry, wanted(&headers, body)?).await
 }
 
 /// `POST /api/parked/drop`
-pub(super) async fn drop_rows(State(site): Here, from: From, headers: HeaderMap, body: Body) -> Answered {
+pub(super) async fn drop_rows(State(site): Here, from: Peer, headers: HeaderMap, body: Body) -> Answered {
     rows(site, from, Rows::Drop, wanted(&headers, body)?).await
 }
 
 /// `POST /api/dead/replay`
-pub(super) async fn replay_dead(State(site): Here, from: From, headers: HeaderMap, body: Body) -> Answered {
+pub(super) async fn replay_dead(State(site): Here, from: Peer, headers: HeaderMap, body: Body) -> Answered {
     letters(site, from, Letters::ReplayDead, wanted(&headers, body)?).await
 }
 
 /// `POST /api/dead/drop`
-pub(super) async fn drop_dead(State(site): Here, from: From, headers: HeaderMap, body: Body) -> Answered {
+pub(super) async fn drop_dead(State(site): Here, from: Peer, headers: HeaderMap, body: Body) -> Answered {
     letters(site, from, Letters::DropDead, wanted(&headers, body)?).await
 }
 
 /// `POST /api/parked-letters/retry`
-pub(super) async fn retry_parked(State(site): Here, from: From, headers: HeaderMap, body: Body) -> Answered {
+pub(super) async fn retry_parked(State(site): Here, from: Peer, headers: HeaderMap, body: Body) -> Answered {
     letters(site, from, Letters::RetryParked, wanted(&headers, body)?).await
 }
 
 /// `POST /api/parked-letters/drop`
-pub(super) async fn drop_parked(State(site): Here, from: From, headers: HeaderMap, body: Body) -> Answered {
+pub(super) async fn drop_parked(State(site): Here, from: Peer, headers: HeaderMap, body: Body) -> Answered {
     letters(site, from, Letters::DropParked, wanted(&headers, body)?).await
 }
 
-async fn rows(site: Arc<Site>, from: From, deed: Rows, wanted: Wanted) -> Answered {
+async fn rows(site: Arc<Site>, from: Peer, deed: Rows, wanted: Wanted) -> Answered {
     let given = match &wanted {
         Wanted::All => None,
         Wanted::Ids(ids) => Some(ids.iter().map(|id| uuid(id)).collect::<Result<Vec<_>, _>>()?),
@@ -186,7 +186,7 @@ async fn rows(site: Arc<Site>, from: From, deed: Rows, wanted: Wanted) -> Answer
     .await
 }
 
-async fn letters(site: Arc<Site>, from: From, deed: Letters, wanted: Wanted) -> Answered {
+async fn letters(site: Arc<Site>, from: Peer, deed: Letters, wanted: Wanted) -> Answered {
     let of_here = Arc::clone(&site);
     act(site, from, async move {
         let mut by_hand = ByHand::alone(&of_here.shown.store, &of_here.shown.broker).await?;
@@ -228,7 +228,7 @@ async fn on_letters(site: &Site, by_hand: &mut ByHand, deed: Letters, wanted: &W
 /// Does `work` to its end, whoever still waits for the answer, and writes down what was done.
 async fn act(
     site: Arc<Site>,
-    ConnectInfo(from): From,
+    ConnectInfo(from): Peer,
     work: impl Future<Output = Result<Answer, Refusal>> + Send + 'static,
 ) -> Answered {
     let of_here = Arc::clone(&site);

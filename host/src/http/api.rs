@@ -9,7 +9,6 @@ use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse as _, Response};
 use serde::Serialize;
-use serde_json::value::RawValue;
 use time::OffsetDateTime;
 
 use super::refusal::Refusal;
@@ -71,11 +70,15 @@ struct Explanation {
 pub(super) async fn overview(State(site): State<Arc<Site>>) -> Result<Response, Refusal> {
     // A task of its own: it is made to its end, whoever still waits for it.
     let answer = tokio::spawn(async move { overview::overview(&site).await }).await?;
-    Ok(([(CONTENT_TYPE, "application/json")], answer.to_string()).into_response())
+    Ok(json(&answer))
+}
+
+fn json(text: &str) -> Response {
+    ([(CONTENT_TYPE, "application/json")], text.to_owned()).into_response()
 }
 
 /// `GET /api/letters`. All of them are where they were afterwards.
-pub(super) async fn letters(State(site): State<Arc<Site>>) -> Result<Json<Arc<RawValue>>, Refusal> {
+pub(super) async fn letters(State(site): State<Arc<Site>>) -> Result<Response, Refusal> {
     let looked = tokio::spawn(async move {
         // Whoever comes meanwhile waits, and has the same.
         let mut kept = site.letters.lock().await;
@@ -83,12 +86,12 @@ pub(super) async fn letters(State(site): State<Arc<Site>>) -> Result<Json<Arc<Ra
             return Ok(Arc::clone(letters));
         }
         let letters = look(&site).await?;
-        let letters = serde_json::value::to_raw_value(&letters).expect("an answer can always be written as JSON");
-        let letters: Arc<RawValue> = letters.into();
+        let letters = serde_json::to_string(&letters).expect("an answer can always be written as JSON");
+        let letters: Arc<str> = letters.into();
         *kept = Some((Instant::now(), Arc::clone(&letters)));
         Ok::<_, ByHandError>(letters)
     });
-    Ok(Json(looked.await??))
+    Ok(json(&*looked.await??))
 }
 
 async fn look(site: &Site) -> Result<Letters, ByHandError> {
