@@ -22,8 +22,7 @@ pub fn printable(text: &str) -> String {
 /// That a kind is paused: since when, by whom, until when, and why.
 #[must_use]
 pub fn pause_sentence(Pause { kind, since, until, reason, by }: &Pause) -> String {
-    let until =
-        until.map_or_else(|| "until somebody resumes it".to_owned(), |until| format!("until {}", show(until)));
+    let until = until.map_or_else(|| "until somebody resumes it".to_owned(), |until| format!("until {}", show(until)));
     let reason = reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
     let since = show(*since);
     printable(&format!("the kind {kind} is paused by {by} since {since}, {until}{reason}"))

@@ -17,6 +17,8 @@ mod languages;
 mod letters;
 mod metrics;
 mod outcomes;
+mod page;
+mod page_api;
 mod passes;
 mod pause;
 mod plugins;

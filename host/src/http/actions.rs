@@ -306,10 +306,14 @@ fn read<T: DeserializeOwned + Default>(headers: &HeaderMap, body: Body) -> Resul
     }
     let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     if content_type.split(';').next().unwrap_or_default().trim() != "application/json" {
-        return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "the body must be JSON: send Content-Type: application/json"));
+        return Err(Refusal::new(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "the body must be JSON: send Content-Type: application/json",
+        ));
     }
-    serde_json::from_slice(&body)
-        .map_err(|error| Refusal::bad(format!("the body is not the JSON that is expected here: {}", cut(&error.to_string()))))
+    serde_json::from_slice(&body).map_err(|error| {
+        Refusal::bad(format!("the body is not the JSON that is expected here: {}", cut(&error.to_string())))
+    })
 }
 
 /// As much of it as is repeated to whoever sent it.

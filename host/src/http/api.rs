@@ -96,9 +96,8 @@ pub(super) async fn letters(State(site): State<Arc<Site>>) -> Result<Response, R
 
 async fn look(site: &Site) -> Result<Letters, ByHandError> {
     let by_hand = ByHand::alone(&site.shown.store, &site.shown.broker).await?;
-    let looked = async {
-        Ok(Letters { dead: heap(&by_hand, Pile::Dead).await?, parked: heap(&by_hand, Pile::Parked).await? })
-    };
+    let looked =
+        async { Ok(Letters { dead: heap(&by_hand, Pile::Dead).await?, parked: heap(&by_hand, Pile::Parked).await? }) };
     let looked = looked.await;
     by_hand.end().await;
     looked
@@ -150,7 +149,8 @@ pub(super) async fn explain(State(site): State<Arc<Site>>, RawQuery(query): RawQ
     }
     let mut sentence = words::never_heard_of(&which);
     if matches!(which, Which::Key { .. }) {
-        sentence += "; among what is finished, the page looks only at the last four hours, and tidings explain at all of it";
+        sentence +=
+            "; among what is finished, the page looks only at the last four hours, and tidings explain at all of it";
     }
     Err(Refusal::new(StatusCode::NOT_FOUND, sentence))
 }

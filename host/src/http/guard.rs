@@ -39,7 +39,8 @@ pub(super) async fn with_token(State(site): State<Arc<Site>>, request: Request, 
         return Refusal::new(StatusCode::FORBIDDEN, sentence).into_response();
     };
     let given = request.headers().get(AUTHORIZATION).map(axum::http::HeaderValue::as_bytes);
-    let given = given.and_then(|given| given.split_at_checked(7)).filter(|(how, _)| how.eq_ignore_ascii_case(b"bearer "));
+    let given =
+        given.and_then(|given| given.split_at_checked(7)).filter(|(how, _)| how.eq_ignore_ascii_case(b"bearer "));
     let sentence = match given {
         Some((_, given)) if token.is(given) => return next.run(request).await,
         Some(_) => "the token is wrong: it is the TIDINGS_HTTP_TOKEN that this daemon was started with",
@@ -114,9 +115,9 @@ mod tests {
     use super::*;
 
     fn verdict(only_here: bool, headers: &[(&'static str, &str)]) -> Option<u16> {
-        let headers = headers.iter().map(|(name, value)| {
-            (axum::http::HeaderName::from_static(name), value.parse().expect("a header"))
-        });
+        let headers = headers
+            .iter()
+            .map(|(name, value)| (axum::http::HeaderName::from_static(name), value.parse().expect("a header")));
         stranger(&headers.collect(), only_here).map(|refusal| refusal.status.as_u16())
     }
 

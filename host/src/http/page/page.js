@@ -494,6 +494,7 @@ function show(said) {
   throughput.update(said.hour);
   lateness.update(said.hour);
   showKinds(said);
+  if (!said.letters && !dead.rows.size) say(byId("dead-empty"), "RabbitMQ does not answer, so nobody can look at them.");
   if (database) {
     due.show(database.next.map((row) => [row.id, row]));
     const { rows, or_more: more, newest } = database.parked;
@@ -586,6 +587,7 @@ function errorClock(generation, { kind, failed, last_error_seconds_ago: ago }) {
 let lookedAt = -LETTERS_EVERY;
 let lookedFor = null;
 let looking = null;
+say(byId("dead-empty"), "Looking …");
 
 function lookAtLetters() {
   looking ??= look().finally(() => (looking = null));

@@ -140,7 +140,7 @@ class Plot {
     const base = this.height - BOTTOM;
     for (const ago of [60, 45, 30, 15, 0]) {
       const x = this.x(this.minutes.length - 1 - ago);
-      const text = ago === 0 ? "now" : ago === 60 ? "60 min ago" : String(ago);
+      const text = ago === 0 ? "now" : ago === 60 ? (this.width > 420 ? "60 min ago" : "60 min") : String(ago);
       draw(this.svg, "text", { x: ago === 60 ? LEFT : x, y: base + 17, "text-anchor": { 60: "start", 0: "end" }[ago] ?? "middle" }, text);
     }
     if (this.at !== null) {
