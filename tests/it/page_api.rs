@@ -5,6 +5,7 @@ use harness::consumer::Inbox;
 use harness::daemon::Daemon;
 use harness::world::World;
 use serde_json::{Value, json};
+use ureq::AsSendBody;
 use ureq::http::Request;
 
 use crate::replay::{no_pass_at_start, once, reject, send, until_waiting, waiting};
@@ -13,7 +14,7 @@ use crate::replay::{no_pass_at_start, once, reject, send, until_waiting, waiting
 pub(crate) const TOKEN: &str = "a-token-of-the-tests";
 
 /// Sends a request, and returns the status and the JSON that was answered.
-async fn ask(request: Request<Vec<u8>>) -> (u16, Value) {
+async fn ask<B: AsSendBody + Send + 'static>(request: Request<B>) -> (u16, Value) {
     let asked = tokio::task::spawn_blocking(move || {
         let agent: ureq::Agent =
             ureq::Agent::config_builder().http_status_as_error(false).allow_non_standard_methods(true).build().into();
@@ -31,12 +32,19 @@ fn post(daemon: &str, path: &str, body: &str) -> Request<Vec<u8>> {
     request.body(body.as_bytes().to_vec()).expect("a request")
 }
 
+/// The same request with another header.
+fn with<B>(name: &'static str, value: &str, mut request: Request<B>) -> Request<B> {
+    let name = ureq::http::HeaderName::from_bytes(name.as_bytes()).expect("a name");
+    request.headers_mut().insert(name, value.parse().expect("a value"));
+    request
+}
+
 pub(crate) async fn act(daemon: &str, path: &str, body: Value) -> (u16, Value) {
     ask(post(daemon, path, &body.to_string())).await
 }
 
 pub(crate) async fn get(daemon: &str, path: &str) -> (u16, Value) {
-    ask(Request::get(format!("http://{daemon}{path}")).body(Vec::new()).expect("a request")).await
+    ask(Request::get(format!("http://{daemon}{path}")).body(()).expect("a request")).await
 }
 
 /// A daemon with a parked row and a dead letter, whose ids are returned, and its address.
@@ -139,8 +147,7 @@ async fn whatever_is_wrong_with_a_request_is_said_in_a_sentence_and_nothing_is_d
         status == 415 && answer["error"].as_str().is_some_and(|error| error.contains("application/json")),
         "{answer}"
     );
-    let mut other = post(&addr, "/api/dead/drop", r#"{"all": true}"#);
-    *other.method_mut() = "DELETE".parse().expect("a method");
+    let other = Request::delete(format!("http://{addr}/api/dead/drop")).body(()).expect("a request");
     let (status, answer) = ask(other).await;
     assert!(status == 405 && answer["error"].as_str().is_some_and(|error| error.contains("DELETE")), "{answer}");
     nothing_was_done(&world).await;
@@ -175,10 +182,10 @@ async fn nobody_acts_without_the_right_token_and_no_token_is_ever_shown() {
     let (status, answer) = act(&addr, "/api/token", json!({})).await;
     assert_eq!((status, &answer["says"]), (200, &"the token is right".into()), "{answer}");
     let (status, answer) = act(&addr, &path, json!({})).await;
-    assert_eq!((status, &answer["says"]), (200, &"1 rows dropped for good".into()), "{answer}");
+    assert_eq!((status, &answer["says"]), (200, &"1 row dropped for good".into()), "{answer}");
     let log = daemon.log();
     assert!(log.contains("somebody wanted to act with a wrong token"), "{log}");
-    assert!(log.contains("by hand: 1 rows dropped for good"), "{log}");
+    assert!(log.contains("by hand: 1 row dropped for good"), "{log}");
     assert!(!log.contains(TOKEN) && !log.contains("wrong-token-of-somebody"), "{log}");
 }
 
@@ -224,22 +231,16 @@ async fn no_page_of_another_origin_may_ask_or_act() {
         // A name that somebody points at this machine.
         ("Host", "evil.example", false),
     ] {
-        let with = |mut request: Request<Vec<u8>>| {
-            request
-                .headers_mut()
-                .insert(ureq::http::HeaderName::try_from(name).expect("a name"), value.parse().expect("a value"));
-            request
-        };
-        let look = with(Request::get(format!("{own}/api/overview")).body(Vec::new()).expect("a request"));
+        let look = with(name, value, Request::get(format!("{own}/api/overview")).body(()).expect("a request"));
         let (status, answer) = ask(look).await;
         assert_eq!(status, if allowed { 200 } else { 403 }, "{name}: {value}: {answer}");
         assert_eq!(answer["error"].is_string(), !allowed, "{answer}");
-        let (status, answer) = ask(with(post(&addr, "/api/dead/drop", r#"{"ids": ["nobody"]}"#))).await;
+        let (status, answer) = ask(with(name, value, post(&addr, "/api/dead/drop", r#"{"ids": ["nobody"]}"#))).await;
         assert_eq!(status, if allowed { 404 } else { 403 }, "{name}: {value}: {answer}");
     }
     nothing_was_done(&world).await;
     // What a machine asks is asked by any name.
-    let request = Request::get(format!("{own}/readyz")).header("Host", "tidings.example").body(Vec::new());
+    let request = Request::get(format!("{own}/readyz")).header("Host", "tidings.example").body(());
     assert_eq!(ask(request.expect("a request")).await.0, 200);
     drop(daemon);
 }
@@ -334,7 +335,7 @@ async fn rows_and_letters_go_back_or_away_one_by_one_or_all_and_what_cannot_stay
         .await;
 
     let (status, answer) = act(&addr, &format!("/api/parked/{row}/retry"), json!({})).await;
-    assert_eq!((status, &answer["says"]), (200, &"1 rows put back into the queue".into()), "{answer}");
+    assert_eq!((status, &answer["says"]), (200, &"1 row put back into the queue".into()), "{answer}");
     assert_eq!(inbox.next().await.id().to_string(), row);
     let (status, answer) = act(&addr, "/api/dead/replay", json!({ "ids": [letter, "nobody"] })).await;
     assert_eq!((status, &answer["says"]), (200, &"dead letters: 1 replayed, 0 expired, 0 parked".into()), "{answer}");
@@ -348,7 +349,7 @@ async fn rows_and_letters_go_back_or_away_one_by_one_or_all_and_what_cannot_stay
     let (status, answer) = act(&addr, &format!("/api/parked/{taken}/retry"), json!({})).await;
     assert!(status == 409 && answer["error"].as_str().is_some_and(|error| error.contains("key")), "{status} {answer}");
     let (status, answer) = act(&addr, "/api/parked/retry", json!({ "all": true })).await;
-    assert_eq!((status, &answer["says"]), (200, &"2 rows put back into the queue, 1 stay".into()), "{answer}");
+    assert_eq!((status, &answer["says"]), (200, &"2 rows put back into the queue, and 1 cannot be".into()), "{answer}");
     assert_eq!(answer["stay"][0]["id"], taken.to_string(), "{answer}");
     // They are parked again.
     world.until("SELECT count(*) = 3 FROM tidings.parked").await;

@@ -174,10 +174,10 @@ async fn rows(site: Arc<Site>, from: Peer, deed: Rows, wanted: Wanted) -> Answer
             None => store.parked_ids(ROWS).await?,
         };
         let (what, done) = match deed {
-            Rows::Retry => ("rows put back into the queue", by_hand::retry_rows(&store, &ids, drop).await?),
-            Rows::Drop => ("rows dropped for good", by_hand::drop_rows(&store, &ids, drop).await?),
+            Rows::Retry => ("put back into the queue", by_hand::retry_rows(&store, &ids, drop).await?),
+            Rows::Drop => ("dropped for good", by_hand::drop_rows(&store, &ids, drop).await?),
         };
-        let mut answer = Answer::of(what, "row", done, &wanted)?;
+        let mut answer = Answer::of("row", what, done, &wanted)?;
         if i64::try_from(ids.len()).is_ok_and(|count| count >= ROWS) {
             answer.says += &format!("; {ROWS} are dealt with at once: do it again for more");
         }
@@ -189,10 +189,12 @@ async fn rows(site: Arc<Site>, from: Peer, deed: Rows, wanted: Wanted) -> Answer
 async fn letters(site: Arc<Site>, from: Peer, deed: Letters, wanted: Wanted) -> Answered {
     let of_here = Arc::clone(&site);
     act(site, from, async move {
+        // Not while this daemon looks at them for the page: it would be told that somebody else is at them.
+        let mut kept = of_here.letters.lock().await;
+        *kept = None;
         let mut by_hand = ByHand::alone(&of_here.shown.store, &of_here.shown.broker).await?;
         let done = on_letters(&of_here, &mut by_hand, deed, &wanted).await;
         by_hand.end().await;
-        *of_here.letters.lock().await = None;
         done
     })
     .await
@@ -216,11 +218,11 @@ async fn on_letters(site: &Site, by_hand: &mut ByHand, deed: Letters, wanted: &W
         }
         Letters::RetryParked => {
             let done = by_hand.retry_parked(wanted, drop, shutdown).await?;
-            Answer::of("letters put back", "letter", done, wanted)
+            Answer::of("letter", "put back", done, wanted)
         }
         Letters::DropParked => {
             let done = by_hand.drop_parked(wanted, drop, shutdown).await?;
-            Answer::of("letters dropped for good", "letter", done, wanted)
+            Answer::of("letter", "dropped for good", done, wanted)
         }
     }
 }
@@ -250,17 +252,19 @@ impl Answer {
         Self { says, stay: Vec::new() }
     }
 
-    /// Of work on rows or letters, each a `one`. If nothing was done with those that somebody named, that is an error.
-    fn of(what: &str, one: &str, Done { count, mut stay }: Done, wanted: &Wanted) -> Result<Self, Refusal> {
+    /// Of work on rows or letters, each a `thing`. If nothing was done with those that somebody named, that is an error.
+    fn of(thing: &str, what: &str, Done { count, mut stay }: Done, wanted: &Wanted) -> Result<Self, Refusal> {
         if count == 0 && *wanted != Wanted::All {
             return Err(match stay.first() {
                 Some(Stays { why, .. }) => Refusal::new(StatusCode::CONFLICT, why),
-                None => gone(one),
+                None => gone(thing),
             });
         }
         let stays = stay.len();
         stay.truncate(STAYS);
-        let says = if stays == 0 { format!("{count} {what}") } else { format!("{count} {what}, {stays} stay") };
+        let many = if count == 1 { "" } else { "s" };
+        let stay_too = if stays == 0 { String::new() } else { format!(", and {stays} cannot be") };
+        let says = format!("{count} {thing}{many} {what}{stay_too}");
         Ok(Self { says, stay })
     }
 }

@@ -105,25 +105,22 @@ async fn look(site: &Site) -> Result<Letters, ByHandError> {
 
 async fn heap(by_hand: &ByHand, pile: Pile) -> Result<Heap, ByHandError> {
     let mut letters = Vec::new();
-    let waiting = by_hand.look(pile, LETTERS, |letter| letters.push(letter.into())).await?;
+    let waiting = by_hand.look(pile, LETTERS, |letter| letters.push(shown(letter, pile))).await?;
     Ok(Heap { waiting, letters })
 }
 
-impl From<Letter> for Shown {
-    fn from(letter: Letter) -> Self {
-        let Letter { says, parked_reason, .. } = letter;
-        let died_at = says.died_at.and_then(|seconds| i64::try_from(seconds).ok());
-        Self {
-            id: says.id,
-            kind: says.kind,
-            queue: says.queue,
-            reason: parked_reason.or(says.reason),
-            // RFC 3339 ends with the year 9999, and anybody may have written the time.
-            died_at: died_at
-                .and_then(|seconds| OffsetDateTime::from_unix_timestamp(seconds).ok())
-                .filter(|at| (1970..=9999).contains(&at.year())),
-            replays: says.replays,
-        }
+fn shown(Letter { says, parked_reason, .. }: Letter, pile: Pile) -> Shown {
+    let died_at = says.died_at.and_then(|seconds| i64::try_from(seconds).ok());
+    Shown {
+        id: says.id,
+        kind: says.kind,
+        queue: says.queue,
+        reason: if pile == Pile::Parked { parked_reason } else { says.reason },
+        // RFC 3339 ends with the year 9999, and anybody may have written the time.
+        died_at: died_at
+            .and_then(|seconds| OffsetDateTime::from_unix_timestamp(seconds).ok())
+            .filter(|at| (1970..=9999).contains(&at.year())),
+        replays: says.replays,
     }
 }
 

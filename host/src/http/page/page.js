@@ -4,7 +4,7 @@
 import { Lateness, Throughput, count, span } from "./plots.js";
 
 const EVERY = 2000;
-const LETTERS_EVERY = 30000;
+const LETTERS_EVERY = 10000;
 const byId = (id) => document.getElementById(id);
 
 // --- Text ---------------------------------------------------------------------------------------------------------------
@@ -106,6 +106,7 @@ class Table {
   show(items) {
     const focused = document.activeElement?.closest("tr");
     const at = focused && this.body.contains(focused) ? [...this.body.rows].indexOf(focused) : -1;
+    const which = at < 0 ? 0 : [...focused.querySelectorAll("button")].indexOf(document.activeElement);
     const keys = new Set(items.map(([key]) => key));
     for (const [key, row] of this.rows) {
       if (keys.has(key)) continue;
@@ -124,10 +125,10 @@ class Table {
     });
     this.table.classList.toggle("empty-table", !items.length);
     if (this.empty) this.empty.hidden = items.length > 0;
-    // What had the focus is gone: the next row has it, or the title.
+    // What had the focus is gone: the same button of the next row has it, or the title.
     if (at >= 0 && !focused.isConnected) {
       const next = this.body.rows[Math.min(at, items.length - 1)];
-      (next?.querySelector("button") ?? this.title).focus();
+      (next?.querySelectorAll("button")[which] ?? this.title).focus();
     }
   }
 
