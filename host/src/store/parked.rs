@@ -97,7 +97,14 @@ impl Store {
         let done = connection
             .run("put parked rows back", async |connection| {
                 sqlx::query_scalar!(
-                    r#"SELECT count(*) FILTER (WHERE tidings.unpark(id)) AS "done!" FROM unnest($1::uuid[]) AS id"#,
+                    r#"
+                    SELECT unparked.done AS "done!"
+                    FROM (
+                        SELECT count(*) FILTER (WHERE tidings.unpark(id)) AS done FROM unnest($1::uuid[]) AS id
+                    ) AS unparked,
+                        -- The triggers say nothing of what our own sessions do.
+                        pg_notify('tidings', '')
+                    "#,
                     ids
                 )
                 .fetch_one(connection)

@@ -438,7 +438,7 @@ function letterTable(id, { path, again, doing, one }) {
     ),
     (cell, letter) => cell.replaceChildren(letter.id === null ? make("div", "soft", "without an id") : idButton(letter.id)),
     (cell, { id: message }) => once(cell, () => {
-      if (message === null) return cell.append(make("div", "soft", "only with all")), true;
+      if (message === null) return cell.append(make("div", "soft", "only all at once")), true;
       cell.append(make("div", "buttons",
         actor(again, "quiet", `${again} the ${one} ${message}`, (element) => act(element, doing, `api/${path}/${again.toLowerCase()}`, { ids: [message] })),
         actor("Drop", "quiet drop", `Drop the ${one} ${message}`, async (element) => {
