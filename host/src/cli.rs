@@ -28,7 +28,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::config::{DatabaseArgs, DoctorArgs, HttpArgs, Mistakes, RunArgs};
 use crate::store::{Store, StoreError};
 use crate::telemetry::{self, LogFormat};
-use crate::whereabouts::Pause;
+use crate::words::{pause_sentence, printable};
 use output::{Output, complain};
 
 /// Wrong usage or settings (`EX_USAGE` of sysexits.h).
@@ -188,15 +188,6 @@ fn named(rule: &str) -> String {
     format!("{argument}: {rule}")
 }
 
-/// That a kind is paused: since when, by whom, until when, and why.
-fn pause_sentence(Pause { kind, since, until, reason, by }: &Pause) -> String {
-    let until =
-        until.map_or_else(|| "until somebody resumes it".to_owned(), |until| format!("until {}", times::show(until)));
-    let reason = reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
-    let since = times::show(*since);
-    printable(&format!("the kind {kind} is paused by {by} since {since}, {until}{reason}"))
-}
-
 /// A bar on a terminal, and nothing elsewhere. `length` 0 = none at all.
 ///
 /// # Panics
@@ -214,11 +205,6 @@ fn progress(length: u64, what: &'static str) -> ProgressBar {
 /// A time in words, to the second.
 fn age(time: Duration) -> String {
     humantime::format_duration(Duration::from_secs(time.as_secs())).to_string()
-}
-
-/// One line that cannot do anything to a terminal: anybody may have written what is shown of a letter or a plugin.
-fn printable(text: &str) -> String {
-    text.chars().map(|char| if char.is_control() { ' ' } else { char }).collect()
 }
 
 /// Says what went wrong, with its causes, on one line.

@@ -13,6 +13,7 @@ use clap::Args;
 use mistakes::{number, unknown_variables, url};
 
 use crate::broker::{BrokerSettings, Management, QueueType};
+use crate::http_token::HttpToken;
 use crate::secret_url::SecretUrl;
 use crate::telemetry::{LogFormat, TraceSettings};
 
@@ -80,6 +81,9 @@ pub struct RunArgs {
     /// The time from one pass over the dead letters to the next, in milliseconds
     #[arg(long, env = "TIDINGS_REPLAY_INTERVAL_MS", value_name = "MS", default_value = "900000")]
     replay_interval_ms: String,
+    /// What a person must know to act on the page: 16 to 256 printable ASCII characters; without it the page only shows
+    #[arg(long, env = "TIDINGS_HTTP_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    http_token: Option<HttpToken>,
     /// How often a row may make its plugin fail before it is parked
     #[arg(long, env = "TIDINGS_MAX_ATTEMPTS", value_name = "N", default_value = "20")]
     max_attempts: String,
@@ -131,6 +135,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// `TIDINGS_HTTP_ADDR`; port 0 = any that is free.
     pub http_addr: SocketAddr,
+    /// `TIDINGS_HTTP_TOKEN`; `None`, the default = the page only shows.
+    pub http_token: Option<HttpToken>,
     /// `TIDINGS_SWEEP_MS`, 10 ms to an hour; default 5 s.
     pub sweep: Duration,
     /// `TIDINGS_REPLAY_INTERVAL_MS`, 1 s to a day; default 15 minutes.
@@ -275,6 +281,10 @@ impl RunArgs {
             ));
         }
         let http_addr = self.http.addr(mistakes);
+        let http_token = self.http_token.filter(|token| !token.is_empty());
+        if let Some(mistake) = http_token.as_ref().and_then(HttpToken::mistake) {
+            mistakes.push(format!("TIDINGS_HTTP_TOKEN {mistake}"));
+        }
         let notify = match self.notify.as_str() {
             "on" => Some(true),
             "off" => Some(false),
@@ -303,6 +313,7 @@ impl RunArgs {
             plugin_dir: plugin_dir?,
             state_dir,
             http_addr: http_addr?,
+            http_token,
             sweep: Duration::from_millis(sweep_ms?.into()),
             replay_interval: Duration::from_millis(replay_interval_ms?.into()),
             max_attempts: max_attempts?,
@@ -352,7 +363,7 @@ mod tests {
     fn typed(values: [&str; VARIABLES.len()]) -> RunArgs {
         let [database_url, amqp_url, exchange, queue_type, replay_max, plugin_dir, http_addr, rest @ ..] =
             values.map(str::to_owned);
-        let [sweep_ms, replay_interval_ms, max_attempts, notify, canary_ms, log, history_days] = rest;
+        let [sweep_ms, replay_interval_ms, max_attempts, notify, canary_ms, log, history_days, http_token] = rest;
         RunArgs {
             servers: ServerArgs {
                 database: DatabaseArgs { database_url: Some(database_url) },
@@ -364,6 +375,7 @@ mod tests {
             plugin_dir: Some(plugin_dir),
             state: StateArgs { state_dir: Some("/var/lib/tidings".into()) },
             http: HttpArgs { http_addr },
+            http_token: Some(http_token.into()),
             sweep_ms,
             replay_interval_ms,
             max_attempts,
@@ -375,7 +387,7 @@ mod tests {
     }
 
     /// The variables that can be wrong, and a good value of each.
-    const VARIABLES: [(&str, &str); 14] = [
+    const VARIABLES: [(&str, &str); 15] = [
         ("TIDINGS_DATABASE_URL", DATABASE_URL),
         ("TIDINGS_AMQP_URL", AMQP_URL),
         ("TIDINGS_EXCHANGE", "tidings"),
@@ -390,6 +402,7 @@ mod tests {
         ("TIDINGS_CANARY_MS", "60000"),
         ("TIDINGS_LOG", "json"),
         ("TIDINGS_HISTORY_DAYS", "36500"),
+        ("TIDINGS_HTTP_TOKEN", "0123456789abcdef"),
     ];
 
     #[test]
@@ -440,9 +453,9 @@ mod tests {
             let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
             let _entered = runtime.enter();
             let url = |scheme: &str| format!("{scheme}://user:{before}SECRET{after}@host{rest}");
-            let (database_url, amqp_url) = (url("postgres"), url("amqp"));
+            let (database_url, amqp_url, token) = (url("postgres"), url("amqp"), format!("{before}SECRET{after}{rest}"));
             let mut values = VARIABLES.map(|(_, value)| value);
-            for (at, value) in [(0, &database_url), (1, &amqp_url)] {
+            for (at, value) in [(0, &database_url), (1, &amqp_url), (14, &token)] {
                 values[at] = value;
                 let shown = match typed(values).check() {
                     Ok(config) => {

@@ -37,8 +37,8 @@ const RETENTION_INTERVAL: Duration = Duration::from_hours(1);
 pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
     let wake = Arc::new(Wake::default());
     let health = Arc::new(Health::new(config.sweep));
-    // The lanes, the look, holding rows and releasing them, the removal of history, the canary, and HTTP.
-    let store = Store::new(&config.servers.database_url, LANES + 6);
+    // The lanes, the look, holding rows and releasing them, the removal of history, the canary, HTTP, and the page.
+    let store = Store::new(&config.servers.database_url, LANES + 7);
     let metrics = telemetry::start_metrics()?;
     let http = Http::bind(config.http_addr).await?;
     let broker = Arc::new(Broker::new(&config.servers.broker, Arc::clone(&wake)));
@@ -62,6 +62,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         metrics: metrics.clone(),
         health: Arc::clone(&health),
         notify: config.notify,
+        token: config.http_token.clone(),
+        replay_max: config.servers.replay_max,
     };
     loops.spawn(http.run(shown, shutdown.clone()));
     spawn(&mut loops, telemetry::upkeep(metrics, shutdown.clone()));

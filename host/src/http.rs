@@ -1,26 +1,37 @@
-//! The daemon's HTTP interface. It shows; it never decides, and nothing waits for it.
+//! The daemon's HTTP interface: it shows what is, from the first moment, and on the page and through the API a person may
+//! act by hand. It never decides, and no loop waits for it.
 
+mod actions;
+mod api;
+mod guard;
+mod overview;
+mod page;
+mod refusal;
 mod scrape;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use axum::extract::State;
+use axum::extract::{DefaultBodyLimit, FromRef, State};
 use axum::http::StatusCode;
+use axum::middleware::{from_fn_with_state, map_response};
 use axum::response::{IntoResponse as _, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Serialize;
 use tokio::net::TcpListener;
+use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tracing::info;
 
 use crate::broker::Broker;
 use crate::health::Health;
+use crate::http_token::HttpToken;
 use crate::plugins::{PluginStatus, Registry};
 use crate::store::{Store, StoreError};
 use crate::whereabouts::Pause;
@@ -50,6 +61,33 @@ pub struct Shown {
     pub health: Arc<Health>,
     /// Whether notifications are wanted.
     pub notify: bool,
+    /// Who may act; `None` = nobody.
+    pub token: Option<HttpToken>,
+    /// How often a dead letter may be replayed; 0 = as often as it takes.
+    pub replay_max: u32,
+}
+
+/// What is shown, and what the interface remembers for itself.
+struct Site {
+    shown: Shown,
+    /// Where it listens.
+    addr: SocketAddr,
+    began: Instant,
+    /// The last overview, and when it was made.
+    overview: Mutex<Option<(Instant, Arc<str>)>>,
+    /// The last look at the letters.
+    letters: Mutex<Option<(Instant, Arc<str>)>>,
+    /// Whose turn it is to ask the database for something that takes longer.
+    turn: Mutex<()>,
+    /// What a person has begun.
+    at_work: TaskTracker,
+    shutdown: CancellationToken,
+}
+
+impl FromRef<Arc<Site>> for Shown {
+    fn from_ref(site: &Arc<Site>) -> Self {
+        site.shown.clone()
+    }
 }
 
 /// What `GET /readyz` answers.
@@ -94,20 +132,67 @@ impl Http {
     ///
     /// When the address is lost.
     pub async fn run(self, shown: Shown, shutdown: CancellationToken) -> anyhow::Result<()> {
-        info!("HTTP at http://{}", self.0.local_addr()?);
-        let router = Router::new()
-            .route("/api/plugins", get(list_plugins))
-            .route("/metrics", get(scrape::show_metrics))
-            .route("/livez", get(is_alive))
-            .route("/readyz", get(is_ready))
-            .with_state(shown);
+        let addr = self.0.local_addr()?;
+        info!("HTTP at http://{addr}");
+        let site = Arc::new(Site {
+            shown,
+            addr,
+            began: Instant::now(),
+            overview: Mutex::default(),
+            letters: Mutex::default(),
+            turn: Mutex::default(),
+            at_work: TaskTracker::new(),
+            shutdown: shutdown.clone(),
+        });
+        let service = routes(&site).into_make_service_with_connect_info::<SocketAddr>();
         // Requests in flight are not waited for: whoever asked can ask again.
         tokio::select! {
             biased;
-            () = shutdown.cancelled() => Ok(()),
-            ended = axum::serve(self.0, router) => Ok(ended?),
+            () = shutdown.cancelled() => {}
+            ended = axum::serve(self.0, service) => ended?,
         }
+        // What a person has begun ends after the letters that are on their way: broken off, it would leave copies.
+        site.at_work.close();
+        site.at_work.wait().await;
+        Ok(())
     }
+}
+
+fn routes(site: &Arc<Site>) -> Router {
+    let acting = Router::new()
+        .route("/api/token", post(actions::token))
+        .route("/api/kinds/{kind}/pause", post(actions::pause))
+        .route("/api/kinds/{kind}/resume", post(actions::resume))
+        .route("/api/parked/retry", post(actions::retry_rows))
+        .route("/api/parked/drop", post(actions::drop_rows))
+        .route("/api/parked/{id}/retry", post(actions::retry_row))
+        .route("/api/parked/{id}/drop", post(actions::drop_row))
+        .route("/api/dead/replay", post(actions::replay_dead))
+        .route("/api/dead/drop", post(actions::drop_dead))
+        .route("/api/parked-letters/retry", post(actions::retry_parked))
+        .route("/api/parked-letters/drop", post(actions::drop_parked))
+        .route_layer(from_fn_with_state(Arc::clone(site), guard::with_token));
+    let api = Router::new()
+        .route("/api/overview", get(api::overview))
+        .route("/api/letters", get(api::letters))
+        .route("/api/rows", get(api::explain))
+        .route("/api/plugins", get(list_plugins))
+        .merge(acting)
+        .route_layer(from_fn_with_state(Arc::clone(site), guard::own_page));
+    Router::new()
+        .route("/", get(page::html))
+        .route("/page.css", get(page::style))
+        .route("/page.js", get(page::script))
+        .route("/plots.js", get(page::plots))
+        .route("/metrics", get(scrape::show_metrics))
+        .route("/livez", get(is_alive))
+        .route("/readyz", get(is_ready))
+        .merge(api)
+        .fallback(refusal::nowhere)
+        .method_not_allowed_fallback(refusal::not_so)
+        .layer(map_response(page::guarded))
+        .layer(DefaultBodyLimit::max(actions::LARGEST_BODY))
+        .with_state(Arc::clone(site))
 }
 
 async fn list_plugins(State(Shown { plugins, store, .. }): State<Shown>) -> Response {
@@ -132,21 +217,31 @@ async fn is_alive(State(Shown { health, .. }): State<Shown>) -> Response {
 
 /// 200 if rows that fall due now are delivered now; otherwise 503 and why not.
 async fn is_ready(State(shown): State<Shown>) -> Response {
+    let (reasons, _) = readiness(&shown).await;
+    let ready = reasons.is_empty();
+    let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, Json(Ready { ready, reasons })).into_response()
+}
+
+/// Why rows that fall due now are not delivered now, and whether the database answers.
+async fn readiness(shown: &Shown) -> (Vec<String>, bool) {
     let mut reasons = shown.health.lacking(shown.notify);
     if !shown.broker.is_open() {
         reasons.push(format!("RabbitMQ at {} is away, or blocks publishing", shown.broker.place()));
     }
     // A task of its own: a statement that was sent is seen through, whoever still waits for it.
+    let (store, health) = (shown.store.clone(), Arc::clone(&shown.health));
     let asked = tokio::spawn(async move {
-        if shown.health.started.load(Ordering::Relaxed) {
-            shown.store.check_schema().await.map_err(anyhow::Error::from)?;
+        if health.started.load(Ordering::Relaxed) {
+            store.check_schema().await.map_err(anyhow::Error::from)?;
         } else {
-            shown.store.check().await.map_err(anyhow::Error::from)?;
+            store.check().await.map_err(anyhow::Error::from)?;
         }
-        shown.store.overdue().await.map_err(anyhow::Error::from)
+        store.overdue().await.map_err(anyhow::Error::from)
     });
     let asked =
         tokio::time::timeout(PATIENCE, asked).await.map(|asked| asked.unwrap_or_else(|panic| Err(panic.into())));
+    let answers = matches!(asked, Ok(Ok(_)));
     match asked {
         Ok(Ok(overdue)) if overdue > LATE => {
             reasons.push(format!("late: a row that nothing holds back has been due for {} s", overdue.as_secs()));
@@ -155,7 +250,5 @@ async fn is_ready(State(shown): State<Shown>) -> Response {
         Ok(Err(error)) => reasons.push(format!("PostgreSQL: {error:#}")),
         Err(_) => reasons.push(format!("PostgreSQL did not answer within {} s", PATIENCE.as_secs())),
     }
-    let ready = reasons.is_empty();
-    let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(Ready { ready, reasons })).into_response()
+    (reasons, answers)
 }

@@ -9,6 +9,7 @@ pub mod http;
 pub mod lifecycle;
 pub mod telemetry;
 
+pub mod by_hand;
 pub mod canary;
 pub mod delivery;
 pub mod dispatcher;
@@ -20,11 +21,13 @@ pub mod backoff;
 pub mod clock;
 pub mod dead_letter;
 pub mod event;
+pub mod http_token;
 pub mod message;
 pub mod schedule;
 pub mod secret_url;
 mod trust;
 pub mod whereabouts;
+pub mod words;
 
 pub mod broker;
 pub mod plugins;

@@ -2,6 +2,7 @@
 //! traces, if somebody collects them. Every metric and every attribute has its name here and nowhere else.
 
 mod bounded;
+mod hour;
 mod json;
 mod kinds;
 mod metrics;
@@ -14,6 +15,7 @@ use tracing_subscriber::EnvFilter;
 use bounded::Bounded;
 use json::Json;
 
+pub use hour::{LastHour, Minute, last_hour};
 pub use kinds::{Batch, CallResult, Calls, serve};
 pub use metrics::{
     Expired, Reload, Server, Serving, count_claim, count_dropped_spans, count_expired, count_held, count_lost_canary,

@@ -4,6 +4,7 @@
 pub mod amqp_proxy;
 pub mod authority;
 pub mod bindings;
+pub mod browser;
 pub mod build;
 pub mod collector;
 pub mod consumer;

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Mutex;
 
 use anyhow::{Context as _, bail};
 
@@ -51,6 +52,39 @@ pub fn pgbouncer() -> anyhow::Result<PathBuf> {
         install(&["pgbouncer"]).context("PgBouncer is needed; install it and try again")?;
     }
     find().context("pgbouncer is in none of the usual places")
+}
+
+/// A browser, and what drives it.
+#[derive(Debug)]
+pub struct Chromium {
+    /// Chromium, or Chrome.
+    pub browser: PathBuf,
+    /// Its `chromedriver`.
+    pub driver: PathBuf,
+}
+
+/// Finds Chromium and its driver, or installs them.
+///
+/// # Errors
+///
+/// As [`servers`].
+pub fn chromium() -> anyhow::Result<Chromium> {
+    // Many tests want it at once.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _one = ONE_AT_A_TIME.lock().expect("nobody panics with it");
+    let find = |names: &[&str]| {
+        names.iter().find_map(|name| search_path().into_iter().map(|dir| dir.join(name)).find(|path| path.exists()))
+    };
+    let browser = || find(&["chromium", "chromium-browser", "google-chrome"]);
+    let driver = || find(&["chromedriver"]);
+    if browser().is_none() || driver().is_none() {
+        install(&["chromium", "chromium-driver"])
+            .context("Chromium and its chromedriver are needed; install them and try again")?;
+    }
+    Ok(Chromium {
+        browser: browser().context("chromium is not in the PATH")?,
+        driver: driver().context("chromedriver is not in the PATH")?,
+    })
 }
 
 fn postgres() -> Option<PathBuf> {

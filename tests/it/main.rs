@@ -19,6 +19,8 @@ mod letters;
 mod metrics;
 mod names;
 mod outcomes;
+mod page;
+mod page_api;
 mod passes;
 mod pause;
 mod plugins;

@@ -24,6 +24,35 @@ async fn the_checked_queries_are_those_of_the_schema() {
     assert!(checked > 0, "there are none");
 }
 
+/// The checked query with this part.
+fn checked(part: &str) -> String {
+    let dir = std::fs::read_dir(harness::repository().join(".sqlx")).expect("the checked queries");
+    let queries = dir.map(|entry| std::fs::read_to_string(entry.expect("an entry").path()).expect("a file"));
+    let mut texts = queries.map(|text| {
+        serde_json::from_str::<serde_json::Value>(&text).expect("JSON")["query"].as_str().expect("a query").to_owned()
+    });
+    texts.find(|text| text.contains(part)).unwrap_or_else(|| panic!("no query with {part}"))
+}
+
+/// How many pages a query reads, prepared and planned for any argument, and its plan.
+async fn pages(world: &World, query: &str, types: &str, arguments: &str) -> (u64, String) {
+    let mut connection = world.db.acquire().await.expect("a connection");
+    let mut run =
+        async |sql: String| sqlx::query(AssertSqlSafe(sql)).fetch_all(&mut *connection).await.expect("it runs");
+    run(format!("PREPARE asked({types}) AS {query}")).await;
+    // From the sixth on, PostgreSQL may plan for any argument.
+    for _ in 0..6 {
+        run(format!("EXECUTE asked({arguments})")).await;
+    }
+    let plan = run(format!("EXPLAIN (ANALYZE, BUFFERS, COSTS OFF) EXECUTE asked({arguments})")).await;
+    run("DEALLOCATE asked".into()).await;
+    let plan: Vec<String> = plan.iter().map(|row| sqlx::Row::get(row, 0)).collect();
+    // The first is that of the whole statement.
+    let buffers = plan.iter().find(|line| line.contains("Buffers: shared")).expect("they are counted");
+    let pages = buffers.split(['=', ' ']).filter_map(|word| word.parse::<u64>().ok()).sum();
+    (pages, plan.join("\n"))
+}
+
 #[tokio::test]
 async fn a_look_at_the_queue_costs_the_same_however_many_rows_are_held() {
     let world = World::empty().await;
@@ -38,25 +67,29 @@ async fn a_look_at_the_queue_costs_the_same_however_many_rows_are_held() {
     world.sql("INSERT INTO tidings.schedules (kind, due_at, held) SELECT 'other', now(), true FROM generate_series(1, 1000)").await;
     world.sql("INSERT INTO tidings.pauses (kind) VALUES ('other')").await;
     world.sql("ANALYZE tidings.schedules").await;
-    let dir = std::fs::read_dir(harness::repository().join(".sqlx")).expect("the checked queries");
-    let queries = dir.map(|entry| std::fs::read_to_string(entry.expect("an entry").path()).expect("a file"));
-    let queries: Vec<serde_json::Value> = queries.map(|text| serde_json::from_str(&text).expect("JSON")).collect();
-    let mut texts = queries.iter().map(|file| file["query"].as_str().expect("a query"));
-    let look = texts.find(|text| text.contains("held_for_us")).expect("the look is among them");
-    let mut connection = world.db.acquire().await.expect("a connection");
-    let mut run =
-        async |sql: String| sqlx::query(AssertSqlSafe(sql)).fetch_all(&mut *connection).await.expect("it runs");
 
-    run(format!("PREPARE look(text[]) AS {look}")).await;
-    // From the sixth on, PostgreSQL may plan for any argument.
-    for _ in 0..6 {
-        run("EXECUTE look('{message,other}')".into()).await;
+    let (pages, plan) = pages(&world, &checked("held_for_us"), "text[]", "'{message,other}'").await;
+
+    assert!(pages < 40, "{plan}");
+}
+
+#[tokio::test]
+async fn what_the_page_shows_costs_the_same_however_many_rows_wait_or_are_parked() {
+    let world = World::empty().await;
+    world.sql("INSERT INTO tidings.schedules (kind, due_at) SELECT 'message', now() + number * interval '1 minute' FROM generate_series(1, 100000) AS number").await;
+    world
+        .sql(
+            "INSERT INTO tidings.parked (id, kind, due_at, payload, headers, attempts, created_at, reason)
+             SELECT tidings.uuid_v7(), 'message', now(), '{}', '{}', 0, now(), repeat('x', 500) FROM generate_series(1, 100000)",
+        )
+        .await;
+    world.sql("ANALYZE").await;
+    for (part, types, arguments, most) in [
+        ("left(reason, 1000)", "bigint", "50", 120),
+        ("SELECT id FROM tidings.parked ORDER BY id LIMIT", "bigint", "50", 120),
+        ("slot_at AS \"at!\"", "timestamptz, float8, text, bigint", "now(), NULL, NULL, 10", 40),
+    ] {
+        let (pages, plan) = pages(&world, &checked(part), types, arguments).await;
+        assert!(pages < most && !plan.contains("Seq Scan"), "{pages} {part}\n{plan}");
     }
-    let plan = run("EXPLAIN (ANALYZE, BUFFERS, COSTS OFF) EXECUTE look('{message,other}')".into()).await;
-
-    let plan: Vec<String> = plan.iter().map(|row| sqlx::Row::get(row, 0)).collect();
-    // The first is that of the whole statement.
-    let buffers = plan.iter().find(|line| line.contains("Buffers: shared")).expect("they are counted");
-    let pages = buffers.split(['=', ' ']).filter_map(|word| word.parse::<u64>().ok());
-    assert!(pages.sum::<u64>() < 40, "{}", plan.join("\n"));
 }

@@ -5,7 +5,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::Context as _;
 use harness::servers::Servers;
-use harness::{build, repository};
+use harness::{build, repository, setup};
 
 fn main() -> ExitCode {
     match verify() {
@@ -30,6 +30,7 @@ fn verify() -> anyhow::Result<bool> {
     eprintln!("building the example consumers ...");
     build::rust_consumer()?;
     build::python_consumer()?;
+    setup::chromium()?;
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     if std::env::args().len() == 1 {
         eprintln!("breaking things for a while ...");

@@ -6,7 +6,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand};
 use serde::Serialize;
 use time::OffsetDateTime;
@@ -14,12 +13,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::output::Output;
 use super::{age, fail, printable, progress, times, usage};
-use crate::broker::{Broker, DeadLetters, Pile};
-use crate::config::{Mistakes, ServerArgs, ServerSettings};
+use crate::broker::{Broker, Pile};
+use crate::by_hand::ByHand;
+use crate::config::{Mistakes, ServerArgs};
 use crate::dead_letter::{DeadLetter, Fate, Tally};
 use crate::lifecycle::shutdown_on_signal;
 use crate::replayer::{drop_letters, take_back, window};
-use crate::store::{Pass, Store};
+use crate::store::Store;
 use crate::telemetry::{TraceSettings, Traces};
 use crate::wake::Wake;
 
@@ -154,28 +154,27 @@ struct Dropped {
 pub(super) async fn run(command: Command, output: Output) -> ExitCode {
     match command {
         Command::List(ListArgs { servers, filter }) => {
-            with_letters(servers, output, async |by_hand| list(by_hand, &filter).await).await
+            with_letters(servers, output, async |work| list(work, &filter).await).await
         }
         Command::Replay(ReplayArgs { servers, filter, dry_run: true }) => {
-            with_letters(servers, output, async |by_hand| dry_run(by_hand, &filter).await).await
+            with_letters(servers, output, async |work| dry_run(work, &filter).await).await
         }
         Command::Replay(ReplayArgs { servers, filter, dry_run: false }) => {
-            with_letters(servers, output, async |by_hand| replay(by_hand, &filter).await).await
+            with_letters(servers, output, async |work| replay(work, &filter).await).await
         }
         Command::Drop(args) if !args.all && args.filter.takes_all() => {
             let sentence = "say which letters to drop for good, with --kind, --queue or --since, or say --all";
             usage(&Mistakes::from(sentence))
         }
         Command::Drop(DropArgs { servers, filter, .. }) => {
-            with_letters(servers, output, async |by_hand| drop_them(by_hand, &filter).await).await
+            with_letters(servers, output, async |work| drop_them(work, &filter).await).await
         }
     }
 }
 
-/// The letters, and the right to touch them.
-struct ByHand {
-    pass: Pass,
-    letters: DeadLetters,
+/// The letters, and what is given for the work on them.
+struct Work {
+    by_hand: ByHand,
     /// How often a letter may be replayed.
     max: u32,
     /// How many letters lie there.
@@ -190,17 +189,20 @@ struct ByHand {
 async fn with_letters<T: fmt::Display + Serialize>(
     servers: ServerArgs,
     output: Output,
-    work: impl AsyncFnOnce(&mut ByHand) -> anyhow::Result<T>,
+    work: impl AsyncFnOnce(&mut Work) -> anyhow::Result<T>,
 ) -> ExitCode {
     let servers = match servers.check() {
         Ok(servers) => servers,
         Err(mistakes) => return usage(&mistakes),
     };
     let done = async {
-        let mut by_hand = ByHand::alone(&servers).await?;
-        let done = work(&mut by_hand).await;
-        by_hand.letters.close().await;
-        by_hand.pass.end().await;
+        let broker = Broker::new(&servers.broker, Arc::new(Wake::default()));
+        let by_hand = ByHand::alone(&Store::new(&servers.database_url, 1), &broker).await?;
+        let waiting = by_hand.waiting(Pile::Dead).await?;
+        let (max, stop, traces) = (servers.replay_max, shutdown_on_signal()?, servers.traces.clone());
+        let mut with = Work { by_hand, max, waiting, stop, traces };
+        let done = work(&mut with).await;
+        with.by_hand.end().await;
         done
     };
     match done.await {
@@ -212,37 +214,14 @@ async fn with_letters<T: fmt::Display + Serialize>(
     }
 }
 
-impl ByHand {
-    /// Gets the right to the letters, unless somebody else has it.
-    async fn alone(servers: &ServerSettings) -> anyhow::Result<Self> {
-        let broker = Broker::new(&servers.broker, Arc::new(Wake::default()));
-        let Some(pass) = Store::new(&servers.database_url, 1).wait_for_dead_letters(broker.exchange()).await? else {
-            bail!(
-                "somebody is making a pass over the dead letters of {} at this moment; try again soon",
-                broker.exchange()
-            )
-        };
-        let letters = broker.dead_letters().await?;
-        let waiting = letters.waiting(Pile::Dead).await;
-        let waiting = waiting.with_context(|| {
-            format!(
-                "there are no dead letters of {}; the daemon declares their queue when it starts",
-                broker.exchange()
-            )
-        })?;
-        let stop = shutdown_on_signal()?;
-        Ok(Self { pass, letters, max: servers.replay_max, waiting, stop, traces: servers.traces.clone() })
-    }
-}
-
-async fn list(ByHand { letters, waiting, .. }: &mut ByHand, filter: &Filter) -> anyhow::Result<Listed> {
+async fn list(Work { by_hand, waiting, .. }: &mut Work, filter: &Filter) -> anyhow::Result<Listed> {
     let bar = progress(u64::from(*waiting), "looked at");
     let (now_seconds, mut listed) = (now_seconds(), 0);
     let mut groups: BTreeMap<[Option<String>; 3], (u32, Option<u64>)> = BTreeMap::new();
     let mut left = *waiting;
     while left > 0 {
         // Nothing is acknowledged: all of it is where it was when this connection closes.
-        for letter in window(letters, Pile::Dead, &mut left).await? {
+        for letter in window(&by_hand.letters, Pile::Dead, &mut left).await? {
             bar.inc(1);
             if !filter.takes(&letter.says, now_seconds) {
                 continue;
@@ -268,9 +247,10 @@ async fn list(ByHand { letters, waiting, .. }: &mut ByHand, filter: &Filter) -> 
 }
 
 async fn replay(
-    ByHand { pass, letters, max, waiting, stop, traces }: &mut ByHand,
+    Work { by_hand, max, waiting, stop, traces }: &mut Work,
     filter: &Filter,
 ) -> anyhow::Result<Replayed> {
+    let ByHand { pass, letters, .. } = by_hand;
     let traces = Traces::start(traces.as_ref())?;
     let (bar, now) = (progress(u64::from(*waiting), "dealt with"), now_seconds());
     let wanted = |letter: &DeadLetter| filter.takes(letter, now);
@@ -281,7 +261,8 @@ async fn replay(
 }
 
 /// Says letter by letter what a pass would do, and does nothing.
-async fn dry_run(ByHand { pass, letters, max, waiting, .. }: &mut ByHand, filter: &Filter) -> anyhow::Result<Replayed> {
+async fn dry_run(Work { by_hand, max, waiting, .. }: &mut Work, filter: &Filter) -> anyhow::Result<Replayed> {
+    let ByHand { pass, letters, .. } = by_hand;
     let (mut tally, now, mut left) = (Tally::default(), now_seconds(), *waiting);
     let mut would = Vec::new();
     while left > 0 {
@@ -307,10 +288,8 @@ async fn dry_run(ByHand { pass, letters, max, waiting, .. }: &mut ByHand, filter
     Ok(Replayed::of(&tally, Some(would)))
 }
 
-async fn drop_them(
-    ByHand { pass, letters, waiting, stop, .. }: &mut ByHand,
-    filter: &Filter,
-) -> anyhow::Result<Dropped> {
+async fn drop_them(Work { by_hand, waiting, stop, .. }: &mut Work, filter: &Filter) -> anyhow::Result<Dropped> {
+    let ByHand { pass, letters, .. } = by_hand;
     let (bar, now) = (progress(u64::from(*waiting), "looked at"), now_seconds());
     let dropped = drop_letters(letters, pass, |letter| filter.takes(letter, now), |seen| bar.inc(seen), stop).await;
     bar.finish_and_clear();

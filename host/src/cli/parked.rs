@@ -6,23 +6,19 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand};
 use serde::Serialize;
 use time::OffsetDateTime;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::output::{Output, complain};
 use super::{NOT_FOUND, age, fail, printable, progress, usage};
-use crate::broker::{Broker, DeadLetters, Pile, Sending, Sent};
+use crate::broker::{Broker, Letter, Pile};
+use crate::by_hand::{ByHand, Stays, Wanted, drop_rows, retry_rows};
 use crate::config::{Mistakes, ServerArgs};
-use crate::dead_letter::Fate;
-use crate::replayer::window;
-use crate::store::{ParkedRow, Pass, Store};
+use crate::store::{ParkedRow, Store};
 use crate::wake::Wake;
-
-/// Rows that are put back or dropped by one statement.
-const CHUNK: usize = 500;
 
 /// What can be done with what is parked.
 #[derive(Debug, Subcommand)]
@@ -86,11 +82,11 @@ struct ParkedLetter {
     reason: Option<String>,
 }
 
-/// What could not be put back.
-#[derive(Debug, Serialize)]
-struct Stays {
-    id: Option<String>,
-    why: String,
+impl From<Letter> for ParkedLetter {
+    fn from(letter: Letter) -> Self {
+        let Letter { says, parked_reason, .. } = letter;
+        Self { id: says.id, kind: says.kind, queue: says.queue, reason: parked_reason }
+    }
 }
 
 /// How many were put back, and what was not.
@@ -142,123 +138,64 @@ async fn run_on(Which { servers, ids, all }: Which, deed: Deed) -> anyhow::Resul
     let store = Store::new(&servers.database_url, 1);
     let broker = Broker::new(&servers.broker, Arc::new(Wake::default()));
     // Both servers before anything is done on one of them.
-    let Some(mut pass) = store.wait_for_dead_letters(broker.exchange()).await? else {
-        bail!("somebody is making a pass over the dead letters of {} at this moment; try again soon", broker.exchange())
-    };
-    let letters = broker.dead_letters().await?;
+    let mut by_hand = ByHand::alone(&store, &broker).await?;
+    let wanted = if all { Wanted::All } else { Wanted::Ids(ids.into_iter().collect()) };
     let mut done = Done::default();
-    let takes = |id: Option<&str>| all || id.is_some_and(|id| ids.iter().any(|wanted| wanted == id));
     let worked = async {
-        on_rows(&store, takes, deed, &mut done).await?;
-        on_letters(&letters, &mut pass, takes, deed, &mut done).await
+        on_rows(&store, &wanted, deed, &mut done).await?;
+        on_letters(&mut by_hand, &wanted, deed, &mut done).await
     };
     let worked = worked.await;
-    letters.close().await;
-    pass.end().await;
+    by_hand.end().await;
     worked.map(|()| Ok(done))
 }
 
-async fn on_rows(
-    store: &Store,
-    takes: impl Fn(Option<&str>) -> bool,
-    deed: Deed,
-    done: &mut Done,
-) -> anyhow::Result<()> {
+async fn on_rows(store: &Store, wanted: &Wanted, deed: Deed, done: &mut Done) -> anyhow::Result<()> {
     let mut rows = store.parked().await?;
-    rows.retain(|row| takes(Some(&row.id.to_string())));
+    rows.retain(|row| wanted.takes(Some(&row.id.to_string())));
     if deed == Deed::List {
         done.listed.rows = rows;
         return Ok(());
     }
     let ids: Vec<Uuid> = rows.iter().map(|row| row.id).collect();
     let bar = progress(ids.len() as u64, "rows");
-    for chunk in ids.chunks(CHUNK) {
-        done.rows += match deed {
-            Deed::Drop => store.drop_parked(chunk).await?,
-            _ => match store.unpark(chunk).await {
-                Err(error) if error.is_refusal() => {
-                    // One of them cannot go back, since its key is taken for instance: the others can.
-                    let mut count = 0;
-                    for id in chunk {
-                        match store.unpark(&[*id]).await {
-                            Ok(one) => count += one,
-                            Err(error) => {
-                                let why = format!("{:#}", anyhow::Error::from(error));
-                                bar.suspend(|| stays(Some(id.to_string()), why, done));
-                            }
-                        }
-                    }
-                    count
-                }
-                count => count?,
-            },
-        };
-        bar.inc(chunk.len() as u64);
-    }
+    let more = |rows| bar.inc(rows as u64);
+    let worked = match deed {
+        Deed::Drop => drop_rows(store, &ids, more).await,
+        _ => retry_rows(store, &ids, more).await,
+    };
     bar.finish_and_clear();
+    let worked = worked?;
+    done.rows = worked.count;
+    stay(worked.stay, done);
     Ok(())
 }
 
-/// Goes once through the parked letters. Those that nothing is done with are back when the connection closes.
-async fn on_letters(
-    letters: &DeadLetters,
-    pass: &mut Pass,
-    takes: impl Fn(Option<&str>) -> bool,
-    deed: Deed,
-    done: &mut Done,
-) -> anyhow::Result<()> {
-    let mut waiting = letters
-        .waiting(Pile::Parked)
-        .await
-        .context("there are no parked letters; the daemon declares their queue when it starts")?;
-    let bar = progress(if deed == Deed::List { 0 } else { waiting.into() }, "letters");
-    while waiting > 0 {
-        let clock = pass.clock().await?;
-        let mut back = Vec::new();
-        for letter in window(letters, Pile::Parked, &mut waiting).await? {
-            bar.inc(1);
-            if !takes(letter.says.id.as_deref()) {
-                continue;
-            }
-            match deed {
-                Deed::List => done.listed.letters.push(ParkedLetter {
-                    id: letter.says.id,
-                    kind: letter.says.kind,
-                    queue: letter.says.queue,
-                    reason: letter.parked_reason,
-                }),
-                Deed::Drop => {
-                    letters.acknowledge(&letter).await?;
-                    done.letters += 1;
-                }
-                // A person wants it, however often it was replayed.
-                Deed::Retry => match letter.says.fate(clock.now_ms(), 0) {
-                    Fate::Replay { queue, expiration_ms, replays } => {
-                        back.push((letter, Sending::Back { queue, expiration_ms, replays }));
-                    }
-                    Fate::Expired => {
-                        let why = "its deadline has come, and nobody may see it any more; drop it";
-                        stays(letter.says.id, why.into(), done);
-                    }
-                    Fate::Park(reason) => stays(letter.says.id, reason, done),
-                    Fate::Leave(reason) => stays(letter.says.id, reason.into(), done),
-                },
-            }
-        }
-        let (sent, others) = letters.send(back).await?;
-        done.letters += usize::try_from(sent).unwrap_or(usize::MAX);
-        for (letter, sent) in others {
-            let why = if sent == Sent::NoQueue { "its queue is gone" } else { "its queue did not take it" };
-            stays(letter.says.id, why.into(), done);
-        }
+/// Goes once through the parked letters.
+async fn on_letters(by_hand: &mut ByHand, wanted: &Wanted, deed: Deed, done: &mut Done) -> anyhow::Result<()> {
+    if deed == Deed::List {
+        let see = |letter: Letter| done.listed.letters.push(letter.into());
+        by_hand.look(Pile::Parked, u32::MAX, see).await?;
+        return Ok(());
     }
+    let bar = progress(by_hand.waiting(Pile::Parked).await?.into(), "letters");
+    let (more, never) = (|letters| bar.inc(letters as u64), CancellationToken::new());
+    let worked = match deed {
+        Deed::Drop => by_hand.drop_parked(wanted, more, &never).await,
+        _ => by_hand.retry_parked(wanted, more, &never).await,
+    };
     bar.finish_and_clear();
+    let worked = worked?;
+    done.letters = worked.count;
+    stay(worked.stay, done);
     Ok(())
 }
 
-fn stays(id: Option<String>, why: String, done: &mut Done) {
-    complain(format_args!("tidings: {} stays: {}", name(id.as_ref()), printable(&why)));
-    done.stay.push(Stays { id, why });
+fn stay(stay: Vec<Stays>, done: &mut Done) {
+    for Stays { id, why } in &stay {
+        complain(format_args!("tidings: {} stays: {}", name(id.as_ref()), printable(why)));
+    }
+    done.stay.extend(stay);
 }
 
 fn name(id: Option<&String>) -> String {
@@ -268,7 +205,7 @@ fn name(id: Option<&String>) -> String {
 impl fmt::Display for Listed {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let now = OffsetDateTime::now_utc();
-        for ParkedRow { id, kind, parked_at, reason } in &self.rows {
+        for ParkedRow { id, kind, parked_at, reason, .. } in &self.rows {
             let age = age(Duration::try_from(now - *parked_at).unwrap_or_default());
             writeln!(formatter, "row     {id}  {kind:<24} {age} ago: {}", printable(reason))?;
         }

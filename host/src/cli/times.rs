@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use time::OffsetDateTime;
-use time::UtcOffset;
 use time::format_description::well_known::Rfc3339;
+
+pub(super) use crate::words::show;
 
 /// No span is longer: the calendar ends with the year 9999.
 const LONGEST: Duration = Duration::from_hours(24 * 365 * 7_900);
@@ -22,13 +23,6 @@ pub(super) fn span(text: &str) -> Result<Duration, String> {
         Ok(_) => Err("more than 7900 years".into()),
         Err(error) => Err(format!("not a time span, such as 90s, 15min, 2h or 3days: {error}")),
     }
-}
-
-/// An instant as people and programs read it, in UTC, to the millisecond.
-pub(super) fn show(instant: OffsetDateTime) -> String {
-    let instant = instant.to_offset(UtcOffset::UTC);
-    let instant = instant.replace_millisecond(instant.millisecond()).unwrap_or(instant);
-    instant.format(&Rfc3339).unwrap_or_else(|_| instant.to_string())
 }
 
 /// How far `instant` is from `now`, in words, to the second.

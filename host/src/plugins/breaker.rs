@@ -60,6 +60,8 @@ pub(super) struct Breaker {
     pub(super) answered: u64,
     /// Calls that ended in a trap, a blown limit or a broken contract.
     pub(super) failed: u64,
+    /// What the last one that failed said, and when.
+    pub(super) last_error: Option<(Instant, String)>,
     failing: BTreeSet<Uuid>,
     /// Times in a row that it opened.
     openings: u32,

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
 
 use super::bindings::PluginPre;
 use super::bindings::tidings::plugin::types::KindInfo;
@@ -268,6 +269,13 @@ impl Kind {
     pub fn breaker(&self) -> (BreakerState, u64, u64) {
         let breaker = self.breaker.lock().expect("nobody panics with it");
         (breaker.state(), breaker.answered, breaker.failed)
+    }
+
+    /// What the last call that failed said, and how long ago; `None` = none has.
+    #[must_use]
+    pub fn last_error(&self) -> Option<(Duration, String)> {
+        let breaker = self.breaker.lock().expect("nobody panics with it");
+        breaker.last_error.as_ref().map(|(at, error)| (at.elapsed(), error.clone()))
     }
 }
 

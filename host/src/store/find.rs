@@ -5,24 +5,26 @@ use crate::whereabouts::{Found, Pending, Whereabouts, Which, seconds};
 
 impl Store {
     /// Where a row is. If several had the same key, the one that waits, else the one that is parked, else the latest of the
-    /// history; `None` = there is none.
+    /// history; `None` = there is none. By its key a row of the history is found by reading, no further back than
+    /// `minutes`, if they are given.
     ///
     /// # Errors
     ///
     /// When the database cannot be asked.
-    pub async fn find(&self, which: &Which) -> Result<Option<Found>, StoreError> {
+    pub async fn find(&self, which: &Which, minutes: Option<f64>) -> Result<Option<Found>, StoreError> {
         if let Some(found) = self.find_pending(which).await? {
             return Ok(Some(found));
         }
         if let Some(found) = self.find_parked(which).await? {
             return Ok(Some(found));
         }
-        // By its key a row of the history is found by reading: look further back only if need be.
+        // Look further back only if need be.
         let windows: &[f64] = match which {
             Which::Id(_) => &[f64::INFINITY],
             Which::Key { .. } => &[15.0, 240.0, 2880.0, f64::INFINITY],
         };
-        for minutes in windows {
+        let furthest = minutes.filter(|_| matches!(which, Which::Key { .. })).unwrap_or(f64::INFINITY);
+        for minutes in windows.iter().filter(|minutes| **minutes <= furthest) {
             if let Some(found) = self.find_finished(which, *minutes).await? {
                 return Ok(Some(found));
             }

@@ -13,6 +13,10 @@ pub struct ParkedRow {
     pub id: Uuid,
     /// Its kind.
     pub kind: String,
+    /// The key that it had, if it had one.
+    pub key: Option<String>,
+    /// `name@version+digest8` of the plugin that was asked.
+    pub plugin: Option<String>,
     /// When it was set aside.
     #[serde(with = "time::serde::rfc3339")]
     pub parked_at: OffsetDateTime,
@@ -32,10 +36,52 @@ impl Store {
             .run("list parked rows", async |connection| {
                 sqlx::query_as!(
                     ParkedRow,
-                    "SELECT id, kind, parked_at, reason FROM tidings.parked ORDER BY parked_at, id"
+                    "SELECT id, kind, key, plugin, parked_at, reason FROM tidings.parked ORDER BY parked_at, id"
                 )
                 .fetch_all(connection)
                 .await
+            })
+            .await
+    }
+
+    /// The parked rows that were scheduled last, those first, with the beginning of their reasons.
+    ///
+    /// # Errors
+    ///
+    /// When the database cannot be asked.
+    pub async fn newest_parked(&self, limit: i64) -> Result<Vec<ParkedRow>, StoreError> {
+        let mut connection = self.connection().await?;
+        connection
+            .run("list the newest parked rows", async |connection| {
+                // Ids begin with the time; there is an index of them alone.
+                sqlx::query_as!(
+                    ParkedRow,
+                    r#"
+                    SELECT id, kind, key, plugin, parked_at, left(reason, 1000) AS "reason!"
+                    FROM tidings.parked
+                    ORDER BY id DESC
+                    LIMIT $1
+                    "#,
+                    limit,
+                )
+                .fetch_all(connection)
+                .await
+            })
+            .await
+    }
+
+    /// The ids of the parked rows that were scheduled first.
+    ///
+    /// # Errors
+    ///
+    /// When the database cannot be asked.
+    pub async fn parked_ids(&self, limit: i64) -> Result<Vec<Uuid>, StoreError> {
+        let mut connection = self.connection().await?;
+        connection
+            .run("list the ids of parked rows", async |connection| {
+                sqlx::query_scalar!("SELECT id FROM tidings.parked ORDER BY id LIMIT $1", limit)
+                    .fetch_all(connection)
+                    .await
             })
             .await
     }
@@ -51,7 +97,14 @@ impl Store {
         let done = connection
             .run("put parked rows back", async |connection| {
                 sqlx::query_scalar!(
-                    r#"SELECT count(*) FILTER (WHERE tidings.unpark(id)) AS "done!" FROM unnest($1::uuid[]) AS id"#,
+                    r#"
+                    SELECT unparked.done AS "done!"
+                    FROM (
+                        SELECT count(*) FILTER (WHERE tidings.unpark(id)) AS done FROM unnest($1::uuid[]) AS id
+                    ) AS unparked,
+                        -- The triggers say nothing of what our own sessions do.
+                        pg_notify('tidings', '')
+                    "#,
                     ids
                 )
                 .fetch_one(connection)

@@ -7,7 +7,7 @@ use sqlx::Row as _;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::{ENOUGH, Store, StoreError};
+use super::{Connection, ENOUGH, Store, StoreError};
 
 /// The head of the queue.
 #[derive(Clone, Debug)]
@@ -47,6 +47,15 @@ pub struct UpcomingRow {
 }
 
 impl Store {
+    /// The database clock, and the first `limit` rows of the queue.
+    ///
+    /// # Errors
+    ///
+    /// When the database cannot be asked.
+    pub async fn next_rows(&self, limit: i64) -> Result<(OffsetDateTime, Vec<UpcomingRow>), StoreError> {
+        head(&mut self.connection().await?, None, None, limit).await
+    }
+
     /// The first `limit` rows of the queue, within a time from now on if one is given, and of one kind if one is given.
     /// Rows that are held without a deadline stand nowhere in it.
     ///
@@ -62,31 +71,7 @@ impl Store {
         let within = within.map(|time| time.as_secs_f64());
         let limit = i64::from(limit);
         let mut connection = self.connection().await?;
-        // One more question than rows: the clock is asked even if there are none.
-        let (now, rows) = connection
-            .run("look at what is due next", async |connection| {
-                let now = sqlx::query_scalar!(r#"SELECT statement_timestamp() AS "now!""#);
-                let now = now.fetch_one(&mut *connection).await?;
-                let rows = sqlx::query_as!(
-                    UpcomingRow,
-                    r#"
-                    SELECT slot_at AS "at!", due_at, id, kind, key, subject, attempts, held
-                    FROM tidings.schedules
-                    WHERE slot_at < coalesce($1::timestamptz + $2::float8 * interval '1 second', 'infinity')
-                        AND ($3::text IS NULL OR kind = $3)
-                    ORDER BY slot_at
-                    LIMIT $4
-                    "#,
-                    now,
-                    within,
-                    kind,
-                    limit,
-                )
-                .fetch_all(connection)
-                .await?;
-                Ok((now, rows))
-            })
-            .await?;
+        let (now, rows) = head(&mut connection, within, kind, limit).await?;
         if rows.len() < usize::try_from(limit).unwrap_or(usize::MAX) {
             return Ok(Upcoming { now, rows, more: 0, more_is_estimate: false });
         }
@@ -130,6 +115,40 @@ impl Store {
         let estimate = planned_rows(&estimate).saturating_sub(limit.unsigned_abs());
         Ok(Upcoming { now, rows, more: estimate.max(counted.unsigned_abs()), more_is_estimate: true })
     }
+}
+
+/// The clock, and the first rows.
+async fn head(
+    connection: &mut Connection,
+    within: Option<f64>,
+    kind: Option<&str>,
+    limit: i64,
+) -> Result<(OffsetDateTime, Vec<UpcomingRow>), StoreError> {
+    connection
+        .run("look at what is due next", async |connection| {
+            // A question of its own: the clock is asked even if there are no rows.
+            let now = sqlx::query_scalar!(r#"SELECT statement_timestamp() AS "now!""#);
+            let now = now.fetch_one(&mut *connection).await?;
+            let rows = sqlx::query_as!(
+                UpcomingRow,
+                r#"
+                SELECT slot_at AS "at!", due_at, id, kind, key, subject, attempts, held
+                FROM tidings.schedules
+                WHERE slot_at < coalesce($1::timestamptz + $2::float8 * interval '1 second', 'infinity')
+                    AND ($3::text IS NULL OR kind = $3)
+                ORDER BY slot_at
+                LIMIT $4
+                "#,
+                now,
+                within,
+                kind,
+                limit,
+            )
+            .fetch_all(connection)
+            .await?;
+            Ok((now, rows))
+        })
+        .await
 }
 
 /// How many rows a plan in JSON expects; 0 = it does not say.

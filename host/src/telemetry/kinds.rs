@@ -10,6 +10,7 @@ use std::time::Duration;
 use arc_swap::ArcSwapOption;
 use metrics::{Counter, Histogram, counter, gauge, histogram};
 
+use super::hour;
 use super::metrics::{BREAKER, CALL_SECONDS, CALLS, DELIVERIES, Expired, LATENESS, count_expired};
 use crate::clock::DatabaseClock;
 use crate::event::BuildError;
@@ -85,6 +86,7 @@ pub fn serve(kinds: &[String]) {
 pub(super) fn count_held(kind: &str, rows: u64) {
     if let Some(meters) = &*METERS.load() {
         let meter = meters.served.get(kind).unwrap_or(&meters.unserved);
+        hour::count([0, 0, 0, 0, 0, 0, 0, rows], &[]);
         let held = OUTCOMES.iter().zip(&meter.outcomes).filter(|(outcome, _)| **outcome == HELD);
         held.for_each(|(_, counter)| counter.increment(rows));
     }
@@ -135,6 +137,7 @@ impl Batch {
         let meters = METERS.load();
         let Some(meters) = &*meters else { return };
         for (kind, sums) in self.by_kind {
+            hour::count(sums.outcomes, &sums.lateness);
             let meter = meters.served.get(&kind).unwrap_or(&meters.unserved);
             sums.lateness.into_iter().for_each(|seconds| meter.lateness.record(seconds));
             for (counter, rows) in meter.outcomes.iter().zip(sums.outcomes).filter(|(_, rows)| *rows > 0) {

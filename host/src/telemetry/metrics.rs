@@ -13,7 +13,7 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use metrics_process::Collector;
 use tokio_util::sync::CancellationToken;
 
-use super::kinds;
+use super::{hour, kinds};
 use crate::dead_letter::Tally;
 use crate::store::Backlog;
 use crate::wake::{Reason, Reasons};
@@ -226,6 +226,7 @@ pub fn start_metrics() -> anyhow::Result<PrometheusHandle> {
     };
     OFTEN.set(often).ok().expect("the recorder was not installed twice");
     kinds::serve(&[]);
+    hour::begin();
     note_next_due(None);
     for place in Expired::ALL {
         count_expired(place, 0);

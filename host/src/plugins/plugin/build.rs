@@ -18,6 +18,9 @@ use crate::schedule::Schedule;
 use crate::telemetry::CallResult;
 use crate::wake::Reason;
 
+/// As much of what a failed call said is remembered, in characters.
+const SHOWN: usize = 1_000;
+
 /// One row, built apart from the queue.
 #[derive(Debug)]
 pub struct Trial {
@@ -102,6 +105,7 @@ impl Plugin {
         let Some(kind) = self.kinds.get(&schedule.kind) else { return };
         let mut breaker = kind.breaker.lock().expect("nobody panics with it");
         let news = if let Err(BuildError::Failed(error)) = outcome {
+            breaker.last_error = Some((Instant::now(), error.chars().take(SHOWN).collect()));
             match breaker.failed(schedule.id, schedule.failures == 0, Instant::now()) {
                 Failure::Counted => return,
                 Failure::Opened => {

@@ -50,6 +50,10 @@ pub struct KindStatus {
     pub answered: u64,
     /// Calls that ended in a trap, a blown limit or a broken contract.
     pub failed: u64,
+    /// What the last call that failed said.
+    pub last_error: Option<String>,
+    /// How long ago that was, in seconds.
+    pub last_error_seconds_ago: Option<u64>,
 }
 
 impl Registry {
@@ -70,7 +74,16 @@ fn generation_status(plugin: &Plugin) -> GenerationStatus {
     let (peak_memory_bytes, peak_cpu_ms, peak_output_bytes) = plugin.peak();
     let kind = |(name, kind): (&String, &Kind)| {
         let (breaker, answered, failed) = kind.breaker();
-        KindStatus { kind: name.clone(), summary: kind.summary.clone(), breaker, answered, failed }
+        let (ago, last_error) = kind.last_error().unzip();
+        KindStatus {
+            kind: name.clone(),
+            summary: kind.summary.clone(),
+            breaker,
+            answered,
+            failed,
+            last_error,
+            last_error_seconds_ago: ago.map(|ago| ago.as_secs()),
+        }
     };
     GenerationStatus {
         generation: plugin.generation(),

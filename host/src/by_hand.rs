@@ -1,0 +1,323 @@
+//! Work by hand on what was set aside: parked rows, and the letters that are dead or parked. What commands and the page
+//! both do. Whoever works on letters is alone with them, as a pass of the daemon is.
+
+use std::collections::HashSet;
+use std::sync::Mutex;
+
+use serde::Serialize;
+use thiserror::Error;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::broker::{Broker, BrokerError, DeadLetters, Letter, Pile, Sending, Sent};
+use crate::dead_letter::{Fate, Tally};
+use crate::replayer::{PassError, drop_letters, take_back, window};
+use crate::store::{Pass, Store, StoreError};
+
+/// Rows that are put back or dropped by one statement.
+const CHUNK: usize = 500;
+
+/// Why nothing, or not everything, was done.
+#[derive(Debug, Error)]
+pub enum ByHandError {
+    /// A pass of a daemon, or another person.
+    #[error("somebody is making a pass over the dead letters of {0} at this moment; try again soon")]
+    Busy(String),
+    /// No daemon has ever run, or somebody has deleted it.
+    #[error("there are no {what}; the daemon declares their queue when it starts")]
+    NoQueue {
+        /// Which letters.
+        what: String,
+        /// In the broker's words.
+        #[source]
+        source: BrokerError,
+    },
+    /// A server.
+    #[error(transparent)]
+    Pass(#[from] PassError),
+}
+
+impl From<BrokerError> for ByHandError {
+    fn from(error: BrokerError) -> Self {
+        Self::Pass(error.into())
+    }
+}
+
+impl From<StoreError> for ByHandError {
+    fn from(error: StoreError) -> Self {
+        Self::Pass(error.into())
+    }
+}
+
+/// Which rows or letters are meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// All that lie there now.
+    All,
+    /// Those with these ids.
+    Ids(HashSet<String>),
+}
+
+impl Wanted {
+    /// Whether it is meant.
+    #[must_use]
+    pub fn takes(&self, id: Option<&str>) -> bool {
+        match self {
+            Self::All => true,
+            Self::Ids(ids) => id.is_some_and(|id| ids.contains(id)),
+        }
+    }
+}
+
+/// What was done, and what was not.
+#[derive(Debug, Default)]
+pub struct Done {
+    /// How many it was done with.
+    pub count: usize,
+    /// What stays, and why.
+    pub stay: Vec<Stays>,
+}
+
+/// A row or a letter that could not be put back.
+#[derive(Debug, Serialize)]
+pub struct Stays {
+    /// Its id; a foreign letter may have none.
+    pub id: Option<String>,
+    /// Why.
+    pub why: String,
+}
+
+/// Puts parked rows back into the queue, due now. `progress` is told how many more were dealt with.
+///
+/// # Errors
+///
+/// When the database does not answer.
+pub async fn retry_rows(store: &Store, ids: &[Uuid], progress: impl Fn(usize)) -> Result<Done, StoreError> {
+    let mut done = Done::default();
+    for chunk in ids.chunks(CHUNK) {
+        match store.unpark(chunk).await {
+            Err(error) if error.is_refusal() => {
+                // One of them cannot go back, since its key is taken for instance: the others can.
+                for id in chunk {
+                    match store.unpark(&[*id]).await {
+                        Ok(one) => done.count += one,
+                        Err(error) => {
+                            let why = format!("{:#}", anyhow::Error::from(error));
+                            done.stay.push(Stays { id: Some(id.to_string()), why });
+                        }
+                    }
+                }
+            }
+            count => done.count += count?,
+        }
+        progress(chunk.len());
+    }
+    Ok(done)
+}
+
+/// Removes parked rows for good.
+///
+/// # Errors
+///
+/// As [`retry_rows`].
+pub async fn drop_rows(store: &Store, ids: &[Uuid], progress: impl Fn(usize)) -> Result<Done, StoreError> {
+    let mut done = Done::default();
+    for chunk in ids.chunks(CHUNK) {
+        done.count += store.drop_parked(chunk).await?;
+        progress(chunk.len());
+    }
+    Ok(done)
+}
+
+/// The letters, and the right to touch them. It must be ended with [`ByHand::end`].
+#[derive(Debug)]
+pub struct ByHand {
+    /// The right, and the time.
+    pub(crate) pass: Pass,
+    /// The letters.
+    pub(crate) letters: DeadLetters,
+    exchange: String,
+}
+
+impl ByHand {
+    /// Gets the right to the letters, and a connection to them. Nothing is touched yet.
+    ///
+    /// # Errors
+    ///
+    /// When somebody else has it, or a server does not answer.
+    pub async fn alone(store: &Store, broker: &Broker) -> Result<Self, ByHandError> {
+        let exchange = broker.exchange().to_owned();
+        let Some(pass) = store.wait_for_dead_letters(&exchange).await? else { return Err(ByHandError::Busy(exchange)) };
+        Ok(Self { pass, letters: broker.dead_letters().await?, exchange })
+    }
+
+    /// Gives everything back that was not acknowledged, and the right.
+    pub async fn end(self) {
+        self.letters.close().await;
+        self.pass.end().await;
+    }
+
+    /// How many letters of the pile wait.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such queue, or the broker does not answer.
+    pub async fn waiting(&self, pile: Pile) -> Result<u32, ByHandError> {
+        let what = match pile {
+            Pile::Dead => format!("dead letters of {}", self.exchange),
+            Pile::Parked => format!("parked letters of {}", self.exchange),
+        };
+        self.letters.waiting(pile).await.map_err(|source| ByHandError::NoQueue { what, source })
+    }
+
+    /// Shows up to `most` letters to `see`, and returns how many wait. All of them are where they were when this ends.
+    ///
+    /// # Errors
+    ///
+    /// As [`ByHand::waiting`].
+    pub async fn look(&self, pile: Pile, most: u32, mut see: impl FnMut(Letter)) -> Result<u32, ByHandError> {
+        let waiting = self.waiting(pile).await?;
+        let mut left = waiting.min(most);
+        while left > 0 {
+            window(&self.letters, pile, &mut left).await?.into_iter().for_each(&mut see);
+        }
+        Ok(waiting)
+    }
+
+    /// Sends dead letters back, as a pass does. By their ids it goes no further than to the last of them; what lies before it
+    /// goes to the end of the queue. Returns what became of them, and how many ids were not met.
+    ///
+    /// # Errors
+    ///
+    /// As [`take_back`].
+    pub async fn replay(
+        &mut self,
+        max: u32,
+        wanted: &Wanted,
+        shutdown: &CancellationToken,
+    ) -> Result<(Tally, usize), ByHandError> {
+        self.waiting(Pile::Dead).await?;
+        let (missing, enough) = (Missing::of(wanted), shutdown.child_token());
+        let takes = |letter: &crate::dead_letter::DeadLetter| missing.takes(wanted, letter.id.as_deref());
+        let stop = |_| missing.stop(&enough);
+        let tally = take_back(&self.letters, &mut self.pass, max, takes, stop, &enough).await?;
+        Ok((tally, missing.count()))
+    }
+
+    /// Removes dead letters for good; as [`ByHand::replay`]. Returns how many, and how many ids were not met.
+    ///
+    /// # Errors
+    ///
+    /// As [`drop_letters`].
+    pub async fn drop_dead(
+        &mut self,
+        wanted: &Wanted,
+        shutdown: &CancellationToken,
+    ) -> Result<(u64, usize), ByHandError> {
+        self.waiting(Pile::Dead).await?;
+        let (missing, enough) = (Missing::of(wanted), shutdown.child_token());
+        let takes = |letter: &crate::dead_letter::DeadLetter| missing.takes(wanted, letter.id.as_deref());
+        let stop = |_| missing.stop(&enough);
+        let dropped = drop_letters(&self.letters, &mut self.pass, takes, stop, &enough).await?;
+        Ok((dropped, missing.count()))
+    }
+
+    /// Sends parked letters back into the queues they died in, however often they were replayed. Those that nothing is done
+    /// with are back when this ends. `progress` is told how many more were looked at.
+    ///
+    /// # Errors
+    ///
+    /// When a server does not answer.
+    pub async fn retry_parked(
+        &mut self,
+        wanted: &Wanted,
+        progress: impl Fn(usize),
+        shutdown: &CancellationToken,
+    ) -> Result<Done, ByHandError> {
+        let mut done = Done::default();
+        let mut waiting = self.waiting(Pile::Parked).await?;
+        while waiting > 0 && !shutdown.is_cancelled() {
+            let clock = self.pass.clock().await?;
+            let mut back = Vec::new();
+            let window = window(&self.letters, Pile::Parked, &mut waiting).await?;
+            progress(window.len());
+            for letter in window.into_iter().filter(|letter| wanted.takes(letter.says.id.as_deref())) {
+                // A person wants it, however often it was replayed.
+                let why = match letter.says.fate(clock.now_ms(), 0) {
+                    Fate::Replay { queue, expiration_ms, replays } => {
+                        back.push((letter, Sending::Back { queue, expiration_ms, replays }));
+                        continue;
+                    }
+                    Fate::Expired => "its deadline has come, and nobody may see it any more; drop it".into(),
+                    Fate::Park(reason) => reason,
+                    Fate::Leave(reason) => reason.into(),
+                };
+                done.stay.push(Stays { id: letter.says.id, why });
+            }
+            let (sent, others) = self.letters.send(back).await?;
+            done.count += usize::try_from(sent).unwrap_or(usize::MAX);
+            for (letter, sent) in others {
+                let why = if sent == Sent::NoQueue { "its queue is gone" } else { "its queue did not take it" };
+                done.stay.push(Stays { id: letter.says.id, why: why.into() });
+            }
+        }
+        Ok(done)
+    }
+
+    /// Removes parked letters for good; as [`ByHand::retry_parked`].
+    ///
+    /// # Errors
+    ///
+    /// When a server does not answer.
+    pub async fn drop_parked(
+        &mut self,
+        wanted: &Wanted,
+        progress: impl Fn(usize),
+        shutdown: &CancellationToken,
+    ) -> Result<Done, ByHandError> {
+        let mut done = Done::default();
+        let mut waiting = self.waiting(Pile::Parked).await?;
+        while waiting > 0 && !shutdown.is_cancelled() {
+            // The lock is still ours.
+            self.pass.clock().await?;
+            let window = window(&self.letters, Pile::Parked, &mut waiting).await?;
+            progress(window.len());
+            for letter in window.iter().filter(|letter| wanted.takes(letter.says.id.as_deref())) {
+                self.letters.acknowledge(letter).await?;
+                done.count += 1;
+            }
+        }
+        Ok(done)
+    }
+}
+
+/// The ids that were not met yet; `None` = all letters are meant.
+struct Missing(Option<Mutex<HashSet<String>>>);
+
+impl Missing {
+    fn of(wanted: &Wanted) -> Self {
+        match wanted {
+            Wanted::All => Self(None),
+            Wanted::Ids(ids) => Self(Some(Mutex::new(ids.clone()))),
+        }
+    }
+
+    /// Whether this one is meant; then it was met.
+    fn takes(&self, wanted: &Wanted, id: Option<&str>) -> bool {
+        if let (Some(missing), Some(id)) = (&self.0, id) {
+            missing.lock().expect("nobody panics with it").remove(id);
+        }
+        wanted.takes(id)
+    }
+
+    fn count(&self) -> usize {
+        self.0.as_ref().map_or(0, |missing| missing.lock().expect("nobody panics with it").len())
+    }
+
+    /// Goes no further if all were met.
+    fn stop(&self, enough: &CancellationToken) {
+        if self.0.is_some() && self.count() == 0 {
+            enough.cancel();
+        }
+    }
+}

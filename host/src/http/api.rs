@@ -1,0 +1,153 @@
+//! What is asked for one by one: the letters, since to look at them is to fetch them, and where a row is, and why.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Json;
+use axum::extract::{RawQuery, State};
+use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse as _, Response};
+use serde::Serialize;
+use time::OffsetDateTime;
+
+use super::refusal::Refusal;
+use super::{Site, overview};
+use crate::broker::{Letter, Pile};
+use crate::by_hand::{ByHand, ByHandError};
+use crate::whereabouts::{Found, Which};
+use crate::words;
+
+/// For so long a look at the letters is new enough for whoever asks next.
+const FRESH: Duration = Duration::from_secs(2);
+/// Letters of each pile that are shown.
+const LETTERS: u32 = 100;
+/// How far back a row is looked for by its key, in minutes: there is no index of the keys of the history.
+const HISTORY: f64 = 240.0;
+
+/// What `GET /api/letters` answers.
+#[derive(Debug, Serialize)]
+struct Letters {
+    dead: Heap,
+    parked: Heap,
+}
+
+/// What lies in one of the two queues.
+#[derive(Debug, Serialize)]
+struct Heap {
+    /// How many.
+    waiting: u32,
+    /// The first of them.
+    letters: Vec<Shown>,
+}
+
+/// A letter, without its body.
+#[derive(Debug, Serialize)]
+struct Shown {
+    id: Option<String>,
+    kind: Option<String>,
+    /// Where it died.
+    queue: Option<String>,
+    /// Why it died there, or why it was parked.
+    reason: Option<String>,
+    /// By the broker's clock, to the second.
+    #[serde(with = "time::serde::rfc3339::option")]
+    died_at: Option<OffsetDateTime>,
+    /// How often it was replayed.
+    replays: i64,
+}
+
+/// What `GET /api/rows` answers.
+#[derive(Debug, Serialize)]
+struct Explanation {
+    #[serde(flatten)]
+    found: Found,
+    /// All of it, for people.
+    explanation: String,
+}
+
+/// `GET /api/overview`.
+pub(super) async fn overview(State(site): State<Arc<Site>>) -> Result<Response, Refusal> {
+    // A task of its own: it is made to its end, whoever still waits for it.
+    let answer = tokio::spawn(async move { overview::overview(&site).await }).await?;
+    Ok(json(&answer))
+}
+
+fn json(text: &str) -> Response {
+    ([(CONTENT_TYPE, "application/json")], text.to_owned()).into_response()
+}
+
+/// `GET /api/letters`. All of them are where they were afterwards.
+pub(super) async fn letters(State(site): State<Arc<Site>>) -> Result<Response, Refusal> {
+    let looked = tokio::spawn(async move {
+        // Whoever comes meanwhile waits, and has the same.
+        let mut kept = site.letters.lock().await;
+        if let Some((_, letters)) = kept.as_ref().filter(|(made, _)| made.elapsed() < FRESH) {
+            return Ok(Arc::clone(letters));
+        }
+        let letters = look(&site).await?;
+        let letters = serde_json::to_string(&letters).expect("an answer can always be written as JSON");
+        let letters: Arc<str> = letters.into();
+        *kept = Some((Instant::now(), Arc::clone(&letters)));
+        Ok::<_, ByHandError>(letters)
+    });
+    Ok(json(&*looked.await??))
+}
+
+async fn look(site: &Site) -> Result<Letters, ByHandError> {
+    let by_hand = ByHand::alone(&site.shown.store, &site.shown.broker).await?;
+    let looked =
+        async { Ok(Letters { dead: heap(&by_hand, Pile::Dead).await?, parked: heap(&by_hand, Pile::Parked).await? }) };
+    let looked = looked.await;
+    by_hand.end().await;
+    looked
+}
+
+async fn heap(by_hand: &ByHand, pile: Pile) -> Result<Heap, ByHandError> {
+    let mut letters = Vec::new();
+    let waiting = by_hand.look(pile, LETTERS, |letter| letters.push(shown(letter, pile))).await?;
+    Ok(Heap { waiting, letters })
+}
+
+fn shown(Letter { says, parked_reason, .. }: Letter, pile: Pile) -> Shown {
+    let died_at = says.died_at.and_then(|seconds| i64::try_from(seconds).ok());
+    Shown {
+        id: says.id,
+        kind: says.kind,
+        queue: says.queue,
+        reason: if pile == Pile::Parked { parked_reason } else { says.reason },
+        // RFC 3339 ends with the year 9999, and anybody may have written the time.
+        died_at: died_at
+            .and_then(|seconds| OffsetDateTime::from_unix_timestamp(seconds).ok())
+            .filter(|at| (1970..=9999).contains(&at.year())),
+        replays: says.replays,
+    }
+}
+
+/// `GET /api/rows?which=ID` or `KIND/KEY`.
+pub(super) async fn explain(State(site): State<Arc<Site>>, RawQuery(query): RawQuery) -> Result<Response, Refusal> {
+    let query = query.unwrap_or_default();
+    let mut arguments = form_urlencoded::parse(query.as_bytes());
+    let which = match (arguments.next(), arguments.next()) {
+        (Some((name, which)), None) if name == "which" => which.into_owned(),
+        _ => return Err(Refusal::bad("say which row: /api/rows?which=ID, or which=KIND/KEY")),
+    };
+    let which: Which = which.trim().parse().map_err(Refusal::bad)?;
+    let found = tokio::spawn(async move {
+        // One question at a time: they are not to take the connections of the loops.
+        let _turn = site.turn.lock().await;
+        let found = site.shown.store.find(&which, Some(HISTORY)).await;
+        (found, which)
+    });
+    let (found, which) = found.await?;
+    if let Some(found) = found? {
+        let explanation = words::whereabouts(&found);
+        return Ok(Json(Explanation { found, explanation }).into_response());
+    }
+    let mut sentence = words::never_heard_of(&which);
+    if matches!(which, Which::Key { .. }) {
+        sentence +=
+            "; among what is finished, the page looks only at the last four hours, and tidings explain at all of it";
+    }
+    Err(Refusal::new(StatusCode::NOT_FOUND, sentence))
+}
