@@ -1,17 +1,28 @@
-//! The page: three files that are part of the binary, and the headers that keep a browser from loading, sending or being
+//! The page: files that are part of the binary, and the headers that keep a browser from loading, sending or being
 //! framed by anything else.
 
+use axum::Router;
 use axum::http::HeaderValue;
 use axum::http::header::{
     CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
     X_FRAME_OPTIONS,
 };
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
+use axum::routing::get;
 
-const HTML: &str = include_str!("page/index.html");
-const STYLE: &str = include_str!("page/page.css");
-const SCRIPT: &str = include_str!("page/page.js");
-const PLOTS: &str = include_str!("page/plots.js");
+/// Where each file is, of what type it is, and what is in it.
+const FILES: [(&str, &str, &str); 9] = [
+    ("/", "text/html; charset=utf-8", include_str!("page/index.html")),
+    ("/page.css", "text/css; charset=utf-8", include_str!("page/page.css")),
+    ("/act.js", SCRIPT, include_str!("page/act.js")),
+    ("/explain.js", SCRIPT, include_str!("page/explain.js")),
+    ("/letters.js", SCRIPT, include_str!("page/letters.js")),
+    ("/page.js", SCRIPT, include_str!("page/page.js")),
+    ("/plots.js", SCRIPT, include_str!("page/plots.js")),
+    ("/table.js", SCRIPT, include_str!("page/table.js")),
+    ("/words.js", SCRIPT, include_str!("page/words.js")),
+];
+const SCRIPT: &str = "text/javascript; charset=utf-8";
 
 /// Nothing but these files, the interface, and pictures that are written out within them; no text ever becomes HTML.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; \
@@ -27,24 +38,11 @@ const HEADERS: [(HeaderName, &str); 6] = [
     (HeaderName::from_static("cross-origin-opener-policy"), "same-origin"),
 ];
 
-pub(super) async fn html() -> Response {
-    file("text/html; charset=utf-8", HTML)
-}
-
-pub(super) async fn style() -> Response {
-    file("text/css; charset=utf-8", STYLE)
-}
-
-pub(super) async fn script() -> Response {
-    file("text/javascript; charset=utf-8", SCRIPT)
-}
-
-pub(super) async fn plots() -> Response {
-    file("text/javascript; charset=utf-8", PLOTS)
-}
-
-fn file(content_type: &'static str, text: &'static str) -> Response {
-    ([(CONTENT_TYPE, content_type)], text).into_response()
+/// The files, each at its place.
+pub(super) fn files<S: Clone + Send + Sync + 'static>() -> Router<S> {
+    FILES.into_iter().fold(Router::new(), |router, (path, content_type, text)| {
+        router.route(path, get(move || async move { ([(CONTENT_TYPE, content_type)], text) }))
+    })
 }
 
 /// What every answer says to a browser. Another release brings other files: nothing is kept.
