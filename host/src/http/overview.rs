@@ -52,7 +52,7 @@ struct Waiting {
     now: OffsetDateTime,
     /// For how long the first row has been due that nothing holds back; 0 = none is due.
     late_seconds: f64,
-    /// How many rows wait, as PostgreSQL's statistics estimate it.
+    /// How many rows wait: counted up to 1000, more as PostgreSQL's statistics estimate it.
     pending: u64,
     next: Vec<UpcomingRow>,
     held: Vec<Held>,

@@ -30,7 +30,7 @@ pub struct Late {
 /// What waits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Backlog {
-    /// Rows, as PostgreSQL's statistics estimate it.
+    /// Rows: counted up to [`ENOUGH`], more as PostgreSQL's statistics estimate it.
     pub pending: u64,
     /// Those of them that are held, up to one more than [`ENOUGH`].
     pub held: u64,
@@ -52,14 +52,15 @@ impl Store {
             .run("look at what waits", async |connection| {
                 sqlx::query!(
                     r#"
-                    WITH head AS MATERIALIZED (SELECT slot_at FROM tidings.schedules ORDER BY slot_at LIMIT 1)
+                    WITH head AS MATERIALIZED (SELECT slot_at FROM tidings.schedules ORDER BY slot_at LIMIT $1)
                     SELECT
                         CASE
+                            WHEN (SELECT count(*) FROM head) < $1 THEN (SELECT count(*) FROM head)
                             -- The count of the statistics follows within seconds, and is never far off. A crash of the
                             -- server sets it to zero; then what the last vacuum found has to do.
-                            WHEN NOT EXISTS (SELECT FROM head) THEN 0
-                            WHEN pg_stat_get_live_tuples(class.oid) > 0 THEN pg_stat_get_live_tuples(class.oid)
-                            ELSE greatest(class.reltuples, 1)::bigint
+                            WHEN pg_stat_get_live_tuples(class.oid) > 0
+                                THEN greatest(pg_stat_get_live_tuples(class.oid), $1)
+                            ELSE greatest(class.reltuples, $1)::bigint
                         END AS "pending!",
                         -- In the order of its index, or the planner may take it into its head to read the table.
                         (
@@ -69,7 +70,7 @@ impl Store {
                         (SELECT count(*) FROM (SELECT FROM tidings.parked LIMIT $1) AS counted) AS "parked!",
                         coalesce(
                             (
-                                SELECT extract(epoch FROM statement_timestamp() - slot_at)::float8
+                                SELECT extract(epoch FROM statement_timestamp() - min(slot_at))::float8
                                 FROM head
                                 WHERE slot_at <= statement_timestamp()
                             ),

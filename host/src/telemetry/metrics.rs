@@ -80,7 +80,7 @@ const COUNTERS: [(&str, &str); 10] = [
 ];
 
 const GAUGES: [(&str, &str); 16] = [
-    (PENDING, "Rows that wait, as PostgreSQL's statistics estimate it."),
+    (PENDING, "Rows that wait: counted up to 1000, more as PostgreSQL's statistics estimate it."),
     (NEXT_DUE, "Until the next row is due that is not yet, at the last look; +Inf = there is none."),
     (OLDEST_DUE, "How long the oldest row has been due that nothing holds back; 0 = there is none."),
     (HELD, "Rows that wait for a plugin of their kind or for the end of a pause; 1001 = more than a thousand."),

@@ -147,10 +147,9 @@ function figure(name, text, style, under) {
   if (under !== undefined) say(byId(`${name}-under`), under);
 }
 
-/** How many rows wait: counted, if all of them are shown here, and otherwise estimated. */
-function waiting({ next, pending }, held) {
-  const known = next.length + held - next.filter((row) => row.held).length;
-  return next.length < 10 && held < 1000 ? count(known) : `about ${count(Math.max(pending, known))}`;
+/** How many rows wait: above a thousand they are not counted but estimated. */
+function waiting({ pending }) {
+  return pending <= 1000 ? count(pending) : `about ${count(pending)}`;
 }
 
 function showTiles({ database, letters: counts, hour }) {
@@ -175,7 +174,7 @@ function showTiles({ database, letters: counts, hour }) {
       [counts?.dead, `${count(counts?.dead ?? 0)} dead letters`],
       [counts?.parked, `${count(counts?.parked ?? 0)} parked letters`],
     ];
-    figure("waiting", waiting(database, held), "", parts.filter(([rows]) => rows).map(([, text]) => text).join(" · ") || "none held, none parked, no dead letters");
+    figure("waiting", waiting(database), "", parts.filter(([rows]) => rows).map(([, text]) => text).join(" · ") || "none held, none parked, no dead letters");
   } else {
     figure("late", "unknown", "bad", "PostgreSQL does not answer");
   }
