@@ -139,3 +139,17 @@ async fn a_lost_canary_is_a_reason_until_one_comes_again() {
     until_ready(&mut daemon).await;
     daemon.wait_for_line("the canary came again").await;
 }
+
+/// So it is between the migration and the replacement of a daemon.
+#[tokio::test]
+async fn a_daemon_that_runs_says_that_the_database_is_newer_and_goes_on_delivering() {
+    let world = World::with(&["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let mut daemon = world.daemon().await;
+
+    world.sql("INSERT INTO tidings._sqlx_migrations VALUES (9999, 'later', now(), true, '', 0)").await;
+
+    until_unready(&mut daemon, "by a newer tidings (migration 9999)").await;
+    world.sql(r#"SELECT tidings.schedule('message', now(), '{"routing_key": "a", "body": 1}')"#).await;
+    inbox.next().await;
+}

@@ -179,7 +179,7 @@ async fn rows(site: Arc<Site>, from: Peer, deed: Rows, wanted: Wanted) -> Answer
         };
         let mut answer = Answer::of("row", what, done, &wanted)?;
         if i64::try_from(ids.len()).is_ok_and(|count| count >= ROWS) {
-            answer.says += &format!("; {ROWS} are dealt with at once: do it again for more");
+            answer.says = format!("{}; {ROWS} are dealt with at once: do it again for more", answer.says);
         }
         Ok(answer)
     })

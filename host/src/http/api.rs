@@ -91,7 +91,7 @@ pub(super) async fn letters(State(site): State<Arc<Site>>) -> Result<Response, R
         *kept = Some((Instant::now(), Arc::clone(&letters)));
         Ok::<_, ByHandError>(letters)
     });
-    Ok(json(&*looked.await??))
+    Ok(json(&looked.await??))
 }
 
 async fn look(site: &Site) -> Result<Letters, ByHandError> {

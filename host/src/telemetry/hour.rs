@@ -101,7 +101,9 @@ impl Hour {
         minute.parked += parked;
         minute.again += retried + waits + refused;
         minute.held += held;
-        lateness.iter().for_each(|seconds| sketch.add(*seconds));
+        for seconds in lateness {
+            sketch.add(*seconds);
+        }
     }
 
     fn show(&self, now: Instant) -> LastHour {
