@@ -246,10 +246,7 @@ async fn list(Work { by_hand, waiting, .. }: &mut Work, filter: &Filter) -> anyh
     Ok(Listed { waiting: *waiting, listed, groups: groups.collect(), now_seconds })
 }
 
-async fn replay(
-    Work { by_hand, max, waiting, stop, traces }: &mut Work,
-    filter: &Filter,
-) -> anyhow::Result<Replayed> {
+async fn replay(Work { by_hand, max, waiting, stop, traces }: &mut Work, filter: &Filter) -> anyhow::Result<Replayed> {
     let ByHand { pass, letters, .. } = by_hand;
     let traces = Traces::start(traces.as_ref())?;
     let (bar, now) = (progress(u64::from(*waiting), "dealt with"), now_seconds());
