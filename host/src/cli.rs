@@ -66,6 +66,9 @@ enum Command {
     /// Schedules a row, and prints its id
     Schedule(schedule::ScheduleArgs),
     /// Removes pending rows
+    #[command(
+        override_usage = "tidings cancel [OPTIONS] <KIND> <KEY>\n       tidings cancel [OPTIONS] --subject <SUBJECT>"
+    )]
     Cancel(schedule::CancelArgs),
     /// Stops a kind: its rows wait where they are
     Pause(pause::PauseArgs),

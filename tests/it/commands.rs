@@ -392,7 +392,7 @@ async fn every_command_that_answers_has_one_json_document() {
     assert_eq!(json(&world, &["dead", "drop", "--all"]).await, (0, json!({ "dropped": 0 })));
     let (code, answer) = json(&world, &["parked", "list"]).await;
     assert_eq!((code, names(&answer), &answer["letters"]), (0, vec!["letters", "rows"], &json!([])));
-    assert_eq!(names(&answer["rows"][0]), ["id", "kind", "parked_at", "reason"]);
+    assert_eq!(names(&answer["rows"][0]), ["id", "key", "kind", "parked_at", "plugin", "reason"]);
     assert_eq!(json(&world, &["parked", "retry", "--all"]).await, (0, json!({ "rows": 1, "letters": 0, "stay": [] })));
     world.until("SELECT count(*) = 1 FROM tidings.schedules WHERE held").await;
     assert_eq!(json(&world, &["parked", "drop", "--all"]).await, (0, json!({ "rows": 0, "letters": 0 })));
