@@ -1,0 +1,125 @@
+//! What the settings accept, and that no mistake shows a secret.
+
+use std::sync::Arc;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::broker::Broker;
+use crate::store::Store;
+use crate::wake::Wake;
+
+const DATABASE_URL: &str = "postgres://user:password@localhost/database";
+const AMQP_URL: &str = "amqp://user:password@localhost/vhost";
+
+/// The settings that are typed like this, in the order of the variables below.
+fn typed(values: [&str; VARIABLES.len()]) -> RunArgs {
+    let [database_url, amqp_url, exchange, queue_type, replay_max, plugin_dir, http_addr, rest @ ..] =
+        values.map(str::to_owned);
+    let [sweep_ms, replay_interval_ms, max_attempts, notify, canary_ms, log, history_days, http_token] = rest;
+    RunArgs {
+        servers: ServerArgs {
+            database: DatabaseArgs { database_url: Some(database_url) },
+            amqp_url: Some(amqp_url),
+            exchange,
+            queue_type,
+            replay_max,
+        },
+        plugin_dir: Some(plugin_dir),
+        state: StateArgs { state_dir: Some("/var/lib/tidings".into()) },
+        http: HttpArgs { http_addr },
+        http_token: Some(http_token.into()),
+        sweep_ms,
+        replay_interval_ms,
+        max_attempts,
+        notify,
+        canary_ms,
+        log,
+        history_days,
+    }
+}
+
+/// The variables that can be wrong, and a good value of each.
+const VARIABLES: [(&str, &str); 15] = [
+    ("TIDINGS_DATABASE_URL", DATABASE_URL),
+    ("TIDINGS_AMQP_URL", AMQP_URL),
+    ("TIDINGS_EXCHANGE", "tidings"),
+    ("TIDINGS_QUEUE_TYPE", "quorum"),
+    ("TIDINGS_REPLAY_MAX", "0"),
+    ("TIDINGS_PLUGIN_DIR", "."),
+    ("TIDINGS_HTTP_ADDR", "[::1]:0"),
+    ("TIDINGS_SWEEP_MS", "10"),
+    ("TIDINGS_REPLAY_INTERVAL_MS", "86400000"),
+    ("TIDINGS_MAX_ATTEMPTS", "1"),
+    ("TIDINGS_NOTIFY", "off"),
+    ("TIDINGS_CANARY_MS", "60000"),
+    ("TIDINGS_LOG", "json"),
+    ("TIDINGS_HISTORY_DAYS", "36500"),
+    ("TIDINGS_HTTP_TOKEN", "0123456789abcdef"),
+];
+
+#[test]
+fn all_mistakes_are_told_at_once_each_with_its_variable() {
+    let mistakes = typed(["amq.?"; VARIABLES.len()]).check().expect_err("nothing of it can be used");
+    for (name, _) in VARIABLES {
+        assert!(mistakes.iter().any(|sentence| sentence.starts_with(&format!("{name} "))), "{name}: {mistakes}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn whatever_is_typed_gives_settings_within_their_limits_or_sentences_that_name_the_variables(
+        odd in proptest::collection::vec((0..VARIABLES.len(), ".{0,40}|[0-9]{0,11}|(postgres|amqp)://\\PC{0,40}"), 0..4),
+    ) {
+        let mut values = VARIABLES.map(|(_, value)| value);
+        for (at, value) in &odd {
+            values[*at] = value;
+        }
+        // What is no setting, and is in the environment of the tests, is told as well.
+        let unknown = unknown_variables().len();
+        match typed(values).check() {
+            Ok(config) => {
+                let Config { servers, sweep, replay_interval, max_attempts, history, .. } = config;
+                prop_assert!((1..=200).contains(&servers.broker.exchange.len()));
+                prop_assert!(servers.replay_max <= 1_000_000 && (1..=1_000_000).contains(&max_attempts));
+                prop_assert!((Duration::from_millis(10)..=Duration::from_hours(1)).contains(&sweep));
+                prop_assert!((Duration::from_secs(1)..=Duration::from_hours(24)).contains(&replay_interval));
+                prop_assert!((Duration::from_hours(24)..=Duration::from_hours(24 * 36_500)).contains(&history));
+            }
+            Err(Mistakes(sentences)) => {
+                prop_assert!(unknown > 0 || odd.iter().any(|(at, value)| values[*at] == value));
+                for sentence in &sentences[unknown..] {
+                    let named = sentence.split(' ').next().unwrap_or_default();
+                    let at = VARIABLES.iter().position(|(name, _)| *name == named);
+                    prop_assert!(at.is_some_and(|at| values[at] != VARIABLES[at].1), "{}", sentence);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_that_is_shown_contains_a_password(
+        before in "[a-z0-9/?#@:%&=+ .\\[\\]-]{0,4}",
+        after in "[a-z0-9/?#@:%&=+ .\\[\\]-]{0,4}",
+        rest in "|/|/vhost|/vhost\\?heartbeat=5|:5/d|:99999/d",
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        let _entered = runtime.enter();
+        let url = |scheme: &str| format!("{scheme}://user:{before}SECRET{after}@host{rest}");
+        let (database_url, amqp_url, token) = (url("postgres"), url("amqp"), format!("{before}SECRET{after}{rest}"));
+        let mut values = VARIABLES.map(|(_, value)| value);
+        for (at, value) in [(0, &database_url), (1, &amqp_url), (14, &token)] {
+            values[at] = value;
+            let shown = match typed(values).check() {
+                Ok(config) => {
+                    let store = Store::new(&config.servers.database_url, 1);
+                    let broker = Broker::new(&config.servers.broker, Arc::new(Wake::default()));
+                    format!("{config:?} {} {}", store.place(), broker.place())
+                }
+                Err(mistakes) => mistakes.to_string(),
+            };
+            prop_assert!(!shown.contains("SECRET"), "{}", shown);
+            values[at] = VARIABLES[at].1;
+        }
+    }
+}
