@@ -20,8 +20,9 @@ use crate::store::{Outcome, Settlement};
 const UNSERVED: &str = "(unserved)";
 
 /// What can become of a row at one attempt, as the label says it.
-const OUTCOMES: [&str; 8] = ["delivered", "expired", "skipped", "parked", "retried", "waits", "refused", HELD];
-const HELD: &str = "held";
+const OUTCOMES: [&str; 8] = ["delivered", "expired", "skipped", "parked", "retried", "waits", "refused", "held"];
+/// Where among them it is: the one that no settlement comes to.
+const HELD: usize = 7;
 
 /// What a call of a plugin can come to, as the label says it.
 const RESULTS: [&str; 5] = ["built", "skipped", "invalid", "retry", "failed"];
@@ -86,9 +87,10 @@ pub fn serve(kinds: &[String]) {
 pub(super) fn count_held(kind: &str, rows: u64) {
     if let Some(meters) = &*METERS.load() {
         let meter = meters.served.get(kind).unwrap_or(&meters.unserved);
-        hour::count([0, 0, 0, 0, 0, 0, 0, rows], &[]);
-        let held = OUTCOMES.iter().zip(&meter.outcomes).filter(|(outcome, _)| **outcome == HELD);
-        held.for_each(|(_, counter)| counter.increment(rows));
+        let mut outcomes = [0; OUTCOMES.len()];
+        outcomes[HELD] = rows;
+        hour::count(outcomes, &[]);
+        meter.outcomes[HELD].increment(rows);
     }
 }
 
