@@ -33,8 +33,9 @@ use crate::broker::Broker;
 use crate::health::Health;
 use crate::http_token::HttpToken;
 use crate::plugins::{PluginStatus, Registry};
-use crate::store::{Store, StoreError};
+use crate::store::Store;
 use crate::whereabouts::Pause;
+use refusal::Refusal;
 
 /// How long whoever asks waits for a server.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -192,17 +193,10 @@ fn routes(site: &Arc<Site>) -> Router {
         .with_state(Arc::clone(site))
 }
 
-async fn list_plugins(State(Shown { plugins, store, .. }): State<Shown>) -> Response {
-    match async { Ok::<_, StoreError>((store.held().await?, store.pauses().await?)) }.await {
-        Ok((held, paused)) => {
-            let held = held.into_iter().map(|(kind, rows)| Held { kind, rows }).collect();
-            Json(Plugins { plugins: plugins.status(), held, paused }).into_response()
-        }
-        Err(error) => {
-            let error = format!("{:#}", anyhow::Error::from(error));
-            (StatusCode::SERVICE_UNAVAILABLE, Json(serde_json::json!({ "error": error }))).into_response()
-        }
-    }
+async fn list_plugins(State(Shown { plugins, store, .. }): State<Shown>) -> Result<Json<Plugins>, Refusal> {
+    let held = store.held().await?.into_iter().map(|(kind, rows)| Held { kind, rows }).collect();
+    let paused = store.pauses().await?;
+    Ok(Json(Plugins { plugins: plugins.status(), held, paused }))
 }
 
 /// 200 as long as the loops make progress; 503 means that only a new start will help.

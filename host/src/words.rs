@@ -1,9 +1,29 @@
 //! Sentences that are told to people, by commands and by the page alike: times, pauses, and where a row is. No I/O.
 
+use serde::Serialize;
 use time::format_description::well_known::Rfc3339;
 use time::{OffsetDateTime, UtcOffset};
 
 use crate::whereabouts::{Found, Pause, Whereabouts, Which};
+
+/// A row that was found, and where it is in words.
+#[derive(Debug, Serialize)]
+pub struct Explanation {
+    /// The row, for programs.
+    #[serde(flatten)]
+    pub found: Found,
+    /// All of it, for people.
+    pub explanation: String,
+}
+
+impl Explanation {
+    /// Explains it.
+    #[must_use]
+    pub fn of(found: Found) -> Self {
+        let explanation = whereabouts(&found);
+        Self { found, explanation }
+    }
+}
 
 /// An instant as people and programs read it, in UTC, to the millisecond.
 #[must_use]

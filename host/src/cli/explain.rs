@@ -4,14 +4,13 @@ use std::fmt;
 use std::process::ExitCode;
 
 use clap::Args;
-use serde::Serialize;
 
 use super::output::{Output, complain};
 use super::{NOT_FOUND, answered, printable, times};
 use crate::config::DatabaseArgs;
 use crate::store::Store;
 use crate::whereabouts::{Found, Which};
-use crate::words;
+use crate::words::{self, Explanation};
 
 /// Which row.
 #[derive(Args, Debug)]
@@ -25,23 +24,13 @@ pub(super) struct ExplainArgs {
     which: Which,
 }
 
-/// What `tidings explain` answers.
-#[derive(Debug, Serialize)]
-struct Explanation {
-    #[serde(flatten)]
-    found: Found,
-    /// All of it, for people.
-    explanation: String,
-}
-
 pub(super) async fn explain(args: ExplainArgs, output: Output) -> ExitCode {
     answered(args.database, async |store: Store| {
         let Some(found) = store.find(&args.which, None).await? else {
             complain(format_args!("tidings: {}", words::never_heard_of(&args.which)));
             return Ok(ExitCode::from(NOT_FOUND));
         };
-        let explanation = words::whereabouts(&found);
-        output.answer(&Explanation { found, explanation });
+        output.answer(&Explanation::of(found));
         Ok(ExitCode::SUCCESS)
     })
     .await

@@ -15,8 +15,8 @@ use super::refusal::Refusal;
 use super::{Site, overview};
 use crate::broker::{Letter, Pile};
 use crate::by_hand::{ByHand, ByHandError};
-use crate::whereabouts::{Found, Which};
-use crate::words;
+use crate::whereabouts::Which;
+use crate::words::{self, Explanation};
 
 /// For so long a look at the letters is new enough for whoever asks next.
 const FRESH: Duration = Duration::from_secs(2);
@@ -55,15 +55,6 @@ struct Shown {
     died_at: Option<OffsetDateTime>,
     /// How often it was replayed.
     replays: i64,
-}
-
-/// What `GET /api/rows` answers.
-#[derive(Debug, Serialize)]
-struct Explanation {
-    #[serde(flatten)]
-    found: Found,
-    /// All of it, for people.
-    explanation: String,
 }
 
 /// `GET /api/overview`.
@@ -141,8 +132,7 @@ pub(super) async fn explain(State(site): State<Arc<Site>>, RawQuery(query): RawQ
     });
     let (found, which) = found.await?;
     if let Some(found) = found? {
-        let explanation = words::whereabouts(&found);
-        return Ok(Json(Explanation { found, explanation }).into_response());
+        return Ok(Json(Explanation::of(found)).into_response());
     }
     let mut sentence = words::never_heard_of(&which);
     if matches!(which, Which::Key { .. }) {
