@@ -9,8 +9,9 @@ use harness::proxy::{Mode, Proxy};
 use harness::world::{World, amqp_url, database_url};
 use harness::{eventually, repository};
 use serde_json::Value;
-use sqlx::{AssertSqlSafe, Row as _};
 use uuid::Uuid;
+
+use crate::queries::{checked, pages};
 
 /// What `/metrics` says: the value of each series, by its name and labels.
 pub(crate) async fn scrape(daemon: &mut Daemon) -> BTreeMap<String, f64> {
@@ -30,7 +31,7 @@ async fn until(daemon: &mut Daemon, name: &str, right: impl Fn(f64) -> bool) -> 
 }
 
 /// Waits until the series `name` has this value.
-async fn until_is(daemon: &mut Daemon, name: &str, value: f64) {
+pub(crate) async fn until_is(daemon: &mut Daemon, name: &str, value: f64) {
     until(daemon, name, |now| now.total_cmp(&value).is_eq()).await;
 }
 
@@ -258,23 +259,10 @@ async fn a_scrape_costs_the_same_however_many_rows_wait() {
              SELECT 'message', now() + interval '1 day', number % 10000 = 0 FROM generate_series(1, 100000) AS number",
         )
         .await;
-    let dir = std::fs::read_dir(repository().join(".sqlx")).expect("the checked queries");
-    let files = dir.map(|entry| std::fs::read_to_string(entry.expect("an entry").path()).expect("a file"));
-    let mut queries = files
-        .map(|file| serde_json::from_str::<Value>(&file).expect("JSON")["query"].as_str().expect("a query").to_owned());
-    let query = queries.find(|query| query.contains("pg_stat_get_live_tuples")).expect("it is among them");
-    let mut connection = world.db.acquire().await.expect("a connection");
-    let mut run =
-        async |sql: String| sqlx::query(AssertSqlSafe(sql)).fetch_all(&mut *connection).await.expect("it runs");
-
     // Without statistics, when the planner knows least.
-    run(format!("PREPARE backlog(bigint) AS {query}")).await;
-    let plan = run("EXPLAIN (ANALYZE, BUFFERS, COSTS OFF) EXECUTE backlog(1001)".into()).await;
+    let (pages, plan) = pages(&world, &checked("pg_stat_get_live_tuples"), "bigint", "1001").await;
 
-    let plan: Vec<String> = plan.iter().map(|row| row.get(0)).collect();
-    let buffers = plan.iter().find(|line| line.contains("Buffers: shared")).expect("they are counted");
-    let pages = buffers.split(['=', ' ']).filter_map(|word| word.parse::<u64>().ok());
-    assert!(pages.sum::<u64>() < 60, "{}", plan.join("\n"));
+    assert!(pages < 60, "{plan}");
 }
 
 /// The lines of a log, which must all be objects with what each line has.

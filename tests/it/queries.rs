@@ -25,7 +25,7 @@ async fn the_checked_queries_are_those_of_the_schema() {
 }
 
 /// The checked query with this part.
-fn checked(part: &str) -> String {
+pub(crate) fn checked(part: &str) -> String {
     let dir = std::fs::read_dir(harness::repository().join(".sqlx")).expect("the checked queries");
     let queries = dir.map(|entry| std::fs::read_to_string(entry.expect("an entry").path()).expect("a file"));
     let mut texts = queries.map(|text| {
@@ -35,7 +35,7 @@ fn checked(part: &str) -> String {
 }
 
 /// How many pages a query reads, prepared and planned for any argument, and its plan.
-async fn pages(world: &World, query: &str, types: &str, arguments: &str) -> (u64, String) {
+pub(crate) async fn pages(world: &World, query: &str, types: &str, arguments: &str) -> (u64, String) {
     let mut connection = world.db.acquire().await.expect("a connection");
     let mut run =
         async |sql: String| sqlx::query(AssertSqlSafe(sql)).fetch_all(&mut *connection).await.expect("it runs");

@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use harness::authority::Authority;
 use harness::collector::{Answer, Collector, Span};
 use harness::consumer::Received;
 use harness::daemon::{Daemon, Launch};
@@ -18,7 +17,6 @@ use opentelemetry::trace::TraceContextExt as _;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use uuid::Uuid;
 
-use crate::metrics::scrape;
 use crate::replay::{no_pass_at_start, often, once, publish, reject, send, until_waiting};
 
 /// The span of whoever scheduled, and what `traceparent` says of it.
@@ -26,16 +24,16 @@ const SCHEDULER: &str = "0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331";
 const TRACEPARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 
 /// `launch` with traces, which do not wait for company.
-fn traced(launch: Launch, collector: &Collector) -> Launch {
+pub(crate) fn traced(launch: Launch, collector: &Collector) -> Launch {
     launch.with("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url()).with("OTEL_BSP_SCHEDULE_DELAY", 20)
 }
 
-async fn daemon(world: &World, collector: &Collector) -> Daemon {
+pub(crate) async fn daemon(world: &World, collector: &Collector) -> Daemon {
     traced(world.launch().with("TIDINGS_SWEEP_MS", 600_000), collector).ready().await
 }
 
 /// Schedules a message that is due now.
-async fn schedule(world: &World, key: &str, headers: &str) -> Uuid {
+pub(crate) async fn schedule(world: &World, key: &str, headers: &str) -> Uuid {
     let payload = format!(r#"{{"routing_key": "{key}", "body": 1}}"#);
     world.value(&format!("SELECT tidings.schedule('message', now(), '{payload}', headers => '{headers}')")).await
 }
@@ -344,113 +342,6 @@ async fn without_an_endpoint_or_disabled_nothing_is_sent_and_the_header_is_the_r
         assert!(daemon.stop().await.success());
     }
     assert_eq!(collector.requests().len(), 0);
-}
-
-#[tokio::test]
-async fn a_collector_that_hangs_delays_nothing_and_the_daemon_stops_all_the_same() {
-    let world = World::with(&["message"]).await;
-    let collector = Collector::start(Answer::Never).await;
-    let mut inbox = world.inbox(&["#"]).await;
-    // Far beyond the patience of this test.
-    let mut daemon = traced(world.launch(), &collector)
-        .with("OTEL_EXPORTER_OTLP_TIMEOUT", 600_000)
-        .with("OTEL_BSP_MAX_QUEUE_SIZE", 3)
-        .ready()
-        .await;
-    schedule(&world, "k", "{}").await;
-    inbox.next().await;
-    eventually("an export that hangs", async || (collector.requests().len() == 1).then_some(())).await;
-
-    for _ in 0..10 {
-        schedule(&world, "k", "{}").await;
-        inbox.next().await;
-    }
-
-    // Three wait, and the other seven found no place.
-    eventually("the spans that are dropped", async || {
-        let dropped = scrape(&mut daemon).await["tidings_spans_dropped_total"];
-        (dropped.total_cmp(&7.0).is_eq()).then_some(())
-    })
-    .await;
-    daemon.signal(nix::sys::signal::Signal::SIGTERM);
-    assert!(daemon.ended().await.success());
-    let log = daemon.log();
-    assert!(log.contains("stopped") && log.contains("the collector did not take the last spans within 2 s"), "{log}");
-}
-
-#[tokio::test]
-async fn a_collector_that_is_away_or_talks_nonsense_is_a_line_in_the_log_and_so_is_its_return() {
-    let world = World::with(&["message"]).await;
-    let mut inbox = world.inbox(&["#"]).await;
-    let answers = [
-        Answer::Says("220 mail.example ESMTP\r\n"),
-        Answer::Says(""),
-        Answer::Says("HTTP/1.1 401 Unauthorized\r\nContent-Length: 6\r\n\r\nSECRET"),
-        Answer::Says("HTTP/1.1 200 OK\r\nContent-Length: 999999999\r\n\r\n"),
-        Answer::Says("HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n"),
-    ];
-    for answer in answers {
-        let collector = Collector::start(answer).await;
-        let addr = collector.addr();
-        let mut daemon = daemon(&world, &collector).await;
-        for _ in 0..2 {
-            schedule(&world, "k", "{}").await;
-            inbox.next().await;
-        }
-        let line = daemon.wait_for_line(&format!("the collector at {addr} does not take spans")).await;
-        eventually("the spans that are dropped", async || {
-            let dropped = scrape(&mut daemon).await["tidings_spans_dropped_total"];
-            (dropped.total_cmp(&2.0).is_eq()).then_some(())
-        })
-        .await;
-
-        drop(collector);
-        schedule(&world, "k", "{}").await;
-        inbox.next().await;
-        eventually("a span that is dropped since nobody listens", async || {
-            let dropped = scrape(&mut daemon).await["tidings_spans_dropped_total"];
-            (dropped.total_cmp(&3.0).is_eq()).then_some(())
-        })
-        .await;
-        let collector = Collector::at(addr, Answer::Takes).await;
-        let id = schedule(&world, "k", "{}").await;
-        inbox.next().await;
-        collector.one("messaging.message.id", &id.to_string()).await;
-        daemon.wait_for_line(&format!("the collector at {addr} takes spans again")).await;
-
-        let log = daemon.log();
-        assert_eq!(log.matches("does not take spans").count(), 1, "told once: {log}");
-        assert!(!log.contains("SECRET") && !line.contains("SECRET"), "{log}");
-        assert!(daemon.stop().await.success());
-    }
-}
-
-#[tokio::test]
-async fn a_collector_over_tls_is_trusted_as_the_servers_are_and_a_stranger_gets_nothing() {
-    let world = World::with(&["message"]).await;
-    let collector = Collector::start(Answer::Takes).await;
-    let mut inbox = world.inbox(&["#"]).await;
-    let authority = Authority::new("our own");
-    let url = format!("https://localhost:{}", collector.offer_tls(&authority.identity("localhost", 1)));
-    let launch = traced(world.launch(), &collector).with("OTEL_EXPORTER_OTLP_ENDPOINT", &url);
-    let trusting = |authority: &Authority, name: &str| {
-        let file = world.plugin_dir.join(name);
-        std::fs::write(&file, &authority.certificate).expect("written");
-        launch.clone().with("SSL_CERT_FILE", file.display()).with("SSL_CERT_DIR", "")
-    };
-
-    let mut daemon = trusting(&Authority::new("a stranger"), "strange.pem").ready().await;
-    schedule(&world, "k", "{}").await;
-    inbox.next().await;
-    let line = daemon.wait_for_line("does not take spans").await;
-    assert!(line.contains("UnknownIssuer"), "{line}");
-    assert!(daemon.stop().await.success());
-    assert_eq!(collector.requests().len(), 0);
-
-    let _daemon = trusting(&authority, "ca.pem").ready().await;
-    let id = schedule(&world, "k", "{}").await;
-    inbox.next().await;
-    collector.one("messaging.message.id", &id.to_string()).await;
 }
 
 #[tokio::test]
