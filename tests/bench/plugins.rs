@@ -122,7 +122,8 @@ async fn singles(hostile: bool, held: u32) -> Times {
     let daemon = stage.daemon().await;
     if hostile {
         stage.world.put("spin.wasm", &spinning("spin", &["spin"]));
-        harness::eventually("it is loaded", async || daemon.log().contains("loaded spin").then_some(())).await;
+        let is_loaded = |log: &str| log.lines().any(|line| line.contains("loaded ") && line.contains("spin.wasm"));
+        harness::eventually("it is loaded", async || is_loaded(&daemon.log()).then_some(())).await;
     }
     let insert = format!("SELECT tidings.schedule('message', clock_timestamp() + interval '20 ms', '{MESSAGE}')");
     let mut pace = tokio::time::interval(Duration::from_millis(25));
