@@ -269,7 +269,9 @@ async fn main() -> ExitCode {
 /// Measures, and says whether every scenario ran to its end.
 async fn measure(arguments: Arguments) -> anyhow::Result<bool> {
     if arguments.list {
-        SCENARIOS.iter().for_each(|scenario| println!("{:<16} {}", scenario.name, scenario.what));
+        for Scenario { name, what, .. } in &SCENARIOS {
+            println!("{name:<16} {what}");
+        }
         return Ok(true);
     }
     if let Some(unknown) = arguments.scenarios.iter().find(|name| SCENARIOS.iter().all(|known| known.name != **name)) {
@@ -281,7 +283,10 @@ async fn measure(arguments: Arguments) -> anyhow::Result<bool> {
     let servers = tokio::task::spawn_blocking(|| Servers::with(SETTINGS)).await?.context("servers of our own")?;
     harness::world::share(servers);
 
-    let mut report = Report::begin(probe::circumstances(load).await);
+    let mut circumstances = probe::circumstances(load).await;
+    let Arguments { scale, rounds, minutes, .. } = arguments;
+    circumstances.push(("sizes", format!("{rounds} rounds, {minutes} minutes of memory, scale {scale}")));
+    let mut report = Report::begin(circumstances);
     let bench = Bench { arguments, kept: RefCell::default() };
     for Scenario { name, what, run, .. } in SCENARIOS.iter().filter(|scenario| scenario.is_wanted(&bench.arguments)) {
         eprintln!("measuring {name} ...");
@@ -311,5 +316,5 @@ impl Scenario {
 fn sentence(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().cloned();
     let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
-    text.unwrap_or_else(|| "it panicked".to_owned())
+    text.filter(|text| !text.is_empty()).unwrap_or_else(|| "it panicked; standard error says where".to_owned())
 }

@@ -231,10 +231,9 @@ pub(crate) fn count(number: usize) -> f64 {
 /// Three digits, or all before the point.
 fn number(value: f64) -> String {
     let decimals = match value.abs() {
-        0.0 => 0,
-        100.0.. => 0,
-        10.0.. => 1,
-        _ => 2,
+        small if small > 0.0 && small < 10.0 => 2,
+        medium if medium > 0.0 && medium < 100.0 => 1,
+        _ => 0,
     };
     format!("{value:.decimals$}")
 }
