@@ -1,205 +1,320 @@
-//! `cargo measure`: how fast and how punctual the daemon is, each figure beside its limit in the same run. Shared machines
-//! are noisy: every figure is the median of several rounds, and the ratio says more than the number. `cargo measure --
-//! queue`, `-- replay` and `-- plugins` measure one part.
+//! `cargo measure`: how fast and how punctual the daemon is, each figure beside its limit or rival in the same run and its
+//! target. The servers are our own, with the settings that their users have. What each line means is in README.md.
 
+mod calls;
+mod drain;
+mod enqueue;
+mod lateness;
+mod load;
 mod plugins;
+mod probe;
+mod raw;
 mod replay;
+mod report;
+mod resources;
 
+use std::any::Any;
+use std::cell::RefCell;
+use std::panic::AssertUnwindSafe;
+use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use futures_util::future::join_all;
-use harness::world::World;
-use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, QueueBindOptions, QueueDeclareOptions};
-use lapin::types::{AMQPValue, FieldTable};
-use lapin::{BasicProperties, Channel, Confirmation};
-use nix::sys::signal::Signal;
-use sqlx::Row as _;
+use anyhow::Context as _;
+use clap::Parser;
+use futures_util::FutureExt as _;
+use futures_util::future::LocalBoxFuture;
+use harness::servers::Servers;
 
-/// Rows of the lateness measurement.
-const SINGLE_ROWS: usize = 200;
-/// Rows of the drain.
-const DUE_ROWS: usize = 20_000;
-/// Rounds of the drain.
-const ROUNDS: usize = 3;
-/// Messages in flight on one channel, as many as the daemon has.
-const WINDOW: usize = 500;
-/// Channels, as many as the daemon has.
-const CHANNELS: usize = 4;
-/// The body of every message.
-const BODY_BYTES: usize = 400;
+use load::Stage;
+use report::{Figure, Report};
+
+pub(crate) const MILLION: u32 = 1_000_000;
+/// What the worlds of most scenarios have in their plugin directory: all of the repository.
+const PLUGINS: [&str; 3] = ["message", "game-reminder", "game-status"];
+/// As users have it, and with what counts statements, which does so only where it is asked to.
+const SETTINGS: &str = "fsync = on\nshared_preload_libraries = 'pg_stat_statements'\npg_stat_statements.track = none";
+
+/// Measures Tidings on servers of its own
+#[derive(Debug, Parser)]
+#[command(name = "cargo measure --")]
+struct Arguments {
+    /// What to measure; all of the table of targets, if nothing is named
+    scenarios: Vec<String>,
+    /// Say what there is
+    #[arg(long)]
+    list: bool,
+    /// Write every figure, with each round, into this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Parts of the rows and seconds, to see that everything runs; what comes of less than 1 says little
+    #[arg(long, default_value_t = 1.0)]
+    scale: f64,
+    /// Rounds, of which the median is taken
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..))]
+    rounds: u8,
+    /// Ten million pending rows, where one is enough otherwise; takes a quarter of an hour more
+    #[arg(long)]
+    big: bool,
+    /// For how long memory is watched
+    #[arg(long, default_value_t = 3.0)]
+    minutes: f64,
+}
+
+/// Something to be measured.
+struct Scenario {
+    name: &'static str,
+    what: &'static str,
+    part: Part,
+    run: for<'a> fn(&'a Bench) -> LocalBoxFuture<'a, Vec<Figure>>,
+}
+
+/// When a scenario is played without being named.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    /// Always: it has targets.
+    Targets,
+    /// With `--big`.
+    Big,
+    /// Never.
+    Further,
+}
+
+/// In this order: what shares the pending rows goes from few to many.
+const SCENARIOS: [Scenario; 20] = [
+    Scenario {
+        name: "drain",
+        what: "100,000 rows already due, through a wasm plugin, to a quorum queue",
+        part: Part::Targets,
+        run: |bench| drain::drain(bench).boxed_local(),
+    },
+    Scenario {
+        name: "two",
+        what: "the same by two daemons on one database",
+        part: Part::Targets,
+        run: |bench| drain::two(bench).boxed_local(),
+    },
+    Scenario {
+        name: "recovery",
+        what: "kill -9 in the middle of the same, and a restart",
+        part: Part::Targets,
+        run: |bench| drain::recovery(bench).boxed_local(),
+    },
+    Scenario {
+        name: "reader",
+        what: "500,000 rows delivered while a transaction keeps its snapshot",
+        part: Part::Targets,
+        run: |bench| drain::reader(bench).boxed_local(),
+    },
+    Scenario {
+        name: "due-now",
+        what: "rows one at a time, due when they are written",
+        part: Part::Targets,
+        run: |bench| lateness::due_now(bench).boxed_local(),
+    },
+    Scenario {
+        name: "lateness-100",
+        what: "100 rows a second due for a minute, 200,000 pending",
+        part: Part::Targets,
+        run: |bench| lateness::quiet(bench).boxed_local(),
+    },
+    Scenario {
+        name: "lateness-1000",
+        what: "1,000 rows a second due for a minute, a million pending",
+        part: Part::Targets,
+        run: |bench| lateness::busy(bench).boxed_local(),
+    },
+    Scenario {
+        name: "spike",
+        what: "50,000 rows due in the same millisecond, a million pending, other kinds trickling",
+        part: Part::Targets,
+        run: |bench| lateness::spike(bench).boxed_local(),
+    },
+    Scenario {
+        name: "lateness-big",
+        what: "1,000 rows a second due for a minute, ten million pending",
+        part: Part::Big,
+        run: |bench| lateness::vast(bench).boxed_local(),
+    },
+    Scenario {
+        name: "start",
+        what: "start to ready with a warm cache, a million pending (ten with --big)",
+        part: Part::Targets,
+        run: |bench| resources::start(bench).boxed_local(),
+    },
+    Scenario {
+        name: "memory",
+        what: "deliveries for --minutes, a million pending (ten with --big), all plugins loaded",
+        part: Part::Targets,
+        run: |bench| resources::memory(bench).boxed_local(),
+    },
+    Scenario {
+        name: "idle",
+        what: "a minute with a row due tomorrow",
+        part: Part::Targets,
+        run: |bench| resources::idle(bench).boxed_local(),
+    },
+    Scenario {
+        name: "enqueue",
+        what: "a million far-future rows in bulk, and 16 clients with single rows due soon",
+        part: Part::Targets,
+        run: |bench| enqueue::enqueue(bench).boxed_local(),
+    },
+    Scenario {
+        name: "wasm",
+        what: "a call of a plugin in Rust",
+        part: Part::Targets,
+        run: |bench| calls::wasm(bench).boxed_local(),
+    },
+    Scenario {
+        name: "languages",
+        what: "calls of plugins in JavaScript and Python",
+        part: Part::Further,
+        run: |bench| calls::languages(bench).boxed_local(),
+    },
+    Scenario {
+        name: "replay",
+        what: "a pass over 100,000 dead letters of 1 KiB",
+        part: Part::Further,
+        run: |bench| replay::replay(bench).boxed_local(),
+    },
+    Scenario {
+        name: "first-message",
+        what: "a plugin's file to its first message, 20 times",
+        part: Part::Further,
+        run: |bench| plugins::first_message(bench).boxed_local(),
+    },
+    Scenario {
+        name: "swaps",
+        what: "2,000 rows a second while their plugin is replaced 50 times, each row once",
+        part: Part::Further,
+        run: |bench| plugins::swaps(bench).boxed_local(),
+    },
+    Scenario {
+        name: "neighbours",
+        what: "a row every 25 ms, beside a plugin that spins until its limit, and with a million held rows",
+        part: Part::Further,
+        run: |bench| plugins::neighbours(bench).boxed_local(),
+    },
+    Scenario {
+        name: "replacements",
+        what: "a plugin's file replaced 1,000 times",
+        part: Part::Further,
+        run: |bench| plugins::replacements(bench).boxed_local(),
+    },
+];
+
+/// How a run is shaped, and what its scenarios share.
+pub(crate) struct Bench {
+    arguments: Arguments,
+    /// The stage with the rows that wait, which take long to write.
+    kept: RefCell<Option<Stage>>,
+}
+
+impl Bench {
+    /// How often each figure is taken.
+    pub(crate) fn rounds(&self) -> u8 {
+        self.arguments.rounds
+    }
+
+    /// So many rows, by the scale.
+    pub(crate) fn rows(&self, rows: u32) -> u32 {
+        scaled(rows, self.arguments.scale).max(1_000)
+    }
+
+    /// So many seconds, by the scale.
+    pub(crate) fn seconds(&self, seconds: u32) -> u32 {
+        scaled(seconds, self.arguments.scale).max(2)
+    }
+
+    /// How long memory is watched.
+    pub(crate) fn minutes(&self) -> Duration {
+        Duration::from_mins(1).mul_f64(self.arguments.minutes)
+    }
+
+    /// A stage on which at least so many rows wait, with all plugins.
+    pub(crate) async fn pending(&self, rows: u32) -> Stage {
+        let kept = self.kept.take();
+        let mut stage = match kept {
+            Some(stage) => stage,
+            None => Stage::with(&PLUGINS).await,
+        };
+        stage.pend(self.rows(rows)).await;
+        stage
+    }
+
+    /// Leaves it for the next scenario.
+    pub(crate) fn keep(&self, stage: Stage) {
+        self.kept.replace(Some(stage));
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a float becomes the nearest that fits")]
+fn scaled(number: u32, scale: f64) -> u32 {
+    (f64::from(number) * scale).round() as u32
+}
 
 #[tokio::main]
-async fn main() {
-    let world = World::with(&["message"]).await;
-    let postgres: String = world.value("SHOW server_version").await;
-    let cores = std::thread::available_parallelism().map_or(0, usize::from);
-    println!("PostgreSQL {postgres}, {cores} cores, persistent messages with bodies of {BODY_BYTES} bytes\n");
-
-    let only = std::env::args().nth(1);
-    let wanted = |what: &str| only.as_deref().is_none_or(|only| only == what);
-    if wanted("queue") {
-        due_now().await;
-        for queue_type in ["classic", "quorum"] {
-            drain(queue_type).await;
+async fn main() -> ExitCode {
+    match measure(Arguments::parse()).await {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("measure: {error:#}");
+            ExitCode::FAILURE
         }
-        idle().await;
-    }
-    if wanted("replay") {
-        replay::replay().await;
-    }
-    if wanted("plugins") {
-        plugins::plugins().await;
     }
 }
 
-/// One row at a time: from the return of its commit to the consumer.
-async fn due_now() {
-    let world = World::with(&["message"]).await;
-    let mut inbox = world.inbox(&["#"]).await;
-    let _daemon = world.daemon().await;
-    let (mut received_after, mut confirmed_after) = (Vec::new(), Vec::new());
-    for round in 0..SINGLE_ROWS + 20 {
-        world.sql(r#"SELECT tidings.schedule('message', clock_timestamp(), '{"routing_key":"a","body":1}')"#).await;
-        let committed = Instant::now();
-        let received = inbox.next_unacknowledged().await;
-        // The first rounds warm up connections and plans.
-        if round >= 20 {
-            received_after.push(committed.elapsed());
+/// Measures, and says whether every scenario ran to its end.
+async fn measure(arguments: Arguments) -> anyhow::Result<bool> {
+    if arguments.list {
+        for Scenario { name, what, .. } in &SCENARIOS {
+            println!("{name:<16} {what}");
         }
-        received.delivery.ack(lapin::options::BasicAckOptions::default()).await.expect("acknowledged");
+        return Ok(true);
     }
-    world.until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
-    let lateness = "SELECT array_agg((extract(epoch FROM finished_at - due_at) * 1000)::float8) FROM
-                    (SELECT * FROM tidings.deliveries ORDER BY finished_at DESC LIMIT 200) AS last";
-    for ms in world.value::<Vec<f64>>(lateness).await {
-        confirmed_after.push(Duration::from_secs_f64(ms / 1000.0));
+    if let Some(unknown) = arguments.scenarios.iter().find(|name| SCENARIOS.iter().all(|known| known.name != **name)) {
+        anyhow::bail!("there is no {unknown:?}; --list says what there is");
     }
-    for (what, mut times) in
-        [("insert committed to message received", received_after), ("lateness (due to confirm)", confirmed_after)]
-    {
-        times.sort();
-        let at = |percent: usize| times[(times.len() - 1) * percent / 100].as_secs_f64() * 1000.0;
-        println!("{what:<40} p50 {:>6.2} ms   p99 {:>6.2} ms   ({} rows)", at(50), at(99), times.len());
-    }
-}
+    // Before we are at work ourselves.
+    let load = probe::load_average();
+    eprintln!("building the daemon and the plugins, and starting a PostgreSQL and a RabbitMQ of our own ...");
+    let servers = tokio::task::spawn_blocking(|| Servers::with(SETTINGS)).await?.context("servers of our own")?;
+    harness::world::share(servers);
 
-/// Many rows due at once: rows per second, beside what the same client reaches with nothing but publishing.
-async fn drain(queue_type: &str) {
-    let (mut rates, mut limits) = (Vec::new(), Vec::new());
-    for _ in 0..ROUNDS {
-        let world = World::with(&["message"]).await;
-        let daemon = world.daemon().await;
-        let channel = world.broker.channel().await;
-        let mut arguments = FieldTable::default();
-        arguments.insert("x-queue-type".into(), AMQPValue::LongString(queue_type.into()));
-        channel.queue_declare("q".into(), QueueDeclareOptions::durable(), arguments).await.expect("a queue");
-        let bound = channel.queue_bind(
-            "q".into(),
-            "tidings".into(),
-            "a".into(),
-            QueueBindOptions::default(),
-            FieldTable::default(),
-        );
-        bound.await.expect("a binding");
-
-        limits.push(publish_only(&world).await);
-
-        let mut transaction = world.db.begin().await.expect("a transaction");
-        let insert = format!(
-            "INSERT INTO tidings.schedules (kind, due_at, payload)
-             SELECT 'message', now(), jsonb_build_object('routing_key', 'a', 'body', repeat('x', {BODY_BYTES}))
-             FROM generate_series(1, {DUE_ROWS})"
-        );
-        sqlx::query(sqlx::AssertSqlSafe(insert)).execute(&mut *transaction).await.expect("inserted");
-        // From the moment before the commit, which is when the daemon hears of them.
-        let begun = sqlx::query("SELECT clock_timestamp()").fetch_one(&mut *transaction).await.expect("the time");
-        let begun: time::OffsetDateTime = begun.get(0);
-        transaction.commit().await.expect("committed");
-        world.until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
-        let ended: time::OffsetDateTime = world.value("SELECT max(finished_at) FROM tidings.deliveries").await;
-        let rows: i64 = world.value("SELECT count(*) FROM tidings.deliveries").await;
-        assert_eq!(rows, i64::try_from(DUE_ROWS).expect("few"), "every row was delivered once");
-        rates.push(per_second((ended - begun).as_seconds_f64()));
-        assert!(daemon.stop().await.success());
-    }
-    let (rate, limit) = (median(rates), median(limits));
-    println!(
-        "{:<40} {rate:>8.0} rows/s   publish and confirm alone {limit:>8.0}/s   {:>3.0} %   (medians of {ROUNDS})",
-        format!("{DUE_ROWS} rows due, {queue_type} queue"),
-        rate / limit * 100.0
-    );
-}
-
-/// The raw rate: the same client, exchange, queue, body and headers, and nothing else.
-async fn publish_only(world: &World) -> f64 {
-    let mut channels = Vec::new();
-    for _ in 0..CHANNELS {
-        let channel = world.broker.channel().await;
-        channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirms");
-        channels.push(channel);
-    }
-    let begun = Instant::now();
-    join_all(channels.iter().map(|channel| async {
-        for _ in 0..DUE_ROWS / CHANNELS / WINDOW {
-            publish_window(channel).await;
+    let mut circumstances = probe::circumstances(load).await;
+    let Arguments { scale, rounds, minutes, .. } = arguments;
+    circumstances.push(("sizes", format!("{rounds} rounds, {minutes} minutes of memory, scale {scale}")));
+    let mut report = Report::begin(circumstances);
+    let bench = Bench { arguments, kept: RefCell::default() };
+    for Scenario { name, what, run, .. } in SCENARIOS.iter().filter(|scenario| scenario.is_wanted(&bench.arguments)) {
+        eprintln!("measuring {name} ...");
+        let begun = Instant::now();
+        let came_to = AssertUnwindSafe(run(&bench)).catch_unwind().await.map_err(|panic| sentence(&*panic));
+        report.add(name, what, begun.elapsed(), came_to);
+        if let Some(file) = &bench.arguments.json {
+            // Each time: whoever stops us has what there is.
+            let json = serde_json::to_string_pretty(&report.json())?;
+            std::fs::write(file, json).with_context(|| format!("could not write {}", file.display()))?;
         }
-    }))
-    .await;
-    per_second(begun.elapsed().as_secs_f64())
+    }
+    Ok(report.end())
 }
 
-async fn publish_window(channel: &Channel) {
-    let options = BasicPublishOptions { mandatory: true, immediate: false };
-    let mut headers = FieldTable::default();
-    for name in ["tidings-kind", "tidings-plugin", "tidings-exchange", "tidings-routing-key"] {
-        headers.insert(name.into(), AMQPValue::LongString("message@0.1.0".into()));
-    }
-    for name in ["tidings-due-ms", "tidings-attempt", "tidings-replay"] {
-        headers.insert(name.into(), AMQPValue::LongLongInt(1_795_291_200_000));
-    }
-    let properties = BasicProperties::default().with_delivery_mode(2).with_headers(headers);
-    let body = [b'x'; BODY_BYTES];
-    let publishes = (0..WINDOW).map(|number| {
-        let properties = properties.clone().with_message_id(format!("{number:036}").into());
-        channel.basic_publish("tidings".into(), "a".into(), options, &body, properties)
-    });
-    let published = join_all(publishes).await.into_iter().map(|confirm| confirm.expect("written"));
-    for confirmation in join_all(published).await {
-        assert!(matches!(confirmation, Ok(Confirmation::Ack(None))), "{confirmation:?}");
+impl Scenario {
+    fn is_wanted(&self, arguments: &Arguments) -> bool {
+        if arguments.scenarios.is_empty() {
+            self.part == Part::Targets || self.part == Part::Big && arguments.big
+        } else {
+            arguments.scenarios.iter().any(|name| name == self.name)
+        }
     }
 }
 
-/// Nothing due: how many transactions the daemon makes, and how long it takes to stop.
-async fn idle() {
-    const IDLE: Duration = Duration::from_mins(1);
-    let world = World::with(&["message"]).await;
-    let mut daemon = world.launch().ready().await;
-    world.sql("SELECT tidings.schedule('message', now() + interval '1 day')").await;
-    // Sessions hand in their counts when they have been idle for up to ten seconds: those of the start must be in.
-    tokio::time::sleep(Duration::from_secs(15)).await;
-    let transactions = "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = current_database()";
-    let before: i64 = world.value(transactions).await;
-    tokio::time::sleep(IDLE).await;
-    let after: i64 = world.value(transactions).await;
-    println!(
-        "{:<40} {:>8} transactions in {} s, our own question among them",
-        "idle, a row due tomorrow",
-        after - before,
-        IDLE.as_secs()
-    );
-
-    let asked = Instant::now();
-    daemon.signal(Signal::SIGTERM);
-    assert!(daemon.ended().await.success());
-    println!("{:<40} {:>8.0} ms", "SIGTERM to exit when idle", asked.elapsed().as_secs_f64() * 1000.0);
-}
-
-/// The rate at which all rows went in `seconds`.
-fn per_second(seconds: f64) -> f64 {
-    f64::from(u32::try_from(DUE_ROWS).expect("few")) / seconds
-}
-
-fn median(mut figures: Vec<f64>) -> f64 {
-    figures.sort_by(f64::total_cmp);
-    figures[figures.len() / 2]
+/// What a panic said.
+fn sentence(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().cloned();
+    let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+    text.filter(|text| !text.is_empty()).unwrap_or_else(|| "it panicked; standard error says where".to_owned())
 }

@@ -48,7 +48,7 @@ pub(crate) fn own(user: &str, dir: &Path) -> anyhow::Result<()> {
 }
 
 impl Place {
-    pub(crate) fn prepare_postgres(&self) -> anyhow::Result<()> {
+    pub(crate) fn prepare_postgres(&self, further: &str) -> anyhow::Result<()> {
         let Self { programs, dir, postgres_port: port, .. } = self;
         let home = dir.join("postgres");
         let data = home.join("data");
@@ -74,7 +74,7 @@ impl Place {
         let mut settings = fs::OpenOptions::new().append(true).open(data.join("postgresql.conf"))?;
         writeln!(
             settings,
-            "listen_addresses = '127.0.0.1'\nport = {port}\nunix_socket_directories = ''\nmax_connections = 300\nmax_prepared_transactions = 10\nfsync = off\ntrack_commit_timestamp = on"
+            "listen_addresses = '127.0.0.1'\nport = {port}\nunix_socket_directories = ''\nmax_connections = 300\nmax_prepared_transactions = 10\nfsync = off\ntrack_commit_timestamp = on\n{further}"
         )?;
         Ok(())
     }

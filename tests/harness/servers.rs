@@ -71,6 +71,15 @@ impl Servers {
     ///
     /// When they cannot be installed or started.
     pub fn private() -> anyhow::Result<Self> {
+        Self::with("")
+    }
+
+    /// The same, with further lines in the settings of PostgreSQL, where the last one wins.
+    ///
+    /// # Errors
+    ///
+    /// As [`Servers::private`].
+    pub fn with(settings: &str) -> anyhow::Result<Self> {
         static STARTED: AtomicUsize = AtomicUsize::new(0);
         let number = STARTED.fetch_add(1, Ordering::Relaxed);
         let programs = setup::servers()?;
@@ -89,7 +98,7 @@ impl Servers {
             epmd_port,
             management_port,
         };
-        place.prepare_postgres()?;
+        place.prepare_postgres(settings)?;
         place.prepare_rabbitmq()?;
         let children = vec![place.start_postgres()?, place.start_rabbitmq()?, epmd];
         let reaper = start_reaper(&dir, &children)?;

@@ -30,16 +30,30 @@ fn built() -> &'static Built {
     })
 }
 
+/// The reaper ends them with this program; nothing drops a static.
+static SHARED: OnceLock<Servers> = OnceLock::new();
+
 /// The servers that all worlds of this program share, but for those with servers of their own.
 fn shared() -> &'static Servers {
-    static SHARED: OnceLock<Servers> = OnceLock::new();
     SHARED.get_or_init(|| {
-        // The reaper ends them with this program; nothing drops a static.
         let servers = Servers::start().expect("servers of our own");
         template(&servers, &built().daemon);
         servers
     })
 }
+
+/// Has all worlds of this program share these servers, which are set up otherwise than for tests.
+///
+/// # Panics
+///
+/// When there is a world already.
+pub fn share(servers: Servers) {
+    template(&servers, &built().daemon);
+    SHARED.set(servers).expect("before the first world");
+}
+
+/// guest:guest
+const GUEST: &str = "Basic Z3Vlc3Q6Z3Vlc3Q=";
 
 /// The database that every test's is a copy of, migrated by the binary.
 const TEMPLATE: &str = "tidings_template";
@@ -192,6 +206,21 @@ impl World {
         self.launch().subcommand(&first).args(arguments).finished().await
     }
 
+    /// Takes away its database and its virtual host, which may be large.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot.
+    pub async fn remove(self) {
+        self.db.close().await;
+        execute(self.ports.0, &format!("DROP DATABASE {} WITH (FORCE)", self.name)).await;
+        let url = format!("http://127.0.0.1:{}/api/vhosts/{}", self.management_port, self.name);
+        let answer = ureq::delete(&url).header("Authorization", GUEST).call();
+        answer.unwrap_or_else(|error| panic!("the virtual host {} could not be removed: {error}", self.name));
+        let _ = std::fs::remove_dir_all(&self.plugin_dir);
+        let _ = std::fs::remove_dir_all(self.state_dir());
+    }
+
     /// How to start a daemon for this world.
     #[must_use]
     pub fn launch(&self) -> Launch {
@@ -312,7 +341,6 @@ pub fn amqp_url(port: u16, vhost: &str) -> String {
 
 fn create_vhost(management_port: u16, vhost: &str) {
     let url = format!("http://127.0.0.1:{management_port}/api/vhosts/{vhost}");
-    // guest:guest
-    let answer = ureq::put(&url).header("Authorization", "Basic Z3Vlc3Q6Z3Vlc3Q=").send_empty();
+    let answer = ureq::put(&url).header("Authorization", GUEST).send_empty();
     answer.unwrap_or_else(|error| panic!("the virtual host {vhost} could not be made: {error}"));
 }

@@ -1,0 +1,193 @@
+//! How fast rows are delivered that are due all at once: by one daemon, by two, by one that was killed in the middle, and
+//! while somebody keeps old row versions from being removed.
+
+use std::time::Duration;
+
+use futures_util::future::join;
+use harness::world::{World, database_url};
+use nix::sys::signal::Signal;
+use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection};
+use time::OffsetDateTime;
+
+use crate::Bench;
+use crate::load::{Stage, per_second};
+use crate::probe::{cpu, cpu_of_threads};
+use crate::raw;
+use crate::report::Figure;
+
+/// Rows of a drain.
+const ROWS: u32 = 100_000;
+/// Rows that are delivered while somebody reads.
+const UNDER_READER: u32 = 500_000;
+/// How often the daemon looks while its looks are counted.
+const SWEEP_MS: u32 = 100;
+
+/// Rows that are due, through a plugin, to a quorum queue.
+pub(crate) async fn drain(bench: &Bench) -> Vec<Figure> {
+    let (stage, rows) = (Stage::with(&["message"]).await, bench.rows(ROWS));
+    let daemon = stage.daemon().await;
+    let pid = daemon.pid();
+    let (mut rates, mut limits, mut costs, mut raw_costs, mut guests) =
+        (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..bench.rounds() {
+        // The limit before and after, so that a machine that slows down or speeds up does so for both.
+        let (mut limit, mut raw_cost) = (0.0, 0.0);
+        let before = cpu(None);
+        limit += raw::publish_and_confirm(&stage, rows).await / 2.0;
+        raw_cost += (cpu(None) - before) / 2.0;
+        stage.tidy().await;
+
+        let (before, guests_before) = (cpu(Some(pid)), cpu_of_threads(pid, "plugin"));
+        rates.push(stage.drain(rows).await);
+        let (used, by_guests) = (cpu(Some(pid)) - before, cpu_of_threads(pid, "plugin") - guests_before);
+        costs.push(used * 1e6 / f64::from(rows));
+        guests.push(by_guests / used * 100.0);
+        stage.tidy().await;
+
+        let before = cpu(None);
+        limit += raw::publish_and_confirm(&stage, rows).await / 2.0;
+        raw_cost += (cpu(None) - before) / 2.0;
+        raw_costs.push(raw_cost * 1e6 / f64::from(rows));
+        limits.push(limit);
+        stage.tidy().await;
+    }
+    assert!(daemon.stop().await.success());
+    stage.remove().await;
+    vec![
+        Figure::new("rows due to confirmed", "rows/s", rates)
+            .beside("raw publish and confirm", limits)
+            .at_least_share(0.8),
+        Figure::new("processor time of the daemon", "µs/row", costs).beside("of the raw publisher", raw_costs),
+        Figure::new("of which plugins", "%", guests).at_most(15.0),
+    ]
+}
+
+/// Two daemons against one.
+pub(crate) async fn two(bench: &Bench) -> Vec<Figure> {
+    let (stage, rows) = (Stage::with(&["message"]).await, bench.rows(ROWS));
+    let _one = stage.daemon().await;
+    let (mut alone, mut together) = (Vec::new(), Vec::new());
+    for _ in 0..bench.rounds() {
+        alone.push(stage.drain(rows).await);
+        stage.tidy().await;
+        let state = stage.world.state_dir().with_extension("state2");
+        let other = stage.warm(&stage.world.launch().with("TIDINGS_STATE_DIR", state.display())).await;
+        together.push(stage.drain(rows).await);
+        assert!(other.stop().await.success());
+        stage.tidy().await;
+        let _ = std::fs::remove_dir_all(state);
+    }
+    stage.remove().await;
+    // Rounds differ by as much for no reason.
+    let figure = Figure::new("two daemons", "rows/s", together).beside("one", alone).at_least_share(0.95);
+    vec![figure]
+}
+
+/// A daemon that is killed in the middle, and started again.
+pub(crate) async fn recovery(bench: &Bench) -> Vec<Figure> {
+    let (stage, rows) = (Stage::with(&["message"]).await, bench.rows(ROWS));
+    let (mut beyond, mut took, mut expected, mut copies) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..bench.rounds() {
+        let mut daemon = stage.daemon().await;
+        let begun = stage.write_due(rows).await;
+        stage.until_queued(rows / 2).await;
+        daemon.signal(Signal::SIGKILL);
+        let killed = OffsetDateTime::now_utc();
+        daemon.ended().await;
+
+        let restarted = OffsetDateTime::now_utc();
+        let daemon = stage.world.launch().ready().await;
+        stage.until_queued(rows).await;
+        stage.until_finished(rows).await;
+        let ended = stage.last_confirm().await;
+        let left = "SELECT count(*) FROM tidings.deliveries WHERE finished_at >= ";
+        let left: i64 = stage.world.value(&format!("{left} '{killed}'")).await;
+        let left = u32::try_from(left).expect("few");
+        let ids: i64 = stage.world.value("SELECT count(DISTINCT id) FROM tidings.deliveries").await;
+        assert_eq!(ids, i64::from(rows), "every row was delivered");
+        let to_drain = f64::from(left) / per_second(rows - left, killed - begun);
+        let drained = (ended - restarted).as_seconds_f64();
+        took.push(drained);
+        expected.push(to_drain);
+        beyond.push(drained - to_drain);
+        copies.push(f64::from(stage.queued().await) - f64::from(rows));
+        assert!(daemon.stop().await.success());
+        stage.tidy().await;
+    }
+    stage.remove().await;
+    vec![
+        Figure::new("restart to the last confirm", "s", took).beside("at the rate before the kill", expected),
+        Figure::new("longer than that rate", "s", beyond).at_most(3.0),
+        Figure::new("messages that came twice", "", copies),
+    ]
+}
+
+/// Somebody reads in a long transaction, and PostgreSQL can remove nothing of what was delivered since.
+pub(crate) async fn reader(bench: &Bench) -> Vec<Figure> {
+    let (stage, rows) = (Stage::with(&["message"]).await, bench.rows(UNDER_READER));
+    let url = database_url(stage.world.ports().0, &stage.world.name);
+    let database = &stage.world.name;
+    for sql in [
+        "CREATE EXTENSION pg_stat_statements".to_owned(),
+        format!("ALTER DATABASE {database} SET pg_stat_statements.track = 'top'"),
+    ] {
+        stage.world.sql(&sql).await;
+    }
+    let launch = stage.world.launch().with("TIDINGS_SWEEP_MS", SWEEP_MS);
+    let (mut clean, mut held, mut clean_pages, mut held_pages, mut unbounded) =
+        (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..bench.rounds() {
+        let daemon = stage.warm(&launch).await;
+        // So that there is a next row to be found.
+        stage.world.sql("SELECT tidings.schedule('message', now() + interval '1 day', key => 'next')").await;
+        clean_pages.push(pages_of_a_look(&stage.world).await);
+        clean.push(stage.drain(rows).await);
+        stage.tidy().await;
+
+        let mut reader = PgConnection::connect(&url).await.expect("a connection");
+        reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ").await.expect("begun");
+        reader.execute("SELECT count(*) FROM tidings.passes").await.expect("a snapshot");
+        held.push(stage.drain(rows).await);
+        held_pages.push(pages_of_a_look(&stage.world).await);
+        unbounded.push(pages_of(&stage.world, "SELECT min(slot_at) FROM tidings.schedules").await);
+        reader.close().await.expect("ended");
+        assert!(daemon.stop().await.success());
+        stage.tidy().await;
+    }
+    stage.remove().await;
+    vec![
+        Figure::new("pages that a look reads", "", held_pages).beside("a plain min(slot_at)", unbounded).at_most(10.0),
+        Figure::new("the same without a reader", "", clean_pages),
+        Figure::new("rows due to confirmed", "rows/s", held).beside("without a reader", clean).at_least_share(0.9),
+    ]
+}
+
+/// Pages of tables and indexes that one look at the queue reads, in the mean of a few seconds without anything to do.
+async fn pages_of_a_look(world: &World) -> f64 {
+    // The daemon needs a moment to see that nothing is due any more, and in it looks as often as there was.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    world.sql("SELECT pg_stat_statements_reset()").await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let looks = "FROM pg_stat_statements
+                 WHERE dbid = (SELECT oid FROM pg_database WHERE datname = current_database())
+                     AND query LIKE '%tidings.schedules%' AND query LIKE '%slot_at%'
+                 ORDER BY calls DESC LIMIT 1";
+    let (calls, pages) = join(
+        world.value::<Option<i64>>(&format!("SELECT (SELECT calls {looks})")),
+        world.value::<Option<f64>>(&format!(
+            "SELECT (SELECT (shared_blks_hit + shared_blks_read) / calls::float8 {looks})"
+        )),
+    )
+    .await;
+    assert!(calls.is_some_and(|calls| calls >= 3), "the daemon did not look often enough: {calls:?} times");
+    pages.expect("it was called")
+}
+
+/// Pages that a statement reads.
+async fn pages_of(world: &World, sql: &str) -> f64 {
+    let explain = format!("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}");
+    let plan = sqlx::query_scalar::<_, sqlx::types::JsonValue>(AssertSqlSafe(explain)).fetch_one(&world.db).await;
+    let plan = &plan.expect("a plan")[0]["Plan"];
+    let pages = |name: &str| plan[name].as_f64().unwrap_or(0.0);
+    pages("Shared Hit Blocks") + pages("Shared Read Blocks")
+}
