@@ -15,6 +15,7 @@ mod health;
 mod hostile;
 mod languages;
 mod letters;
+mod low_water;
 mod metrics;
 mod outcomes;
 mod passes;

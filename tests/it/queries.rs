@@ -47,12 +47,12 @@ async fn a_look_at_the_queue_costs_the_same_however_many_rows_are_held() {
     let mut run =
         async |sql: String| sqlx::query(AssertSqlSafe(sql)).fetch_all(&mut *connection).await.expect("it runs");
 
-    run(format!("PREPARE look(text[]) AS {look}")).await;
+    run(format!("PREPARE look(text[], timestamptz) AS {look}")).await;
     // From the sixth on, PostgreSQL may plan for any argument.
     for _ in 0..6 {
-        run("EXECUTE look('{message,other}')".into()).await;
+        run("EXECUTE look('{message,other}', NULL)".into()).await;
     }
-    let plan = run("EXPLAIN (ANALYZE, BUFFERS, COSTS OFF) EXECUTE look('{message,other}')".into()).await;
+    let plan = run("EXPLAIN (ANALYZE, BUFFERS, COSTS OFF) EXECUTE look('{message,other}', NULL)".into()).await;
 
     let plan: Vec<String> = plan.iter().map(|row| sqlx::Row::get(row, 0)).collect();
     // The first is that of the whole statement.
