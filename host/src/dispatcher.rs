@@ -63,6 +63,8 @@ struct State {
     release: JoinSet<Result<u64, StoreError>>,
     /// The last look, and when it was asked for.
     look: Option<(Look, Instant)>,
+    /// When the whole queue was last looked at, from its very beginning.
+    swept: Option<Instant>,
     /// The last claim came to nothing although rows are due: nothing is claimed until something has happened.
     stuck: bool,
     /// Such claims in a row.
@@ -128,14 +130,18 @@ impl Dispatcher {
         }
         // Another look would find the same rows due, and the loop would turn as fast as it can.
         if let Some((look, asked_at)) = state.look.as_ref().filter(|_| state.stuck) {
-            return wait(look.outlook, asked_at.elapsed(), state.empty_claims, self.sweep);
+            return wait(look.outlook, asked_at.elapsed(), state.empty_claims, state.until_sweep(self.sweep));
         }
         let asked_at = Instant::now();
         let plugins = self.plugins.current();
-        let look = match self.store.look(plugins.kinds()).await {
+        let sweep = state.until_sweep(self.sweep).is_zero();
+        let look = match self.store.look(plugins.kinds(), sweep).await {
             Ok(look) => look,
             Err(error) => return (state.failed(&error), Reason::Again),
         };
+        if sweep {
+            state.swept = Some(asked_at);
+        }
         if !look.held_for_us.is_empty() && state.release.is_empty() {
             // Beside the loop, since there may be millions; the first of them are due before the last are released.
             let (store, wake, kinds) = (self.store.clone(), Arc::clone(&self.wake), look.held_for_us.clone());
@@ -149,7 +155,7 @@ impl Dispatcher {
         } else {
             state.failures = 0;
         }
-        wait(outlook, asked_at.elapsed(), state.empty_claims, self.sweep)
+        wait(outlook, asked_at.elapsed(), state.empty_claims, state.until_sweep(self.sweep))
     }
 
     fn lane_ended(
@@ -276,6 +282,11 @@ impl State {
     fn failed(&mut self, error: &StoreError) -> Duration {
         warn!(error = error as &dyn std::error::Error, "the database cannot be used, trying again");
         self.rest()
+    }
+
+    /// How long until the next sweep is due, if one is every `sweep`.
+    fn until_sweep(&self, sweep: Duration) -> Duration {
+        self.swept.map_or(Duration::ZERO, |swept| sweep.saturating_sub(swept.elapsed()))
     }
 
     /// How long nothing is to be tried.

@@ -12,6 +12,8 @@ mod doctor;
 mod find;
 mod history;
 mod kinds;
+mod look;
+mod low_water;
 mod parked;
 mod pass;
 mod pauses;
@@ -23,6 +25,7 @@ mod shape;
 mod upcoming;
 
 use std::str::FromStr as _;
+use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::ConnectOptions as _;
@@ -31,7 +34,6 @@ use thiserror::Error;
 
 use crate::secret_url::SecretUrl;
 use crate::trust;
-use crate::wake::Outlook;
 
 pub use backlog::{Backlog, ENOUGH, Late};
 pub use claim::Claim;
@@ -39,6 +41,8 @@ use connection::{Connection, Doubt};
 pub use doctor::{Holder, Holding, ServerVersion, Skew, TOO_LONG};
 pub use history::Delivered;
 pub(crate) use kinds::{announce, withdraw};
+pub use look::Look;
+use low_water::LowWater;
 pub use parked::ParkedRow;
 pub use pass::{Begun, Pass};
 pub use pauses::Until;
@@ -168,17 +172,7 @@ pub struct Store {
     options: PgConnectOptions,
     pool: PgPool,
     doubt: Doubt,
-}
-
-/// What [`Store::look`] found.
-#[derive(Clone, Debug)]
-pub struct Look {
-    /// Rows due now, and when to look again: at the next row's time, or when a pause ends.
-    pub outlook: Outlook,
-    /// Kinds that we serve and nobody has paused, of which rows are held: they were waiting for us.
-    pub held_for_us: Vec<String>,
-    /// The first row of the queue is of a kind of ours that is paused, and in the way of the others.
-    pub paused_first: bool,
+    low_water: Arc<LowWater>,
 }
 
 /// Whether `url` can be understood, without the password in the answer.
@@ -227,7 +221,7 @@ impl Store {
             .disable_statement_logging();
         let doubt = Doubt::new();
         let pool = connection::pool(options.clone(), connections, doubt.clone());
-        Self { options, pool, doubt }
+        Self { options, pool, doubt, low_water: Arc::default() }
     }
 
     /// Host, port and database, for people.
@@ -288,104 +282,5 @@ impl Store {
             .max_connections(1)
             .acquire_timeout(CONNECT_DEADLINE)
             .connect_lazy_with(self.options.clone())
-    }
-
-    /// Looks at the head of the queue, in one statement and no transaction. It must begin after the wake was armed.
-    ///
-    /// # Errors
-    ///
-    /// When the database cannot be asked.
-    pub async fn look(&self, kinds: &[String]) -> Result<Look, StoreError> {
-        let mut connection = self.connection().await?;
-        let row = connection
-            .run("look at the queue", async |connection| {
-                // Each part reads one entry of an index, however many rows wait, whatever the planner believes: held rows are
-                // asked for in the order of their index, kind by kind, and pauses are few.
-                sqlx::query!(
-                    r#"
-                    WITH ours AS MATERIALIZED (
-                        SELECT kind FROM unnest($1::text[]) AS kind EXCEPT SELECT kind FROM tidings.paused
-                    )
-                    SELECT
-                        statement_timestamp() AS "now!",
-                        coalesce(
-                            (SELECT slot_at FROM tidings.schedules ORDER BY slot_at LIMIT 1) <= statement_timestamp(),
-                            false
-                        ) AS "due!",
-                        coalesce(
-                            (
-                                SELECT
-                                    slot_at <= statement_timestamp()
-                                    AND (expires_at <= statement_timestamp()) IS NOT TRUE
-                                    AND kind = ANY($1)
-                                    AND kind IN (SELECT kind FROM tidings.paused)
-                                FROM (
-                                    SELECT slot_at, expires_at, kind FROM tidings.schedules ORDER BY slot_at LIMIT 1
-                                ) AS head
-                            ),
-                            false
-                        ) AS "paused_first!",
-                        least(
-                            (
-                                SELECT slot_at
-                                FROM tidings.schedules
-                                WHERE slot_at > statement_timestamp() AND slot_at < 'infinity'
-                                ORDER BY slot_at
-                                LIMIT 1
-                            ),
-                            (SELECT min(until) FROM tidings.paused)
-                        ) AS next_at,
-                        ARRAY(
-                            SELECT kind
-                            FROM ours
-                            WHERE kind = (
-                                SELECT waiting.kind
-                                FROM tidings.schedules AS waiting
-                                WHERE waiting.held AND waiting.kind >= ours.kind
-                                ORDER BY waiting.kind
-                                LIMIT 1
-                            )
-                        ) AS "held_for_us!"
-                    "#,
-                    kinds,
-                )
-                .fetch_one(connection)
-                .await
-            })
-            .await?;
-        let next_in = row.next_at.map(|next_at| Duration::try_from(next_at - row.now).unwrap_or(Duration::ZERO));
-        let outlook = Outlook { due: row.due, next_in };
-        Ok(Look { outlook, held_for_us: row.held_for_us, paused_first: row.paused_first })
-    }
-
-    /// For how long the row at the head of the queue has been due, which nothing holds back: it is neither held nor backing
-    /// off.
-    ///
-    /// # Errors
-    ///
-    /// When the database cannot be asked.
-    pub async fn overdue(&self) -> Result<Duration, StoreError> {
-        let mut connection = self.connection().await?;
-        let seconds = connection
-            .run("ask how late we are", async |connection| {
-                sqlx::query_scalar!(
-                    r#"
-                    SELECT coalesce(
-                        (
-                            SELECT extract(epoch FROM statement_timestamp() - slot_at)::float8
-                            FROM tidings.schedules
-                            WHERE slot_at <= statement_timestamp()
-                            ORDER BY slot_at
-                            LIMIT 1
-                        ),
-                        0
-                    ) AS "seconds!"
-                    "#
-                )
-                .fetch_one(connection)
-                .await
-            })
-            .await?;
-        Ok(Duration::try_from_secs_f64(seconds).unwrap_or_default())
     }
 }

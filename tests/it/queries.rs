@@ -68,7 +68,8 @@ async fn a_look_at_the_queue_costs_the_same_however_many_rows_are_held() {
     world.sql("INSERT INTO tidings.pauses (kind) VALUES ('other')").await;
     world.sql("ANALYZE tidings.schedules").await;
 
-    let (pages, plan) = pages(&world, &checked("held_for_us"), "text[]", "'{message,other}'").await;
+    let arguments = "'{message,other}', NULL";
+    let (pages, plan) = pages(&world, &checked("held_for_us"), "text[], timestamptz", arguments).await;
 
     assert!(pages < 40, "{plan}");
 }

@@ -5,6 +5,7 @@
 
 use tokio::time::Instant;
 
+use super::low_water::Sample;
 use super::{Connection, Store, StoreError};
 use crate::clock::DatabaseClock;
 use crate::schedule::Schedule;
@@ -38,6 +39,8 @@ impl Store {
     ///
     /// When the database cannot do it; then nothing is locked.
     pub async fn claim(&self, kinds: &[String], limit: i64) -> Result<Option<Claim>, StoreError> {
+        let doubt = self.doubt.last();
+        let from = self.low_water.mark(doubt);
         let mut transaction = Transaction::begin(self.connection().await?).await?;
         let asked_at = Instant::now();
         let rows = transaction
@@ -51,7 +54,8 @@ impl Store {
                         FROM tidings.schedules
                         -- The clock must be a stable function to be compared with an index. The due time is checked as
                         -- well: whatever happens to the slot, nothing is early.
-                        WHERE slot_at <= statement_timestamp()
+                        WHERE slot_at >= coalesce($4, '-infinity'::timestamptz)
+                            AND slot_at <= statement_timestamp()
                             AND due_at <= statement_timestamp()
                             AND (
                                 kind = ANY($1) AND kind <> ALL(ARRAY(SELECT kind FROM tidings.paused))
@@ -81,7 +85,8 @@ impl Store {
                         failures AS "failures!",
                         refusals AS "refusals!",
                         locked_rows AS "locked_rows!",
-                        statement_timestamp() AS "now!"
+                        statement_timestamp() AS "now!",
+                        pg_current_xact_id()::text::bigint AS "xid!"
                     FROM measured
                     WHERE bytes_before < $3
                     ORDER BY measured.slot_at
@@ -89,6 +94,7 @@ impl Store {
                     kinds,
                     limit,
                     CLAIM_BYTES,
+                    from,
                 )
                 .fetch_all(connection)
                 .await
@@ -99,6 +105,7 @@ impl Store {
             transaction.end("ROLLBACK").await?;
             return Ok(None);
         };
+        self.low_water.sample(Sample { at: first.now, xid: first.xid }, doubt);
         Ok(Some(Claim {
             clock: DatabaseClock::new(first.now, asked_at),
             more: first.locked_rows == limit

@@ -30,7 +30,12 @@ impl Doubt {
 
     /// Whether no connection has broken since one of this age was opened.
     fn spares(&self, age: Duration) -> bool {
-        spares(self.at_ms.load(Ordering::Relaxed), self.now_ms(), age)
+        spares(self.last(), self.now_ms(), age)
+    }
+
+    /// Which was the last; equal as long as there was none since.
+    pub(super) fn last(&self) -> u64 {
+        self.at_ms.load(Ordering::Relaxed)
     }
 
     fn now_ms(&self) -> u64 {

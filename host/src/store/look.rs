@@ -1,0 +1,128 @@
+//! A look at the head of the queue: what is due, when the next row will be, what waits for us. It costs the same few pages of
+//! the indexes however many rows wait, and however many were delivered; it locks nothing and changes nothing.
+
+use std::time::Duration;
+
+use super::low_water::Seen;
+use super::{Store, StoreError};
+use crate::wake::Outlook;
+
+/// What [`Store::look`] found.
+#[derive(Clone, Debug)]
+pub struct Look {
+    /// Rows due now, and when to look again: at the next row's time, or when a pause ends.
+    pub outlook: Outlook,
+    /// Kinds that we serve and nobody has paused, of which rows are held: they were waiting for us.
+    pub held_for_us: Vec<String>,
+    /// The first row of the queue is of a kind of ours that is paused, and in the way of the others.
+    pub paused_first: bool,
+}
+
+impl Store {
+    /// Looks at the head of the queue, in one statement and no transaction. It must begin after the wake was armed. A look
+    /// begins at the low-water mark, a `sweep` at the very beginning.
+    ///
+    /// # Errors
+    ///
+    /// When the database cannot be asked.
+    pub async fn look(&self, kinds: &[String], sweep: bool) -> Result<Look, StoreError> {
+        let doubt = self.doubt.last();
+        let from = self.low_water.mark(doubt).filter(|_| !sweep);
+        let mut connection = self.connection().await?;
+        let row = connection
+            .run("look at the queue", async |connection| {
+                // Each part reads one entry of an index, however many rows wait, whatever the planner believes: held rows are
+                // asked for in the order of their index, kind by kind, and pauses are few.
+                sqlx::query!(
+                    r#"
+                    WITH ours AS MATERIALIZED (
+                        SELECT kind FROM unnest($1::text[]) AS kind EXCEPT SELECT kind FROM tidings.paused
+                    ), head AS MATERIALIZED (
+                        SELECT slot_at, expires_at, kind
+                        FROM tidings.schedules
+                        WHERE slot_at >= coalesce($2, '-infinity'::timestamptz)
+                        ORDER BY slot_at
+                        LIMIT 1
+                    )
+                    SELECT
+                        statement_timestamp() AS "now!",
+                        pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS "oldest_xid!",
+                        (SELECT slot_at FROM head WHERE slot_at < 'infinity') AS first_at,
+                        coalesce((SELECT slot_at <= statement_timestamp() FROM head), false) AS "due!",
+                        coalesce(
+                            (
+                                SELECT
+                                    slot_at <= statement_timestamp()
+                                    AND (expires_at <= statement_timestamp()) IS NOT TRUE
+                                    AND kind = ANY($1)
+                                    AND kind IN (SELECT kind FROM tidings.paused)
+                                FROM head
+                            ),
+                            false
+                        ) AS "paused_first!",
+                        least(
+                            (
+                                SELECT slot_at
+                                FROM tidings.schedules
+                                WHERE slot_at > statement_timestamp() AND slot_at < 'infinity'
+                                ORDER BY slot_at
+                                LIMIT 1
+                            ),
+                            (SELECT min(until) FROM tidings.paused)
+                        ) AS next_at,
+                        ARRAY(
+                            SELECT kind
+                            FROM ours
+                            WHERE kind = (
+                                SELECT waiting.kind
+                                FROM tidings.schedules AS waiting
+                                WHERE waiting.held AND waiting.kind >= ours.kind
+                                ORDER BY waiting.kind
+                                LIMIT 1
+                            )
+                        ) AS "held_for_us!"
+                    "#,
+                    kinds,
+                    from,
+                )
+                .fetch_one(connection)
+                .await
+            })
+            .await?;
+        self.low_water.seen(Seen { at: row.now, oldest_xid: row.oldest_xid, first: row.first_at }, sweep, doubt);
+        let next_in = row.next_at.map(|next_at| Duration::try_from(next_at - row.now).unwrap_or(Duration::ZERO));
+        let outlook = Outlook { due: row.due, next_in };
+        Ok(Look { outlook, held_for_us: row.held_for_us, paused_first: row.paused_first })
+    }
+
+    /// For how long the row at the head of the queue has been due, which nothing holds back: it is neither held nor backing
+    /// off.
+    ///
+    /// # Errors
+    ///
+    /// When the database cannot be asked.
+    pub async fn overdue(&self) -> Result<Duration, StoreError> {
+        let mut connection = self.connection().await?;
+        let seconds = connection
+            .run("ask how late we are", async |connection| {
+                sqlx::query_scalar!(
+                    r#"
+                    SELECT coalesce(
+                        (
+                            SELECT extract(epoch FROM statement_timestamp() - slot_at)::float8
+                            FROM tidings.schedules
+                            WHERE slot_at <= statement_timestamp()
+                            ORDER BY slot_at
+                            LIMIT 1
+                        ),
+                        0
+                    ) AS "seconds!"
+                    "#
+                )
+                .fetch_one(connection)
+                .await
+            })
+            .await?;
+        Ok(Duration::try_from_secs_f64(seconds).unwrap_or_default())
+    }
+}

@@ -1,0 +1,103 @@
+//! The low-water mark: looks and claims step over nothing that was delivered, and miss nothing. The sweep, which would find
+//! what they missed, comes once an hour here.
+
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use harness::world::World;
+
+/// Somebody who reads for a long time, as a dump does: nothing that is deleted meanwhile leaves the index.
+async fn reader(world: &World) -> sqlx::Transaction<'static, sqlx::Postgres> {
+    let mut reader = world.db.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ").await.expect("a transaction");
+    sqlx::query("SELECT count(*) FROM tidings.schedules").fetch_one(&mut *reader).await.expect("a snapshot");
+    reader
+}
+
+fn rows(count: u32) -> String {
+    format!(
+        r#"INSERT INTO tidings.schedules (kind, due_at, payload)
+           SELECT 'message', now(), '{{"routing_key":"a","body":1}}' FROM generate_series(1, {count})"#
+    )
+}
+
+#[tokio::test]
+async fn what_was_delivered_is_not_stepped_over_again_while_somebody_reads_for_long() {
+    let world = World::with(&["message"]).await;
+    let daemon = world.launch().with("TIDINGS_SWEEP_MS", 3_600_000).ready().await;
+    let reader = reader(&world).await;
+
+    world.sql(&rows(4_000)).await;
+    world.until("SELECT count(*) = 4000 FROM tidings.deliveries").await;
+    for _ in 0..100 {
+        world.sql(&rows(1)).await;
+        world.until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
+    }
+    // Its sessions hand in their counts at the latest when they end.
+    assert!(daemon.stop().await.success());
+
+    let read: i64 = world
+        .value("SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelname = 'schedules_slot_at' AND schemaname = 'tidings'")
+        .await;
+    drop(reader);
+    // Of those 4,100 and their neighbours; from the very beginning, each of the hundred would cost 4,000 and more.
+    assert!(read < 100_000, "{read} entries of the index were read");
+}
+
+#[tokio::test]
+async fn rows_of_few_long_transactions_are_found_as_soon_as_they_are_committed() {
+    let world = World::with(&["message"]).await;
+    let _daemon = world.launch().with("TIDINGS_SWEEP_MS", 3_600_000).ready().await;
+    let reader = reader(&world).await;
+
+    // Short writers move the mark on, one after the other; long ones have rows below where it would be if it did not wait.
+    let short = async {
+        for _ in 0..120 {
+            world.sql(&rows(3)).await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    let long = join_all((1..=3).map(|writer| {
+        let world = &world;
+        async move {
+            for round in 0..3 {
+                let mut transaction = world.db.begin().await.expect("a transaction");
+                for step in 0..4 {
+                    for sql in ["SAVEPOINT here".to_owned(), rows(2), "RELEASE here".into()] {
+                        sqlx::query(sqlx::AssertSqlSafe(sql)).execute(&mut *transaction).await.expect("written");
+                    }
+                    // How long it stays open is what the test is about.
+                    tokio::time::sleep(Duration::from_millis(90 * writer + 40 * round + 10 * step)).await;
+                }
+                transaction.commit().await.expect("committed");
+            }
+        }
+    }));
+    tokio::join!(short, long);
+
+    world.until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM tidings.deliveries").await, 120 * 3 + 3 * 3 * 4 * 2);
+    drop(reader);
+}
+
+#[tokio::test]
+async fn what_got_below_the_mark_is_found_by_the_next_sweep() {
+    let world = World::with(&["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let _daemon = world.launch().with("TIDINGS_SWEEP_MS", 500).ready().await;
+    // The mark moves on.
+    for _ in 0..3 {
+        world.sql(&rows(1)).await;
+        inbox.next().await;
+    }
+
+    // As a restore with the triggers off would write it: with a slot of long ago.
+    let past = "now() - interval '1 hour'";
+    world
+        .sql(&format!(
+            r#"INSERT INTO tidings.schedules (kind, due_at, not_before, payload)
+               VALUES ('message', {past}, {past}, '{{"routing_key":"late","body":1}}')"#
+        ))
+        .await;
+
+    assert_eq!(inbox.next().await.delivery.routing_key.as_str(), "late");
+}
