@@ -18,9 +18,10 @@ use crate::broker::Broker;
 use crate::delivery::{Delivered, Delivery};
 use crate::health::Health;
 use crate::plugins::Registry;
+use crate::polling::Polling;
 use crate::store::{Look, Store, StoreError};
 use crate::telemetry::{count_held, count_wakes, note_next_due};
-use crate::wake::{Reason, Wake, wait};
+use crate::wake::{Outlook, Reason, Wake, wait};
 
 /// Batches that are delivered side by side: while one waits for the broker, another keeps the database busy.
 pub const LANES: u32 = 3;
@@ -63,6 +64,8 @@ struct State {
     release: JoinSet<Result<u64, StoreError>>,
     /// The last look, and when it was asked for.
     look: Option<(Look, Instant)>,
+    /// What promises the looks have seen, and for how long at most to wait for the sake of one.
+    polling: (Polling, Option<Duration>),
     /// When the whole queue was last looked at, from its very beginning.
     swept: Option<Instant>,
     /// The last claim came to nothing although rows are due: nothing is claimed until something has happened.
@@ -130,7 +133,7 @@ impl Dispatcher {
         }
         // Another look would find the same rows due, and the loop would turn as fast as it can.
         if let Some((look, asked_at)) = state.look.as_ref().filter(|_| state.stuck) {
-            return wait(look.outlook, asked_at.elapsed(), state.empty_claims, state.until_sweep(self.sweep));
+            return self.wait(look.outlook, *asked_at, state);
         }
         let asked_at = Instant::now();
         let plugins = self.plugins.current();
@@ -142,6 +145,7 @@ impl Dispatcher {
         if sweep {
             state.swept = Some(asked_at);
         }
+        state.polling.1 = state.polling.0.looked(look.promise);
         if !look.held_for_us.is_empty() && state.release.is_empty() {
             // Beside the loop, since there may be millions; the first of them are due before the last are released.
             let (store, wake, kinds) = (self.store.clone(), Arc::clone(&self.wake), look.held_for_us.clone());
@@ -155,7 +159,11 @@ impl Dispatcher {
         } else {
             state.failures = 0;
         }
-        wait(outlook, asked_at.elapsed(), state.empty_claims, state.until_sweep(self.sweep))
+        self.wait(outlook, asked_at, state)
+    }
+
+    fn wait(&self, outlook: Outlook, asked_at: Instant, state: &State) -> (Duration, Reason) {
+        wait(outlook, asked_at.elapsed(), state.empty_claims, state.polling.1, state.until_sweep(self.sweep))
     }
 
     fn lane_ended(

@@ -23,6 +23,7 @@ pub mod dead_letter;
 pub mod event;
 pub mod http_token;
 pub mod message;
+pub mod polling;
 pub mod schedule;
 pub mod secret_url;
 mod trust;

@@ -10,20 +10,22 @@ use std::time::Duration;
 
 use sqlx::postgres::PgListener;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::backoff::RECONNECT;
 use crate::health::Health;
-use crate::store::{Store, announce, withdraw};
+use crate::polling::Flood;
+use crate::store::{Store, announce, promise_to_poll, withdraw};
 use crate::wake::{Reason, Wake};
 
 /// The channel of the triggers in `migrations/0003_triggers.sql`.
 const CHANNEL: &str = "tidings";
 /// After this long without a notification the connection is asked for a sign of life: a half-open one says nothing for
 /// ever. Source: sqlx sets no keepalive of its own (transact-rs/sqlx issue 3062). Together with the patience a half-open
-/// connection is found within 20 s, for some three statements a minute.
-const SILENCE: Duration = Duration::from_secs(17);
+/// connection is found within half a minute, for some two statements a minute; the sweep acts meanwhile.
+const SILENCE: Duration = Duration::from_secs(27);
 /// How long the sign of life may take, or connecting.
 const PATIENCE: Duration = Duration::from_secs(3);
 
@@ -100,6 +102,7 @@ impl Listener {
         self.wake.wake(Reason::Doubt);
         self.health.listening.store(true, Ordering::Relaxed);
         connected();
+        let mut flood = Flood::default();
         loop {
             self.health.listener.beat();
             let heard = tokio::select! {
@@ -119,7 +122,10 @@ impl Listener {
             };
             match heard {
                 Ok(Ok(Some(_))) => {
-                    while listener.next_buffered().is_some() {}
+                    let notifications = 1 + std::iter::from_fn(|| listener.next_buffered()).count();
+                    if flood.add(notifications, Instant::now()) {
+                        within(promise_to_poll(&mut listener)).await?;
+                    }
                     self.wake.wake(Reason::Notification);
                 }
                 Ok(Ok(None)) => return Err(sqlx::Error::Io(std::io::ErrorKind::ConnectionAborted.into())),

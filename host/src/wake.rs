@@ -26,6 +26,8 @@ pub enum Reason {
     Held,
     /// The next row is due.
     Due,
+    /// Many notify, and were told that we look by ourselves.
+    Polling,
     /// Others held the rows that are due, or a server did not see something through: asked again.
     Again,
     /// It has not looked for a while.
@@ -34,7 +36,7 @@ pub enum Reason {
 
 impl Reason {
     /// All of them, each at the place of its number.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Notification,
         Self::Doubt,
         Self::Plugins,
@@ -43,6 +45,7 @@ impl Reason {
         Self::Lane,
         Self::Held,
         Self::Due,
+        Self::Polling,
         Self::Again,
         Self::Sweep,
     ];
@@ -59,6 +62,7 @@ impl Reason {
             Self::Lane => "lane",
             Self::Held => "held",
             Self::Due => "due",
+            Self::Polling => "polling",
             Self::Again => "again",
             Self::Sweep => "sweep",
         }
@@ -119,10 +123,17 @@ pub struct Outlook {
 /// How long to wait from now on, if nobody wakes us, and why to look then.
 ///
 /// `elapsed` is the time since the question behind `outlook` was sent. `empty_claims` counts the claims in a row that
-/// came to nothing although rows are due, since others hold their locks or the broker does not confirm. Whatever the outlook, the wait ends with the next
-/// sweep; and it is at least a millisecond, which is what the timer can do.
+/// came to nothing although rows are due, since others hold their locks or the broker does not confirm. `polling` is the
+/// longest time between two looks while nobody notifies. Whatever the outlook, the wait ends with the next sweep; and it is at
+/// least a millisecond, which is what the timer can do.
 #[must_use]
-pub fn wait(outlook: Outlook, elapsed: Duration, empty_claims: u32, sweep: Duration) -> (Duration, Reason) {
+pub fn wait(
+    outlook: Outlook,
+    elapsed: Duration,
+    empty_claims: u32,
+    polling: Option<Duration>,
+    sweep: Duration,
+) -> (Duration, Reason) {
     let next = outlook.next_in.map_or(Duration::MAX, |next_in| next_in.saturating_sub(elapsed));
     let again = match empty_claims {
         0 => Duration::MAX,
@@ -130,7 +141,8 @@ pub fn wait(outlook: Outlook, elapsed: Duration, empty_claims: u32, sweep: Durat
         _ => Duration::MAX,
     };
     let (mut after, mut why) = (sweep, Reason::Sweep);
-    for (earlier, reason) in [(again, Reason::Again), (next, Reason::Due)] {
+    let polling = polling.map_or(Duration::MAX, |every| every.saturating_sub(elapsed));
+    for (earlier, reason) in [(again, Reason::Again), (polling, Reason::Polling), (next, Reason::Due)] {
         if earlier < after {
             (after, why) = (earlier, reason);
         }
@@ -152,36 +164,45 @@ mod tests {
 
     #[test]
     fn an_empty_queue_waits_for_the_sweep() {
-        assert_eq!(wait(Outlook::default(), Duration::ZERO, 0, SWEEP), (SWEEP, Reason::Sweep));
+        assert_eq!(wait(Outlook::default(), Duration::ZERO, 0, None, SWEEP), (SWEEP, Reason::Sweep));
     }
 
     #[test]
     fn a_row_due_before_the_sweep_ends_the_wait_exactly_then() {
         let due = (Duration::from_millis(1_200), Reason::Due);
-        assert_eq!(wait(next_in(1_234), Duration::from_millis(34), 0, SWEEP), due);
+        assert_eq!(wait(next_in(1_234), Duration::from_millis(34), 0, None, SWEEP), due);
     }
 
     #[test]
     fn a_row_far_away_costs_nothing_before_the_sweep() {
-        assert_eq!(wait(next_in(u64::MAX), Duration::ZERO, 0, SWEEP).0, SWEEP);
+        assert_eq!(wait(next_in(u64::MAX), Duration::ZERO, 0, None, SWEEP).0, SWEEP);
     }
 
     #[test]
     fn a_row_that_became_due_since_the_question_is_looked_at_at_once_but_without_spinning() {
-        assert_eq!(wait(next_in(10), Duration::from_millis(25), 0, SWEEP).0, Duration::from_millis(1));
+        assert_eq!(wait(next_in(10), Duration::from_millis(25), 0, None, SWEEP).0, Duration::from_millis(1));
     }
 
     #[test]
     fn due_rows_that_others_hold_are_asked_for_again_ever_less_often() {
         let due = Outlook { due: true, next_in: None };
-        let waits: Vec<u128> = (1..6).map(|claims| wait(due, Duration::ZERO, claims, SWEEP).0.as_millis()).collect();
+        let waits: Vec<u128> =
+            (1..6).map(|claims| wait(due, Duration::ZERO, claims, None, SWEEP).0.as_millis()).collect();
         assert_eq!(waits, [100, 200, 400, 800, 1_000]);
+    }
+
+    #[test]
+    fn while_nobody_notifies_the_wait_is_short() {
+        let every = Some(Duration::from_millis(5));
+        let polling = (Duration::from_millis(3), Reason::Polling);
+        assert_eq!(wait(next_in(60), Duration::from_millis(2), 0, every, SWEEP), polling);
+        assert_eq!(wait(next_in(4), Duration::ZERO, 0, every, SWEEP), (Duration::from_millis(4), Reason::Due));
     }
 
     #[test]
     fn rows_held_by_others_do_not_hide_the_next_one() {
         let outlook = Outlook { due: true, next_in: Some(Duration::from_millis(7)) };
-        assert_eq!(wait(outlook, Duration::ZERO, 4, SWEEP), (Duration::from_millis(7), Reason::Due));
+        assert_eq!(wait(outlook, Duration::ZERO, 4, None, SWEEP), (Duration::from_millis(7), Reason::Due));
     }
 
     #[tokio::test]
@@ -204,7 +225,7 @@ mod tests {
             empty_claims in any::<u32>(),
         ) {
             let outlook = Outlook { due, next_in: next_ms.map(Duration::from_millis) };
-            let (wait, _) = wait(outlook, Duration::from_millis(elapsed_ms), empty_claims, SWEEP);
+            let (wait, _) = wait(outlook, Duration::from_millis(elapsed_ms), empty_claims, None, SWEEP);
             prop_assert!(wait >= Duration::from_millis(1));
             prop_assert!(wait <= SWEEP);
             if let Some(next_ms) = next_ms {

@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use crate::delivery::row_in_flight;
 
-/// A link that fell silent is found after 20 s at the latest; a busy machine may take longer.
+/// A link that fell silent is found after 30 s at the latest; a busy machine may take longer.
 const UNTIL_FOUND: Duration = Duration::from_mins(1);
 
 /// One row that is due.

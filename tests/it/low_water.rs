@@ -23,6 +23,7 @@ fn rows(count: u32) -> String {
 #[tokio::test]
 async fn what_was_delivered_is_not_stepped_over_again_while_somebody_reads_for_long() {
     let world = World::with(&["message"]).await;
+    let _inbox = world.inbox(&["#"]).await;
     let daemon = world.launch().with("TIDINGS_SWEEP_MS", 3_600_000).ready().await;
     let reader = reader(&world).await;
 
@@ -46,6 +47,7 @@ async fn what_was_delivered_is_not_stepped_over_again_while_somebody_reads_for_l
 #[tokio::test]
 async fn rows_of_few_long_transactions_are_found_as_soon_as_they_are_committed() {
     let world = World::with(&["message"]).await;
+    let _inbox = world.inbox(&["#"]).await;
     let _daemon = world.launch().with("TIDINGS_SWEEP_MS", 3_600_000).ready().await;
     let reader = reader(&world).await;
 

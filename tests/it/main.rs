@@ -27,6 +27,7 @@ mod page_api;
 mod passes;
 mod pause;
 mod plugins;
+mod polling;
 mod process;
 mod queries;
 mod reload;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::low_water::Seen;
 use super::{Store, StoreError};
+use crate::polling::Promise;
 use crate::wake::Outlook;
 
 /// What [`Store::look`] found.
@@ -16,6 +17,8 @@ pub struct Look {
     pub held_for_us: Vec<String>,
     /// The first row of the queue is of a kind of ours that is paused, and in the way of the others.
     pub paused_first: bool,
+    /// Whether somebody promised that we look without being notified.
+    pub promise: Promise,
 }
 
 impl Store {
@@ -47,6 +50,8 @@ impl Store {
                     SELECT
                         statement_timestamp() AS "now!",
                         pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS "oldest_xid!",
+                        pg_snapshot_xmax(pg_current_snapshot())::text::bigint AS "next_xid!",
+                        (SELECT to_timestamp(last_value / 1e6::float8) FROM tidings.polling_until) AS "polling_until!",
                         (SELECT slot_at FROM head WHERE slot_at < 'infinity') AS first_at,
                         coalesce((SELECT slot_at <= statement_timestamp() FROM head), false) AS "due!",
                         coalesce(
@@ -92,7 +97,17 @@ impl Store {
         self.low_water.seen(Seen { at: row.now, oldest_xid: row.oldest_xid, first: row.first_at }, sweep, doubt);
         let next_in = row.next_at.map(|next_at| Duration::try_from(next_at - row.now).unwrap_or(Duration::ZERO));
         let outlook = Outlook { due: row.due, next_in };
-        Ok(Look { outlook, held_for_us: row.held_for_us, paused_first: row.paused_first })
+        Ok(Look {
+            outlook,
+            held_for_us: row.held_for_us,
+            paused_first: row.paused_first,
+            promise: Promise {
+                at: row.now,
+                until: row.polling_until,
+                oldest_xid: row.oldest_xid,
+                next_xid: row.next_xid,
+            },
+        })
     }
 
     /// For how long the row at the head of the queue has been due, which nothing holds back: it is neither held nor backing

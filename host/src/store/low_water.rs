@@ -262,7 +262,9 @@ mod tests {
                     let slot = self.now.max(self.now + due);
                     self.writers[writer].get_or_insert((xid, Vec::new())).1.push(slot);
                 }
-                Event::Commit(writer) => self.visible.extend(self.writers[writer].take().into_iter().flat_map(|open| open.1)),
+                Event::Commit(writer) => {
+                    self.visible.extend(self.writers[writer].take().into_iter().flat_map(|open| open.1))
+                }
                 Event::RollBack(writer) => self.writers[writer] = None,
                 Event::Other => drop(self.number()),
                 Event::Claim(rows, ms) if self.claim.is_none() => {
@@ -271,7 +273,11 @@ mod tests {
                     let xid = self.number();
                     let mark = state.mark;
                     self.visible.sort_unstable();
-                    let due = self.visible.iter().copied().filter(|slot| *slot <= read && mark.is_none_or(|mark| at(*slot) >= mark));
+                    let due = self
+                        .visible
+                        .iter()
+                        .copied()
+                        .filter(|slot| *slot <= read && mark.is_none_or(|mark| at(*slot) >= mark));
                     let locked: Vec<i64> = due.take(rows).collect();
                     if !locked.is_empty() {
                         state.sample(sample(read, xid));
@@ -281,7 +287,11 @@ mod tests {
                 Event::Claim(..) => {}
                 Event::Settle => {
                     for slot in self.claim.take().into_iter().flat_map(|claim| claim.1) {
-                        let at = self.visible.iter().position(|visible| *visible == slot).expect("only the claim removes it");
+                        let at = self
+                            .visible
+                            .iter()
+                            .position(|visible| *visible == slot)
+                            .expect("only the claim removes it");
                         self.visible.swap_remove(at);
                     }
                 }
@@ -290,7 +300,8 @@ mod tests {
                     let running = self.writers.iter().flatten().chain(&self.claim).map(|open| open.0);
                     let oldest_xid = running.min().unwrap_or(self.last_xid + 1);
                     let mark = state.mark;
-                    let first = self.visible.iter().copied().filter(|slot| mark.is_none_or(|mark| at(*slot) >= mark)).min();
+                    let first =
+                        self.visible.iter().copied().filter(|slot| mark.is_none_or(|mark| at(*slot) >= mark)).min();
                     state.seen(seen(self.now, oldest_xid, first), false);
                 }
             }
