@@ -40,8 +40,9 @@ async fn what_was_delivered_is_not_stepped_over_again_while_somebody_reads_for_l
         .value("SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelname = 'schedules_slot_at' AND schemaname = 'tidings'")
         .await;
     drop(reader);
-    // Of those 4,100 and their neighbours; from the very beginning, each of the hundred would cost 4,000 and more.
-    assert!(read < 100_000, "{read} entries of the index were read");
+    // The claims of the first 4,000 step over each other (130,000 on one machine); from the very beginning each of the hundred
+    // would step over those as well (1,500,000).
+    assert!(read < 400_000, "{read} entries of the index were read");
 }
 
 #[tokio::test]
