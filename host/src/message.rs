@@ -1,5 +1,7 @@
 //! What goes on the wire: the public message contract, field by field. No I/O, and nothing of AMQP's client library.
 
+use std::borrow::Cow;
+
 use uuid::Uuid;
 
 use crate::event::{BuiltEvent, LONGEST_TTL_MS};
@@ -30,7 +32,7 @@ pub struct Message {
     /// What is left of its life, in milliseconds, 1 to ten years; `None` = never expires.
     pub expiration_ms: Option<u64>,
     /// In the order of the contract: ours, then the row's, then the event's.
-    pub headers: Vec<(String, HeaderValue)>,
+    pub headers: Vec<(Cow<'static, str>, HeaderValue)>,
     /// The event's body.
     pub body: Vec<u8>,
 }
@@ -56,8 +58,8 @@ impl Message {
         };
         let (routing_key, content_type, body, event_headers) = built.event.into_parts();
 
-        let text = |name: &str, value: &str| (name.to_owned(), HeaderValue::Text(value.to_owned()));
-        let number = |name: &str, value: i64| (name.to_owned(), HeaderValue::Number(value));
+        let text = |name: &'static str, value: &str| (name.into(), HeaderValue::Text(value.to_owned()));
+        let number = |name: &'static str, value: i64| (name.into(), HeaderValue::Number(value));
         let mut headers = vec![text("tidings-kind", &schedule.kind)];
         headers.extend(schedule.key.iter().map(|key| text("tidings-key", key)));
         headers.extend(schedule.subject.iter().map(|subject| text("tidings-subject", subject)));
@@ -70,8 +72,8 @@ impl Message {
         headers.push(text("tidings-routing-key", &routing_key));
         let row_headers =
             schedule.headers.iter().filter(|(name, _)| event_headers.iter().all(|(other, _)| other != name));
-        headers.extend(row_headers.map(|(name, value)| text(name, value)));
-        headers.extend(event_headers.into_iter().map(|(name, value)| (name, HeaderValue::Text(value))));
+        headers.extend(row_headers.map(|(name, value)| (name.clone().into(), HeaderValue::Text(value.clone()))));
+        headers.extend(event_headers.into_iter().map(|(name, value)| (name.into(), HeaderValue::Text(value))));
 
         Ok(Self {
             id: schedule.id,
@@ -144,7 +146,7 @@ mod tests {
             ("traceparent", text("00-1")),
             ("both", text("event")),
         ];
-        assert_eq!(message.headers, expected.map(|(name, value)| (name.to_owned(), value)));
+        assert_eq!(message.headers, expected.map(|(name, value)| (name.into(), value)));
         assert_eq!(message.timestamp, 1_795_291_200);
         assert_eq!(message.expiration_ms, Some(9_000));
     }

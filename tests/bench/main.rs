@@ -29,6 +29,10 @@ use harness::servers::Servers;
 use load::Stage;
 use report::{Figure, Report};
 
+/// As the daemon has it, so that what it is compared with has no other.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 pub(crate) const MILLION: u32 = 1_000_000;
 /// What the worlds of most scenarios have in their plugin directory: all of the repository.
 const PLUGINS: [&str; 3] = ["message", "game-reminder", "game-status"];

@@ -21,6 +21,7 @@ const PANIC_MACHINERY: [&str; 6] = ["rust_panic", "panicking", "panic_fmt", "beg
 pub(super) struct Instance {
     store: Store<Guest>,
     bindings: Bindings,
+    metering: Metering,
 }
 
 impl Instance {
@@ -36,7 +37,7 @@ impl Instance {
             store.set_fuel(u64::MAX).expect("this engine counts fuel");
         }
         match timeout(limits.wall(), pre.instantiate_async(&mut store)).await {
-            Ok(Ok(bindings)) => Ok(Self { store, bindings }),
+            Ok(Ok(bindings)) => Ok(Self { store, bindings, metering: engine.metering }),
             Ok(Err(error)) => Err(format!("while starting, {}", what_happened(&error, store.data(), limits))),
             Err(_) => Err(format!("while starting, it took longer than {} ms (wall-ms)", limits.wall_ms)),
         }
@@ -64,7 +65,9 @@ impl Instance {
         Used {
             memory_bytes: self.store.data().limiter.peak,
             cpu_ms: ticks * u64::try_from(TICK.as_millis()).expect("10"),
-            fuel: self.store.get_fuel().ok().map(|left| u64::MAX - left),
+            // Asked of an engine that counts none, wasmtime would make an error at each call, with a backtrace perhaps.
+            fuel: (self.metering == Metering::Fuel)
+                .then(|| u64::MAX - self.store.get_fuel().expect("this engine counts fuel")),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::io::Read as _;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use sha2::{Digest as _, Sha256};
+use ring::digest::{SHA256, digest};
 
 use super::check::LoadError;
 use crate::event::hex;
@@ -82,7 +82,7 @@ impl From<&std::fs::Metadata> for Stat {
 
 impl Source {
     pub(super) fn new(wasm: Vec<u8>, settings: Option<String>) -> Self {
-        let digest = hex(&Sha256::digest(&wasm));
+        let digest = hex(digest(&SHA256, &wasm).as_ref());
         Self { wasm, settings, digest }
     }
 
@@ -106,7 +106,7 @@ impl Source {
     pub(super) fn identity(&self) -> Identity {
         Identity(match &self.settings {
             None => self.digest.clone(),
-            Some(text) => format!("{}-{}", self.digest, hex(&Sha256::digest(text)[..8])),
+            Some(text) => format!("{}-{}", self.digest, hex(&digest(&SHA256, text.as_ref()).as_ref()[..8])),
         })
     }
 }

@@ -15,7 +15,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
-use sha2::{Digest as _, Sha256};
+use ring::digest::{SHA256, digest};
 use thiserror::Error;
 
 use super::source::{Identity, Source};
@@ -117,7 +117,7 @@ impl Memory {
     /// What is remembered of the plugins in `plugin_dir`: several daemons of one user may have plugins of their own.
     pub(super) fn of(state: StateDir, plugin_dir: &Path) -> Self {
         let real = plugin_dir.canonicalize().unwrap_or_else(|_| plugin_dir.to_owned());
-        let dir8 = hex(&Sha256::digest(real.as_os_str().as_encoded_bytes())[..4]);
+        let dir8 = hex(&digest(&SHA256, real.as_os_str().as_encoded_bytes()).as_ref()[..4]);
         let good = state.0.join("good").join(dir8);
         Self { state, good }
     }

@@ -94,7 +94,7 @@ impl Spans {
         let mut span = claim.start(message.id, &message.kind, attempt);
         span.set_attribute(KeyValue::new("messaging.rabbitmq.destination.routing_key", message.routing_key.clone()));
         message.headers.retain(|(name, _)| name != TRACEPARENT && name != TRACESTATE);
-        message.headers.push((TRACEPARENT.to_owned(), HeaderValue::Text(traceparent(span.span_context()))));
+        message.headers.push((TRACEPARENT.into(), HeaderValue::Text(traceparent(span.span_context()))));
         attempt.span = Some(span);
     }
 
