@@ -38,7 +38,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let wake = Arc::new(Wake::default());
     let health = Arc::new(Health::new(config.sweep));
     // The lanes, the look, holding rows and releasing them, the removal of history, the canary, HTTP, and the page.
-    let store = Store::new(&config.servers.database_url, LANES + 7);
+    let store = Store::new(&config.servers.database_url, LANES + 8);
     let metrics = telemetry::start_metrics()?;
     let http = Http::bind(config.http_addr).await?;
     let broker = Arc::new(Broker::new(&config.servers.broker, Arc::clone(&wake)));

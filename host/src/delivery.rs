@@ -17,13 +17,10 @@ use crate::broker::{Broker, Verdict};
 use crate::clock::unix_ms;
 use crate::event::{BuildError, LONGEST_TTL_MS};
 use crate::message::{Expired, Message};
-use crate::plugins::{Build, Plugin, Registry};
+use crate::plugins::{Build, Plugin, PluginSet};
 use crate::schedule::Schedule;
-use crate::store::{Outcome, Settlement, Store, StoreError};
+use crate::store::{Claim, Outcome, Settlement, StoreError};
 use crate::telemetry::{Batch, Spans, count_claim, record_confirms};
-
-/// Rows of one batch: enough to fill the pipeline, few enough to commit within seconds.
-const BATCH: i64 = 200;
 
 /// A claim that is older is asked for before anything is published.
 const DOUBTFUL: Duration = Duration::from_secs(5);
@@ -31,12 +28,8 @@ const DOUBTFUL: Duration = Duration::from_secs(5);
 /// What a batch needs.
 #[expect(missing_debug_implementations, reason = "the plugins have none")]
 pub struct Delivery {
-    /// Where the rows are.
-    pub store: Store,
     /// Where the messages go.
     pub broker: Arc<Broker>,
-    /// What builds the events.
-    pub plugins: Arc<Registry>,
     /// Failures of a plugin after which a row is parked.
     pub max_attempts: u32,
 }
@@ -44,14 +37,12 @@ pub struct Delivery {
 /// How a batch went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Delivered {
-    /// No row could be claimed.
-    Nothing,
-    /// Rows were claimed, and all of them stay as they are: the broker did not confirm, for instance.
+    /// All rows stay as they are: the broker did not confirm, for instance.
     Unsettled,
     /// Rows were settled.
     Settled {
-        /// More rows are due.
-        more: bool,
+        /// Some of them are still in the queue.
+        some_stay: bool,
     },
 }
 
@@ -64,19 +55,14 @@ struct InFlight {
 }
 
 impl Delivery {
-    /// Delivers one batch of due rows.
+    /// Delivers the rows of a claim. `plugins` is one set from beginning to end, whatever is loaded meanwhile.
     ///
     /// # Errors
     ///
     /// When the database does not answer. Then the rows are as they were, or as they were to become.
-    pub async fn deliver_batch(&self) -> Result<Delivered, StoreError> {
-        // One set from beginning to end, whatever is loaded meanwhile.
-        let plugins = self.plugins.current();
-        let Some(mut claim) = self.store.claim(plugins.kinds(), BATCH).await? else {
-            return Ok(Delivered::Nothing);
-        };
-        let (more, clock) = (claim.more, claim.clock());
-        count_claim(claim.rows.len());
+    pub async fn deliver(&self, mut claim: Claim, plugins: &PluginSet) -> Result<Delivered, StoreError> {
+        let (claimed, clock) = (claim.rows.len(), claim.clock());
+        count_claim(claimed);
         let mut spans = Spans::begin(&claim.rows, clock, self.broker.exchange());
 
         let now = clock.now();
@@ -123,11 +109,12 @@ impl Delivery {
 
         let batch = Batch::of(&settlements, clock);
         spans.settle(&settlements);
+        let gone = settlements.iter().filter(|settlement| settlement.outcome.is_the_end()).count();
         let settled = settlements.len();
         claim.settle(settlements).await?;
         batch.count();
         spans.commit();
-        Ok(if settled == 0 { Delivered::Unsettled } else { Delivered::Settled { more } })
+        Ok(if settled == 0 { Delivered::Unsettled } else { Delivered::Settled { some_stay: gone < claimed } })
     }
 
     async fn publish(&self, messages: Vec<Message>) -> HashMap<Uuid, Verdict> {

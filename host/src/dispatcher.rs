@@ -1,4 +1,5 @@
-//! The loop: looks at the queue, claims what is due, delivers it, and waits for a reason to look again.
+//! The loop: looks at the queue, claims what is due, hands it to a lane that delivers it, and waits for a reason to look
+//! again. What is expected to be due, since its time has come, is claimed before anything is looked at.
 //!
 //! Woken by: a notification, the next row's due time, the end of a pause, the broker coming back, a lane that ended, the
 //! sweep. Guarantees: a row leaves the queue only in the transaction that locked it, after its message was confirmed or
@@ -19,12 +20,19 @@ use crate::delivery::{Delivered, Delivery};
 use crate::health::Health;
 use crate::plugins::Registry;
 use crate::polling::Polling;
-use crate::store::{Look, Store, StoreError};
+use crate::store::{Claimed, Look, Store, StoreError};
 use crate::telemetry::{count_held, count_wakes, note_next_due};
+use crate::turns::{Came, Turn, Turns};
 use crate::wake::{Outlook, Reason, Wake, wait};
 
-/// Batches that are delivered side by side: while one waits for the broker, another keeps the database busy.
+/// Batches that are delivered side by side: while one waits for the broker, another keeps the database busy. One more is for
+/// rows that have just become due, while there is a backlog.
 pub const LANES: u32 = 3;
+/// While rows are claimed again and again, looks are at least this far apart.
+const LOOKS_APART: Duration = Duration::from_millis(50);
+/// A sweep looks from the very beginning, which may take long after a long transaction: at most one part of so many of all
+/// time.
+const SWEEPS_SHARE: u32 = 100;
 
 /// What the dispatcher works with.
 #[expect(missing_debug_implementations, reason = "the plugins have none")]
@@ -57,7 +65,11 @@ struct Held {
 /// What the loop remembers between two looks.
 #[derive(Default)]
 struct State {
-    lanes: JoinSet<Result<Delivered, StoreError>>,
+    lanes: JoinSet<(Turn, Result<Delivered, StoreError>)>,
+    turns: Turns,
+    expected: Expected,
+    /// Whether rows are due, and when the next will be, by the last look or claim; and when that was asked for.
+    ahead: Option<(Outlook, Instant)>,
     /// Takes rows that cannot be claimed out of the queue.
     hold: JoinSet<Result<Held, StoreError>>,
     /// Puts held rows back into the queue, if some were found whose plugin has arrived or whose pause is over.
@@ -66,8 +78,8 @@ struct State {
     look: Option<(Look, Instant)>,
     /// What promises the looks have seen, and for how long at most to wait for the sake of one.
     polling: (Polling, Option<Duration>),
-    /// When the whole queue was last looked at, from its very beginning.
-    swept: Option<Instant>,
+    /// When the whole queue was last looked at, from its very beginning, and how long that took.
+    swept: Option<(Instant, Duration)>,
     /// The last claim came to nothing although rows are due: nothing is claimed until something has happened.
     stuck: bool,
     /// Such claims in a row.
@@ -78,15 +90,21 @@ struct State {
     not_before: Option<Instant>,
 }
 
+/// Whether a row is due, as far as we know without a look.
+#[derive(Default)]
+struct Expected {
+    /// One is: claim, and look afterwards.
+    due: bool,
+    /// We were notified, and have not seen yet whether one is.
+    notified: bool,
+    /// When we were notified the last time, one was.
+    notified_of_due: bool,
+}
+
 impl Dispatcher {
     /// Runs until `shutdown`, and then until the batches in flight have ended.
     pub async fn run(self, shutdown: CancellationToken) {
-        let delivery = Arc::new(Delivery {
-            store: self.store.clone(),
-            broker: Arc::clone(&self.broker),
-            plugins: Arc::clone(&self.plugins),
-            max_attempts: self.max_attempts,
-        });
+        let delivery = Arc::new(Delivery { broker: Arc::clone(&self.broker), max_attempts: self.max_attempts });
         let mut state = State::default();
         loop {
             self.health.dispatcher.beat();
@@ -95,7 +113,7 @@ impl Dispatcher {
                 biased;
                 () = shutdown.cancelled() => break,
                 Some(ended) = state.lanes.join_next() => {
-                    self.lane_ended(ended, &delivery, &mut state);
+                    self.lane_ended(ended, &mut state);
                     Reason::Lane.into()
                 }
                 Some(ended) = state.hold.join_next() => {
@@ -108,10 +126,16 @@ impl Dispatcher {
                 }
                 reasons = self.wake.woken() => {
                     state.go_on();
+                    if reasons.iter().any(|reason| reason == Reason::Notification) {
+                        state.expected.notified = true;
+                        state.expected.due |= state.expected.notified_of_due;
+                    }
                     reasons
                 }
-                () = tokio::time::sleep(wait) => {
+                // To the tenth of a millisecond, which tokio's timer is not.
+                () = futures_timer::Delay::new(wait) => {
                     state.stuck = false;
+                    state.expected.due |= why == Reason::Due;
                     why.into()
                 }
             };
@@ -122,28 +146,57 @@ impl Dispatcher {
         while state.lanes.join_next().await.is_some() {}
     }
 
-    /// Looks at the queue, starts a lane if rows are due, and says how long to wait, and why to look then.
+    /// Claims what is due, looks at the queue, and says how long to wait, and why to look then.
     async fn look_and_start(&self, delivery: &Arc<Delivery>, state: &mut State) -> (Duration, Reason) {
         if let Some(left) = state.resting() {
             return (left, Reason::Again);
         }
-        if !self.broker.is_open() {
-            // Its return is a wake.
+        // The end of a lane is a wake, and so is the return of the broker.
+        if !state.has_free_lane() || !self.broker.is_open() {
             return (self.sweep, Reason::Sweep);
         }
-        // Another look would find the same rows due, and the loop would turn as fast as it can.
-        if let Some((look, asked_at)) = state.look.as_ref().filter(|_| state.stuck) {
-            return self.wait(look.outlook, *asked_at, state);
+        let mut claimed = false;
+        if std::mem::take(&mut state.expected.due) {
+            claimed = match self.claim_and_start(delivery, state).await {
+                Ok(claimed) => claimed,
+                Err(error) => return (state.failed(&error), Reason::Again),
+            };
+            if claimed && state.look.as_ref().is_some_and(|(_, asked_at)| asked_at.elapsed() < LOOKS_APART) {
+                return self.wait(state);
+            }
         }
+        // Another look would find the same rows due, and the loop would turn as fast as it can.
+        if state.stuck {
+            return self.wait(state);
+        }
+        let due = match self.look(state).await {
+            Ok(due) => due,
+            Err(error) => return (state.failed(&error), Reason::Again),
+        };
+        if due && !claimed {
+            match self.claim_and_start(delivery, state).await {
+                Ok(true) => {}
+                Ok(false) => {
+                    state.stuck = true;
+                    state.empty_claims = state.empty_claims.saturating_add(1);
+                    self.start_holding(state);
+                }
+                Err(error) => return (state.failed(&error), Reason::Again),
+            }
+        } else if !due {
+            state.failures = 0;
+        }
+        self.wait(state)
+    }
+
+    /// Looks at the queue. Whether rows are due.
+    async fn look(&self, state: &mut State) -> Result<bool, StoreError> {
         let asked_at = Instant::now();
         let plugins = self.plugins.current();
         let sweep = state.until_sweep(self.sweep).is_zero();
-        let look = match self.store.look(plugins.kinds(), sweep).await {
-            Ok(look) => look,
-            Err(error) => return (state.failed(&error), Reason::Again),
-        };
+        let look = self.store.look(plugins.kinds(), sweep).await?;
         if sweep {
-            state.swept = Some(asked_at);
+            state.swept = Some((asked_at, asked_at.elapsed()));
         }
         state.polling.1 = state.polling.0.looked(look.promise);
         if !look.held_for_us.is_empty() && state.release.is_empty() {
@@ -153,47 +206,74 @@ impl Dispatcher {
         }
         let outlook = look.outlook;
         note_next_due(outlook.next_in);
-        state.look = Some((look, asked_at));
-        if outlook.due {
-            state.start(delivery);
-        } else {
-            state.failures = 0;
+        if std::mem::take(&mut state.expected.notified) {
+            state.expected.notified_of_due = outlook.due;
         }
-        self.wait(outlook, asked_at, state)
+        state.look = Some((look, asked_at));
+        state.ahead = Some((outlook, asked_at));
+        Ok(outlook.due)
     }
 
-    fn wait(&self, outlook: Outlook, asked_at: Instant, state: &State) -> (Duration, Reason) {
-        wait(outlook, asked_at.elapsed(), state.empty_claims, state.polling.1, state.until_sweep(self.sweep))
+    /// Claims for as many lanes as are free, while more rows are due than were claimed. Whether any were.
+    async fn claim_and_start(&self, delivery: &Arc<Delivery>, state: &mut State) -> Result<bool, StoreError> {
+        let mut any = false;
+        while state.has_free_lane() {
+            let plugins = self.plugins.current();
+            let turn = state.turns.next();
+            let since = if let Turn::Newest(since) = turn { Some(since) } else { None };
+            let asked_at = Instant::now();
+            let claimed = self.store.claim(plugins.kinds(), state.turns.limit(turn), since).await?;
+            let Claimed { claim, outlook, behind, at } = claimed;
+            state.turns.claimed(turn, Came { at, more: outlook.due, behind });
+            any |= claim.is_some();
+            if let Some(claim) = claim {
+                state.turns.under_way(turn);
+                let delivery = Arc::clone(delivery);
+                state.lanes.spawn(async move { (turn, delivery.deliver(claim, &plugins).await) });
+            }
+            if turn == Turn::Oldest {
+                state.ahead = Some((outlook, asked_at));
+                if !outlook.due {
+                    break;
+                }
+            }
+        }
+        if any {
+            state.go_on();
+        }
+        Ok(any)
+    }
+
+    fn wait(&self, state: &State) -> (Duration, Reason) {
+        let (outlook, asked_at) = state.ahead.unwrap_or((Outlook::default(), Instant::now()));
+        let sweep = state.until_look(self.sweep);
+        wait(outlook, asked_at.elapsed(), state.empty_claims, state.polling.1, sweep)
     }
 
     fn lane_ended(
         &self,
-        ended: Result<Result<Delivered, StoreError>, tokio::task::JoinError>,
-        delivery: &Arc<Delivery>,
+        ended: Result<(Turn, Result<Delivered, StoreError>), tokio::task::JoinError>,
         state: &mut State,
     ) {
-        match ended {
-            Ok(Ok(Delivered::Nothing)) => {
-                state.stuck = true;
-                state.empty_claims = state.empty_claims.saturating_add(1);
-                self.start_holding(state);
-            }
+        // One that panicked may have been any.
+        state.turns.ended(ended.as_ref().ok().map(|(turn, _)| *turn));
+        match ended.map(|(_, ended)| ended) {
             // If the broker is away, its return is a wake. If it is there and confirms nothing, asking it again and again
             // would only make duplicates.
             Ok(Ok(Delivered::Unsettled)) if self.broker.is_open() => drop(state.rest()),
             Ok(Ok(Delivered::Unsettled)) => {}
-            Ok(Ok(Delivered::Settled { more })) => {
+            Ok(Ok(Delivered::Settled { some_stay })) => {
                 state.go_on();
                 state.failures = 0;
                 state.not_before = None;
+                state.expected.due |= state.turns.more();
                 // However much there is to deliver, paused rows must not stay where each claim steps over them.
                 if state.look.as_ref().is_some_and(|(look, _)| look.paused_first) {
                     self.start_holding(state);
                 }
-                // More is due than one lane takes at a time: two go on where one ended.
-                if more && self.broker.is_open() {
-                    state.start(delivery);
-                    state.start(delivery);
+                if some_stay {
+                    // When they are due, only a look tells.
+                    state.look = None;
                 }
             }
             Ok(Err(error)) => drop(state.failed(&error)),
@@ -231,13 +311,10 @@ fn add(held: &mut BTreeMap<String, i64>, batch: Vec<(String, i64)>) -> bool {
 }
 
 impl State {
-    /// Starts a lane, if one is free. After a failure there is only one, until it succeeds.
-    fn start(&mut self, delivery: &Arc<Delivery>) {
+    /// After a failure there is only one lane, until it succeeds.
+    fn has_free_lane(&self) -> bool {
         let lanes = if self.failures == 0 { LANES as usize } else { 1 };
-        if self.lanes.len() < lanes {
-            let delivery = Arc::clone(delivery);
-            self.lanes.spawn(async move { delivery.deliver_batch().await });
-        }
+        self.lanes.len() < lanes + usize::from(self.turns.newest_under_way())
     }
 
     /// Something has happened: another claim may come to something.
@@ -292,9 +369,16 @@ impl State {
         self.rest()
     }
 
-    /// How long until the next sweep is due, if one is every `sweep`.
+    /// How long until a look from the very beginning is due, if one is every `sweep`.
     fn until_sweep(&self, sweep: Duration) -> Duration {
-        self.swept.map_or(Duration::ZERO, |swept| sweep.saturating_sub(swept.elapsed()))
+        let every = |took: Duration| sweep.max(took * SWEEPS_SHARE);
+        self.swept.map_or(Duration::ZERO, |(at, took)| every(took).saturating_sub(at.elapsed()))
+    }
+
+    /// How long until a look is due.
+    fn until_look(&self, sweep: Duration) -> Duration {
+        let since = self.look.as_ref().map_or(sweep, |(_, asked_at)| asked_at.elapsed());
+        self.until_sweep(sweep).min(sweep.saturating_sub(since))
     }
 
     /// How long nothing is to be tried.

@@ -27,6 +27,7 @@ pub mod polling;
 pub mod schedule;
 pub mod secret_url;
 mod trust;
+pub mod turns;
 pub mod whereabouts;
 pub mod words;
 

@@ -37,7 +37,7 @@ use crate::secret_url::SecretUrl;
 use crate::trust;
 
 pub use backlog::{Backlog, ENOUGH, Late};
-pub use claim::Claim;
+pub use claim::{Claim, Claimed};
 use connection::{Connection, Doubt};
 pub use doctor::{Holder, Holding, ServerVersion, Skew, TOO_LONG};
 pub use history::Delivered;

@@ -111,6 +111,9 @@ impl Wake {
     }
 }
 
+/// The shortest wait.
+const SHORTEST: Duration = Duration::from_micros(200);
+
 /// What a look at the queue found, by the database clock.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Outlook {
@@ -125,7 +128,7 @@ pub struct Outlook {
 /// `elapsed` is the time since the question behind `outlook` was sent. `empty_claims` counts the claims in a row that
 /// came to nothing although rows are due, since others hold their locks or the broker does not confirm. `polling` is the
 /// longest time between two looks while nobody notifies. Whatever the outlook, the wait ends with the next sweep; and it is at
-/// least a millisecond, which is what the timer can do.
+/// least a fraction of a millisecond, so that a clock that is a little behind does not make us spin.
 #[must_use]
 pub fn wait(
     outlook: Outlook,
@@ -147,7 +150,7 @@ pub fn wait(
             (after, why) = (earlier, reason);
         }
     }
-    (after.max(Duration::from_millis(1)), why)
+    (after.max(SHORTEST), why)
 }
 
 #[cfg(test)]
@@ -180,7 +183,7 @@ mod tests {
 
     #[test]
     fn a_row_that_became_due_since_the_question_is_looked_at_at_once_but_without_spinning() {
-        assert_eq!(wait(next_in(10), Duration::from_millis(25), 0, None, SWEEP).0, Duration::from_millis(1));
+        assert_eq!(wait(next_in(10), Duration::from_millis(25), 0, None, SWEEP).0, SHORTEST);
     }
 
     #[test]
@@ -226,10 +229,10 @@ mod tests {
         ) {
             let outlook = Outlook { due, next_in: next_ms.map(Duration::from_millis) };
             let (wait, _) = wait(outlook, Duration::from_millis(elapsed_ms), empty_claims, None, SWEEP);
-            prop_assert!(wait >= Duration::from_millis(1));
+            prop_assert!(wait >= SHORTEST);
             prop_assert!(wait <= SWEEP);
             if let Some(next_ms) = next_ms {
-                prop_assert!(wait <= Duration::from_millis(next_ms.saturating_sub(elapsed_ms).max(1)));
+                prop_assert!(wait <= Duration::from_millis(next_ms.saturating_sub(elapsed_ms)).max(SHORTEST));
             }
         }
     }

@@ -13,14 +13,16 @@ use crate::Bench;
 use crate::load::{Stage, per_second};
 use crate::probe::{cpu, cpu_of_threads};
 use crate::raw;
-use crate::report::Figure;
+use crate::report::{Figure, median};
 
 /// Rows of a drain.
 const ROWS: u32 = 100_000;
 /// Rows that are delivered while somebody reads.
 const UNDER_READER: u32 = 500_000;
-/// How often the daemon looks while its looks are counted.
-const SWEEP_MS: u32 = 100;
+/// Looks are counted in windows of so many, so far apart.
+const WINDOWS: usize = 7;
+const LOOKS: u32 = 30;
+const APART: Duration = Duration::from_millis(30);
 
 /// Rows that are due, through a plugin, to a quorum queue.
 pub(crate) async fn drain(bench: &Bench) -> Vec<Figure> {
@@ -133,11 +135,10 @@ pub(crate) async fn reader(bench: &Bench) -> Vec<Figure> {
     ] {
         stage.world.sql(&sql).await;
     }
-    let launch = stage.world.launch().with("TIDINGS_SWEEP_MS", SWEEP_MS);
     let (mut clean, mut held, mut clean_pages, mut held_pages, mut unbounded) =
         (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for _ in 0..bench.rounds() {
-        let daemon = stage.warm(&launch).await;
+        let daemon = stage.daemon().await;
         // So that there is a next row to be found.
         stage.world.sql("SELECT tidings.schedule('message', now() + interval '1 day', key => 'next')").await;
         clean_pages.push(pages_of_a_look(&stage.world).await);
@@ -162,12 +163,25 @@ pub(crate) async fn reader(bench: &Bench) -> Vec<Figure> {
     ]
 }
 
-/// Pages of tables and indexes that one look at the queue reads, in the mean of a few seconds without anything to do.
+/// Pages of tables and indexes that one look at the queue reads, when the daemon is notified of nothing that is due.
 async fn pages_of_a_look(world: &World) -> f64 {
-    // The daemon needs a moment to see that nothing is due any more, and in it looks as often as there was.
+    // The daemon needs a moment to see that nothing is due any more.
     tokio::time::sleep(Duration::from_secs(2)).await;
-    world.sql("SELECT pg_stat_statements_reset()").await;
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    let mut windows = Vec::new();
+    for _ in 0..WINDOWS {
+        world.sql("SELECT pg_stat_statements_reset()").await;
+        for _ in 0..LOOKS {
+            world.sql("NOTIFY tidings").await;
+            tokio::time::sleep(APART).await;
+        }
+        windows.push(pages_by_statistics(world).await);
+    }
+    // One or two of the windows have a sweep in them, which begins at the very beginning.
+    median(windows)
+}
+
+/// The same, of the looks since the statistics began.
+async fn pages_by_statistics(world: &World) -> f64 {
     let looks = "FROM pg_stat_statements
                  WHERE dbid = (SELECT oid FROM pg_database WHERE datname = current_database())
                      AND query LIKE '%tidings.schedules%' AND query LIKE '%slot_at%'
@@ -179,7 +193,10 @@ async fn pages_of_a_look(world: &World) -> f64 {
         )),
     )
     .await;
-    assert!(calls.is_some_and(|calls| calls >= 3), "the daemon did not look often enough: {calls:?} times");
+    assert!(
+        calls.is_some_and(|calls| calls >= i64::from(LOOKS / 2)),
+        "the daemon did not look often enough: {calls:?} times"
+    );
     pages.expect("it was called")
 }
 

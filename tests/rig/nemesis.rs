@@ -120,7 +120,9 @@ impl Nemesis {
                     victim.start_again().await;
                 }
             }
-            "listener terminated" => self.terminate("query ILIKE '%LISTEN%' OR query = 'SELECT 1' OR query LIKE '%setval%'").await,
+            "listener terminated" => {
+                self.terminate("query ILIKE '%LISTEN%' OR query = 'SELECT 1' OR query LIKE '%setval%'").await;
+            }
             "sessions terminated" => self.terminate("true").await,
             "PostgreSQL frozen" => self.freeze(Server::Postgres, moment).await?,
             "RabbitMQ frozen" => self.freeze(Server::RabbitMq, moment).await?,

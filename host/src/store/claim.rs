@@ -3,15 +3,32 @@
 //!
 //! The transaction waits for nobody: rows that others have locked are skipped.
 
+use std::time::Duration;
+
+use time::OffsetDateTime;
 use tokio::time::Instant;
 
 use super::low_water::Sample;
 use super::{Connection, Store, StoreError};
 use crate::clock::DatabaseClock;
 use crate::schedule::Schedule;
+use crate::wake::Outlook;
 
 /// The payloads of one claim have at most this many bytes together as they are stored, or it is a single row.
 const CLAIM_BYTES: i64 = 8 * 1024 * 1024;
+
+/// What a claim came to.
+#[derive(Debug)]
+pub struct Claimed {
+    /// The rows; `None` = there are none that nobody else has locked.
+    pub claim: Option<Claim>,
+    /// When the next row is due that is not yet, and whether more are due than were claimed.
+    pub outlook: Outlook,
+    /// For how long the first row had been due.
+    pub behind: Duration,
+    /// The database's time.
+    pub at: OffsetDateTime,
+}
 
 /// Due rows, at least one, locked by us.
 #[derive(Debug)]
@@ -20,8 +37,6 @@ pub struct Claim {
     clock: DatabaseClock,
     /// The rows, earliest first. The loop takes them out.
     pub rows: Vec<Schedule>,
-    /// More rows are due than are in this claim.
-    pub more: bool,
 }
 
 /// A connection in a transaction. Dropped before its end, the connection is closed, and the server rolls back.
@@ -33,14 +48,20 @@ pub(super) struct Transaction {
 
 impl Store {
     /// Locks up to `limit` due rows of `kinds`, but for those that are paused, and due rows of any kind that are past their
-    /// deadline. `None` = there are none that nobody else has locked.
+    /// deadline: those that have been due for longest, of all or of those that came due from `since` on.
     ///
     /// # Errors
     ///
     /// When the database cannot do it; then nothing is locked.
-    pub async fn claim(&self, kinds: &[String], limit: i64) -> Result<Option<Claim>, StoreError> {
+    #[expect(clippy::too_many_lines, reason = "most of them are one statement")]
+    pub async fn claim(
+        &self,
+        kinds: &[String],
+        limit: i64,
+        since: Option<OffsetDateTime>,
+    ) -> Result<Claimed, StoreError> {
         let doubt = self.doubt.last();
-        let from = self.low_water.mark(doubt);
+        let from = since.max(self.low_water.mark(doubt));
         let mut transaction = Transaction::begin(self.connection().await?).await?;
         let asked_at = Instant::now();
         let rows = transaction
@@ -73,22 +94,36 @@ impl Store {
                         FROM locked
                     )
                     SELECT
-                        id AS "id!",
-                        kind AS "kind!",
-                        key,
-                        subject,
-                        due_at AS "due_at!",
-                        expires_at,
-                        payload::text AS "payload!",
-                        headers::text AS "headers!",
-                        attempts AS "attempts!",
-                        failures AS "failures!",
-                        refusals AS "refusals!",
-                        locked_rows AS "locked_rows!",
+                        id AS "id?",
+                        kind AS "kind?",
+                        key AS "key?",
+                        subject AS "subject?",
+                        due_at AS "due_at?",
+                        expires_at AS "expires_at?",
+                        payload::text,
+                        headers::text,
+                        attempts AS "attempts?",
+                        failures AS "failures?",
+                        refusals AS "refusals?",
+                        slot_at AS "slot_at?",
+                        locked_rows,
                         statement_timestamp() AS "now!",
-                        pg_current_xact_id()::text::bigint AS "xid!"
-                    FROM measured
-                    WHERE bytes_before < $3
+                        CASE WHEN id IS NOT NULL THEN pg_current_xact_id()::text::bigint END AS xid,
+                        next_at
+                    FROM (
+                        SELECT least(
+                            (
+                                SELECT slot_at
+                                FROM tidings.schedules
+                                WHERE slot_at > statement_timestamp() AND slot_at < 'infinity'
+                                ORDER BY slot_at
+                                LIMIT 1
+                            ),
+                            (SELECT min(until) FROM tidings.paused)
+                        ) AS next_at
+                    ) AS ahead
+                    -- A claim without rows has an answer as well.
+                    LEFT JOIN measured ON bytes_before < $3
                     ORDER BY measured.slot_at
                     "#,
                     kinds,
@@ -101,33 +136,38 @@ impl Store {
             })
             .await?;
 
-        let Some(first) = rows.first() else {
-            transaction.end("ROLLBACK").await?;
-            return Ok(None);
-        };
-        self.low_water.sample(Sample { at: first.now, xid: first.xid }, doubt);
-        Ok(Some(Claim {
-            clock: DatabaseClock::new(first.now, asked_at),
-            more: first.locked_rows == limit
-                || usize::try_from(first.locked_rows).is_ok_and(|locked| locked > rows.len()),
-            rows: rows
-                .into_iter()
-                .map(|row| Schedule {
-                    id: row.id,
-                    kind: row.kind,
+        let answered = rows.first().expect("a row, or what is ahead alone");
+        let at = answered.now;
+        let next_in = answered.next_at.map(|next_at| Duration::try_from(next_at - at).unwrap_or(Duration::ZERO));
+        let behind = answered.slot_at.map(|slot_at| Duration::try_from(at - slot_at).unwrap_or(Duration::ZERO));
+        let (locked, xid) = (answered.locked_rows.unwrap_or(0), answered.xid);
+        let rows: Vec<Schedule> = rows
+            .into_iter()
+            .filter_map(|row| {
+                Some(Schedule {
+                    id: row.id?,
+                    kind: row.kind?,
                     key: row.key,
                     subject: row.subject,
-                    due_at: row.due_at,
+                    due_at: row.due_at?,
                     expires_at: row.expires_at,
-                    payload: row.payload,
-                    headers: headers(&row.headers),
-                    attempts: count(row.attempts),
-                    failures: count(row.failures),
-                    refusals: count(row.refusals),
+                    payload: row.payload?,
+                    headers: headers(&row.headers?),
+                    attempts: count(row.attempts?),
+                    failures: count(row.failures?),
+                    refusals: count(row.refusals?),
                 })
-                .collect(),
-            transaction,
-        }))
+            })
+            .collect();
+        let due = locked == limit || usize::try_from(locked).is_ok_and(|locked| locked > rows.len());
+        let (outlook, behind) = (Outlook { due, next_in }, behind.unwrap_or_default());
+        let Some(xid) = xid else {
+            transaction.end("ROLLBACK").await?;
+            return Ok(Claimed { claim: None, outlook, behind, at });
+        };
+        self.low_water.sample(Sample { at, xid }, doubt);
+        let claim = Claim { transaction, clock: DatabaseClock::new(at, asked_at), rows };
+        Ok(Claimed { claim: Some(claim), outlook, behind, at })
     }
 }
 

@@ -263,7 +263,7 @@ mod tests {
                     self.writers[writer].get_or_insert((xid, Vec::new())).1.push(slot);
                 }
                 Event::Commit(writer) => {
-                    self.visible.extend(self.writers[writer].take().into_iter().flat_map(|open| open.1))
+                    self.visible.extend(self.writers[writer].take().into_iter().flat_map(|open| open.1));
                 }
                 Event::RollBack(writer) => self.writers[writer] = None,
                 Event::Other => drop(self.number()),

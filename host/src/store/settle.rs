@@ -73,6 +73,17 @@ pub enum Outcome {
     },
 }
 
+impl Outcome {
+    /// Whether the row leaves the queue for good.
+    #[must_use]
+    pub fn is_the_end(&self) -> bool {
+        match self {
+            Self::Delivered { .. } | Self::Expired(_) | Self::Skipped(_) | Self::Parked(_) => true,
+            Self::Retry { .. } | Self::Waits { .. } | Self::Refused { .. } => false,
+        }
+    }
+}
+
 impl Claim {
     /// Moves every row as its settlement says, and commits.
     ///

@@ -1,0 +1,158 @@
+//! Which rows the next claim takes. Those that have been due for longest, as a rule. While there are more than go out at once,
+//! a spike of some kind for instance, every now and then those that have just become due, or they would wait until the spike
+//! is over. No I/O.
+
+use std::time::Duration;
+
+use time::OffsetDateTime;
+
+/// Rows of a claim: few, as long as that is enough. What is in flight when a daemon is killed comes twice.
+const FEW: i64 = 200;
+/// Rows of a claim after a full one: PostgreSQL and RabbitMQ do more in the same time.
+const MANY: i64 = 500;
+/// Rows that have been due for longer have a backlog before them.
+const BEHIND: Duration = Duration::from_millis(50);
+
+/// Which rows to claim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// Those that have been due for longest.
+    Oldest,
+    /// Those that have become due since.
+    Newest(OffsetDateTime),
+}
+
+/// What a claim came to.
+#[derive(Clone, Copy, Debug)]
+pub struct Came {
+    /// The database's time.
+    pub at: OffsetDateTime,
+    /// More rows are due than were claimed.
+    pub more: bool,
+    /// For how long the first of them had been due.
+    pub behind: Duration,
+}
+
+/// What the claims so far mean for the next one.
+#[derive(Debug, Default)]
+pub struct Turns {
+    more: bool,
+    /// There is a backlog: whatever became due before this has been claimed, or is part of it.
+    newest: Option<OffsetDateTime>,
+    /// The newest have not had their turn since the last of the oldest.
+    newest_next: bool,
+    newest_under_way: bool,
+}
+
+impl Turns {
+    /// Which rows are next.
+    #[must_use]
+    pub fn next(&self) -> Turn {
+        match self.newest {
+            Some(since) if self.newest_next && !self.newest_under_way => Turn::Newest(since),
+            _ => Turn::Oldest,
+        }
+    }
+
+    /// The lane of the newest, of which there is one, is busy.
+    #[must_use]
+    pub fn newest_under_way(&self) -> bool {
+        self.newest_under_way
+    }
+
+    /// Rows are on their way.
+    pub fn under_way(&mut self, turn: Turn) {
+        self.newest_under_way |= turn != Turn::Oldest;
+    }
+
+    /// They have arrived or not; `None` = nobody knows which they were.
+    pub fn ended(&mut self, turn: Option<Turn>) {
+        self.newest_under_way &= turn == Some(Turn::Oldest);
+    }
+
+    /// At most so many rows.
+    #[must_use]
+    pub fn limit(&self, turn: Turn) -> i64 {
+        if turn == Turn::Oldest && self.more { MANY } else { FEW }
+    }
+
+    /// More rows are due than were claimed.
+    #[must_use]
+    pub fn more(&self) -> bool {
+        self.more
+    }
+
+    /// Takes note of a claim.
+    pub fn claimed(&mut self, turn: Turn, Came { at, more, behind }: Came) {
+        match turn {
+            Turn::Oldest => {
+                self.more = more;
+                if !more {
+                    self.newest = None;
+                } else if behind > BEHIND {
+                    self.newest.get_or_insert(at - BEHIND);
+                }
+                self.newest_next = self.newest.is_some();
+            }
+            Turn::Newest(_) => {
+                self.newest_next = false;
+                if !more {
+                    // A row that was written before `at` may be committed a little later.
+                    self.newest = Some(at - BEHIND);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(ms: i64) -> OffsetDateTime {
+        OffsetDateTime::UNIX_EPOCH + time::Duration::milliseconds(ms)
+    }
+
+    fn came(ms: i64, more: bool, behind_ms: u64) -> Came {
+        Came { at: at(ms), more, behind: Duration::from_millis(behind_ms) }
+    }
+
+    #[test]
+    fn without_a_backlog_the_oldest_go_first_and_few_at_a_time() {
+        let mut turns = Turns::default();
+        for ms in 0..100 {
+            assert_eq!(turns.next(), Turn::Oldest);
+            assert_eq!(turns.limit(Turn::Oldest), FEW);
+            turns.claimed(Turn::Oldest, came(ms, false, 3));
+        }
+    }
+
+    #[test]
+    fn a_full_claim_makes_the_next_one_larger_and_not_yet_a_backlog() {
+        let mut turns = Turns::default();
+        turns.claimed(Turn::Oldest, came(1_000, true, 50));
+        assert_eq!((turns.next(), turns.limit(Turn::Oldest), turns.more()), (Turn::Oldest, MANY, true));
+    }
+
+    #[test]
+    fn in_a_backlog_the_newest_take_turns_with_the_oldest_and_go_on_where_they_were() {
+        let mut turns = Turns::default();
+        turns.claimed(Turn::Oldest, came(1_000, true, 70));
+        turns.under_way(Turn::Newest(at(0)));
+        assert_eq!(turns.next(), Turn::Oldest, "their lane is busy");
+        turns.ended(Some(Turn::Oldest));
+        assert_eq!(turns.next(), Turn::Oldest);
+        turns.ended(Some(Turn::Newest(at(0))));
+        let newest = turns.next();
+        assert_eq!((newest, turns.limit(newest)), (Turn::Newest(at(950)), FEW));
+        turns.claimed(newest, came(1_010, false, 20));
+        assert_eq!(turns.next(), Turn::Oldest);
+        turns.claimed(Turn::Oldest, came(1_020, true, 90));
+        assert_eq!(turns.next(), Turn::Newest(at(960)));
+        turns.claimed(Turn::Newest(at(960)), came(1_030, true, 40));
+        turns.claimed(Turn::Oldest, came(1_040, true, 110));
+        assert_eq!(turns.next(), Turn::Newest(at(960)), "they were not all of them");
+        turns.claimed(Turn::Oldest, came(1_050, false, 0));
+        assert_eq!((turns.next(), turns.limit(Turn::Oldest)), (Turn::Oldest, FEW), "it is over");
+    }
+}
