@@ -225,17 +225,17 @@ impl Dispatcher {
             let claimed = self.store.claim(plugins.kinds(), state.turns.limit(turn), since).await?;
             let Claimed { claim, outlook, behind, at } = claimed;
             state.turns.claimed(turn, Came { at, more: outlook.due, behind });
-            any |= claim.is_some();
             if let Some(claim) = claim {
+                any = true;
+                if turn == Turn::Oldest {
+                    state.ahead = Some((outlook, asked_at));
+                }
                 state.turns.under_way(turn);
                 let delivery = Arc::clone(delivery);
                 state.lanes.spawn(async move { (turn, delivery.deliver(claim, &plugins).await) });
             }
-            if turn == Turn::Oldest {
-                state.ahead = Some((outlook, asked_at));
-                if !outlook.due {
-                    break;
-                }
+            if turn == Turn::Oldest && !outlook.due {
+                break;
             }
         }
         if any {

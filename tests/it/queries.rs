@@ -39,13 +39,13 @@ pub(crate) async fn pages(world: &World, query: &str, types: &str, arguments: &s
     let mut connection = world.db.acquire().await.expect("a connection");
     let mut run =
         async |sql: String| sqlx::query(AssertSqlSafe(sql)).fetch_all(&mut *connection).await.expect("it runs");
+    // As in the daemon's sessions.
+    run("SET plan_cache_mode = force_generic_plan".into()).await;
+    run("SET enable_sort = off".into()).await;
     run(format!("PREPARE asked({types}) AS {query}")).await;
-    // From the sixth on, PostgreSQL may plan for any argument.
-    for _ in 0..6 {
-        run(format!("EXECUTE asked({arguments})")).await;
-    }
     let plan = run(format!("EXPLAIN (ANALYZE, BUFFERS, COSTS OFF) EXECUTE asked({arguments})")).await;
     run("DEALLOCATE asked".into()).await;
+    run("RESET ALL".into()).await;
     let plan: Vec<String> = plan.iter().map(|row| sqlx::Row::get(row, 0)).collect();
     // The first is that of the whole statement.
     let buffers = plan.iter().find(|line| line.contains("Buffers: shared")).expect("they are counted");

@@ -62,7 +62,7 @@ impl Store {
     ) -> Result<Claimed, StoreError> {
         let doubt = self.doubt.last();
         let from = since.max(self.low_water.mark(doubt));
-        let mut transaction = Transaction::begin(self.connection().await?).await?;
+        let mut transaction = Transaction::begin(self.hot_connection().await?).await?;
         let asked_at = Instant::now();
         let rows = transaction
             .connection

@@ -1,13 +1,17 @@
 //! The connections of the pool: every statement has a name and a deadline, and after a doubt about one connection none
 //! that is as old is used again.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use sqlx::pool::PoolConnection;
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions, Postgres};
 
 use super::{CONNECT_DEADLINE, STATEMENT_DEADLINE, Store, StoreError};
+
+/// A session takes more memory the longer it lives; the pool ends its own after as long.
+const LIFETIME: Duration = Duration::from_mins(30);
 
 /// When a connection last broke. The others were broken by the same event as often as not (a restart, a failover, a dead
 /// link), and to find out one by one would cost a failure and a longer pause each.
@@ -70,7 +74,13 @@ impl Store {
 
     pub(super) async fn connection(&self) -> Result<Connection, StoreError> {
         match self.pool.acquire().await {
-            Ok(connection) => Ok(Connection { pooled: connection, doubt: self.doubt.clone() }),
+            Ok(connection) => Ok(Connection {
+                pooled: Some(connection),
+                since: Instant::now(),
+                at_work: false,
+                home: None,
+                doubt: self.doubt.clone(),
+            }),
             // The pool tries for a while, and then forgets why it failed.
             Err(sqlx::Error::PoolTimedOut) => match self.connect().await {
                 Err(error) => Err(error),
@@ -81,11 +91,58 @@ impl Store {
     }
 }
 
+impl Store {
+    /// A connection for looks and claims: the one that was used last, and so is warm.
+    pub(super) async fn hot_connection(&self) -> Result<Connection, StoreError> {
+        while let Some((pooled, since)) = self.hot.take() {
+            if self.doubt.spares(since.elapsed()) && since.elapsed() < LIFETIME {
+                let (pooled, home, doubt) = (Some(pooled), Some(Arc::clone(&self.hot)), self.doubt.clone());
+                return Ok(Connection { pooled, since, at_work: false, home, doubt });
+            }
+            drop(pooled);
+        }
+        let mut connection = self.connection().await?;
+        connection.home = Some(Arc::clone(&self.hot));
+        Ok(connection)
+    }
+}
+
+/// Connections that do not go back to the pool: it would ask each for a sign of life, and hand out the one that has been
+/// idle for longest, so that every one has to learn every statement.
+#[derive(Debug, Default)]
+pub(super) struct Hot(Mutex<Vec<(PoolConnection<Postgres>, Instant)>>);
+
+impl Hot {
+    fn take(&self) -> Option<(PoolConnection<Postgres>, Instant)> {
+        self.0.lock().expect("nobody panics with it").pop()
+    }
+
+    fn give(&self, pooled: PoolConnection<Postgres>, since: Instant) {
+        self.0.lock().expect("nobody panics with it").push((pooled, since));
+    }
+}
+
 /// A connection of the pool.
 #[derive(Debug)]
 pub(super) struct Connection {
-    pooled: sqlx::pool::PoolConnection<Postgres>,
+    /// `None` only while dropping.
+    pooled: Option<PoolConnection<Postgres>>,
+    /// When the pool gave it.
+    since: Instant,
+    /// A statement has begun and not ended.
+    at_work: bool,
+    /// Where it goes rather than into the pool.
+    home: Option<Arc<Hot>>,
     doubt: Doubt,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        // The pool cleans up after a statement that was cancelled.
+        if let (Some(pooled), Some(home), false) = (self.pooled.take(), self.home.take(), self.at_work) {
+            home.give(pooled, self.since);
+        }
+    }
 }
 
 impl Connection {
@@ -96,7 +153,11 @@ impl Connection {
         doing: &'static str,
         statement: impl AsyncFnOnce(&mut sqlx::PgConnection) -> Result<T, sqlx::Error>,
     ) -> Result<T, StoreError> {
-        match tokio::time::timeout(STATEMENT_DEADLINE, statement(&mut self.pooled)).await {
+        let pooled = self.pooled.as_mut().expect("taken only by drop");
+        self.at_work = true;
+        let answered = tokio::time::timeout(STATEMENT_DEADLINE, statement(pooled)).await;
+        self.at_work = false;
+        match answered {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(source)) => {
                 if is_broken(&source) {
@@ -121,7 +182,10 @@ impl Connection {
 
     /// Closes the connection instead of giving it back: the server rolls back whatever was open.
     pub(super) fn discard(&mut self) {
-        self.pooled.close_on_drop();
+        self.home = None;
+        if let Some(pooled) = &mut self.pooled {
+            pooled.close_on_drop();
+        }
     }
 }
 

@@ -31,7 +31,7 @@ impl Store {
     pub async fn look(&self, kinds: &[String], sweep: bool) -> Result<Look, StoreError> {
         let doubt = self.doubt.last();
         let from = self.low_water.mark(doubt).filter(|_| !sweep);
-        let mut connection = self.connection().await?;
+        let mut connection = self.hot_connection().await?;
         let row = connection
             .run("look at the queue", async |connection| {
                 // Each part reads one entry of an index, however many rows wait, whatever the planner believes: held rows are
