@@ -9,6 +9,7 @@ use anyhow::{Context as _, bail};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::{info, warn};
 
 use crate::backoff::RECONNECT;
@@ -115,9 +116,13 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     info!(kinds = registry.current().kinds().join(" "), "ready");
 
     // It ends when it is asked to and nothing is in flight any more.
-    let dispatched = dispatcher.run(shutdown.clone());
+    // On a thread of the runtime, where its lanes start without waking another. It ends with us, whatever ends us.
+    let dispatched = AbortOnDropHandle::new(tokio::spawn(dispatcher.run(shutdown.clone())));
     tokio::select! {
-        () = dispatched => drain(loops, &last).await,
+        ended = dispatched => match ended {
+            Ok(()) => drain(loops, &last).await,
+            Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+        },
         ended = first_to_end(&mut loops, &shutdown) => ended,
     }
 }
