@@ -30,9 +30,10 @@ use crate::wake::{Outlook, Reason, Wake, wait};
 pub const LANES: u32 = 3;
 /// While rows are claimed again and again, looks are at least this far apart.
 const LOOKS_APART: Duration = Duration::from_millis(50);
-/// A sweep looks from the very beginning, which may take long after a long transaction: at most one part of so many of all
-/// time.
+/// A sweep looks from the very beginning, which may take long after a long transaction: one part of so many of all time,
+/// but once a minute in any case, since one that was slow may have been so for another reason.
 const SWEEPS_SHARE: u32 = 100;
+const SWEEPS_APART: Duration = Duration::from_mins(1);
 
 /// What the dispatcher works with.
 #[expect(missing_debug_implementations, reason = "the plugins have none")]
@@ -76,8 +77,7 @@ struct State {
     release: JoinSet<Result<u64, StoreError>>,
     /// The last look, and when it was asked for.
     look: Option<(Look, Instant)>,
-    /// What promises the looks have seen, and for how long at most to wait for the sake of one.
-    polling: (Polling, Option<Duration>),
+    polling: Polling,
     /// When the whole queue was last looked at, from its very beginning, and how long that took.
     swept: Option<(Instant, Duration)>,
     /// The last claim came to nothing although rows are due: nothing is claimed until something has happened.
@@ -198,7 +198,7 @@ impl Dispatcher {
         if sweep {
             state.swept = Some((asked_at, asked_at.elapsed()));
         }
-        state.polling.1 = state.polling.0.looked(look.promise);
+        state.polling.looked(look.promise);
         if !look.held_for_us.is_empty() && state.release.is_empty() {
             // Beside the loop, since there may be millions; the first of them are due before the last are released.
             let (store, wake, kinds) = (self.store.clone(), Arc::clone(&self.wake), look.held_for_us.clone());
@@ -247,7 +247,7 @@ impl Dispatcher {
     fn wait(&self, state: &State) -> (Duration, Reason) {
         let (outlook, asked_at) = state.ahead.unwrap_or((Outlook::default(), Instant::now()));
         let sweep = state.until_look(self.sweep);
-        wait(outlook, asked_at.elapsed(), state.empty_claims, state.polling.1, sweep)
+        wait(outlook, asked_at.elapsed(), state.empty_claims, state.polling.every(), sweep)
     }
 
     fn lane_ended(
@@ -371,7 +371,7 @@ impl State {
 
     /// How long until a look from the very beginning is due, if one is every `sweep`.
     fn until_sweep(&self, sweep: Duration) -> Duration {
-        let every = |took: Duration| sweep.max(took * SWEEPS_SHARE);
+        let every = |took: Duration| sweep.max(SWEEPS_APART.min(took * SWEEPS_SHARE));
         self.swept.map_or(Duration::ZERO, |(at, took)| every(took).saturating_sub(at.elapsed()))
     }
 

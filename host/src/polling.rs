@@ -60,32 +60,36 @@ pub struct Promise {
     pub next_xid: i64,
 }
 
-/// Whether to look again without being notified.
+/// Whether to look again without being notified, by the looks so far.
 #[derive(Debug, Default)]
 pub struct Polling {
     /// The promise that is over.
     over: Option<OffsetDateTime>,
     /// Transactions below this number may have been silent.
-    silent_below: Option<i64>,
-    every: Duration,
+    silent_below: i64,
+    every: Option<Duration>,
 }
 
 impl Polling {
-    /// Takes note of a look. Returns the longest time until the next; `None` = no promise is open.
-    pub fn looked(&mut self, Promise { at, until, oldest_xid, next_xid }: Promise) -> Option<Duration> {
+    /// The longest time until the next look; `None` = no promise is open.
+    #[must_use]
+    pub fn every(&self) -> Option<Duration> {
+        self.every
+    }
+
+    /// Takes note of a look.
+    pub fn looked(&mut self, Promise { at, until, oldest_xid, next_xid }: Promise) {
         if at < until && until - at < FAR {
-            (self.over, self.silent_below) = (None, None);
-            return Some(EVERY);
+            (self.over, self.every) = (None, Some(EVERY));
+            return;
         }
-        // Ever less often: a row is not found later, after its commit, than its transaction was open.
-        let (below, every) = if self.over.replace(until) == Some(until) {
-            (self.silent_below?, self.every * 2)
+        if self.over.replace(until) == Some(until) {
+            // Ever less often: a row is not found later, after its commit, than its transaction was open.
+            self.every = self.every.map(|every| every * 2);
         } else {
-            (next_xid, EVERY)
-        };
-        self.silent_below = Some(below).filter(|below| oldest_xid < *below && every < PATIENCE);
-        self.every = every;
-        self.silent_below.map(|_| every)
+            (self.silent_below, self.every) = (next_xid, Some(EVERY));
+        }
+        self.every = self.every.filter(|every| oldest_xid < self.silent_below && *every < PATIENCE);
     }
 }
 
@@ -113,9 +117,8 @@ mod tests {
     fn it_looks_for_as_long_as_was_promised_and_until_all_who_were_silent_have_ended() {
         let mut polling = Polling::default();
         let mut looked = |ms, oldest_xid, next_xid| {
-            polling
-                .looked(Promise { at: at(ms), until: at(1_000), oldest_xid, next_xid })
-                .map(|after| after.as_millis())
+            polling.looked(Promise { at: at(ms), until: at(1_000), oldest_xid, next_xid });
+            polling.every().map(|after| after.as_millis())
         };
         assert_eq!(looked(0, 5, 10), Some(5));
         assert_eq!(looked(995, 5, 10), Some(5));
@@ -132,7 +135,10 @@ mod tests {
     fn a_transaction_that_does_not_end_is_left_to_the_sweep() {
         let mut polling = Polling::default();
         let promise = Promise { at: at(5_000), until: at(1_000), oldest_xid: 3, next_xid: 9 };
-        let waits = std::iter::from_fn(|| polling.looked(promise));
+        let waits = std::iter::from_fn(|| {
+            polling.looked(promise);
+            polling.every()
+        });
         assert_eq!(
             waits.map(|wait| wait.as_millis()).collect::<Vec<_>>(),
             [5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560]
@@ -143,7 +149,8 @@ mod tests {
     fn a_promise_of_a_clock_that_was_set_back_is_none() {
         let mut polling = Polling::default();
         let promise = Promise { at: at(0), until: at(3_600_000), oldest_xid: 9, next_xid: 9 };
-        assert_eq!(polling.looked(promise), None);
+        polling.looked(promise);
+        assert_eq!(polling.every(), None);
     }
 
     proptest! {
@@ -166,7 +173,8 @@ mod tests {
                 let oldest = running.filter(|(began, thought, open)| began + thought + open > next).map(|(began, ..)| number(*began)).min();
                 let next_xid = number(next + 1);
                 let promise = Promise { at: at(next), until: at(promised(next)), oldest_xid: oldest.unwrap_or(next_xid), next_xid };
-                let after = polling.looked(promise).map(|after| i64::try_from(after.as_millis()).expect("short"));
+                polling.looked(promise);
+                let after = polling.every().map(|after| i64::try_from(after.as_millis()).expect("short"));
                 // A promise wakes, whoever made it.
                 let woken = promises.iter().copied().filter(|made| *made > next).min();
                 next = after.map(|after| next + after).into_iter().chain(woken).min().unwrap_or(i64::MAX);

@@ -74,13 +74,7 @@ impl Store {
 
     pub(super) async fn connection(&self) -> Result<Connection, StoreError> {
         match self.pool.acquire().await {
-            Ok(connection) => Ok(Connection {
-                pooled: Some(connection),
-                since: Instant::now(),
-                at_work: false,
-                home: None,
-                doubt: self.doubt.clone(),
-            }),
+            Ok(pooled) => Ok(self.use_it(pooled, Instant::now(), None)),
             // The pool tries for a while, and then forgets why it failed.
             Err(sqlx::Error::PoolTimedOut) => match self.connect().await {
                 Err(error) => Err(error),
@@ -89,21 +83,21 @@ impl Store {
             Err(source) => Err(self.connect_error(source)),
         }
     }
-}
 
-impl Store {
     /// A connection for looks and claims: the one that was used last, and so is warm.
     pub(super) async fn hot_connection(&self) -> Result<Connection, StoreError> {
         while let Some((pooled, since)) = self.hot.take() {
             if self.doubt.spares(since.elapsed()) && since.elapsed() < LIFETIME {
-                let (pooled, home, doubt) = (Some(pooled), Some(Arc::clone(&self.hot)), self.doubt.clone());
-                return Ok(Connection { pooled, since, at_work: false, home, doubt });
+                return Ok(self.use_it(pooled, since, Some(Arc::clone(&self.hot))));
             }
-            drop(pooled);
         }
         let mut connection = self.connection().await?;
         connection.home = Some(Arc::clone(&self.hot));
         Ok(connection)
+    }
+
+    fn use_it(&self, pooled: PoolConnection<Postgres>, since: Instant, home: Option<Arc<Hot>>) -> Connection {
+        Connection { pooled: Some(pooled), since, at_work: false, home, doubt: self.doubt.clone() }
     }
 }
 
