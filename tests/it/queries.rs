@@ -75,6 +75,40 @@ async fn a_look_at_the_queue_costs_the_same_however_many_rows_are_held() {
 }
 
 #[tokio::test]
+async fn a_claim_and_its_settlement_cost_the_same_however_many_rows_wait() {
+    let world = World::empty().await;
+    world
+        .sql(
+            "INSERT INTO tidings.schedules (kind, key, due_at)
+             SELECT 'message', number::text, now() + (number - 10) * interval '1 minute' FROM generate_series(1, 100000) AS number",
+        )
+        .await;
+    world.sql("ANALYZE tidings.schedules").await;
+
+    let types = "text[], bigint, bigint, timestamptz";
+    let (read, plan) = pages(
+        &world,
+        &checked("SKIP LOCKED\n                    ), measured"),
+        types,
+        "'{message}', 200, 8388608, NULL",
+    )
+    .await;
+    assert!(read < 60 && !plan.contains("Seq Scan on schedules"), "{read}\n{plan}");
+
+    let types = "uuid[], text[], timestamptz[], text[], text[], text[], bigint[]";
+    let ids: Vec<uuid::Uuid> = world.value("SELECT array_agg(id) FROM tidings.schedules WHERE due_at <= now()").await;
+    let count = ids.len();
+    let ids = ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+    let filled = |value: &str| format!("array_fill({value}, ARRAY[{count}])");
+    let text = filled("'x'::text");
+    let (instant, number) = (filled("now()"), filled("1::bigint"));
+    let arguments =
+        format!("'{{{ids}}}', {}, {instant}, {text}, {text}, {text}, {number}", filled("'delivered'::text"));
+    let (read, plan) = pages(&world, &checked("INSERT INTO tidings.deliveries"), types, &arguments).await;
+    assert!(read < 200 && !plan.contains("Seq Scan on schedules"), "{read}\n{plan}");
+}
+
+#[tokio::test]
 async fn what_the_page_shows_costs_the_same_however_many_rows_wait_or_are_parked() {
     let world = World::empty().await;
     world.sql("INSERT INTO tidings.schedules (kind, due_at) SELECT 'message', now() + number * interval '1 minute' FROM generate_series(1, 100000) AS number").await;
