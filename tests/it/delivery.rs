@@ -136,6 +136,33 @@ async fn ten_thousand_due_rows_become_ten_thousand_messages_and_two_daemons_shar
 }
 
 #[tokio::test]
+async fn a_row_that_becomes_due_during_a_spike_does_not_wait_for_its_end() {
+    let world = World::with(&["message"]).await;
+    let _inbox = world.inbox(&["#"]).await;
+    world
+        .sql(
+            "INSERT INTO tidings.schedules (kind, due_at, payload)
+             SELECT 'message', now(), jsonb_build_object('routing_key', 'a', 'body', n) FROM generate_series(1, 20000) AS n",
+        )
+        .await;
+    let _daemon = world.daemon().await;
+    world.until("SELECT count(*) >= 1000 FROM tidings.deliveries").await;
+
+    let left: i64 = world.value("SELECT count(*) FROM tidings.schedules").await;
+    world.sql(r#"SELECT tidings.schedule('message', now(), '{"routing_key":"a","body":0}', key => 'late')"#).await;
+
+    world.until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
+    let after: i64 = world
+        .value(
+            "SELECT count(*) FROM tidings.deliveries AS one, tidings.deliveries AS late
+             WHERE late.key = 'late' AND one.finished_at > late.finished_at",
+        )
+        .await;
+    assert!(left > 10_000, "{left} rows were left when it came: the spike was no spike");
+    assert!(after > left / 2, "{after} of {left} rows of the spike went out after it");
+}
+
+#[tokio::test]
 async fn the_rows_deadline_and_the_events_time_to_live_become_one_expiration_the_smaller() {
     let world = World::with(&["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
