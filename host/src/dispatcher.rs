@@ -5,29 +5,31 @@
 //! sweep. Guarantees: a row leaves the queue only in the transaction that locked it, after its message was confirmed or
 //! its end decided; while the broker is away nothing is claimed; an error of a server loses nothing and is tried again.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use crate::backoff::RECONNECT;
 use crate::broker::Broker;
 use crate::delivery::{Delivered, Delivery};
 use crate::health::Health;
+use crate::held::{Held, hold};
 use crate::plugins::Registry;
 use crate::polling::Polling;
 use crate::store::{Claimed, Look, Store, StoreError};
-use crate::telemetry::{count_held, count_wakes, note_next_due};
+use crate::telemetry::{count_wakes, note_next_due};
 use crate::turns::{Came, Turn, Turns};
 use crate::wake::{Outlook, Reason, Wake, wait};
 
 /// Batches that are delivered side by side: while one waits for the broker, another keeps the database busy. One more is for
 /// rows that have just become due, while there is a backlog.
 pub const LANES: u32 = 3;
+/// A row that is due so soon is waited for in an open transaction, since to begin one takes a round trip.
+const HEAD_START: Duration = Duration::from_micros(500);
 /// While rows are claimed again and again, looks are at least this far apart.
 const LOOKS_APART: Duration = Duration::from_millis(50);
 /// A sweep looks from the very beginning, which may take long after a long transaction: one part of so many of all time,
@@ -52,15 +54,6 @@ pub struct Dispatcher {
     pub max_attempts: u32,
     /// Told of every sign of life.
     pub health: Arc<Health>,
-}
-
-/// How many rows were held, by kind.
-#[derive(Default)]
-struct Held {
-    /// Since no daemon serves it.
-    unserved: BTreeMap<String, i64>,
-    /// Since it is paused.
-    paused: BTreeMap<String, i64>,
 }
 
 /// What the loop remembers between two looks.
@@ -93,8 +86,8 @@ struct State {
 /// Whether a row is due, as far as we know without a look.
 #[derive(Default)]
 struct Expected {
-    /// One is: claim, and look afterwards.
-    due: bool,
+    /// One is, from this instant on: claim, and look afterwards.
+    due: Option<Instant>,
     /// We were notified, and have not seen yet whether one is.
     notified: bool,
     /// When we were notified the last time, one was.
@@ -109,6 +102,7 @@ impl Dispatcher {
         loop {
             self.health.dispatcher.beat();
             let (wait, why) = self.look_and_start(&delivery, &mut state).await;
+            let (until, head_start) = (Instant::now() + wait, if why == Reason::Due { HEAD_START } else { Duration::ZERO });
             let reasons = tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break,
@@ -128,14 +122,16 @@ impl Dispatcher {
                     state.go_on();
                     if reasons.iter().any(|reason| reason == Reason::Notification) {
                         state.expected.notified = true;
-                        state.expected.due |= state.expected.notified_of_due;
+                        state.expected.due_now(state.expected.notified_of_due);
                     }
                     reasons
                 }
                 // To the tenth of a millisecond, which tokio's timer is not.
-                () = futures_timer::Delay::new(wait) => {
+                () = futures_timer::Delay::new(wait.saturating_sub(head_start)) => {
                     state.stuck = false;
-                    state.expected.due |= why == Reason::Due;
+                    if why == Reason::Due {
+                        state.expected.due = Some(until);
+                    }
                     why.into()
                 }
             };
@@ -156,12 +152,13 @@ impl Dispatcher {
             return (self.sweep, Reason::Sweep);
         }
         let mut claimed = false;
-        if std::mem::take(&mut state.expected.due) {
-            claimed = match self.claim_and_start(delivery, state).await {
+        if let Some(at) = state.expected.due.take() {
+            claimed = match self.claim_and_start(delivery, state, at).await {
                 Ok(claimed) => claimed,
                 Err(error) => return (state.failed(&error), Reason::Again),
             };
-            if claimed && state.look.as_ref().is_some_and(|(_, asked_at)| asked_at.elapsed() < LOOKS_APART) {
+            let has_looked = state.look.as_ref().is_some_and(|(_, asked_at)| asked_at.elapsed() < LOOKS_APART);
+            if has_looked && (claimed || state.too_early()) {
                 return self.wait(state);
             }
         }
@@ -174,7 +171,7 @@ impl Dispatcher {
             Err(error) => return (state.failed(&error), Reason::Again),
         };
         if due && !claimed {
-            match self.claim_and_start(delivery, state).await {
+            match self.claim_and_start(delivery, state, Instant::now()).await {
                 Ok(true) => {}
                 Ok(false) => {
                     state.stuck = true;
@@ -215,21 +212,26 @@ impl Dispatcher {
     }
 
     /// Claims for as many lanes as are free, while more rows are due than were claimed. Whether any were.
-    async fn claim_and_start(&self, delivery: &Arc<Delivery>, state: &mut State) -> Result<bool, StoreError> {
+    /// Nothing is asked before `not_before`.
+    async fn claim_and_start(
+        &self,
+        delivery: &Arc<Delivery>,
+        state: &mut State,
+        not_before: Instant,
+    ) -> Result<bool, StoreError> {
         let mut any = false;
         while state.has_free_lane() {
             let plugins = self.plugins.current();
             let turn = state.turns.next();
             let since = if let Turn::Newest(since) = turn { Some(since) } else { None };
-            let asked_at = Instant::now();
-            let claimed = self.store.claim(plugins.kinds(), state.turns.limit(turn), since).await?;
-            let Claimed { claim, outlook, behind, at } = claimed;
+            let claimed = self.store.claim(plugins.kinds(), state.turns.limit(turn), since, not_before).await?;
+            let Claimed { claim, outlook, behind, at, asked_at } = claimed;
             state.turns.claimed(turn, Came { at, more: outlook.due, behind });
+            if turn == Turn::Oldest {
+                state.ahead = Some((outlook, asked_at));
+            }
             if let Some(claim) = claim {
                 any = true;
-                if turn == Turn::Oldest {
-                    state.ahead = Some((outlook, asked_at));
-                }
                 state.turns.under_way(turn);
                 let delivery = Arc::clone(delivery);
                 state.lanes.spawn(async move { (turn, delivery.deliver(claim, &plugins).await) });
@@ -266,7 +268,7 @@ impl Dispatcher {
                 state.go_on();
                 state.failures = 0;
                 state.not_before = None;
-                state.expected.due |= state.turns.more();
+                state.expected.due_now(state.turns.more());
                 // However much there is to deliver, paused rows must not stay where each claim steps over them.
                 if state.look.as_ref().is_some_and(|(look, _)| look.paused_first) {
                     self.start_holding(state);
@@ -293,24 +295,20 @@ impl Dispatcher {
     }
 }
 
-/// Holds what is due, and is paused or not served, batch by batch.
-async fn hold(store: &Store, our_kinds: &[String]) -> Result<Held, StoreError> {
-    let mut held = Held::default();
-    while add(&mut held.paused, store.hold_paused(our_kinds).await?) {}
-    while add(&mut held.unserved, store.hold_unserved(our_kinds).await?) {}
-    Ok(held)
-}
-
-/// Adds the rows of a batch, and says whether there were any.
-fn add(held: &mut BTreeMap<String, i64>, batch: Vec<(String, i64)>) -> bool {
-    let some = !batch.is_empty();
-    for (kind, rows) in batch {
-        *held.entry(kind).or_default() += rows;
+impl Expected {
+    fn due_now(&mut self, due: bool) {
+        if due {
+            self.due = Some(Instant::now());
+        }
     }
-    some
 }
 
 impl State {
+    /// The next row is due in a moment: a look would be in its way.
+    fn too_early(&self) -> bool {
+        self.ahead.is_some_and(|(outlook, _)| outlook.next_in.is_some_and(|next_in| next_in < HEAD_START))
+    }
+
     /// After a failure there is only one lane, until it succeeds.
     fn has_free_lane(&self) -> bool {
         let lanes = if self.failures == 0 { LANES as usize } else { 1 };
@@ -326,18 +324,9 @@ impl State {
     /// Rows were held, or there were none.
     fn hold_ended(&mut self, ended: Result<Result<Held, StoreError>, tokio::task::JoinError>) {
         match ended {
-            Ok(Ok(Held { unserved, paused })) => {
-                if !unserved.is_empty() || !paused.is_empty() {
+            Ok(Ok(held)) => {
+                if held.report() {
                     self.go_on();
-                }
-                for (kind, rows) in unserved.iter().chain(&paused) {
-                    count_held(kind, rows.unsigned_abs());
-                }
-                for (kind, rows) in unserved {
-                    warn!(schedule.kind = kind, rows, "held rows of the kind {kind:?}: no plugin serves it");
-                }
-                for (kind, rows) in paused {
-                    debug!(schedule.kind = kind, rows, "held rows of the kind {kind:?}: it is paused");
                 }
             }
             Ok(Err(error)) => drop(self.failed(&error)),

@@ -13,6 +13,7 @@ pub mod by_hand;
 pub mod canary;
 pub mod delivery;
 pub mod dispatcher;
+pub mod held;
 pub mod listener;
 pub mod replayer;
 pub mod wake;

@@ -22,6 +22,7 @@ pub(super) struct Instance {
     store: Store<Guest>,
     bindings: Bindings,
     metering: Metering,
+    called: bool,
 }
 
 impl Instance {
@@ -37,7 +38,7 @@ impl Instance {
             store.set_fuel(u64::MAX).expect("this engine counts fuel");
         }
         match timeout(limits.wall(), pre.instantiate_async(&mut store)).await {
-            Ok(Ok(bindings)) => Ok(Self { store, bindings, metering: engine.metering }),
+            Ok(Ok(bindings)) => Ok(Self { store, bindings, metering: engine.metering, called: false }),
             Ok(Err(error)) => Err(format!("while starting, {}", what_happened(&error, store.data(), limits))),
             Err(_) => Err(format!("while starting, it took longer than {} ms (wall-ms)", limits.wall_ms)),
         }
@@ -49,6 +50,7 @@ impl Instance {
         limits: &Limits,
         call: impl AsyncFnOnce(&mut Store<Guest>, &Bindings) -> wasmtime::Result<T>,
     ) -> Result<T, String> {
+        self.called = true;
         self.store.data_mut().begin_call();
         match timeout(limits.wall(), call(&mut self.store, &self.bindings)).await {
             Ok(Ok(answer)) => Ok(answer),
@@ -59,6 +61,11 @@ impl Instance {
 }
 
 impl Instance {
+    /// Whether nothing was asked of it yet.
+    pub(super) fn is_fresh(&self) -> bool {
+        !self.called
+    }
+
     /// What was used so far: memory at its peak, CPU time of the last call, and fuel since the start if it is counted.
     pub(super) fn used(&self) -> Used {
         let ticks = self.store.data().cpu_ticks();

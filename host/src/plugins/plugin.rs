@@ -43,6 +43,8 @@ pub struct Plugin {
     pre: PluginPre<Guest>,
     engine: Arc<Engine>,
     peak: Peak,
+    /// Started after the last batch for the next one, which may be of a single row and in a hurry.
+    spare: Mutex<Option<Instance>>,
     /// What the registry should know of, and its bell.
     news: Mutex<Vec<News>>,
     bell: Arc<Wake>,
@@ -131,6 +133,7 @@ impl Plugin {
             pre,
             engine: Arc::clone(engine),
             peak: Peak::default(),
+            spare: Mutex::default(),
             news: Mutex::default(),
             bell,
         };

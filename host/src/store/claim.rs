@@ -28,6 +28,8 @@ pub struct Claimed {
     pub behind: Duration,
     /// The database's time.
     pub at: OffsetDateTime,
+    /// When it was asked.
+    pub asked_at: Instant,
 }
 
 /// Due rows, at least one, locked by us.
@@ -48,7 +50,8 @@ pub(super) struct Transaction {
 
 impl Store {
     /// Locks up to `limit` due rows of `kinds`, but for those that are paused, and due rows of any kind that are past their
-    /// deadline: those that have been due for longest, of all or of those that came due from `since` on.
+    /// deadline: those that have been due for longest, of all or of those that came due from `since` on. Before `not_before`,
+    /// everything is made ready and nothing is asked.
     ///
     /// # Errors
     ///
@@ -59,10 +62,15 @@ impl Store {
         kinds: &[String],
         limit: i64,
         since: Option<OffsetDateTime>,
+        not_before: Instant,
     ) -> Result<Claimed, StoreError> {
         let doubt = self.doubt.last();
         let from = since.max(self.low_water.mark(doubt));
         let mut transaction = Transaction::begin(self.hot_connection().await?).await?;
+        let early = not_before.saturating_duration_since(Instant::now());
+        if !early.is_zero() {
+            futures_timer::Delay::new(early).await;
+        }
         let asked_at = Instant::now();
         let rows = transaction
             .connection
@@ -163,11 +171,11 @@ impl Store {
         let (outlook, behind) = (Outlook { due, next_in }, behind.unwrap_or_default());
         let Some(xid) = xid else {
             transaction.end("ROLLBACK").await?;
-            return Ok(Claimed { claim: None, outlook, behind, at });
+            return Ok(Claimed { claim: None, outlook, behind, at, asked_at });
         };
         self.low_water.sample(Sample { at, xid }, doubt);
         let claim = Claim { transaction, clock: DatabaseClock::new(at, asked_at), rows };
-        Ok(Claimed { claim: Some(claim), outlook, behind, at })
+        Ok(Claimed { claim: Some(claim), outlook, behind, at, asked_at })
     }
 }
 

@@ -47,7 +47,7 @@ impl Plugin {
         let plugin = Arc::clone(&self);
         let task = self.engine.guests().spawn(async move {
             let _measuring = plugin.engine.measure();
-            let mut instance = None;
+            let mut instance = plugin.spare.lock().expect("nobody panics with it").take();
             let mut builds = Vec::with_capacity(rows.len());
             for schedule in rows {
                 let enough = Instant::now() >= until || bodies.load(Ordering::Relaxed) == 0;
@@ -55,6 +55,8 @@ impl Plugin {
                     if enough { None } else { Some(plugin.build_row(&mut instance, &schedule, clock, &bodies).await) };
                 builds.push(Build { schedule, plugin: Arc::clone(&plugin), outcome, at: Instant::now() });
             }
+            // After the answer, which the rows wait for.
+            plugin.engine.guests().spawn(Arc::clone(&plugin).replace(instance));
             builds
         });
         // A panic of ours: the rows stay as they are, and are claimed again.
@@ -66,6 +68,19 @@ impl Plugin {
             );
             Vec::new()
         })
+    }
+
+    /// Ends the instance of a batch, and starts the next one's. If it does not start, the next batch will say so.
+    async fn replace(self: Arc<Self>, used: Option<Instance>) {
+        drop(used);
+        let _measuring = self.engine.measure();
+        let spare = self.start().await.ok();
+        *self.spare.lock().expect("nobody panics with it") = spare;
+    }
+
+    async fn start(&self) -> Result<Instance, String> {
+        let (label, config) = (Arc::clone(&self.label), Arc::clone(&self.config));
+        Instance::new(&self.engine, &self.pre, label, config, &self.limits).await
     }
 
     async fn build_row(
@@ -82,7 +97,7 @@ impl Plugin {
                 format!("plugin {}: it fails at row after row, so this one waits until one succeeds", self.label);
             return Err(BuildError::Unavailable(reason, after));
         }
-        let used = instance.is_some();
+        let used = instance.as_ref().is_some_and(|instance| !instance.is_fresh());
         let outcome = self.try_build(instance, schedule, clock.now_ms()).await;
         // What went wrong in a store that others had used before may be their doing, a leak for instance: a row is
         // blamed only for what it does in a fresh one.
@@ -184,11 +199,7 @@ impl Plugin {
         let failed = |text: String| BuildError::Failed(format!("plugin {}: {text}", self.label));
         let mut alive = match instance.take() {
             Some(alive) => alive,
-            None => {
-                Instance::new(&self.engine, &self.pre, Arc::clone(&self.label), Arc::clone(&self.config), &self.limits)
-                    .await
-                    .map_err(failed)?
-            }
+            None => self.start().await.map_err(failed)?,
         };
         let row = row(schedule, now_ms);
         let answer = alive
