@@ -102,7 +102,8 @@ impl Dispatcher {
         loop {
             self.health.dispatcher.beat();
             let (wait, why) = self.look_and_start(&delivery, &mut state).await;
-            let (until, head_start) = (Instant::now() + wait, if why == Reason::Due { HEAD_START } else { Duration::ZERO });
+            let (until, head_start) =
+                (Instant::now() + wait, if why == Reason::Due { HEAD_START } else { Duration::ZERO });
             let reasons = tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break,

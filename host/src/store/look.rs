@@ -66,13 +66,19 @@ impl Store {
                             false
                         ) AS "paused_first!",
                         least(
-                            (
-                                SELECT slot_at
-                                FROM tidings.schedules
-                                WHERE slot_at > statement_timestamp() AND slot_at < 'infinity'
-                                ORDER BY slot_at
-                                LIMIT 1
-                            ),
+                            -- Only if the head is due is there a reason to go down the index once more.
+                            CASE
+                                WHEN (SELECT slot_at > statement_timestamp() FROM head) THEN
+                                    (SELECT slot_at FROM head WHERE slot_at < 'infinity')
+                                ELSE
+                                    (
+                                        SELECT slot_at
+                                        FROM tidings.schedules
+                                        WHERE slot_at > statement_timestamp() AND slot_at < 'infinity'
+                                        ORDER BY slot_at
+                                        LIMIT 1
+                                    )
+                            END,
                             (SELECT min(until) FROM tidings.paused)
                         ) AS next_at,
                         ARRAY(
