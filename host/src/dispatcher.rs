@@ -94,6 +94,17 @@ struct Expected {
     notified_of_due: bool,
 }
 
+/// What became of some claims.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Claims {
+    /// Rows are on their way.
+    Began,
+    /// There was nothing to claim.
+    Nothing,
+    /// The next row is due in a moment, and a look would be in its way.
+    TooEarly,
+}
+
 impl Dispatcher {
     /// Runs until `shutdown`, and then until the batches in flight have ended.
     pub async fn run(self, shutdown: CancellationToken) {
@@ -152,14 +163,14 @@ impl Dispatcher {
         if !state.has_free_lane() || !self.broker.is_open() {
             return (self.sweep, Reason::Sweep);
         }
-        let mut claimed = false;
+        let mut claimed = Claims::Nothing;
         if let Some(at) = state.expected.due.take() {
             claimed = match self.claim_and_start(delivery, state, at).await {
                 Ok(claimed) => claimed,
                 Err(error) => return (state.failed(&error), Reason::Again),
             };
             let has_looked = state.look.as_ref().is_some_and(|(_, asked_at)| asked_at.elapsed() < LOOKS_APART);
-            if has_looked && (claimed || state.too_early()) {
+            if has_looked && claimed != Claims::Nothing {
                 return self.wait(state);
             }
         }
@@ -171,10 +182,10 @@ impl Dispatcher {
             Ok(due) => due,
             Err(error) => return (state.failed(&error), Reason::Again),
         };
-        if due && !claimed {
+        if due && claimed != Claims::Began {
             match self.claim_and_start(delivery, state, Instant::now()).await {
-                Ok(true) => {}
-                Ok(false) => {
+                Ok(Claims::Began | Claims::TooEarly) => {}
+                Ok(Claims::Nothing) => {
                     state.stuck = true;
                     state.empty_claims = state.empty_claims.saturating_add(1);
                     self.start_holding(state);
@@ -212,15 +223,15 @@ impl Dispatcher {
         Ok(outlook.due)
     }
 
-    /// Claims for as many lanes as are free, while more rows are due than were claimed. Whether any were.
-    /// Nothing is asked before `not_before`.
+    /// Claims for as many lanes as are free, while more rows are due than were claimed. Nothing is asked before
+    /// `not_before`.
     async fn claim_and_start(
         &self,
         delivery: &Arc<Delivery>,
         state: &mut State,
         not_before: Instant,
-    ) -> Result<bool, StoreError> {
-        let mut any = false;
+    ) -> Result<Claims, StoreError> {
+        let mut claims = Claims::Nothing;
         while state.has_free_lane() {
             let plugins = self.plugins.current();
             let turn = state.turns.next();
@@ -228,23 +239,28 @@ impl Dispatcher {
             let claimed = self.store.claim(plugins.kinds(), state.turns.limit(turn), since, not_before).await?;
             let Claimed { claim, outlook, behind, at, asked_at } = claimed;
             state.turns.claimed(turn, Came { at, more: outlook.due, behind });
-            if turn == Turn::Oldest {
+            let is_early = outlook.next_in.is_some_and(|next_in| next_in < HEAD_START);
+            // A claim of nothing does not tell whether rows are due that others have locked.
+            if turn == Turn::Oldest && (claim.is_some() || is_early) {
                 state.ahead = Some((outlook, asked_at));
             }
             if let Some(claim) = claim {
-                any = true;
+                claims = Claims::Began;
                 state.turns.under_way(turn);
                 let delivery = Arc::clone(delivery);
                 state.lanes.spawn(async move { (turn, delivery.deliver(claim, &plugins).await) });
             }
             if turn == Turn::Oldest && !outlook.due {
+                if is_early && claims == Claims::Nothing {
+                    claims = Claims::TooEarly;
+                }
                 break;
             }
         }
-        if any {
+        if claims == Claims::Began {
             state.go_on();
         }
-        Ok(any)
+        Ok(claims)
     }
 
     fn wait(&self, state: &State) -> (Duration, Reason) {
@@ -305,11 +321,6 @@ impl Expected {
 }
 
 impl State {
-    /// The next row is due in a moment: a look would be in its way.
-    fn too_early(&self) -> bool {
-        self.ahead.is_some_and(|(outlook, _)| outlook.next_in.is_some_and(|next_in| next_in < HEAD_START))
-    }
-
     /// After a failure there is only one lane, until it succeeds.
     fn has_free_lane(&self) -> bool {
         let lanes = if self.failures == 0 { LANES as usize } else { 1 };
