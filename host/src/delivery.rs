@@ -72,8 +72,8 @@ impl Delivery {
 
         let builds = plugins.build(due, clock).await;
 
-        let mut messages = Vec::new();
-        let mut in_flight = HashMap::new();
+        let mut messages = Vec::with_capacity(builds.len());
+        let mut in_flight = HashMap::with_capacity(builds.len());
         for Build { schedule, plugin, outcome, at } in builds {
             // No time was left for it: it stays due.
             let Some(outcome) = outcome else { continue };

@@ -1,6 +1,7 @@
 //! What a plugin makes of a row, checked: whatever passes here can be published without the broker closing the channel
 //! on everybody else. No I/O.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use ring::digest::{Context, SHA256};
@@ -152,7 +153,7 @@ pub struct BuiltEvent {
     /// the `now-ms` that it was given. `None` = the plugin set none.
     pub expires_ms: Option<i64>,
     /// `name@version+digest8` of the plugin.
-    pub plugin: String,
+    pub plugin: Arc<str>,
 }
 
 /// The longest time to live that RabbitMQ accepts, in milliseconds: ten years of 365 days. Longer ones are cut to it.

@@ -284,7 +284,7 @@ mod tests {
                 failures: 0,
                 refusals: 0,
             };
-            let built = BuiltEvent { event, built_ms: 0, expires_ms: Some(i64::MAX), plugin: "p".repeat(210) };
+            let built = BuiltEvent { event, built_ms: 0, expires_ms: Some(i64::MAX), plugin: "p".repeat(210).into() };
             let message = Message::new(&schedule, built, &"e".repeat(200), 1).expect("in time");
             let (routing_key, properties) = wire(&message);
             prop_assert_eq!(routing_key.as_str(), text());

@@ -6,9 +6,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use super::{News, Plugin};
-use crate::clock::DatabaseClock;
+use crate::clock::{DatabaseClock, unix_ms};
 use crate::event::{BuildError, BuiltEvent, Event, deadline_ms};
 use crate::plugins::Build;
 use crate::plugins::bindings::exports::tidings::plugin::builder as wit;
@@ -49,11 +50,17 @@ impl Plugin {
             let _measuring = plugin.engine.measure();
             let mut instance = plugin.spare.lock().expect("nobody panics with it").take();
             let mut builds = Vec::with_capacity(rows.len());
+            let mut at = Instant::now();
             for schedule in rows {
-                let enough = Instant::now() >= until || bodies.load(Ordering::Relaxed) == 0;
-                let outcome =
-                    if enough { None } else { Some(plugin.build_row(&mut instance, &schedule, clock, &bodies).await) };
-                builds.push(Build { schedule, plugin: Arc::clone(&plugin), outcome, at: Instant::now() });
+                let enough = at >= until || bodies.load(Ordering::Relaxed) == 0;
+                let outcome = if enough {
+                    None
+                } else {
+                    let outcome = plugin.build_row(&mut instance, &schedule, clock, at, &bodies).await;
+                    at = Instant::now();
+                    Some(outcome)
+                };
+                builds.push(Build { schedule, plugin: Arc::clone(&plugin), outcome, at });
             }
             // After the answer, which the rows wait for.
             plugin.engine.guests().spawn(Arc::clone(&plugin).replace(instance));
@@ -88,21 +95,23 @@ impl Plugin {
         instance: &mut Option<Instance>,
         schedule: &Schedule,
         clock: DatabaseClock,
+        now: Instant,
         bodies: &AtomicUsize,
     ) -> Result<BuiltEvent, BuildError> {
         if let Some(kind) = self.kinds.get(&schedule.kind)
-            && let Admission::Wait(after) = kind.breaker.lock().expect("nobody panics with it").admit(Instant::now())
+            && let Admission::Wait(after) = kind.breaker.lock().expect("nobody panics with it").admit(now)
         {
             let reason =
                 format!("plugin {}: it fails at row after row, so this one waits until one succeeds", self.label);
             return Err(BuildError::Unavailable(reason, after));
         }
+        let now_ms = unix_ms(clock.at(now));
         let used = instance.as_ref().is_some_and(|instance| !instance.is_fresh());
-        let outcome = self.try_build(instance, schedule, clock.now_ms()).await;
+        let outcome = self.try_build(instance, schedule, now_ms).await;
         // What went wrong in a store that others had used before may be their doing, a leak for instance: a row is
         // blamed only for what it does in a fresh one.
         let outcome = match outcome {
-            Err(BuildError::Failed(_)) if used => self.try_build(instance, schedule, clock.now_ms()).await,
+            Err(BuildError::Failed(_)) if used => self.try_build(instance, schedule, now_ms).await,
             outcome => outcome,
         };
         if let Ok(built) = &outcome {
@@ -201,9 +210,12 @@ impl Plugin {
             Some(alive) => alive,
             None => self.start().await.map_err(failed)?,
         };
-        let row = row(schedule, now_ms);
+        let mut id = Uuid::encode_buffer();
+        let id = schedule.id.hyphenated().encode_lower(&mut id);
+        let headers: Vec<_> = schedule.headers.iter().map(|(name, value)| (&**name, &**value)).collect();
+        let row = row(schedule, id, &headers, now_ms);
         let answer = alive
-            .call(&self.limits, async |store, bindings| bindings.tidings_plugin_builder().call_build(store, &row).await)
+            .call(&self.limits, async |store, bindings| bindings.tidings_plugin_builder().call_build(store, row).await)
             .await;
         let Used { memory_bytes, cpu_ms, .. } = alive.used();
         self.peak.memory_bytes.fetch_max(memory_bytes, Ordering::Relaxed);
@@ -220,23 +232,23 @@ impl Plugin {
         let event = Event::new(event.routing_key, event.content_type, event.body, event.headers)
             .map_err(|error| failed(format!("its event cannot be published: {error}")))?;
         let expires_ms = ttl_ms.map(|ttl_ms| deadline_ms(now_ms, ttl_ms));
-        Ok(BuiltEvent { event, built_ms: now_ms, expires_ms, plugin: self.label.to_string() })
+        Ok(BuiltEvent { event, built_ms: now_ms, expires_ms, plugin: Arc::clone(&self.label) })
     }
 }
 
 /// The row as the plugin sees it.
-fn row(schedule: &Schedule, now_ms: i64) -> wit::Schedule {
+fn row<'a>(schedule: &'a Schedule, id: &'a str, headers: &'a [(&'a str, &'a str)], now_ms: i64) -> wit::Schedule<'a> {
     let unsigned = |ms: i64| u64::try_from(ms).unwrap_or(0);
     wit::Schedule {
-        id: schedule.id.to_string(),
-        kind: schedule.kind.clone(),
-        key: schedule.key.clone(),
-        subject: schedule.subject.clone(),
+        id,
+        kind: &schedule.kind,
+        key: schedule.key.as_deref(),
+        subject: schedule.subject.as_deref(),
         due_ms: unsigned(schedule.due_ms()),
         now_ms: unsigned(now_ms),
         expires_ms: schedule.expires_ms().map(unsigned),
         attempt: schedule.attempt(),
-        payload: schedule.payload.clone(),
-        headers: schedule.headers.clone(),
+        payload: &schedule.payload,
+        headers,
     }
 }
