@@ -156,7 +156,7 @@ async fn whatever_is_wrong_with_a_request_is_said_in_a_sentence_and_nothing_is_d
 
 #[tokio::test]
 async fn nobody_acts_without_the_right_token_and_no_token_is_ever_shown() {
-    let (world, daemon, addr, [row, _], _inbox) = with_work().await;
+    let (world, mut daemon, addr, [row, _], _inbox) = with_work().await;
     let path = format!("/api/parked/{row}/drop");
     for (given, part) in [
         (None, "a token is needed"),
@@ -183,9 +183,9 @@ async fn nobody_acts_without_the_right_token_and_no_token_is_ever_shown() {
     assert_eq!((status, &answer["says"]), (200, &"the token is right".into()), "{answer}");
     let (status, answer) = act(&addr, &path, json!({})).await;
     assert_eq!((status, &answer["says"]), (200, &"1 row dropped for good".into()), "{answer}");
+    daemon.wait_for_line("by hand: 1 row dropped for good").await;
     let log = daemon.log();
     assert!(log.contains("somebody wanted to act with a wrong token"), "{log}");
-    assert!(log.contains("by hand: 1 row dropped for good"), "{log}");
     assert!(!log.contains(TOKEN) && !log.contains("wrong-token-of-somebody"), "{log}");
 }
 
