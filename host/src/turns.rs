@@ -12,6 +12,10 @@ const FEW: i64 = 200;
 const MANY: i64 = 500;
 /// Rows that have been due for longer have a backlog before them.
 const BEHIND: Duration = Duration::from_millis(50);
+/// The rows of a spike are due within so much, and what is due later is not part of it.
+const SPIKE: Duration = Duration::from_millis(1);
+/// A backlog that is older is not one spike: of its rows only those of the last second are new.
+const RECENT: Duration = Duration::from_secs(1);
 
 /// Which rows to claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,16 +94,15 @@ impl Turns {
                 if !more {
                     self.newest = None;
                 } else if behind > BEHIND {
-                    self.newest.get_or_insert(at - BEHIND);
+                    self.newest.get_or_insert(at - behind.min(RECENT) + SPIKE);
                 }
                 self.newest_next = self.newest.is_some();
             }
             Turn::Newest(_) => {
                 self.newest_next = false;
-                if !more {
-                    // A row that was written before `at` may be committed a little later.
-                    self.newest = Some(at - BEHIND);
-                }
+                // A row that was written before `at` may be committed a little later. What is left of the newest, if they were too
+                // many, is part of the backlog from now on.
+                self.newest = Some(at - BEHIND);
             }
         }
     }
@@ -144,15 +147,22 @@ mod tests {
         assert_eq!(turns.next(), Turn::Oldest);
         turns.ended(Some(Turn::Newest(at(0))));
         let newest = turns.next();
-        assert_eq!((newest, turns.limit(newest)), (Turn::Newest(at(950)), FEW));
+        assert_eq!((newest, turns.limit(newest)), (Turn::Newest(at(931)), FEW), "after the spike's own instant");
         turns.claimed(newest, came(1_010, false, 20));
         assert_eq!(turns.next(), Turn::Oldest);
         turns.claimed(Turn::Oldest, came(1_020, true, 90));
         assert_eq!(turns.next(), Turn::Newest(at(960)));
         turns.claimed(Turn::Newest(at(960)), came(1_030, true, 40));
         turns.claimed(Turn::Oldest, came(1_040, true, 110));
-        assert_eq!(turns.next(), Turn::Newest(at(960)), "they were not all of them");
+        assert_eq!(turns.next(), Turn::Newest(at(980)), "they were not all of them, and those are old by now");
         turns.claimed(Turn::Oldest, came(1_050, false, 0));
         assert_eq!((turns.next(), turns.limit(Turn::Oldest)), (Turn::Oldest, FEW), "it is over");
+    }
+
+    #[test]
+    fn of_a_backlog_that_is_hours_old_the_last_second_is_new() {
+        let mut turns = Turns::default();
+        turns.claimed(Turn::Oldest, came(9_000_000, true, 7_200_000));
+        assert_eq!(turns.next(), Turn::Newest(at(8_999_001)));
     }
 }

@@ -4,6 +4,10 @@ use harness::daemon::Daemon;
 use harness::world::World;
 use uuid::Uuid;
 
+/// How many rows were finished after the one with the key `late`.
+const FINISHED_AFTER_THE_LATE_ONE: &str = "SELECT count(*) FROM tidings.deliveries AS one, tidings.deliveries AS late
+     WHERE late.key = 'late' AND one.finished_at > late.finished_at";
+
 /// A daemon with the row `echo`, of the plugin misbehave, claimed and not published yet: another row of its batch computes
 /// for as long as it may. Returns the row's id as well.
 pub(crate) async fn row_in_flight(world: &World) -> (Daemon, Uuid) {
@@ -136,6 +140,26 @@ async fn ten_thousand_due_rows_become_ten_thousand_messages_and_two_daemons_shar
 }
 
 #[tokio::test]
+async fn a_row_that_is_due_right_after_a_spike_does_not_wait_for_its_end() {
+    let world = World::with(&["message"]).await;
+    let _inbox = world.inbox(&["#"]).await;
+    let _daemon = world.daemon().await;
+    let payload = "jsonb_build_object('routing_key', 'a', 'body', n)";
+    world
+        .sql(&format!(
+            "INSERT INTO tidings.schedules (kind, due_at, payload, key)
+             SELECT 'message', now() + interval '6 s', {payload}, NULL FROM generate_series(1, 20000) AS n
+             UNION ALL SELECT 'message', now() + interval '6005 ms', {payload}, 'late' FROM generate_series(0, 0) AS n"
+        ))
+        .await;
+
+    world.until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
+
+    let after: i64 = world.value(FINISHED_AFTER_THE_LATE_ONE).await;
+    assert!(after > 10_000, "{after} of 20000 rows of the spike went out after it");
+}
+
+#[tokio::test]
 async fn a_row_that_becomes_due_during_a_spike_does_not_wait_for_its_end() {
     let world = World::with(&["message"]).await;
     let _inbox = world.inbox(&["#"]).await;
@@ -152,12 +176,7 @@ async fn a_row_that_becomes_due_during_a_spike_does_not_wait_for_its_end() {
     world.sql(r#"SELECT tidings.schedule('message', now(), '{"routing_key":"a","body":0}', key => 'late')"#).await;
 
     world.until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
-    let after: i64 = world
-        .value(
-            "SELECT count(*) FROM tidings.deliveries AS one, tidings.deliveries AS late
-             WHERE late.key = 'late' AND one.finished_at > late.finished_at",
-        )
-        .await;
+    let after: i64 = world.value(FINISHED_AFTER_THE_LATE_ONE).await;
     assert!(left > 10_000, "{left} rows were left when it came: the spike was no spike");
     assert!(after > left / 2, "{after} of {left} rows of the spike went out after it");
 }
