@@ -138,7 +138,8 @@ impl Receiver {
         tokio::spawn(async move {
             while let Some(Ok(message)) = messages.next().await {
                 let arrival = Arrival { at_us: now_us(), origin_us: origin_us(&message) };
-                if note.send(arrival).is_err() || message.ack(BasicAckOptions::default()).await.is_err() {
+                // Before anybody hears of it, and stops: it would come again, in the next round.
+                if message.ack(BasicAckOptions::default()).await.is_err() || note.send(arrival).is_err() {
                     break;
                 }
             }
