@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use futures_util::future::join_all;
+use harness::servers::Servers;
 use harness::world::World;
 
 /// Somebody who reads for a long time, as a dump does: nothing that is deleted meanwhile leaves the index.
@@ -20,9 +21,11 @@ fn rows(count: u32) -> String {
     )
 }
 
+/// On servers of its own: whatever is open and has written, in any database of the server, holds the mark back.
 #[tokio::test]
 async fn what_was_delivered_is_not_stepped_over_again_while_somebody_reads_for_long() {
-    let world = World::with(&["message"]).await;
+    let servers = tokio::task::spawn_blocking(Servers::private).await.expect("no panic").expect("servers");
+    let world = World::on(&servers, &["message"]).await;
     let _inbox = world.inbox(&["#"]).await;
     let daemon = world.launch().with("TIDINGS_SWEEP_MS", 3_600_000).ready().await;
     let reader = reader(&world).await;
