@@ -50,7 +50,9 @@ impl Store {
                     SELECT
                         statement_timestamp() AS "now!",
                         pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS "oldest_xid!",
-                        pg_snapshot_xmax(pg_current_snapshot())::text::bigint AS "next_xid!",
+                        -- A snapshot ends after the highest number that has ended; there may be some above that are running.
+                        pg_snapshot_xmax(pg_current_snapshot())::text::bigint
+                            + age(pg_snapshot_xmax(pg_current_snapshot())::xid) AS "next_xid!",
                         (SELECT to_timestamp(last_value / 1e6::float8) FROM tidings.polling_until) AS "polling_until!",
                         (SELECT slot_at FROM head WHERE slot_at < 'infinity') AS first_at,
                         coalesce((SELECT slot_at <= statement_timestamp() FROM head), false) AS "due!",
