@@ -123,11 +123,16 @@ impl Dispatcher {
                     Reason::Lane.into()
                 }
                 Some(ended) = state.hold.join_next() => {
-                    state.hold_ended(ended);
+                    if state.ended("holding rows", ended).is_some_and(|held| held.report()) {
+                        state.go_on();
+                    }
                     Reason::Held.into()
                 }
                 Some(ended) = state.release.join_next() => {
-                    state.release_ended(ended);
+                    if let Some(released) = state.ended("releasing held rows", ended) {
+                        state.go_on();
+                        info!(released, "released held rows: a plugin serves them, and their kind is not paused");
+                    }
                     Reason::Released.into()
                 }
                 reasons = self.wake.woken() => {
@@ -333,35 +338,17 @@ impl State {
         self.empty_claims = 0;
     }
 
-    /// Rows were held, or there were none.
-    fn hold_ended(&mut self, ended: Result<Result<Held, StoreError>, tokio::task::JoinError>) {
+    /// What work beside the loop came to; `None` = it failed, and will be tried again.
+    fn ended<T>(&mut self, work: &str, ended: Result<Result<T, StoreError>, tokio::task::JoinError>) -> Option<T> {
         match ended {
-            Ok(Ok(held)) => {
-                if held.report() {
-                    self.go_on();
-                }
-            }
+            Ok(Ok(done)) => return Some(done),
             Ok(Err(error)) => drop(self.failed(&error)),
             Err(panic) => {
-                tracing::error!(error = &panic as &dyn std::error::Error, "holding rows panicked");
+                tracing::error!(error = &panic as &dyn std::error::Error, "{work} panicked");
                 self.rest();
             }
         }
-    }
-
-    /// Held rows were released, or some of them.
-    fn release_ended(&mut self, ended: Result<Result<u64, StoreError>, tokio::task::JoinError>) {
-        match ended {
-            Ok(Ok(released)) => {
-                self.go_on();
-                info!(released, "released held rows: a plugin serves them, and their kind is not paused");
-            }
-            Ok(Err(error)) => drop(self.failed(&error)),
-            Err(panic) => {
-                tracing::error!(error = &panic as &dyn std::error::Error, "releasing held rows panicked");
-                self.rest();
-            }
-        }
+        None
     }
 
     /// The database did not do it: a line for the operator, and a rest.

@@ -74,7 +74,16 @@ impl Servers {
         Self::with("")
     }
 
-    /// The same, with further lines in the settings of PostgreSQL, where the last one wins.
+    /// [`Self::private`], for a test.
+    ///
+    /// # Panics
+    ///
+    /// When they cannot be installed or started.
+    pub async fn alone() -> Self {
+        tokio::task::spawn_blocking(Self::private).await.expect("no panic").expect("servers")
+    }
+
+    /// [`Self::private`], with further lines in the settings of PostgreSQL, where the last one wins.
     ///
     /// # Errors
     ///

@@ -332,7 +332,7 @@ async fn a_policy_on_our_queues_and_letters_in_them_are_seen() {
 /// On servers of its own: an alarm is everybody's.
 #[tokio::test]
 async fn an_alarm_of_the_broker_fails_and_is_named() {
-    let servers = tokio::task::spawn_blocking(Servers::private).await.expect("no panic").expect("servers");
+    let servers = Servers::alone().await;
     let world = World::on(&servers, &["message"]).await;
     let doctor = doctor(&world).with("TIDINGS_MANAGEMENT_URL", world.management_url());
     servers.memory_alarm(true).expect("it is told");

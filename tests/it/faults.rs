@@ -62,7 +62,7 @@ async fn a_connection_to_the_broker_that_falls_silent_is_found_and_replaced() {
 
 #[tokio::test]
 async fn a_message_that_closes_the_channel_is_parked_and_the_rest_of_its_batch_arrives() {
-    let servers = tokio::task::spawn_blocking(|| Servers::private().expect("servers")).await.expect("started");
+    let servers = Servers::alone().await;
     servers.largest_message(1000).expect("told");
     let world = World::on(&servers, &["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
@@ -164,7 +164,7 @@ async fn daemons_that_are_replaced_one_by_one_lose_nothing_and_double_nothing() 
 
 #[tokio::test]
 async fn while_the_broker_blocks_nothing_is_claimed_and_memory_stays_flat_and_afterwards_all_of_it_goes_out() {
-    let servers = tokio::task::spawn_blocking(|| Servers::private().expect("servers")).await.expect("started");
+    let servers = Servers::alone().await;
     let world = World::on(&servers, &["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
     let mut daemon = world.launch().with("TIDINGS_SWEEP_MS", 100).ready().await;

@@ -24,7 +24,7 @@ fn rows(count: u32) -> String {
 /// On servers of its own: whatever is open and has written, in any database of the server, holds the mark back.
 #[tokio::test]
 async fn what_was_delivered_is_not_stepped_over_again_while_somebody_reads_for_long() {
-    let servers = tokio::task::spawn_blocking(Servers::private).await.expect("no panic").expect("servers");
+    let servers = Servers::alone().await;
     let world = World::on(&servers, &["message"]).await;
     let _inbox = world.inbox(&["#"]).await;
     let daemon = world.launch().with("TIDINGS_SWEEP_MS", 3_600_000).ready().await;

@@ -67,7 +67,7 @@ async fn many_who_write_due_rows_hardly_notify_and_each_row_is_delivered() {
 /// know without.
 #[tokio::test]
 async fn a_row_of_a_transaction_that_was_silent_and_stayed_open_is_found_when_it_is_committed() {
-    let servers = tokio::task::spawn_blocking(Servers::private).await.expect("no panic").expect("servers");
+    let servers = Servers::alone().await;
     let world = World::on(&servers, &["message"]).await;
     let _inbox = world.inbox(&["#"]).await;
     let _daemon = world.launch().with("TIDINGS_SWEEP_MS", 3_600_000).ready().await;

@@ -93,7 +93,7 @@ async fn expired(daemon: &mut Daemon) -> usize {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_lost_or_late_while_consumers_reject_and_the_broker_restarts() {
-    let servers = tokio::task::spawn_blocking(Servers::private).await.expect("no panic").expect("servers");
+    let servers = Servers::alone().await;
     let servers = Arc::new(Mutex::new(servers));
     let world = {
         // The lock is held by nobody else yet.

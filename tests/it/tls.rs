@@ -60,7 +60,7 @@ fn file(world: &World, name: &str, certificate: &str) -> PathBuf {
 #[tokio::test]
 async fn servers_whose_authority_is_trusted_serve_over_tls_and_all_others_are_refused_in_a_sentence() {
     let authority = Authority::new("our own");
-    let mut servers = tokio::task::spawn_blocking(|| Servers::private().expect("servers")).await.expect("started");
+    let mut servers = Servers::alone().await;
     let amqps_port = servers.offer_tls(&authority.identity("localhost", 1)).expect("TLS");
     let world = World::on(&servers, &["message"]).await;
     let trusted = file(&world, "ca.pem", &authority.certificate);

@@ -25,7 +25,7 @@ async fn behind_a_pooler_it_refuses_to_run_and_says_why() {
 
 #[tokio::test]
 async fn a_standby_is_refused_until_it_is_promoted() {
-    let servers = tokio::task::spawn_blocking(|| Servers::private().expect("servers")).await.expect("started");
+    let servers = Servers::alone().await;
     let world = World::on(&servers, &["message"]).await;
     let standby = servers.standby().expect("a standby");
     let mut daemon = world.launch().with("TIDINGS_DATABASE_URL", database_url(standby.port, &world.name)).start();
