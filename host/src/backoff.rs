@@ -15,6 +15,8 @@ pub const BUILD: Backoff = Backoff { first: Duration::from_secs(1), cap: Duratio
 pub const REFUSED: Backoff = Backoff { first: Duration::from_secs(1), cap: Duration::from_secs(30) };
 /// A server that is away: soon, and then at most every few seconds, as someone is waiting for it to come back.
 pub const RECONNECT: Backoff = Backoff { first: Duration::from_millis(100), cap: Duration::from_secs(5) };
+/// PostgreSQL refuses to finish what was sent: the first time at once, since one row alone may be the reason.
+pub const FINISH: Backoff = Backoff { first: Duration::from_millis(100), cap: Duration::from_secs(30) };
 /// A due row that somebody else has locked.
 pub const LOCKED: Backoff = Backoff { first: Duration::from_millis(100), cap: Duration::from_secs(1) };
 
@@ -47,7 +49,7 @@ mod tests {
     proptest! {
         #[test]
         fn the_delay_never_falls_never_passes_the_cap_and_never_overflows(failures in any::<u32>()) {
-            for backoff in [BUILD, REFUSED, RECONNECT, LOCKED] {
+            for backoff in [BUILD, REFUSED, RECONNECT, FINISH, LOCKED] {
                 prop_assert!(backoff.delay(failures) <= backoff.delay(failures.saturating_add(1)));
                 prop_assert!((backoff.first..=backoff.cap).contains(&backoff.delay(failures)));
             }

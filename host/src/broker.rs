@@ -30,6 +30,7 @@ use lapin::uri::AMQPUri;
 use thiserror::Error;
 use tokio::sync::Mutex;
 
+use crate::health::Sentences;
 use crate::secret_url::SecretUrl;
 use crate::wake::Wake;
 
@@ -44,6 +45,8 @@ pub use publisher::{Confirmed, Verdict};
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 /// For each declaration and each new channel.
 const RPC_DEADLINE: Duration = Duration::from_secs(5);
+/// What the broker's refusals are about.
+const PUBLISHING: &str = "publishing";
 /// How long we say good-bye.
 const CLOSE_DEADLINE: Duration = Duration::from_secs(1);
 
@@ -151,6 +154,8 @@ pub struct Broker {
     /// Open channels that nobody is using. All belong to `connection`, or are closed.
     idle_channels: Mutex<Vec<lapin::Channel>>,
     open: AtomicBool,
+    /// Why it takes no message although it is open.
+    refusals: Sentences,
     wake: Arc<Wake>,
 }
 
@@ -182,6 +187,7 @@ impl Broker {
             connection: Mutex::new(None),
             idle_channels: Mutex::new(Vec::new()),
             open: AtomicBool::new(false),
+            refusals: Sentences::default(),
             wake,
         }
     }
@@ -196,6 +202,17 @@ impl Broker {
     #[must_use]
     pub fn is_open(&self) -> bool {
         self.open.load(Ordering::Acquire)
+    }
+
+    /// Why no message was taken lately, in the broker's words, although it is open; `None` = the last was, or nothing waits.
+    #[must_use]
+    pub fn refusal(&self) -> Option<String> {
+        self.refusals.all().pop()
+    }
+
+    /// No row waits for a message of its own: whether one would be taken is not known any more.
+    pub fn nothing_waits(&self) {
+        self.refusals.say(PUBLISHING, None);
     }
 
     /// Whether there is a connection, and whether RabbitMQ blocks it.

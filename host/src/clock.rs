@@ -27,11 +27,13 @@ impl DatabaseClock {
         self.at(Instant::now())
     }
 
-    /// What the clock said at `instant`, or the reading itself for an earlier one.
+    /// What the clock said at `instant`, which may be before the reading.
     #[must_use]
     pub fn at(&self, instant: Instant) -> OffsetDateTime {
-        let since = instant.saturating_duration_since(self.asked_at);
-        self.read + time::Duration::try_from(since).unwrap_or(time::Duration::ZERO)
+        let signed = |time: Duration| time::Duration::try_from(time).unwrap_or(time::Duration::ZERO);
+        let since = signed(instant.saturating_duration_since(self.asked_at));
+        let before = signed(self.asked_at.saturating_duration_since(instant));
+        self.read + since - before
     }
 
     /// Now, in whole milliseconds since the Unix epoch.
@@ -74,5 +76,6 @@ mod tests {
             OffsetDateTime::UNIX_EPOCH + Duration::from_millis(1_500)
         );
         assert_eq!(clock.at(asked_at), OffsetDateTime::UNIX_EPOCH);
+        assert_eq!(clock.at(asked_at - Duration::from_secs(3)), OffsetDateTime::UNIX_EPOCH - Duration::from_secs(3));
     }
 }

@@ -21,6 +21,7 @@ use crate::plugins::{Build, Plugin, PluginSet};
 use crate::schedule::Schedule;
 use crate::store::{Claim, Outcome, Settlement, StoreError};
 use crate::telemetry::{Batch, Spans, count_claim, record_confirms};
+use crate::unfinished::Unfinished;
 
 /// A claim that is older is asked for before anything is published.
 const DOUBTFUL: Duration = Duration::from_secs(5);
@@ -32,17 +33,28 @@ pub struct Delivery {
     pub broker: Arc<Broker>,
     /// Failures of a plugin after which a row is parked.
     pub max_attempts: u32,
+    /// What was confirmed and could not be finished, and what it takes to finish it: the plugin, and the outcome.
+    pub unfinished: Unfinished<(Option<String>, Outcome)>,
 }
 
 /// How a batch went.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Delivered {
     /// All rows stay as they are: the broker did not confirm, for instance.
     Unsettled,
     /// Rows were settled.
     Settled {
+        /// Some of them have left the queue.
+        some_left: bool,
         /// Some of them are still in the queue.
         some_stay: bool,
+    },
+    /// PostgreSQL refuses to settle each of them, and lets them wait.
+    Refused {
+        /// Its words.
+        why: String,
+        /// A message was sent to find that out.
+        sent: bool,
     },
 }
 
@@ -55,20 +67,27 @@ struct InFlight {
 }
 
 impl Delivery {
-    /// Delivers the rows of a claim. `plugins` is one set from beginning to end, whatever is loaded meanwhile.
+    /// Delivers the rows of a claim. `plugins` is one set from beginning to end, whatever is loaded meanwhile. `careful` while
+    /// PostgreSQL refuses to finish rows: one is sent, and only if there is none to finish.
     ///
     /// # Errors
     ///
-    /// When the database does not answer. Then the rows are as they were, or as they were to become.
-    pub async fn deliver(&self, mut claim: Claim, plugins: &PluginSet) -> Result<Delivered, StoreError> {
+    /// When the database does not answer, or refuses. Then the rows are as they were, or as they were to become.
+    pub async fn deliver(&self, mut claim: Claim, plugins: &PluginSet, careful: bool) -> Result<Delivered, StoreError> {
         let (claimed, clock) = (claim.rows.len(), claim.clock());
         count_claim(claimed);
-        let mut spans = Spans::begin(&claim.rows, clock, self.broker.exchange());
+        // Until the end of this function, no other lane sends what is sent here.
+        let mut taken = self.unfinished.take(std::mem::take(&mut claim.rows), careful);
+        let rows = std::mem::take(&mut taken.send);
+        let careful = careful || !taken.finish.is_empty();
+        let mut spans = Spans::begin(&rows, clock, self.broker.exchange());
 
         let now = clock.now();
         let (expired, due): (Vec<Schedule>, Vec<Schedule>) =
-            std::mem::take(&mut claim.rows).into_iter().partition(|row| row.expires_at.is_some_and(|at| at <= now));
-        let mut settlements: Vec<Settlement> = expired.into_iter().map(|row| expired_row(row, unix_ms(now))).collect();
+            rows.into_iter().partition(|row| row.expires_at.is_some_and(|at| at <= now));
+        let known = taken.finish.drain(..).map(|(row, (plugin, outcome))| Settlement { row, plugin, outcome });
+        let mut settlements: Vec<Settlement> =
+            known.chain(expired.into_iter().map(|row| expired_row(row, unix_ms(now)))).collect();
 
         let builds = plugins.build(due, clock).await;
 
@@ -102,19 +121,61 @@ impl Delivery {
             claim.confirm_held().await?;
         }
         spans.publish();
+        let sent = !messages.is_empty();
         for (id, verdict) in self.publish(messages).await {
             let Some(sent) = in_flight.remove(&id) else { continue };
             settlements.extend(Self::arrived(sent, verdict));
         }
 
-        let batch = Batch::of(&settlements, clock);
         spans.settle(&settlements);
-        let gone = settlements.iter().filter(|settlement| settlement.outcome.is_the_end()).count();
-        let settled = settlements.len();
-        claim.settle(settlements).await?;
-        batch.count();
+        let refused = if careful {
+            claim.settle_each(&settlements).await
+        } else {
+            claim.settle(&settlements).await.map(|()| HashMap::new())
+        };
+        let refused = match refused {
+            Ok(refused) => refused,
+            Err(error) => {
+                settlements.iter().for_each(|settlement| self.remember(settlement));
+                return Err(error);
+            }
+        };
+        let settled = settlements.iter().map(|settlement| settlement.row.id);
+        self.unfinished.forget(settled.filter(|id| !refused.contains_key(id)));
+        if !refused.is_empty() {
+            self.wait(&mut settlements, &refused);
+            spans.settle(&settlements);
+        }
+        Batch::of(&settlements, clock).count();
         spans.commit();
-        Ok(if settled == 0 { Delivered::Unsettled } else { Delivered::Settled { some_stay: gone < claimed } })
+        let left = settlements.iter().filter(|settlement| settlement.outcome.is_the_end()).count();
+        Ok(match refused.into_values().next() {
+            _ if settlements.is_empty() => Delivered::Unsettled,
+            Some(why) if left == 0 => Delivered::Refused { why, sent },
+            _ => Delivered::Settled { some_left: left > 0, some_stay: left < claimed },
+        })
+    }
+
+    /// Rows that PostgreSQL refuses to settle: they wait, and what was confirmed of them is remembered.
+    fn wait(&self, settlements: &mut [Settlement], refused: &HashMap<Uuid, String>) {
+        let some_finished = refused.len() < settlements.len();
+        for settlement in settlements {
+            let Some(error) = refused.get(&settlement.row.id) else { continue };
+            self.remember(settlement);
+            let Schedule { id, kind, refusals, .. } = &settlement.row;
+            // If all are refused, it is not about this one. The first is worth a line; the rest can be read in last_error.
+            if *refusals == 0 && some_finished {
+                warn!(schedule.id = %id, schedule.kind = kind, error, "PostgreSQL refuses to finish {id}, it waits");
+            }
+            settlement.outcome = refused_for(&settlement.row, error.clone());
+        }
+    }
+
+    /// Remembers a row whose message was confirmed: it must not be sent again.
+    fn remember(&self, Settlement { row, plugin, outcome }: &Settlement) {
+        if matches!(outcome, Outcome::Delivered { .. }) {
+            self.unfinished.remember(row.id, (plugin.clone(), outcome.clone()));
+        }
     }
 
     async fn publish(&self, messages: Vec<Message>) -> HashMap<Uuid, Verdict> {
@@ -139,7 +200,7 @@ impl Delivery {
                 if schedule.refusals == 0 {
                     warn!(schedule.id = %id, schedule.kind = kind, plugin = by, generation, error, "RabbitMQ did not take {id}, it waits");
                 }
-                refused(&schedule, error)
+                refused_for(&schedule, error)
             }
             Verdict::Poison(reason) => {
                 // Tried again, it would only close more channels.
@@ -190,7 +251,7 @@ impl Delivery {
 /// What becomes of a row; `plugin` is the one that was asked, if one was.
 fn settlement_of(row: Schedule, plugin: Option<&Plugin>, outcome: Outcome) -> Settlement {
     let plugin = plugin.map(|plugin| plugin.label().to_owned());
-    Settlement { id: row.id, kind: row.kind, due_at: row.due_at, plugin, outcome }
+    Settlement { row, plugin, outcome }
 }
 
 /// A row whose deadline came before anybody asked its plugin.
@@ -200,8 +261,8 @@ fn expired_row(row: Schedule, now_ms: i64) -> Settlement {
     settlement_of(row, None, Outcome::Expired(detail))
 }
 
-/// A row whose message the broker did not take: it waits.
-fn refused(schedule: &Schedule, error: String) -> Outcome {
+/// A row whose message the broker did not take, or which PostgreSQL does not finish: it waits.
+fn refused_for(schedule: &Schedule, error: String) -> Outcome {
     Outcome::Refused { error, after: REFUSED.jittered(schedule.refusals) }
 }
 
@@ -227,7 +288,7 @@ mod tests {
                 failures: 0,
                 refusals,
             };
-            match refused(&schedule, "no queue".into()) {
+            match refused_for(&schedule, "no queue".into()) {
                 Outcome::Refused { after, .. } => after,
                 other => panic!("{other:?}"),
             }

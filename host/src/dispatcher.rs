@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::backoff::RECONNECT;
+use crate::backoff::{FINISH, RECONNECT};
 use crate::broker::Broker;
 use crate::delivery::{Delivered, Delivery};
 use crate::health::Health;
@@ -23,6 +23,7 @@ use crate::polling::Polling;
 use crate::store::{Claimed, Look, Store, StoreError};
 use crate::telemetry::{count_wakes, note_next_due};
 use crate::turns::{Came, Turn, Turns};
+use crate::unfinished::Unfinished;
 use crate::wake::{Outlook, Reason, Wake, wait};
 
 /// Batches that are delivered side by side: while one waits for the broker, another keeps the database busy. One more is for
@@ -32,6 +33,10 @@ pub const LANES: u32 = 3;
 const HEAD_START: Duration = Duration::from_micros(500);
 /// While rows are claimed again and again, looks are at least this far apart.
 const LOOKS_APART: Duration = Duration::from_millis(50);
+/// A row that PostgreSQL refuses to finish is tried again earlier than this. If none is due for so long, none is left.
+const REFUSED_ARE_GONE: Duration = Duration::from_mins(1);
+/// What [`Health::trouble`] is about while PostgreSQL refuses to finish rows.
+const FINISHING: &str = "finishing rows";
 /// A sweep looks from the very beginning, which may take long after a long transaction: one part of so many of all time,
 /// but once a minute in any case, since one that was slow may have been so for another reason.
 const SWEEPS_SHARE: u32 = 100;
@@ -79,6 +84,9 @@ struct State {
     empty_claims: u32,
     /// Looks and batches in a row that a server did not see through.
     failures: u32,
+    /// When PostgreSQL last refused to finish rows, if it has finished none since: their messages were sent, so little more
+    /// is sent until it does.
+    refused: Option<Instant>,
     /// Nothing is tried before this instant.
     not_before: Option<Instant>,
 }
@@ -108,7 +116,11 @@ enum Claims {
 impl Dispatcher {
     /// Runs until `shutdown`, and then until the batches in flight have ended.
     pub async fn run(self, shutdown: CancellationToken) {
-        let delivery = Arc::new(Delivery { broker: Arc::clone(&self.broker), max_attempts: self.max_attempts });
+        let delivery = Arc::new(Delivery {
+            broker: Arc::clone(&self.broker),
+            max_attempts: self.max_attempts,
+            unfinished: Unfinished::default(),
+        });
         let mut state = State::default();
         loop {
             self.health.dispatcher.beat();
@@ -199,6 +211,11 @@ impl Dispatcher {
             }
         } else if !due {
             state.failures = 0;
+            // Nothing waits that could show whether it would be taken now.
+            self.broker.nothing_waits();
+            if state.refused.is_some_and(|at| at.elapsed() > REFUSED_ARE_GONE) {
+                self.finishes_again(state);
+            }
         }
         self.wait(state)
     }
@@ -239,7 +256,8 @@ impl Dispatcher {
         let mut claims = Claims::Nothing;
         while state.has_free_lane() {
             let plugins = self.plugins.current();
-            let turn = state.turns.next();
+            let careful = state.refused.is_some();
+            let turn = if careful { Turn::Oldest } else { state.turns.next() };
             let since = if let Turn::Newest(since) = turn { Some(since) } else { None };
             let claimed = self.store.claim(plugins.kinds(), state.turns.limit(turn), since, not_before).await?;
             let Claimed { claim, outlook, behind, at, asked_at } = claimed;
@@ -253,7 +271,7 @@ impl Dispatcher {
                 claims = Claims::Began;
                 state.turns.under_way(turn);
                 let delivery = Arc::clone(delivery);
-                state.lanes.spawn(async move { (turn, delivery.deliver(claim, &plugins).await) });
+                state.lanes.spawn(async move { (turn, delivery.deliver(claim, &plugins, careful).await) });
             }
             if turn == Turn::Oldest && !outlook.due {
                 if is_early && claims == Claims::Nothing {
@@ -286,7 +304,10 @@ impl Dispatcher {
             // would only make duplicates.
             Ok(Ok(Delivered::Unsettled)) if self.broker.is_open() => drop(state.rest()),
             Ok(Ok(Delivered::Unsettled)) => {}
-            Ok(Ok(Delivered::Settled { some_stay })) => {
+            Ok(Ok(Delivered::Settled { some_left, some_stay })) => {
+                if some_left {
+                    self.finishes_again(state);
+                }
                 state.go_on();
                 state.failures = 0;
                 state.not_before = None;
@@ -300,11 +321,44 @@ impl Dispatcher {
                     state.look = None;
                 }
             }
-            Ok(Err(error)) => drop(state.failed(&error)),
+            Ok(Ok(Delivered::Refused { why, sent })) => {
+                self.refuses_to_finish(&why, state);
+                state.go_on();
+                state.look = None;
+                // What was sent before waits by itself, and must not keep others from showing that they can be finished.
+                if sent {
+                    state.rest();
+                }
+            }
+            Ok(Err(error)) => {
+                if let Some(why) = error.refusal() {
+                    self.refuses_to_finish(why, state);
+                    state.rest();
+                } else {
+                    state.failed(&error);
+                }
+            }
             Err(panic) => {
                 tracing::error!(error = &panic as &dyn std::error::Error, "a lane panicked, its rows stay");
                 state.rest();
             }
+        }
+    }
+
+    fn refuses_to_finish(&self, why: &str, state: &mut State) {
+        state.refused = Some(Instant::now());
+        let sentence = format!("PostgreSQL refuses to finish rows whose messages RabbitMQ has: {why}");
+        if self.health.trouble(FINISHING, Some(sentence)) {
+            warn!(
+                why,
+                "PostgreSQL refuses to finish rows whose messages RabbitMQ has; they are not sent again, and tried ever less often"
+            );
+        }
+    }
+
+    fn finishes_again(&self, state: &mut State) {
+        if state.refused.take().is_some() && self.health.trouble(FINISHING, None) {
+            info!("PostgreSQL finishes rows again");
         }
     }
 
@@ -328,7 +382,7 @@ impl Expected {
 impl State {
     /// After a failure there is only one lane, until it succeeds.
     fn has_free_lane(&self) -> bool {
-        let lanes = if self.failures == 0 { LANES as usize } else { 1 };
+        let lanes = if self.failures == 0 && self.refused.is_none() { LANES as usize } else { 1 };
         self.lanes.len() < lanes + usize::from(self.turns.newest_under_way())
     }
 
@@ -381,7 +435,8 @@ impl State {
         if let Some(left) = self.resting() {
             return left;
         }
-        let delay = RECONNECT.jittered(self.failures);
+        let backoff = if self.refused.is_some() { FINISH } else { RECONNECT };
+        let delay = backoff.jittered(self.failures);
         self.failures = self.failures.saturating_add(1);
         self.not_before = Some(Instant::now() + delay);
         delay

@@ -1,11 +1,45 @@
 //! Whether the daemon is well: each loop leaves a sign of life on its way, and says what it has and what it lacks. No I/O,
 //! and nobody waits for it.
 
+use std::collections::BTreeMap;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// A loop that has not been seen for this long beyond its longest wait hangs.
 const GRACE: Duration = Duration::from_mins(1);
+
+/// How often a sentence that stands for long is worth a line of the log.
+const SAID_AGAIN: Duration = Duration::from_mins(1);
+
+/// Sentences about the state of something, each under the name of what it is about.
+#[derive(Debug, Default)]
+pub struct Sentences(Mutex<BTreeMap<&'static str, Sentence>>);
+
+#[derive(Debug)]
+struct Sentence {
+    says: String,
+    logged: Instant,
+}
+
+impl Sentences {
+    /// Puts `sentence` in the place of what was said `about` this before; `None` = there is nothing to say any more. Returns
+    /// whether it is worth a line of the log: nothing was said before, or no line was written for a minute.
+    pub fn say(&self, about: &'static str, sentence: Option<String>) -> bool {
+        let mut sentences = self.0.lock().expect("nobody panics with it");
+        let before = sentences.remove(about);
+        let Some(says) = sentence else { return before.is_some() };
+        let logged = before.map(|before| before.logged).filter(|logged| logged.elapsed() < SAID_AGAIN);
+        sentences.insert(about, Sentence { says, logged: logged.unwrap_or_else(Instant::now) });
+        logged.is_none()
+    }
+
+    /// All of them, in the order of what they are about.
+    #[must_use]
+    pub fn all(&self) -> Vec<String> {
+        self.0.lock().expect("nobody panics with it").values().map(|sentence| sentence.says.clone()).collect()
+    }
+}
 
 /// A loop's sign of life.
 #[derive(Debug)]
@@ -52,6 +86,8 @@ pub struct Health {
     /// Whether every part has been ready once.
     pub started: AtomicBool,
     canary_lost: AtomicBool,
+    troubles: Sentences,
+    notes: Sentences,
 }
 
 impl Health {
@@ -64,7 +100,26 @@ impl Health {
             listening: AtomicBool::new(false),
             started: AtomicBool::new(false),
             canary_lost: AtomicBool::new(false),
+            troubles: Sentences::default(),
+            notes: Sentences::default(),
         }
+    }
+
+    /// Notes a reason why rows are not delivered, or that it is over. Returns whether that is worth a line of the log, as
+    /// [`Sentences::say`].
+    pub fn trouble(&self, about: &'static str, sentence: Option<String>) -> bool {
+        self.troubles.say(about, sentence)
+    }
+
+    /// Notes what a person ought to know although rows are delivered, or that it is over. Returns as [`Health::trouble`].
+    pub fn note(&self, about: &'static str, sentence: Option<String>) -> bool {
+        self.notes.say(about, sentence)
+    }
+
+    /// What a person ought to know although rows are delivered.
+    #[must_use]
+    pub fn notes(&self) -> Vec<String> {
+        self.notes.all()
     }
 
     /// Notes whether the last canary was lost. Returns whether the one before was.
@@ -84,6 +139,7 @@ impl Health {
         if self.canary_lost.load(Ordering::Relaxed) {
             reasons.push("the last canary was lost: the log says why".into());
         }
+        reasons.extend(self.troubles.all());
         reasons
     }
 
@@ -107,6 +163,17 @@ mod tests {
         assert_eq!(heart.complaint(64_999), None);
         let complaint = heart.complaint(65_001).expect("it is dead");
         assert!(complaint.contains("dispatcher") && complaint.contains("65 s"), "{complaint}");
+    }
+
+    #[test]
+    fn a_sentence_stands_until_it_is_over_and_is_logged_once() {
+        let sentences = Sentences::default();
+        assert!(sentences.say("disk", Some("it is full".into())));
+        assert!(!sentences.say("disk", Some("it is still full".into())));
+        assert_eq!(sentences.all(), ["it is still full"]);
+        assert!(sentences.say("disk", None));
+        assert!(!sentences.say("disk", None));
+        assert!(sentences.all().is_empty());
     }
 
     #[test]

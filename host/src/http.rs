@@ -220,6 +220,7 @@ async fn readiness(shown: &Shown) -> (Vec<String>, bool) {
     if !shown.broker.is_open() {
         reasons.push(format!("RabbitMQ at {} is away, or blocks publishing", shown.broker.place()));
     }
+    reasons.extend(shown.broker.refusal());
     // A task of its own: a statement that was sent is seen through, whoever still waits for it.
     let (store, health) = (shown.store.clone(), Arc::clone(&shown.health));
     let asked = tokio::spawn(async move {

@@ -29,6 +29,7 @@ pub mod schedule;
 pub mod secret_url;
 mod trust;
 pub mod turns;
+pub mod unfinished;
 pub mod whereabouts;
 pub mod words;
 

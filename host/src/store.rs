@@ -137,6 +137,17 @@ impl StoreError {
         matches!(self, Self::Statement { source: sqlx::Error::Database(_), .. })
     }
 
+    /// PostgreSQL's words, if it understood, refused, and serves the session on: a trigger, a full disk or a right that was
+    /// withdrawn, for instance.
+    #[must_use]
+    pub fn refusal(&self) -> Option<&str> {
+        let (Self::Statement { source, .. } | Self::Rights { source, .. }) = self else { return None };
+        let error = source.as_database_error()?;
+        // 57P: it ends the session, or the server does.
+        let goes_on = !error.code().is_some_and(|code| code.starts_with("57P"));
+        goes_on.then(|| error.message())
+    }
+
     /// The sentence, if what was given breaks a rule of the schema or cannot be stored: nothing was done, and the same again
     /// would be refused again. It begins with the column, where it is about one.
     #[must_use]

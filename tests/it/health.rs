@@ -7,7 +7,7 @@ use harness::world::{World, amqp_url, database_url};
 use sqlx::Executor as _;
 
 /// Status and body of what a daemon answers.
-async fn ask(daemon: &mut Daemon, path: &str) -> (u16, serde_json::Value) {
+pub(crate) async fn ask(daemon: &mut Daemon, path: &str) -> (u16, serde_json::Value) {
     let url = format!("http://{}{path}", daemon.http_addr().await);
     let asked = tokio::task::spawn_blocking(move || {
         let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
@@ -19,7 +19,7 @@ async fn ask(daemon: &mut Daemon, path: &str) -> (u16, serde_json::Value) {
 }
 
 /// Waits until the daemon is not ready for a reason that contains `part`, and alive all the same.
-async fn until_unready(daemon: &mut Daemon, part: &str) {
+pub(crate) async fn until_unready(daemon: &mut Daemon, part: &str) {
     let what = format!("the reason {part:?}");
     eventually(&what, async || {
         let (status, body) = ask(daemon, "/readyz").await;
@@ -37,7 +37,7 @@ async fn until_unready(daemon: &mut Daemon, part: &str) {
     );
 }
 
-async fn until_ready(daemon: &mut Daemon) {
+pub(crate) async fn until_ready(daemon: &mut Daemon) {
     eventually("being ready", async || (ask(daemon, "/readyz").await.0 == 200).then_some(())).await;
 }
 

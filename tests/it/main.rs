@@ -37,5 +37,6 @@ mod soak;
 mod sql;
 mod tls;
 mod traces;
+mod unfinished;
 mod unfit;
 mod waking;

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::sieve::{Sieve, SievingReactor};
-use super::{Broker, BrokerError, CLOSE_DEADLINE, CONNECT_DEADLINE, topology};
+use super::{Broker, BrokerError, CLOSE_DEADLINE, CONNECT_DEADLINE, PUBLISHING, topology};
 use crate::backoff::RECONNECT;
 use crate::trust;
 use crate::wake::Reason;
@@ -118,6 +118,7 @@ impl Broker {
     /// Lets the connection be used until it breaks, or until `shutdown`, for which it returns `true`.
     async fn watch(&self, connection: Connection, shutdown: &CancellationToken) -> bool {
         let mut events = connection.events_listener();
+        self.refusals.say(PUBLISHING, None);
         let connection = Arc::new(connection);
         *self.connection.lock().await = Some(Arc::clone(&connection));
         // The event of a break before we listened is lost; the status is not.

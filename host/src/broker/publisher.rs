@@ -19,7 +19,7 @@ use tokio::time::{Instant, timeout_at};
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use super::{Broker, BrokerError, topology, within};
+use super::{Broker, BrokerError, PUBLISHING, topology, within};
 use crate::message::{HeaderValue, Message};
 
 /// How long the confirms of a batch may take. Whatever is not confirmed then is unknown.
@@ -59,10 +59,16 @@ impl Broker {
         let deadline = Instant::now() + CONFIRM_DEADLINE;
         let mut verdicts: HashMap<Uuid, Verdict> =
             messages.iter().map(|message| (message.id, Verdict::Unknown)).collect();
-        let Err(error) = self.publish_window(messages, deadline, &mut verdicts).await else { return verdicts };
+        let Err(error) = self.publish_window(messages, deadline, &mut verdicts).await else {
+            self.refusals.say(PUBLISHING, None);
+            return verdicts;
+        };
         let is_unknown = |verdict: &Verdict| matches!(verdict, Verdict::Unknown);
         let unknown = verdicts.values().filter(|verdict| is_unknown(verdict)).count();
-        warn!(error = &error as &dyn std::error::Error, unknown, "could not publish, the unconfirmed rows stay");
+        let refusal = format!("RabbitMQ takes no message for the exchange {}: {}", self.exchange, chain(&error));
+        if !is_about_all(&error) || self.refusals.say(PUBLISHING, Some(refusal)) {
+            warn!(error = &error as &dyn std::error::Error, unknown, "could not publish, the unconfirmed rows stay");
+        }
         if is_soft(&error, &AMQPSoftError::NOTFOUND) {
             // Somebody has deleted the exchange. It is ours, so we make it again.
             self.declare_again().await;
@@ -125,6 +131,18 @@ impl Broker {
         let channel = within("open a channel", connection.create_channel()).await?;
         within("turn on publisher confirms", channel.confirm_select(ConfirmSelectOptions::default())).await?;
         Ok(channel)
+    }
+}
+
+/// Whether the broker would not take any other message either, although it is there: a right was withdrawn, for instance, or
+/// it confirms nothing.
+fn is_about_all(error: &BrokerError) -> bool {
+    match error {
+        BrokerError::Operation { source, .. } => {
+            matches!(source.kind(), lapin::ErrorKind::ProtocolError(error) if matches!(error.kind(), AMQPErrorKind::Soft(_)))
+                && !is_about_a_message(error)
+        }
+        error => matches!(error, BrokerError::Deadline { .. }),
     }
 }
 

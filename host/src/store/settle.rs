@@ -3,27 +3,29 @@
 //! Nothing here may fail because of a row's data, since its message may have been confirmed already: no unique constraint
 //! on history, texts made fit beforehand.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::StoreError;
 use super::claim::Claim;
+use super::{Connection, StoreError};
+use crate::backoff::REFUSED;
 use crate::broker::Confirmed;
+use crate::schedule::Schedule;
 
 /// An error text is cut to this many bytes.
 const TEXT_BYTES: usize = 4 * 1024;
+
+/// If as many rows in a row are refused each alone, and none is finished, the others are not tried.
+const ENOUGH_REFUSED: usize = 4;
 
 /// What becomes of one claimed row. A row without a settlement stays as it is, and due.
 #[derive(Debug)]
 pub struct Settlement {
     /// The row.
-    pub id: Uuid,
-    /// Its kind.
-    pub kind: String,
-    /// When it was due.
-    pub due_at: OffsetDateTime,
+    pub row: Schedule,
     /// `name@version+digest8` of the plugin that was asked, if one was.
     pub plugin: Option<String>,
     /// What becomes of it.
@@ -31,7 +33,7 @@ pub struct Settlement {
 }
 
 /// The ways to settle a row.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Outcome {
     /// Its message was confirmed, which only the publisher can say.
     Delivered {
@@ -90,65 +92,121 @@ impl Claim {
     /// # Errors
     ///
     /// When the database does not answer. Then nobody knows whether it committed; the next claim will show.
-    pub async fn settle(mut self, settlements: Vec<Settlement>) -> Result<(), StoreError> {
+    pub async fn settle(mut self, settlements: &[Settlement]) -> Result<(), StoreError> {
+        self.move_rows(settlements).await?;
+        self.transaction.end("COMMIT").await
+    }
+
+    /// Moves the rows as [`Claim::settle`] does, but for those that PostgreSQL refuses to move: they wait, and hold up no
+    /// other. Returns them, with its words. Takes some round trips more, and many when it refuses some of many.
+    ///
+    /// # Errors
+    ///
+    /// When the database does not answer, or refuses even to let those rows wait. Then nobody knows which rows moved.
+    pub async fn settle_each(mut self, settlements: &[Settlement]) -> Result<HashMap<Uuid, String>, StoreError> {
+        // What would be checked for all of them when they are committed is checked row by row.
+        self.run("check at once", "SET CONSTRAINTS ALL IMMEDIATE").await?;
+        let (mut refused, mut finished) = (HashMap::new(), false);
+        let mut parts = vec![settlements];
+        while let Some(part) = parts.pop() {
+            if refused.len() >= ENOUGH_REFUSED && !finished {
+                // They wait as well, and show later whether they are refused.
+                let words: String = refused.values().next().cloned().unwrap_or_default();
+                refused.extend(part.iter().map(|other| (other.row.id, words.clone())));
+                continue;
+            }
+            self.run("mark a place in a claim", "SAVEPOINT part").await?;
+            match self.move_rows(part).await {
+                Ok(()) => finished = true,
+                Err(error) => {
+                    let Some(words) = error.refusal() else { return Err(error) };
+                    self.run("go back in a claim", "ROLLBACK TO SAVEPOINT part").await?;
+                    if let [one] = part {
+                        refused.insert(one.row.id, words.to_owned());
+                    } else {
+                        let (first, second) = part.split_at(part.len() / 2);
+                        parts.extend([second, first]);
+                    }
+                }
+            }
+            self.run("go on in a claim", "RELEASE SAVEPOINT part").await?;
+        }
+        let mut moved = Moved::default();
+        for Settlement { row, .. } in settlements {
+            if let Some(words) = refused.get(&row.id) {
+                let error = format!("PostgreSQL refuses to finish it: {words}");
+                moved.add(row.id, &error, REFUSED.jittered(row.refusals), 0, 0, 1);
+            }
+        }
+        self.run("mark a place in a claim", "SAVEPOINT part").await?;
+        let waits = match moved.execute(&mut self.transaction.connection).await {
+            Err(error) if error.refusal().is_some() => {
+                self.run("go back in a claim", "ROLLBACK TO SAVEPOINT part").await?;
+                Err(error)
+            }
+            moved => moved,
+        };
+        self.transaction.end("COMMIT").await?;
+        waits.map(|()| refused)
+    }
+
+    async fn move_rows(&mut self, settlements: &[Settlement]) -> Result<(), StoreError> {
         let mut finished = Finished::default();
         let mut parked = Parked::default();
         let mut moved = Moved::default();
         let clock = self.clock();
-        let connection = &mut self.transaction.connection;
-        for Settlement { id, plugin, outcome, .. } in settlements {
-            let plugin = plugin.as_deref();
+        for Settlement { row: Schedule { id, .. }, plugin, outcome } in settlements {
+            let (id, plugin) = (*id, plugin.as_deref());
             match outcome {
                 Outcome::Delivered { confirmed, event_digest, built_ms } => {
-                    let event = Some((event_digest, built_ms));
+                    let event = Some((&**event_digest, *built_ms));
                     finished.add(id, "delivered", clock.at(confirmed.at()), plugin, None, event);
                 }
-                Outcome::Expired(detail) => finished.add(id, "expired", clock.now(), plugin, Some(&detail), None),
-                Outcome::Skipped(detail) => finished.add(id, "skipped", clock.now(), plugin, Some(&detail), None),
-                Outcome::Waits { error, after } => moved.add(id, &error, after, 0, 0, 0),
-                Outcome::Parked(reason) => parked.add(id, &reason, plugin),
-                Outcome::Retry { error, after, failed } => moved.add(id, &error, after, 1, failed.into(), 0),
-                Outcome::Refused { error, after } => moved.add(id, &error, after, 0, 0, 1),
+                Outcome::Expired(detail) => finished.add(id, "expired", clock.now(), plugin, Some(detail), None),
+                Outcome::Skipped(detail) => finished.add(id, "skipped", clock.now(), plugin, Some(detail), None),
+                Outcome::Waits { error, after } => moved.add(id, error, *after, 0, 0, 0),
+                Outcome::Parked(reason) => parked.add(id, reason, plugin),
+                Outcome::Retry { error, after, failed } => moved.add(id, error, *after, 1, (*failed).into(), 0),
+                Outcome::Refused { error, after } => moved.add(id, error, *after, 0, 0, 1),
             }
         }
-        if !finished.ids.is_empty() {
-            connection.run("finish rows", async |connection| finished.execute(connection).await).await?;
-        }
-        if !parked.ids.is_empty() {
-            connection.run("park rows", async |connection| parked.execute(connection).await).await?;
-        }
-        if !moved.ids.is_empty() {
-            connection.run("make rows wait", async |connection| moved.execute(connection).await).await?;
-        }
-        self.transaction.end("COMMIT").await
+        let connection = &mut self.transaction.connection;
+        finished.execute(connection).await?;
+        parked.execute(connection).await?;
+        moved.execute(connection).await
+    }
+
+    /// Runs a statement without parameters and without an answer.
+    async fn run(&mut self, doing: &'static str, sql: &'static str) -> Result<(), StoreError> {
+        self.transaction.connection.run(doing, async |session| sqlx::query(sql).execute(session).await).await.map(drop)
     }
 }
 
 /// Rows that move to the history, column by column.
 #[derive(Debug, Default)]
-struct Finished {
+struct Finished<'a> {
     ids: Vec<Uuid>,
-    outcomes: Vec<String>,
+    outcomes: Vec<&'static str>,
     finished_at: Vec<OffsetDateTime>,
     plugins: Vec<Option<String>>,
     details: Vec<Option<String>>,
-    digests: Vec<Option<String>>,
+    digests: Vec<Option<&'a str>>,
     built_ms: Vec<Option<i64>>,
 }
 
-impl Finished {
+impl<'a> Finished<'a> {
     fn add(
         &mut self,
         id: Uuid,
-        outcome: &str,
+        outcome: &'static str,
         at: OffsetDateTime,
         plugin: Option<&str>,
         detail: Option<&str>,
-        event: Option<(String, i64)>,
+        event: Option<(&'a str, i64)>,
     ) {
         let (digest, built_ms) = event.unzip();
         self.ids.push(id);
-        self.outcomes.push(outcome.to_owned());
+        self.outcomes.push(outcome);
         self.finished_at.push(at);
         self.plugins.push(plugin.map(storable));
         self.details.push(detail.map(storable));
@@ -156,7 +214,14 @@ impl Finished {
         self.built_ms.push(built_ms);
     }
 
-    async fn execute(&self, connection: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {
+    async fn execute(&self, connection: &mut Connection) -> Result<(), StoreError> {
+        if self.ids.is_empty() {
+            return Ok(());
+        }
+        connection.run("finish rows", async |session| self.insert(session).await).await
+    }
+
+    async fn insert(&self, session: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {
         sqlx::query!(
             r#"
             WITH settled AS (
@@ -178,14 +243,14 @@ impl Finished {
             JOIN settled USING (id)
             "#,
             &self.ids,
-            &self.outcomes,
+            &self.outcomes as &[&str],
             &self.finished_at,
             &self.plugins as &[Option<String>],
             &self.details as &[Option<String>],
-            &self.digests as &[Option<String>],
+            &self.digests as &[Option<&str>],
             &self.built_ms as &[Option<i64>],
         )
-        .execute(connection)
+        .execute(session)
         .await
         .map(drop)
     }
@@ -206,7 +271,14 @@ impl Parked {
         self.plugins.push(plugin.map(storable));
     }
 
-    async fn execute(&self, connection: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {
+    async fn execute(&self, connection: &mut Connection) -> Result<(), StoreError> {
+        if self.ids.is_empty() {
+            return Ok(());
+        }
+        connection.run("park rows", async |session| self.insert(session).await).await
+    }
+
+    async fn insert(&self, session: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {
         sqlx::query!(
             r#"
             WITH settled AS (
@@ -228,7 +300,7 @@ impl Parked {
             &self.reasons,
             &self.plugins as &[Option<String>],
         )
-        .execute(connection)
+        .execute(session)
         .await
         .map(drop)
     }
@@ -255,7 +327,14 @@ impl Moved {
         self.refusals.push(refusals);
     }
 
-    async fn execute(&self, connection: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {
+    async fn execute(&self, connection: &mut Connection) -> Result<(), StoreError> {
+        if self.ids.is_empty() {
+            return Ok(());
+        }
+        connection.run("make rows wait", async |session| self.update(session).await).await
+    }
+
+    async fn update(&self, session: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {
         sqlx::query!(
             r#"
             UPDATE tidings.schedules AS waiting
@@ -280,7 +359,7 @@ impl Moved {
             &self.failures,
             &self.refusals,
         )
-        .execute(connection)
+        .execute(session)
         .await
         .map(drop)
     }

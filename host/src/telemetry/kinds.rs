@@ -14,6 +14,7 @@ use super::hour;
 use super::metrics::{BREAKER, CALL_SECONDS, CALLS, DELIVERIES, Expired, LATENESS, count_expired};
 use crate::clock::DatabaseClock;
 use crate::event::BuildError;
+use crate::schedule::Schedule;
 use crate::store::{Outcome, Settlement};
 
 /// The label of every kind that no loaded plugin serves.
@@ -115,7 +116,7 @@ impl Batch {
     #[must_use]
     pub fn of(settlements: &[Settlement], clock: DatabaseClock) -> Self {
         let mut batch = Self::default();
-        for Settlement { kind, due_at, plugin, outcome, .. } in settlements {
+        for Settlement { row: Schedule { kind, due_at, .. }, plugin, outcome } in settlements {
             if !batch.by_kind.contains_key(kind) {
                 batch.by_kind.insert(kind.clone(), Sums::default());
             }
@@ -213,9 +214,19 @@ mod tests {
     fn a_batch_is_summed_up_by_kind_and_outcome() {
         let clock = DatabaseClock::new(OffsetDateTime::UNIX_EPOCH, Instant::now());
         let row = |kind: &str, plugin: Option<&str>, outcome| Settlement {
-            id: Uuid::nil(),
-            kind: kind.into(),
-            due_at: OffsetDateTime::UNIX_EPOCH,
+            row: Schedule {
+                id: Uuid::nil(),
+                kind: kind.into(),
+                key: None,
+                subject: None,
+                due_at: OffsetDateTime::UNIX_EPOCH,
+                expires_at: None,
+                payload: "{}".into(),
+                headers: Vec::new(),
+                attempts: 0,
+                failures: 0,
+                refusals: 0,
+            },
             plugin: plugin.map(str::to_owned),
             outcome,
         };

@@ -110,7 +110,7 @@ impl Spans {
     /// Notes what is to become of the rows.
     pub fn settle(&mut self, settlements: &[Settlement]) {
         let Some(Batch { claim, attempts, .. }) = self.0.as_deref_mut() else { return };
-        for Settlement { id, kind, due_at, outcome, .. } in settlements {
+        for Settlement { row: Schedule { id, kind, due_at, .. }, outcome, .. } in settlements {
             let Some(attempt) = attempts.get_mut(id) else { continue };
             if attempt.span.is_none() {
                 attempt.span = Some(claim.start(*id, kind, attempt));
