@@ -4,8 +4,10 @@
 use std::time::Duration;
 
 use futures_util::future::join_all;
+use harness::guests::well_behaved;
 use harness::servers::Servers;
 use harness::world::World;
+use nix::sys::signal::Signal;
 use sqlx::postgres::PgListener;
 
 /// A row that is due.
@@ -85,6 +87,38 @@ async fn a_row_of_a_transaction_that_was_silent_and_stayed_open_is_found_when_it
 
     world.until(ALL_DELIVERED).await;
     assert_eq!(notifications(&world, &mut listener).await, 0, "it was silent");
+}
+
+/// A daemon that was frozen finds all notifications of that time at once, and takes them for a flood.
+#[tokio::test]
+async fn a_promise_binds_the_other_daemons_too_and_they_deliver_what_only_they_serve() {
+    let world = World::with(&["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let _left = world.launch().with("TIDINGS_SWEEP_MS", 3_600_000).ready().await;
+    let dir = world.plugin_dir.join("right");
+    std::fs::create_dir(&dir).expect("made");
+    std::fs::write(dir.join("right.wasm"), well_behaved("right", &["right"], "right")).expect("written");
+    let right = world
+        .launch()
+        .with("TIDINGS_SWEEP_MS", 3_600_000)
+        .with("TIDINGS_PLUGIN_DIR", dir.display())
+        .with("TIDINGS_STATE_DIR", world.state_dir().with_extension("right").display())
+        .ready()
+        .await;
+
+    right.signal(Signal::SIGSTOP);
+    for _ in 0..20 {
+        world.sql("NOTIFY tidings").await;
+        // Too few at a time for the left one to make a promise of its own.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(!world.value::<bool>(PROMISED).await);
+    right.signal(Signal::SIGCONT);
+    world.until(PROMISED).await;
+    // The triggers are silent.
+    world.sql(ROW).await;
+
+    inbox.next().await;
 }
 
 #[tokio::test]

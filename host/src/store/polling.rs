@@ -2,14 +2,17 @@
 
 use crate::polling::PROMISE;
 
-/// Promises that whoever sees it looks at the queue every few milliseconds for [`PROMISE`], so that nobody needs to notify.
+/// Promises that every daemon looks at the queue every few milliseconds for [`PROMISE`], so that nobody needs to notify. The
+/// others are notified of it: each of them may be the only one that serves its kinds, and this one may die the next moment.
 ///
 /// # Errors
 ///
 /// When the database cannot do it.
 pub(crate) async fn promise_to_poll(connection: impl sqlx::PgExecutor<'_>) -> Result<(), sqlx::Error> {
     sqlx::query!(
-        "SELECT setval('tidings.polling_until', ((extract(epoch FROM clock_timestamp()) + $1::float8) * 1e6)::bigint)",
+        "SELECT
+            setval('tidings.polling_until', ((extract(epoch FROM clock_timestamp()) + $1::float8) * 1e6)::bigint),
+            pg_notify('tidings', '')",
         PROMISE.as_secs_f64(),
     )
     .fetch_one(connection)
