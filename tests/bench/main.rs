@@ -12,6 +12,7 @@ mod raw;
 mod replay;
 mod report;
 mod resources;
+mod trouble;
 
 use std::any::Any;
 use std::cell::RefCell;
@@ -57,7 +58,7 @@ struct Arguments {
     /// Rounds, of which the median is taken
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..))]
     rounds: u8,
-    /// Ten million pending rows, where one is enough otherwise; takes a quarter of an hour more
+    /// Ten million pending rows, where one is enough otherwise, and ten million dead ones; takes half an hour more
     #[arg(long)]
     big: bool,
     /// For how long memory is watched
@@ -85,7 +86,7 @@ enum Part {
 }
 
 /// In this order: what shares the pending rows goes from few to many.
-const SCENARIOS: [Scenario; 20] = [
+const SCENARIOS: [Scenario; 22] = [
     Scenario {
         name: "drain",
         what: "100,000 rows already due, through a wasm plugin, to a quorum queue",
@@ -165,6 +166,18 @@ const SCENARIOS: [Scenario; 20] = [
         run: |bench| enqueue::enqueue(bench).boxed_local(),
     },
     Scenario {
+        name: "held-xmin",
+        what: "50 rows a second over three million dead ones (and over ten with --big) that an open transaction keeps",
+        part: Part::Targets,
+        run: |bench| trouble::held_xmin(bench).boxed_local(),
+    },
+    Scenario {
+        name: "freeze",
+        what: "rows of two kinds beside a daemon that is frozen, thawed and killed, and leaves rows that nobody serves",
+        part: Part::Targets,
+        run: |bench| trouble::freeze(bench).boxed_local(),
+    },
+    Scenario {
         name: "wasm",
         what: "a call of a plugin in Rust",
         part: Part::Targets,
@@ -229,6 +242,11 @@ impl Bench {
     /// So many seconds, by the scale.
     pub(crate) fn seconds(&self, seconds: u32) -> u32 {
         scaled(seconds, self.arguments.scale).max(2)
+    }
+
+    /// Whether what is large is to be larger.
+    pub(crate) fn big(&self) -> bool {
+        self.arguments.big
     }
 
     /// How long memory is watched.
