@@ -27,6 +27,7 @@ pub mod message;
 pub mod polling;
 pub mod schedule;
 pub mod secret_url;
+pub mod sweeps;
 mod trust;
 pub mod turns;
 pub mod unfinished;

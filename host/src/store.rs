@@ -23,6 +23,7 @@ mod schema;
 mod server;
 mod settle;
 mod shape;
+mod sweep;
 mod upcoming;
 
 use std::str::FromStr as _;

@@ -41,18 +41,25 @@ pub struct Backlog {
 }
 
 impl Store {
-    /// What waits, without counting a million rows.
+    /// What waits, without counting a million rows, from the low-water mark on, if there is one.
     ///
     /// # Errors
     ///
     /// When the database cannot be asked.
     pub async fn backlog(&self) -> Result<Backlog, StoreError> {
+        let mark = self.low_water.mark(self.doubt.last());
         let mut connection = self.connection().await?;
         let row = connection
             .run("look at what waits", async |connection| {
                 sqlx::query!(
                     r#"
-                    WITH head AS MATERIALIZED (SELECT slot_at FROM tidings.schedules ORDER BY slot_at LIMIT $1)
+                    WITH head AS MATERIALIZED (
+                        SELECT slot_at
+                        FROM tidings.schedules
+                        WHERE slot_at >= coalesce($2, '-infinity'::timestamptz)
+                        ORDER BY slot_at
+                        LIMIT $1
+                    )
                     SELECT
                         CASE
                             WHEN (SELECT count(*) FROM head) < $1 THEN (SELECT count(*) FROM head)
@@ -80,6 +87,7 @@ impl Store {
                     WHERE class.oid = 'tidings.schedules'::regclass
                     "#,
                     ENOUGH + 1,
+                    mark,
                 )
                 .fetch_one(connection)
                 .await

@@ -83,7 +83,7 @@ impl Store {
                         FROM tidings.schedules
                         -- The clock must be a stable function to be compared with an index. The due time is checked as
                         -- well: whatever happens to the slot, nothing is early.
-                        WHERE slot_at >= coalesce($4, '-infinity'::timestamptz)
+                        WHERE slot_at >= coalesce($4, statement_timestamp() - interval '1 minute')
                             AND slot_at <= statement_timestamp()
                             AND due_at <= statement_timestamp()
                             AND (

@@ -54,6 +54,7 @@ impl Store {
     ///
     /// When the database cannot do it.
     pub async fn hold_unserved(&self, our_kinds: &[String]) -> Result<Vec<(String, i64)>, StoreError> {
+        let mark = self.low_water.mark(self.doubt.last());
         let mut connection = self.connection().await?;
         let rows = connection
             .run("hold rows that nobody serves", async |connection| {
@@ -62,7 +63,8 @@ impl Store {
                     WITH due AS MATERIALIZED (
                         SELECT id, kind
                         FROM tidings.schedules
-                        WHERE slot_at <= statement_timestamp()
+                        WHERE slot_at >= coalesce($3, statement_timestamp() - interval '1 minute')
+                            AND slot_at <= statement_timestamp()
                             AND kind <> ALL($1)
                             -- Past its deadline a row is any claim's, and no slot is later.
                             AND (expires_at <= statement_timestamp()) IS NOT TRUE
@@ -84,6 +86,7 @@ impl Store {
                     "#,
                     our_kinds,
                     BATCH,
+                    mark,
                 )
                 .fetch_all(connection)
                 .await
@@ -102,6 +105,7 @@ impl Store {
     ///
     /// When the database cannot do it.
     pub async fn hold_paused(&self, our_kinds: &[String]) -> Result<Vec<(String, i64)>, StoreError> {
+        let mark = self.low_water.mark(self.doubt.last());
         let mut connection = self.connection().await?;
         let rows = connection
             .run("hold rows that are paused", async |connection| {
@@ -110,7 +114,8 @@ impl Store {
                     WITH due AS MATERIALIZED (
                         SELECT id
                         FROM tidings.schedules
-                        WHERE slot_at <= statement_timestamp()
+                        WHERE slot_at >= coalesce($3, statement_timestamp() - interval '1 minute')
+                            AND slot_at <= statement_timestamp()
                             AND kind = ANY($1)
                             AND kind = ANY(ARRAY(SELECT kind FROM tidings.paused))
                             AND (expires_at <= statement_timestamp()) IS NOT TRUE
@@ -128,6 +133,7 @@ impl Store {
                     "#,
                     our_kinds,
                     BATCH,
+                    mark,
                 )
                 .fetch_all(connection)
                 .await

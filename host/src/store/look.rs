@@ -3,8 +3,11 @@
 
 use std::time::Duration;
 
+use time::OffsetDateTime;
+
 use super::low_water::Seen;
-use super::{Store, StoreError};
+use super::sweep::BACKLOG;
+use super::{Connection, Store, StoreError};
 use crate::polling::Promise;
 use crate::wake::Outlook;
 
@@ -19,19 +22,41 @@ pub struct Look {
     pub paused_first: bool,
     /// Whether somebody promised that we look without being notified.
     pub promise: Promise,
+    /// What waits below the low-water mark; only a sweep sees it.
+    pub below: Option<Below>,
+}
+
+/// Rows below the low-water mark.
+#[derive(Clone, Copy, Debug)]
+pub struct Below {
+    /// The slot of the first.
+    pub first: OffsetDateTime,
+    /// The mark.
+    pub mark: OffsetDateTime,
+    /// How many, up to what makes them a backlog.
+    pub rows: i64,
 }
 
 impl Store {
-    /// Looks at the head of the queue, in one statement and no transaction. It must begin after the wake was armed. A look
-    /// begins at the low-water mark, a `sweep` at the very beginning.
+    /// Looks at the head of the queue, from the low-water mark on, in one statement and no transaction. It must begin after the
+    /// wake was armed.
     ///
     /// # Errors
     ///
     /// When the database cannot be asked.
-    pub async fn look(&self, kinds: &[String], sweep: bool) -> Result<Look, StoreError> {
-        let doubt = self.doubt.last();
-        let from = self.low_water.mark(doubt).filter(|_| !sweep);
-        let mut connection = self.hot_connection().await?;
+    pub async fn look(&self, kinds: &[String]) -> Result<Look, StoreError> {
+        self.look_from(kinds, false, self.hot_connection().await?, self.doubt.last()).await
+    }
+
+    /// The same; a `sweep` looks below the mark as well. `doubt` is the last.
+    pub(super) async fn look_from(
+        &self,
+        kinds: &[String],
+        sweep: bool,
+        mut connection: Connection,
+        doubt: u64,
+    ) -> Result<Look, StoreError> {
+        let mark = self.low_water.mark(doubt);
         let row = connection
             .run("look at the queue", async |connection| {
                 // Each part reads one entry of an index, however many rows wait, whatever the planner believes: held rows are
@@ -43,12 +68,21 @@ impl Store {
                     ), head AS MATERIALIZED (
                         SELECT slot_at, expires_at, kind
                         FROM tidings.schedules
-                        WHERE slot_at >= coalesce($2, '-infinity'::timestamptz)
+                        WHERE slot_at >= coalesce($2, statement_timestamp() - interval '1 minute')
                         ORDER BY slot_at
                         LIMIT 1
+                    ), below AS MATERIALIZED (
+                        SELECT slot_at
+                        FROM tidings.schedules
+                        WHERE $3 AND slot_at < coalesce($2, statement_timestamp() - interval '1 minute')
+                        ORDER BY slot_at
+                        LIMIT $4
                     )
                     SELECT
                         statement_timestamp() AS "now!",
+                        (SELECT min(slot_at) FROM below) AS below_first,
+                        (SELECT count(*) FROM below) AS "below_rows!",
+                        coalesce($2, statement_timestamp() - interval '1 minute') AS "mark!",
                         pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS "oldest_xid!",
                         -- A snapshot ends after the highest number that has ended; there may be some above that are running.
                         pg_snapshot_xmax(pg_current_snapshot())::text::bigint
@@ -96,13 +130,16 @@ impl Store {
                         ) AS "held_for_us!"
                     "#,
                     kinds,
-                    from,
+                    mark,
+                    sweep,
+                    BACKLOG,
                 )
                 .fetch_one(connection)
                 .await
             })
             .await?;
-        self.low_water.seen(Seen { at: row.now, oldest_xid: row.oldest_xid, first: row.first_at }, sweep, doubt);
+        let seen = Seen { had: mark, from: row.mark, at: row.now, oldest_xid: row.oldest_xid, first: row.first_at };
+        self.low_water.seen(seen, sweep, doubt);
         let next_in = row.next_at.map(|next_at| Duration::try_from(next_at - row.now).unwrap_or(Duration::ZERO));
         let outlook = Outlook { due: row.due, next_in };
         Ok(Look {
@@ -115,16 +152,18 @@ impl Store {
                 oldest_xid: row.oldest_xid,
                 next_xid: row.next_xid,
             },
+            below: row.below_first.map(|first| Below { first, mark: row.mark, rows: row.below_rows }),
         })
     }
 
     /// For how long the row at the head of the queue has been due, which nothing holds back: it is neither held nor backing
-    /// off.
+    /// off. From the low-water mark on, if there is one.
     ///
     /// # Errors
     ///
     /// When the database cannot be asked.
     pub async fn overdue(&self) -> Result<Duration, StoreError> {
+        let mark = self.low_water.mark(self.doubt.last());
         let mut connection = self.connection().await?;
         let seconds = connection
             .run("ask how late we are", async |connection| {
@@ -134,13 +173,15 @@ impl Store {
                         (
                             SELECT extract(epoch FROM statement_timestamp() - slot_at)::float8
                             FROM tidings.schedules
-                            WHERE slot_at <= statement_timestamp()
+                            WHERE slot_at >= coalesce($1, '-infinity'::timestamptz)
+                                AND slot_at <= statement_timestamp()
                             ORDER BY slot_at
                             LIMIT 1
                         ),
                         0
                     ) AS "seconds!"
-                    "#
+                    "#,
+                    mark,
                 )
                 .fetch_one(connection)
                 .await

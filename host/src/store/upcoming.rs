@@ -47,13 +47,14 @@ pub struct UpcomingRow {
 }
 
 impl Store {
-    /// The database clock, and the first `limit` rows of the queue.
+    /// The database clock, and the first `limit` rows of the queue, from the low-water mark on, if there is one.
     ///
     /// # Errors
     ///
     /// When the database cannot be asked.
     pub async fn next_rows(&self, limit: i64) -> Result<(OffsetDateTime, Vec<UpcomingRow>), StoreError> {
-        head(&mut self.connection().await?, None, None, limit).await
+        let mark = self.low_water.mark(self.doubt.last());
+        head(&mut self.connection().await?, mark, None, None, limit).await
     }
 
     /// The first `limit` rows of the queue, within a time from now on if one is given, and of one kind if one is given.
@@ -71,7 +72,7 @@ impl Store {
         let within = within.map(|time| time.as_secs_f64());
         let limit = i64::from(limit);
         let mut connection = self.connection().await?;
-        let (now, rows) = head(&mut connection, within, kind, limit).await?;
+        let (now, rows) = head(&mut connection, None, within, kind, limit).await?;
         if rows.len() < usize::try_from(limit).unwrap_or(usize::MAX) {
             return Ok(Upcoming { now, rows, more: 0, more_is_estimate: false });
         }
@@ -117,9 +118,10 @@ impl Store {
     }
 }
 
-/// The clock, and the first rows.
+/// The clock, and the first rows from a slot on.
 async fn head(
     connection: &mut Connection,
+    from: Option<OffsetDateTime>,
     within: Option<f64>,
     kind: Option<&str>,
     limit: i64,
@@ -134,7 +136,8 @@ async fn head(
                 r#"
                 SELECT slot_at AS "at!", due_at, id, kind, key, subject, attempts, held
                 FROM tidings.schedules
-                WHERE slot_at < coalesce($1::timestamptz + $2::float8 * interval '1 second', 'infinity')
+                WHERE slot_at >= coalesce($5, '-infinity'::timestamptz)
+                    AND slot_at < coalesce($1::timestamptz + $2::float8 * interval '1 second', 'infinity')
                     AND ($3::text IS NULL OR kind = $3)
                 ORDER BY slot_at
                 LIMIT $4
@@ -143,6 +146,7 @@ async fn head(
                 within,
                 kind,
                 limit,
+                from,
             )
             .fetch_all(connection)
             .await?;
