@@ -21,10 +21,11 @@ use crate::held::{Held, hold};
 use crate::plugins::Registry;
 use crate::polling::Polling;
 use crate::store::{Claimed, Look, Store, StoreError};
+use crate::sweeps::Sweeps;
 use crate::telemetry::{count_wakes, note_next_due};
 use crate::turns::{Came, Turn, Turns};
 use crate::unfinished::Unfinished;
-use crate::wake::{Outlook, Reason, Wake, wait};
+use crate::wake::{Outlook, Reason, Reasons, Wake, wait};
 
 /// Batches that are delivered side by side: while one waits for the broker, another keeps the database busy. One more is for
 /// rows that have just become due, while there is a backlog.
@@ -37,10 +38,6 @@ const LOOKS_APART: Duration = Duration::from_millis(50);
 const REFUSED_ARE_GONE: Duration = Duration::from_mins(1);
 /// What [`Health::trouble`] is about while PostgreSQL refuses to finish rows.
 const FINISHING: &str = "finishing rows";
-/// A sweep looks from the very beginning, which may take long after a long transaction: one part of so many of all time,
-/// but once a minute in any case, since one that was slow may have been so for another reason.
-const SWEEPS_SHARE: u32 = 100;
-const SWEEPS_APART: Duration = Duration::from_mins(1);
 
 /// What the dispatcher works with.
 #[expect(missing_debug_implementations, reason = "the plugins have none")]
@@ -76,8 +73,9 @@ struct State {
     /// The last look, and when it was asked for.
     look: Option<(Look, Instant)>,
     polling: Polling,
-    /// When the whole queue was last looked at, from its very beginning, and how long that took.
-    swept: Option<(Instant, Duration)>,
+    sweeps: Sweeps,
+    /// Nothing has happened for a whole interval.
+    quiet: bool,
     /// The last claim came to nothing although rows are due: nothing is claimed until something has happened.
     stuck: bool,
     /// Such claims in a row.
@@ -147,6 +145,10 @@ impl Dispatcher {
                     }
                     Reason::Released.into()
                 }
+                Some(swept) = state.sweeps.ended() => {
+                    self.swept(swept, &mut state);
+                    Reasons::default()
+                }
                 reasons = self.wake.woken() => {
                     state.go_on();
                     if reasons.iter().any(|reason| reason == Reason::Notification) {
@@ -158,6 +160,7 @@ impl Dispatcher {
                 // To the tenth of a millisecond, which tokio's timer is not.
                 () = futures_timer::Delay::new(wait.saturating_sub(head_start)) => {
                     state.stuck = false;
+                    state.quiet = why == Reason::Sweep;
                     if why == Reason::Due {
                         state.expected.due = Some(until);
                     }
@@ -168,6 +171,7 @@ impl Dispatcher {
         }
         state.hold.abort_all();
         state.release.abort_all();
+        state.sweeps.stop();
         while state.lanes.join_next().await.is_some() {}
     }
 
@@ -179,6 +183,11 @@ impl Dispatcher {
         // The end of a lane is a wake, and so is the return of the broker.
         if !state.has_free_lane() || !self.broker.is_open() {
             return (self.sweep, Reason::Sweep);
+        }
+        // A quick sweep is a look as well, and hardly later.
+        let (quiet, kinds) = (std::mem::take(&mut state.quiet), self.plugins.current());
+        if state.sweeps.begin_if_due(&self.store, kinds.kinds(), self.sweep) && quiet {
+            return self.wait(state);
         }
         let mut claimed = Claims::Nothing;
         if let Some(at) = state.expected.due.take() {
@@ -223,12 +232,12 @@ impl Dispatcher {
     /// Looks at the queue. Whether rows are due.
     async fn look(&self, state: &mut State) -> Result<bool, StoreError> {
         let asked_at = Instant::now();
-        let plugins = self.plugins.current();
-        let sweep = state.until_sweep(self.sweep).is_zero();
-        let look = self.store.look(plugins.kinds(), sweep).await?;
-        if sweep {
-            state.swept = Some((asked_at, asked_at.elapsed()));
-        }
+        let look = self.store.look(self.plugins.current().kinds()).await?;
+        Ok(self.looked(state, look, asked_at))
+    }
+
+    /// Takes note of a look. Whether rows are due.
+    fn looked(&self, state: &mut State, look: Look, asked_at: Instant) -> bool {
         state.polling.looked(look.promise);
         if !look.held_for_us.is_empty() && state.release.is_empty() {
             // Beside the loop, since there may be millions; the first of them are due before the last are released.
@@ -242,7 +251,18 @@ impl Dispatcher {
         }
         state.look = Some((look, asked_at));
         state.ahead = Some((outlook, asked_at));
-        Ok(outlook.due)
+        outlook.due
+    }
+
+    /// Takes note of a sweep, unless it failed, which a look will find as well.
+    fn swept(&self, swept: Option<(Look, Instant)>, state: &mut State) {
+        let Some((look, asked_at)) = swept else { return };
+        state.stuck &= look.below.is_none();
+        state.expected.due_now(look.outlook.due && !state.stuck);
+        // The loop may have looked meanwhile.
+        if state.look.as_ref().is_none_or(|(_, looked_at)| *looked_at < asked_at) {
+            self.looked(state, look, asked_at);
+        }
     }
 
     /// Claims for as many lanes as are free, while more rows are due than were claimed. Nothing is asked before
@@ -288,8 +308,9 @@ impl Dispatcher {
 
     fn wait(&self, state: &State) -> (Duration, Reason) {
         let (outlook, asked_at) = state.ahead.unwrap_or((Outlook::default(), Instant::now()));
-        let sweep = state.until_look(self.sweep);
-        wait(outlook, asked_at.elapsed(), state.empty_claims, state.polling.every(), sweep)
+        let since = state.look.as_ref().map_or(self.sweep, |(_, asked_at)| asked_at.elapsed());
+        let look = state.sweeps.until_look(&self.store, self.sweep, since);
+        wait(outlook, asked_at.elapsed(), state.empty_claims, state.polling.every(), look)
     }
 
     fn lane_ended(
@@ -408,19 +429,8 @@ impl State {
     /// The database did not do it: a line for the operator, and a rest.
     fn failed(&mut self, error: &StoreError) -> Duration {
         warn!(error = error as &dyn std::error::Error, "the database cannot be used, trying again");
+        self.sweeps.doubt();
         self.rest()
-    }
-
-    /// How long until a look from the very beginning is due, if one is every `sweep`.
-    fn until_sweep(&self, sweep: Duration) -> Duration {
-        let every = |took: Duration| sweep.max(SWEEPS_APART.min(took * SWEEPS_SHARE));
-        self.swept.map_or(Duration::ZERO, |(at, took)| every(took).saturating_sub(at.elapsed()))
-    }
-
-    /// How long until a look is due.
-    fn until_look(&self, sweep: Duration) -> Duration {
-        let since = self.look.as_ref().map_or(sweep, |(_, asked_at)| asked_at.elapsed());
-        self.until_sweep(sweep).min(sweep.saturating_sub(since))
     }
 
     /// How long nothing is to be tried.
