@@ -93,7 +93,9 @@ impl Delivery {
 
         let mut messages = Vec::with_capacity(builds.len());
         let mut in_flight = HashMap::with_capacity(builds.len());
-        for Build { schedule, plugin, outcome, at } in builds {
+        for Build { mut schedule, plugin, outcome, at } in builds {
+            // It may be large, and is in the body now.
+            schedule.payload = String::new();
             // No time was left for it: it stays due.
             let Some(outcome) = outcome else { continue };
             spans.built(schedule.id, plugin.label(), plugin.generation(), at);

@@ -20,18 +20,16 @@ use crate::health::Health;
 use crate::held::{Held, hold};
 use crate::plugins::Registry;
 use crate::polling::Polling;
-use crate::store::{Claimed, Look, Store, StoreError};
+use crate::store::{Claimed, Look, Store, StoreError, Wanted};
 use crate::sweeps::Sweeps;
 use crate::telemetry::{count_wakes, note_next_due};
-use crate::turns::{Came, Turn, Turns};
+use crate::turns::{Came, Load, Turn, Turns};
 use crate::unfinished::Unfinished;
-use crate::wake::{Outlook, Reason, Reasons, Wake, wait};
+use crate::wake::{HEAD_START, HeadStart, Outlook, Reason, Reasons, Wake, wait};
 
 /// Batches that are delivered side by side: while one waits for the broker, another keeps the database busy. One more is for
 /// rows that have just become due, while there is a backlog.
 pub const LANES: u32 = 3;
-/// A row that is due so soon is waited for in an open transaction, since to begin one takes a round trip.
-const HEAD_START: Duration = Duration::from_micros(500);
 /// While rows are claimed again and again, looks are at least this far apart.
 const LOOKS_APART: Duration = Duration::from_millis(50);
 /// A row that PostgreSQL refuses to finish is tried again earlier than this. If none is due for so long, none is left.
@@ -61,9 +59,10 @@ pub struct Dispatcher {
 /// What the loop remembers between two looks.
 #[derive(Default)]
 struct State {
-    lanes: JoinSet<(Turn, Result<Delivered, StoreError>)>,
+    lanes: JoinSet<(Load, Result<Delivered, StoreError>)>,
     turns: Turns,
     expected: Expected,
+    head_start: HeadStart,
     /// Whether rows are due, and when the next will be, by the last look or claim; and when that was asked for.
     ahead: Option<(Outlook, Instant)>,
     /// Takes rows that cannot be claimed out of the queue.
@@ -124,7 +123,7 @@ impl Dispatcher {
             self.health.dispatcher.beat();
             let (wait, why) = self.look_and_start(&delivery, &mut state).await;
             let (until, head_start) =
-                (Instant::now() + wait, if why == Reason::Due { HEAD_START } else { Duration::ZERO });
+                (Instant::now() + wait, if why == Reason::Due { state.head_start.get() } else { Duration::ZERO });
             let reasons = tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break,
@@ -279,8 +278,10 @@ impl Dispatcher {
             let careful = state.refused.is_some();
             let turn = if careful { Turn::Oldest } else { state.turns.next() };
             let since = if let Turn::Newest(since) = turn { Some(since) } else { None };
-            let claimed = self.store.claim(plugins.kinds(), state.turns.limit(turn), since, not_before).await?;
-            let Claimed { claim, outlook, behind, at, asked_at } = claimed;
+            let wanted = Wanted { limit: state.turns.limit(turn), since, no_large: state.turns.large_under_way() };
+            let claimed = self.store.claim(plugins.kinds(), wanted, not_before).await?;
+            let Claimed { claim, outlook, behind, at, asked_at, begin } = claimed;
+            state.head_start.took(begin);
             state.turns.claimed(turn, Came { at, more: outlook.due, behind });
             let is_early = outlook.next_in.is_some_and(|next_in| next_in < HEAD_START);
             // A claim of nothing does not tell whether rows are due that others have locked.
@@ -289,9 +290,10 @@ impl Dispatcher {
             }
             if let Some(claim) = claim {
                 claims = Claims::Began;
-                state.turns.under_way(turn);
+                let load = Load { turn, large: claim.large };
+                state.turns.under_way(load);
                 let delivery = Arc::clone(delivery);
-                state.lanes.spawn(async move { (turn, delivery.deliver(claim, &plugins, careful).await) });
+                state.lanes.spawn(async move { (load, delivery.deliver(claim, &plugins, careful).await) });
             }
             if turn == Turn::Oldest && !outlook.due {
                 if is_early && claims == Claims::Nothing {
@@ -315,11 +317,11 @@ impl Dispatcher {
 
     fn lane_ended(
         &self,
-        ended: Result<(Turn, Result<Delivered, StoreError>), tokio::task::JoinError>,
+        ended: Result<(Load, Result<Delivered, StoreError>), tokio::task::JoinError>,
         state: &mut State,
     ) {
         // One that panicked may have been any.
-        state.turns.ended(ended.as_ref().ok().map(|(turn, _)| *turn));
+        state.turns.ended(ended.as_ref().ok().map(|(load, _)| *load));
         match ended.map(|(_, ended)| ended) {
             // If the broker is away, its return is a wake. If it is there and confirms nothing, asking it again and again
             // would only make duplicates.

@@ -61,7 +61,7 @@ const BUILD_BUDGET: Duration = Duration::from_secs(2);
 /// not keep the others waiting for more than this and one call of its own.
 const SHARED_BUDGET: Duration = Duration::from_millis(50);
 /// The bodies that one claim may build, in bytes. Rows that were not reached stay due.
-const BODY_BUDGET: usize = 8 * 1024 * 1024;
+const BODY_BUDGET: usize = 4 * 1024 * 1024;
 
 /// The plugins that serve, by kind. Immutable: a claim uses one set from beginning to end.
 #[derive(Debug, Default)]

@@ -12,6 +12,7 @@ mod doctor;
 mod find;
 mod history;
 mod kinds;
+mod large;
 mod look;
 mod low_water;
 mod parked;
@@ -38,7 +39,7 @@ use crate::secret_url::SecretUrl;
 use crate::trust;
 
 pub use backlog::{Backlog, ENOUGH, Late};
-pub use claim::{Claim, Claimed};
+pub use claim::{Claim, Claimed, Wanted};
 use connection::{Connection, Doubt, Hot};
 pub use doctor::{Holder, Holding, ServerVersion, Skew, TOO_LONG};
 pub use history::Delivered;
@@ -147,6 +148,14 @@ impl StoreError {
         // 57P: it ends the session, or the server does.
         let goes_on = !error.code().is_some_and(|code| code.starts_with("57P"));
         goes_on.then(|| error.message())
+    }
+
+    /// Whether the database had no memory for it, or would have needed more than it ever takes for one value.
+    #[must_use]
+    pub fn is_out_of_memory(&self) -> bool {
+        let Self::Statement { source: sqlx::Error::Database(error), .. } = self else { return false };
+        // Which of the two depends on the version: out of memory, or a limit of the program exceeded.
+        error.code().is_some_and(|code| code == "53200" || code == "54000")
     }
 
     /// The sentence, if what was given breaks a rule of the schema or cannot be stored: nothing was done, and the same again

@@ -26,6 +26,15 @@ pub enum Turn {
     Newest(OffsetDateTime),
 }
 
+/// What a lane is busy with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Load {
+    /// Whose turn it was.
+    pub turn: Turn,
+    /// A single row that is larger than a claim of several may be.
+    pub large: bool,
+}
+
 /// What a claim came to.
 #[derive(Clone, Copy, Debug)]
 pub struct Came {
@@ -46,6 +55,7 @@ pub struct Turns {
     /// The newest have not had their turn since the last of the oldest.
     newest_next: bool,
     newest_under_way: bool,
+    large_under_way: bool,
 }
 
 impl Turns {
@@ -64,14 +74,22 @@ impl Turns {
         self.newest_under_way
     }
 
+    /// A large row is on its way: there is memory for one, and the other lanes are for those that are not.
+    #[must_use]
+    pub fn large_under_way(&self) -> bool {
+        self.large_under_way
+    }
+
     /// Rows are on their way.
-    pub fn under_way(&mut self, turn: Turn) {
-        self.newest_under_way |= turn != Turn::Oldest;
+    pub fn under_way(&mut self, load: Load) {
+        self.newest_under_way |= load.turn != Turn::Oldest;
+        self.large_under_way |= load.large;
     }
 
     /// They have arrived or not; `None` = nobody knows which they were.
-    pub fn ended(&mut self, turn: Option<Turn>) {
-        self.newest_under_way &= turn == Some(Turn::Oldest);
+    pub fn ended(&mut self, load: Option<Load>) {
+        self.newest_under_way &= load.is_some_and(|load| load.turn == Turn::Oldest);
+        self.large_under_way &= load.is_some_and(|load| !load.large);
     }
 
     /// At most so many rows.
@@ -116,6 +134,10 @@ mod tests {
         OffsetDateTime::UNIX_EPOCH + time::Duration::milliseconds(ms)
     }
 
+    fn load(turn: Turn) -> Load {
+        Load { turn, large: false }
+    }
+
     fn came(ms: i64, more: bool, behind_ms: u64) -> Came {
         Came { at: at(ms), more, behind: Duration::from_millis(behind_ms) }
     }
@@ -141,11 +163,11 @@ mod tests {
     fn in_a_backlog_the_newest_take_turns_with_the_oldest_and_go_on_where_they_were() {
         let mut turns = Turns::default();
         turns.claimed(Turn::Oldest, came(1_000, true, 70));
-        turns.under_way(Turn::Newest(at(0)));
+        turns.under_way(load(Turn::Newest(at(0))));
         assert_eq!(turns.next(), Turn::Oldest, "their lane is busy");
-        turns.ended(Some(Turn::Oldest));
+        turns.ended(Some(load(Turn::Oldest)));
         assert_eq!(turns.next(), Turn::Oldest);
-        turns.ended(Some(Turn::Newest(at(0))));
+        turns.ended(Some(load(Turn::Newest(at(0)))));
         let newest = turns.next();
         assert_eq!((newest, turns.limit(newest)), (Turn::Newest(at(931)), FEW), "after the spike's own instant");
         turns.claimed(newest, came(1_010, false, 20));
@@ -164,5 +186,20 @@ mod tests {
         let mut turns = Turns::default();
         turns.claimed(Turn::Oldest, came(9_000_000, true, 7_200_000));
         assert_eq!(turns.next(), Turn::Newest(at(8_999_001)));
+    }
+
+    #[test]
+    fn one_large_row_is_on_its_way_at_a_time_until_its_own_lane_ends() {
+        let large = Load { turn: Turn::Oldest, large: true };
+        let mut turns = Turns::default();
+        turns.under_way(large);
+        turns.under_way(load(Turn::Oldest));
+        turns.ended(Some(load(Turn::Oldest)));
+        assert!(turns.large_under_way());
+        turns.ended(Some(large));
+        assert!(!turns.large_under_way());
+        turns.under_way(large);
+        turns.ended(None);
+        assert!(!turns.large_under_way(), "a lane that panicked may have been any");
     }
 }

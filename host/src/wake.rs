@@ -111,6 +111,32 @@ impl Wake {
     }
 }
 
+/// A transaction for a row that is due at a known time is begun at least so long before it.
+pub const HEAD_START: Duration = Duration::from_micros(500);
+/// And at most so long: nothing else is claimed meanwhile.
+const LONGEST_HEAD_START: Duration = Duration::from_secs(1);
+
+/// How long before a row's time a transaction for it is begun. To begin takes a round trip, after which nothing is asked until
+/// the time has come: what it takes is known from the transactions before.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct HeadStart {
+    last: Duration,
+    before_last: Duration,
+}
+
+impl HeadStart {
+    /// A transaction took so long to begin.
+    pub fn took(&mut self, begin: Duration) {
+        self.before_last = std::mem::replace(&mut self.last, begin);
+    }
+
+    /// How long before. One that was slow by chance, to connect anew for instance, does not count.
+    #[must_use]
+    pub fn get(&self) -> Duration {
+        HEAD_START + self.last.min(self.before_last).min(LONGEST_HEAD_START)
+    }
+}
+
 /// The shortest wait.
 const SHORTEST: Duration = Duration::from_micros(200);
 
@@ -163,6 +189,26 @@ mod tests {
 
     fn next_in(ms: u64) -> Outlook {
         Outlook { due: false, next_in: Some(Duration::from_millis(ms)) }
+    }
+
+    #[test]
+    fn the_head_start_is_what_transactions_take_to_begin_but_for_one_that_was_slow_by_chance() {
+        let mut head_start = HeadStart::default();
+        assert_eq!(head_start.get(), HEAD_START);
+        let link = Duration::from_millis(30);
+        head_start.took(link);
+        head_start.took(link);
+        assert_eq!(head_start.get(), HEAD_START + link);
+        head_start.took(10 * link);
+        assert_eq!(head_start.get(), HEAD_START + link);
+        head_start.took(link);
+        assert_eq!(head_start.get(), HEAD_START + link);
+        head_start.took(Duration::ZERO);
+        assert_eq!(head_start.get(), HEAD_START, "the link is near again");
+        for _ in 0..2 {
+            head_start.took(Duration::from_secs(20));
+        }
+        assert_eq!(head_start.get(), HEAD_START + LONGEST_HEAD_START);
     }
 
     #[test]

@@ -102,8 +102,11 @@ impl Stage {
 
     /// Writes rows that are due, in one transaction, and returns the database's time right before its commit.
     pub(crate) async fn write_due(&self, rows: u32) -> OffsetDateTime {
+        self.write(rows_due("now()", rows)).await
+    }
+
+    async fn write(&self, insert: String) -> OffsetDateTime {
         let mut transaction = self.world.db.begin().await.expect("a transaction");
-        let insert = rows_due("now()", rows);
         sqlx::query(AssertSqlSafe(insert)).execute(&mut *transaction).await.expect("inserted");
         let now = sqlx::query("SELECT clock_timestamp()").fetch_one(&mut *transaction).await.expect("the time").get(0);
         transaction.commit().await.expect("committed");
@@ -112,7 +115,24 @@ impl Stage {
 
     /// Writes rows that are due and waits until they are delivered: rows per second, from the commit to the last confirm.
     pub(crate) async fn drain(&self, rows: u32) -> f64 {
-        let begun = self.write_due(rows).await;
+        self.drained(rows, rows_due("now()", rows)).await
+    }
+
+    /// The same with bodies of some `body_bytes` bytes, which hardly get smaller when they are compressed.
+    pub(crate) async fn drain_bodies(&self, rows: u32, body_bytes: usize) -> f64 {
+        let insert = format!(
+            "WITH said AS MATERIALIZED (
+                 SELECT jsonb_build_object('routing_key', '{QUEUE}', 'body', left(string_agg(md5(n::text), ''), {body_bytes})) AS payload
+                 FROM generate_series(0, {body_bytes} / 32) AS n
+             )
+             INSERT INTO tidings.schedules (kind, due_at, payload)
+             SELECT 'message', now(), payload FROM said, generate_series(1, {rows})"
+        );
+        self.drained(rows, insert).await
+    }
+
+    async fn drained(&self, rows: u32, insert: String) -> f64 {
+        let begun = self.write(insert).await;
         self.until_queued(rows).await;
         self.until_finished(rows).await;
         per_second(rows, self.last_confirm().await - begun)

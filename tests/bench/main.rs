@@ -12,6 +12,7 @@ mod raw;
 mod replay;
 mod report;
 mod resources;
+mod sizes;
 mod trouble;
 
 use std::any::Any;
@@ -86,12 +87,18 @@ enum Part {
 }
 
 /// In this order: what shares the pending rows goes from few to many.
-const SCENARIOS: [Scenario; 22] = [
+const SCENARIOS: [Scenario; 23] = [
     Scenario {
         name: "drain",
         what: "100,000 rows already due, through a wasm plugin, to a quorum queue",
         part: Part::Targets,
         run: |bench| drain::drain(bench).boxed_local(),
+    },
+    Scenario {
+        name: "sizes",
+        what: "rows with bodies of 400 bytes to 16 MiB",
+        part: Part::Targets,
+        run: |bench| sizes::sizes(bench).boxed_local(),
     },
     Scenario {
         name: "two",

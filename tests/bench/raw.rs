@@ -22,6 +22,8 @@ use crate::report::Times;
 
 /// Messages on their way on one channel. More gain nothing.
 const WINDOW: usize = 500;
+/// And so many bytes of bodies.
+const WINDOW_BYTES: usize = 4 * 1024 * 1024;
 /// Channels of the connection.
 const CHANNELS: u32 = 4;
 /// Where a raw message says when it was sent, in microseconds since the Unix epoch.
@@ -31,6 +33,12 @@ const PATIENCE: Duration = Duration::from_mins(1);
 
 /// Publishes `messages` messages and waits for every confirm, with as many on their way as it gains from: messages per second.
 pub(crate) async fn publish_and_confirm(stage: &Stage, messages: u32) -> f64 {
+    publish_bodies(stage, messages, BODY_BYTES).await
+}
+
+/// The same with bodies of so many bytes.
+pub(crate) async fn publish_bodies(stage: &Stage, messages: u32, body_bytes: usize) -> f64 {
+    let window = (WINDOW_BYTES / body_bytes).clamp(1, WINDOW);
     let mut publishers = JoinSet::new();
     let mut channels = Vec::new();
     for _ in 0..CHANNELS {
@@ -40,8 +48,8 @@ pub(crate) async fn publish_and_confirm(stage: &Stage, messages: u32) -> f64 {
     let begun = std::time::Instant::now();
     for channel in channels {
         publishers.spawn(async move {
-            let publishes = stream::iter(0..share).map(|_| publish(&channel));
-            publishes.buffer_unordered(WINDOW).for_each(|_| ready(())).await;
+            let publishes = stream::iter(0..share).map(|_| publish(&channel, body_bytes));
+            publishes.buffer_unordered(window).for_each(|_| ready(())).await;
         });
     }
     while let Some(ended) = publishers.join_next().await {
@@ -66,7 +74,7 @@ pub(crate) async fn one_way(stage: &Stage, receiver: &mut Receiver, rate: u32, s
     for _ in 0..rate * seconds {
         pace.tick().await;
         let channel = channel.clone();
-        confirms.spawn(async move { publish(&channel).await });
+        confirms.spawn(async move { publish(&channel, BODY_BYTES).await });
     }
     let to_confirm = Times::new(confirms.join_all().await.into_iter().map(|took| took.as_secs_f64() * 1000.0));
     let to_consumer = receiver.take(rate * seconds).await;
@@ -79,8 +87,8 @@ async fn confirming_channel(stage: &Stage) -> Channel {
     channel
 }
 
-/// Publishes a message as the daemon would, and waits for its confirm: how long that took.
-async fn publish(channel: &Channel) -> Duration {
+/// Publishes a message with a body of so many bytes as the daemon would, and waits for its confirm: how long that took.
+async fn publish(channel: &Channel, body_bytes: usize) -> Duration {
     let mut headers = FieldTable::default();
     let plugin = "message@0.1.0+01234567";
     for (name, value) in [
@@ -91,6 +99,7 @@ async fn publish(channel: &Channel) -> Duration {
     ] {
         headers.insert(name.into(), AMQPValue::LongString(value.into()));
     }
+    let body = vec![b'x'; body_bytes];
     let begun = std::time::Instant::now();
     let sent_us = now_us();
     // One of them under another name, which a consumer tells them by.
@@ -106,7 +115,7 @@ async fn publish(channel: &Channel) -> Duration {
         .with_delivery_mode(2)
         .with_headers(headers);
     let options = BasicPublishOptions { mandatory: true, immediate: false };
-    let published = channel.basic_publish("tidings".into(), QUEUE.into(), options, &[b'x'; BODY_BYTES], properties);
+    let published = channel.basic_publish("tidings".into(), QUEUE.into(), options, &body, properties);
     let confirmation = published.await.expect("written").await;
     assert!(matches!(confirmation, Ok(Confirmation::Ack(None))), "{confirmation:?}");
     begun.elapsed()

@@ -33,6 +33,7 @@ mod queries;
 mod reload;
 mod replay;
 mod scenario;
+mod sizes;
 mod soak;
 mod sql;
 mod tls;

@@ -1,7 +1,10 @@
 //! When the daemon acts: notifications, due times, and the sweep for whatever got past both. Each test switches the other
 //! ways off, most of them by a sweep of ten minutes.
 
-use harness::world::World;
+use std::time::Duration;
+
+use harness::proxy::{Mode, Proxy};
+use harness::world::{World, database_url};
 use sqlx::postgres::PgListener;
 
 /// A message row of a key of its own; `{due}` is an SQL expression.
@@ -245,4 +248,29 @@ async fn a_due_row_that_somebody_else_has_locked_is_asked_for_ever_less_often_an
     assert!(daemon.stop().await.success());
     let after: i64 = world.value(transactions).await;
     assert!(after - before < 300, "{}", after - before);
+}
+
+/// What a link takes in each direction.
+const FAR: Duration = Duration::from_millis(300);
+
+#[tokio::test]
+async fn a_planned_row_waits_for_one_round_trip_to_a_database_that_is_far_away() {
+    let world = World::with(&["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let link = Proxy::start(0, world.ports().0).await;
+    let url = database_url(link.port, &world.name);
+    let _daemon = world.launch().with("TIDINGS_DATABASE_URL", url).ready().await;
+    link.set(Mode::Delay(FAR));
+
+    // The first of them show what it takes to begin.
+    for key in ["first", "second", "third", "fourth"] {
+        world.sql(&row(key, "now() + interval '4 s'")).await;
+        inbox.next().await;
+    }
+
+    let lateness =
+        "SELECT (extract(epoch FROM finished_at - due_at) * 1000)::bigint FROM tidings.deliveries WHERE key = 'fourth'";
+    world.until("SELECT count(*) = 4 FROM tidings.deliveries").await;
+    let lateness = Duration::from_millis(world.value::<i64>(lateness).await.try_into().expect("never early"));
+    assert!(lateness < 3 * FAR, "{lateness:?}");
 }

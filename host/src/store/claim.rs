@@ -14,8 +14,20 @@ use crate::clock::DatabaseClock;
 use crate::schedule::Schedule;
 use crate::wake::Outlook;
 
-/// The payloads of one claim have at most this many bytes together as they are stored, or it is a single row.
-const CLAIM_BYTES: i64 = 8 * 1024 * 1024;
+/// The payloads of one claim have at most this many bytes together, as JSON text, or it is a single row. Several claims are on
+/// their way at once, and each holds its payloads, their bodies and the frames of these.
+pub(crate) const CLAIM_BYTES: i64 = 2 * 1024 * 1024;
+
+/// Which rows to claim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// At most so many.
+    pub limit: i64,
+    /// Of those that came due from this instant on; `None` = of all.
+    pub since: Option<OffsetDateTime>,
+    /// None that would have to go alone.
+    pub no_large: bool,
+}
 
 /// What a claim came to.
 #[derive(Debug)]
@@ -30,6 +42,8 @@ pub struct Claimed {
     pub at: OffsetDateTime,
     /// When it was asked.
     pub asked_at: Instant,
+    /// How long it took until it could be asked.
+    pub begin: Duration,
 }
 
 /// Due rows, at least one, locked by us.
@@ -39,6 +53,8 @@ pub struct Claim {
     clock: DatabaseClock,
     /// The rows, earliest first. The loop takes them out.
     pub rows: Vec<Schedule>,
+    /// It is a row that goes alone, since its payload is larger than those of a claim may be together.
+    pub large: bool,
 }
 
 /// A connection in a transaction. Dropped before its end, the connection is closed, and the server rolls back.
@@ -49,58 +65,43 @@ pub(super) struct Transaction {
 }
 
 impl Store {
-    /// Locks up to `limit` due rows of `kinds`, but for those that are paused, and due rows of any kind that are past their
-    /// deadline: those that have been due for longest, of all or of those that came due from `since` on. Before `not_before`,
-    /// everything is made ready and nothing is asked.
+    /// Locks due rows of `kinds`, but for those that are paused, and due rows of any kind that are past their deadline: those
+    /// that have been due for longest, as many as are `wanted` and fit into [`CLAIM_BYTES`]. No more is read or locked, but for
+    /// the first that does not fit. Before `not_before`, everything is made ready and nothing is asked.
     ///
     /// # Errors
     ///
     /// When the database cannot do it; then nothing is locked.
+    pub async fn claim(&self, kinds: &[String], wanted: Wanted, not_before: Instant) -> Result<Claimed, StoreError> {
+        let claimed = self.try_claim(kinds, wanted, not_before).await;
+        if claimed.as_ref().is_err_and(StoreError::is_out_of_memory) {
+            // A row's doing, perhaps, and so would it be the next time.
+            self.park_unreadable().await?;
+        }
+        claimed
+    }
+
     #[expect(clippy::too_many_lines, reason = "most of them are one statement")]
-    pub async fn claim(
-        &self,
-        kinds: &[String],
-        limit: i64,
-        since: Option<OffsetDateTime>,
-        not_before: Instant,
-    ) -> Result<Claimed, StoreError> {
+    async fn try_claim(&self, kinds: &[String], wanted: Wanted, not_before: Instant) -> Result<Claimed, StoreError> {
+        let Wanted { limit, since, no_large } = wanted;
         let doubt = self.doubt.last();
         let from = since.max(self.low_water.mark(doubt));
+        let begun_at = Instant::now();
         let mut transaction = Transaction::begin(self.hot_connection().await?).await?;
+        let begin = begun_at.elapsed();
         let early = not_before.saturating_duration_since(Instant::now());
         if !early.is_zero() {
             futures_timer::Delay::new(early).await;
         }
         let asked_at = Instant::now();
-        let rows = transaction
+        let mut rows = transaction
             .connection
             .run("claim due rows", async |connection| {
                 sqlx::query!(
                     r#"
-                    -- Materialized, so that the locking part runs once and locks no more than its limit.
-                    WITH locked AS MATERIALIZED (
-                        SELECT id, kind, key, subject, due_at, expires_at, payload, headers, attempts, failures, refusals, slot_at
-                        FROM tidings.schedules
-                        -- The clock must be a stable function to be compared with an index. The due time is checked as
-                        -- well: whatever happens to the slot, nothing is early.
-                        WHERE slot_at >= coalesce($4, statement_timestamp() - interval '1 minute')
-                            AND slot_at <= statement_timestamp()
-                            AND due_at <= statement_timestamp()
-                            AND (
-                                kind = ANY($1) AND kind <> ALL(ARRAY(SELECT kind FROM tidings.paused))
-                                OR expires_at <= statement_timestamp()
-                            )
-                        ORDER BY slot_at
-                        LIMIT $2
-                        FOR UPDATE SKIP LOCKED
-                    ), measured AS (
-                        SELECT
-                            locked.*,
-                            count(*) OVER () AS locked_rows,
-                            sum(pg_column_size(payload)) OVER (ORDER BY slot_at ROWS UNBOUNDED PRECEDING)
-                                - pg_column_size(payload) AS bytes_before
-                        FROM locked
-                    )
+                    -- A row has as many units as its payload needs of $2, which are CLAIM_BYTES together. The series makes one
+                    -- after the other, and the LIMIT ends the scan with the last: what lies behind is neither read nor locked.
+                    -- A row that does not fit has no last unit, and no payload; the first always fits.
                     SELECT
                         id AS "id?",
                         kind AS "kind?",
@@ -108,18 +109,65 @@ impl Store {
                         subject AS "subject?",
                         due_at AS "due_at?",
                         expires_at AS "expires_at?",
-                        payload::text,
-                        headers::text,
+                        -- What is larger goes alone, and is read in pieces.
+                        CASE WHEN unit = units AND octet_length(text) <= $3 THEN text END AS "payload?",
+                        unit = units AS "fits?",
+                        headers::text AS "headers?",
                         attempts AS "attempts?",
                         failures AS "failures?",
                         refusals AS "refusals?",
                         slot_at AS "slot_at?",
-                        locked_rows,
-                        statement_timestamp() AS "now!",
-                        CASE WHEN id IS NOT NULL THEN pg_current_xact_id()::text::bigint END AS xid,
-                        next_at
+                        units AS "units?",
+                        NULL AS "now?",
+                        NULL AS "xid?",
+                        NULL AS "next_at?"
                     FROM (
-                        SELECT least(
+                        SELECT weighed.*, generate_series(1, units) AS unit
+                        FROM (
+                            SELECT
+                                said.*,
+                                CASE WHEN text IS NULL THEN $2::bigint ELSE least(1 + octet_length(text) * $2 / $3, $2) END AS units
+                            FROM (
+                                SELECT
+                                    locked.*,
+                                    -- How much is stored is known without reading it. Compressed, it may be little.
+                                    CASE WHEN pg_column_size(payload) < $3 THEN payload::text END AS text
+                                FROM (
+                                    SELECT
+                                        id, kind, key, subject, due_at, expires_at, payload, headers, attempts, failures,
+                                        refusals, slot_at
+                                    FROM tidings.schedules
+                                    -- The clock must be a stable function to be compared with an index. The due time is
+                                    -- checked as well: whatever happens to the slot, nothing is early.
+                                    WHERE slot_at >= coalesce($4, statement_timestamp() - interval '1 minute')
+                                        AND slot_at <= statement_timestamp()
+                                        AND due_at <= statement_timestamp()
+                                        AND (
+                                            kind = ANY($1) AND kind <> ALL(ARRAY(SELECT kind FROM tidings.paused))
+                                            OR expires_at <= statement_timestamp()
+                                        )
+                                        AND (
+                                            NOT $5
+                                            OR pg_column_size(payload)
+                                                <= CASE WHEN pg_column_compression(payload) IS NULL THEN $3::bigint ELSE $3 / 128 END
+                                        )
+                                    ORDER BY slot_at
+                                    FOR UPDATE SKIP LOCKED
+                                ) AS locked
+                                -- So that the text is made once.
+                                OFFSET 0
+                            ) AS said
+                        ) AS weighed
+                        LIMIT $2
+                    ) AS taken
+                    WHERE unit IN (1, units)
+                    -- A claim without rows has an answer as well. This part comes last, when the number has been taken.
+                    UNION ALL
+                    SELECT
+                        NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+                        statement_timestamp(),
+                        pg_current_xact_id_if_assigned()::text::bigint,
+                        least(
                             (
                                 SELECT slot_at
                                 FROM tidings.schedules
@@ -128,27 +176,34 @@ impl Store {
                                 LIMIT 1
                             ),
                             (SELECT min(until) FROM tidings.paused)
-                        ) AS next_at
-                    ) AS ahead
-                    -- A claim without rows has an answer as well.
-                    LEFT JOIN measured ON bytes_before < $3
-                    ORDER BY measured.slot_at
+                        )
                     "#,
                     kinds,
                     limit,
                     CLAIM_BYTES,
                     from,
+                    no_large,
                 )
                 .fetch_all(connection)
                 .await
             })
             .await?;
 
-        let answered = rows.first().expect("a row, or what is ahead alone");
-        let at = answered.now;
+        let answered = rows.pop().expect("what is ahead, after the rows");
+        let at = answered.now.expect("the time, which is never null");
         let next_in = answered.next_at.map(|next_at| Duration::try_from(next_at - at).unwrap_or(Duration::ZERO));
-        let behind = answered.slot_at.map(|slot_at| Duration::try_from(at - slot_at).unwrap_or(Duration::ZERO));
-        let (locked, xid) = (answered.locked_rows.unwrap_or(0), answered.xid);
+        let first_slot = rows.first().and_then(|row| row.slot_at);
+        let behind = first_slot.map(|slot_at| Duration::try_from(at - slot_at).unwrap_or(Duration::ZERO));
+        let is_cut = rows.last().is_some_and(|row| row.fits == Some(false));
+        let units: i64 = rows.iter().filter(|row| row.fits == Some(true)).filter_map(|row| row.units).sum();
+        let large = rows.iter().find(|row| row.fits == Some(true) && row.payload.is_none()).and_then(|row| row.id);
+        let mut whole = None;
+        if let Some(id) = large {
+            whole = transaction.read_large(id).await?;
+            if whole.is_none() {
+                transaction.park(id, "its payload is too long as JSON text").await?;
+            }
+        }
         let rows: Vec<Schedule> = rows
             .into_iter()
             .filter_map(|row| {
@@ -159,7 +214,7 @@ impl Store {
                     subject: row.subject,
                     due_at: row.due_at?,
                     expires_at: row.expires_at,
-                    payload: row.payload?,
+                    payload: row.payload.or_else(|| if row.fits == Some(true) { whole.take() } else { None })?,
                     headers: headers(&row.headers?),
                     attempts: count(row.attempts?),
                     failures: count(row.failures?),
@@ -167,15 +222,16 @@ impl Store {
                 })
             })
             .collect();
-        let due = locked == limit || usize::try_from(locked).is_ok_and(|locked| locked > rows.len());
+        let due = is_cut || units == limit;
         let (outlook, behind) = (Outlook { due, next_in }, behind.unwrap_or_default());
-        let Some(xid) = xid else {
-            transaction.end("ROLLBACK").await?;
-            return Ok(Claimed { claim: None, outlook, behind, at, asked_at });
+        let (Some(xid), false) = (answered.xid, rows.is_empty()) else {
+            // Without a row nothing was changed, unless one was parked.
+            transaction.end("COMMIT").await?;
+            return Ok(Claimed { claim: None, outlook, behind, at, asked_at, begin });
         };
         self.low_water.sample(Sample { at, xid }, doubt);
-        let claim = Claim { transaction, clock: DatabaseClock::new(at, asked_at), rows };
-        Ok(Claimed { claim: Some(claim), outlook, behind, at, asked_at })
+        let claim = Claim { transaction, clock: DatabaseClock::new(at, asked_at), rows, large: large.is_some() };
+        Ok(Claimed { claim: Some(claim), outlook, behind, at, asked_at, begin })
     }
 }
 
@@ -199,7 +255,7 @@ impl Claim {
 }
 
 impl Transaction {
-    async fn begin(mut connection: Connection) -> Result<Self, StoreError> {
+    pub(super) async fn begin(mut connection: Connection) -> Result<Self, StoreError> {
         connection.run("begin to claim", async |connection| sqlx::query("BEGIN").execute(connection).await).await?;
         Ok(Self { connection, open: true })
     }

@@ -7,9 +7,10 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use time::OffsetDateTime;
+use tracing::warn;
 use uuid::Uuid;
 
-use super::claim::Claim;
+use super::claim::{Claim, Transaction};
 use super::{Connection, StoreError};
 use crate::backoff::REFUSED;
 use crate::broker::Confirmed;
@@ -179,6 +180,16 @@ impl Claim {
     /// Runs a statement without parameters and without an answer.
     async fn run(&mut self, doing: &'static str, sql: &'static str) -> Result<(), StoreError> {
         self.transaction.connection.run(doing, async |session| sqlx::query(sql).execute(session).await).await.map(drop)
+    }
+}
+
+impl Transaction {
+    /// Sets a row aside of which no plugin was asked.
+    pub(super) async fn park(&mut self, id: Uuid, reason: &str) -> Result<(), StoreError> {
+        warn!(schedule.id = %id, reason, "parked {id}");
+        let mut parked = Parked::default();
+        parked.add(id, reason, None);
+        parked.execute(&mut self.connection).await
     }
 }
 
