@@ -14,8 +14,10 @@
 mod canary;
 mod connection;
 mod dead_letters;
+mod definitions;
 mod doctor;
 pub mod headers;
+mod keep;
 pub mod letter;
 mod management;
 mod publisher;
@@ -36,10 +38,11 @@ use crate::wake::Wake;
 
 pub use canary::CanaryInbox;
 pub use dead_letters::{DeadLetters, Letter, Pile, Sent};
-pub use doctor::{Found, Own, Visit};
+pub use doctor::{Found, Visit};
 pub use letter::Sending;
-pub use management::{Management, ManagementError, Policy};
+pub use management::{Management, ManagementError, Seen};
 pub use publisher::{Confirmed, Verdict};
+pub use topology::Own;
 
 /// For a connection, logging in included.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
@@ -106,14 +109,22 @@ pub enum BrokerError {
     },
     /// What exists is not what we need.
     #[error(
-        "could not declare {what}: it exists with other arguments; rename it with TIDINGS_EXCHANGE, or delete what is there"
+        "could not declare {what}: it exists with other arguments; rename it with TIDINGS_EXCHANGE, or stop the daemons, empty it (`tidings dead replay`, `tidings parked retry --all`) and delete it: the daemon declares it again"
     )]
     Mismatch {
-        /// The exchange or queue.
+        /// The exchange or queue, and what it ought to be.
         what: String,
         /// What it said, which names the argument.
         #[source]
         source: lapin::Error,
+    },
+    /// Something of ours is not there, and we may not make it.
+    #[error(
+        "our user may not declare what is missing: {what}; declare it (`tidings topology` prints all of it as definitions for RabbitMQ), or let the user configure it"
+    )]
+    Missing {
+        /// What is missing, and what each must be.
+        what: String,
     },
     /// It could not do what we asked.
     #[error("could not {doing}")]
@@ -156,6 +167,10 @@ pub struct Broker {
     open: AtomicBool,
     /// Why it takes no message although it is open.
     refusals: Sentences,
+    /// Why the last attempt to connect failed, while there is no connection.
+    failure: std::sync::Mutex<Option<String>>,
+    /// What is known of what is ours.
+    ledger: Mutex<keep::Ledger>,
     wake: Arc<Wake>,
 }
 
@@ -188,6 +203,8 @@ impl Broker {
             idle_channels: Mutex::new(Vec::new()),
             open: AtomicBool::new(false),
             refusals: Sentences::default(),
+            failure: std::sync::Mutex::default(),
+            ledger: Mutex::default(),
             wake,
         }
     }
@@ -213,6 +230,16 @@ impl Broker {
     /// No row waits for a message of its own: whether one would be taken is not known any more.
     pub fn nothing_waits(&self) {
         self.refusals.say(PUBLISHING, None);
+    }
+
+    /// Why there is no connection, in the words of the last attempt to make one.
+    ///
+    /// # Panics
+    ///
+    /// Never: nobody panics with it.
+    #[must_use]
+    pub fn failure(&self) -> Option<String> {
+        self.failure.lock().expect("nobody panics with it").clone()
     }
 
     /// Whether there is a connection, and whether RabbitMQ blocks it.

@@ -177,6 +177,7 @@ impl ByHand {
     /// As [`ByHand::waiting`].
     pub async fn look(&self, pile: Pile, most: u32, mut see: impl FnMut(Letter)) -> Result<u32, ByHandError> {
         let waiting = self.waiting(pile).await?;
+        self.letters.come_back(pile).await?;
         let mut left = waiting.min(most);
         while left > 0 {
             window(&self.letters, pile, &mut left).await?.into_iter().for_each(&mut see);
@@ -236,6 +237,10 @@ impl ByHand {
     ) -> Result<Done, ByHandError> {
         let mut done = Done::default();
         let mut waiting = self.waiting(Pile::Parked).await?;
+        if matches!(wanted, Wanted::Ids(_)) {
+            // The others are only looked at.
+            self.letters.come_back(Pile::Parked).await?;
+        }
         while waiting > 0 && !shutdown.is_cancelled() {
             let clock = self.pass.clock().await?;
             let mut back = Vec::new();
@@ -277,6 +282,10 @@ impl ByHand {
     ) -> Result<Done, ByHandError> {
         let mut done = Done::default();
         let mut waiting = self.waiting(Pile::Parked).await?;
+        if matches!(wanted, Wanted::Ids(_)) {
+            // The others are only looked at.
+            self.letters.come_back(Pile::Parked).await?;
+        }
         while waiting > 0 && !shutdown.is_cancelled() {
             // The lock is still ours.
             self.pass.clock().await?;

@@ -18,6 +18,7 @@ mod ready;
 mod run;
 mod schedule;
 mod times;
+mod topology;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -89,6 +90,9 @@ enum Command {
     /// Creates or updates the schema `tidings` in the database
     #[command(after_help = "Example:\n  tidings migrate --database-url postgres://owner:secret@db/shop")]
     Migrate(DatabaseArgs),
+    /// Prints what the daemon needs in RabbitMQ, as definitions to import: exchanges, queues, the binding, and the fewest
+    /// permissions of its user
+    Topology(topology::TopologyArgs),
     /// Prints what a shell needs to complete the command line
     Completions(completions::CompletionsArgs),
 }
@@ -130,6 +134,7 @@ pub fn main() -> ExitCode {
         Command::Cancel(args) => runtime.block_on(schedule::cancel(args, output)),
         Command::Pause(args) => runtime.block_on(pause::pause(args, output)),
         Command::Resume(args) => runtime.block_on(pause::resume(args, output)),
+        Command::Topology(args) => topology::topology(args),
         Command::Completions(args) => completions::completions(&args, Cli::command()),
         Command::Migrate(args) => match args.check() {
             Ok(url) => runtime.block_on(migrate::migrate(&url, output)),

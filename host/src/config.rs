@@ -44,11 +44,9 @@ pub struct HttpArgs {
     http_addr: String,
 }
 
-/// Where the two servers are: all that work by hand on dead letters and parked rows needs.
+/// Where RabbitMQ is, and what is the daemon's there: all that `tidings topology` needs.
 #[derive(Args, Clone, Debug)]
-pub struct ServerArgs {
-    #[command(flatten)]
-    database: DatabaseArgs,
+pub struct BrokerArgs {
     /// Where RabbitMQ is, such as `amqp://user:password@host/vhost`
     #[arg(long, env = "TIDINGS_AMQP_URL", hide_env_values = true, value_name = "URL")]
     amqp_url: Option<String>,
@@ -58,6 +56,15 @@ pub struct ServerArgs {
     /// The type of the daemon's own queues, classic or quorum
     #[arg(long, env = "TIDINGS_QUEUE_TYPE", value_name = "TYPE", default_value = "classic")]
     queue_type: String,
+}
+
+/// Where the two servers are: all that work by hand on dead letters and parked rows needs.
+#[derive(Args, Clone, Debug)]
+pub struct ServerArgs {
+    #[command(flatten)]
+    database: DatabaseArgs,
+    #[command(flatten)]
+    broker: BrokerArgs,
     /// How often a dead letter may be replayed before it is parked; 0 = as often as it takes
     #[arg(long, env = "TIDINGS_REPLAY_MAX", value_name = "N", default_value = "0")]
     replay_max: String,
@@ -81,6 +88,10 @@ pub struct RunArgs {
     /// The time from one pass over the dead letters to the next, in milliseconds
     #[arg(long, env = "TIDINGS_REPLAY_INTERVAL_MS", value_name = "MS", default_value = "900000")]
     replay_interval_ms: String,
+    /// Where RabbitMQ's management API is, such as `http://user:password@host:15672`: policies, bindings and alarms are seen
+    /// there
+    #[arg(long, env = "TIDINGS_MANAGEMENT_URL", hide_env_values = true, value_name = "URL")]
+    management_url: Option<String>,
     /// What a person must know to act on the page: 16 to 256 printable ASCII characters; without it the page only shows
     #[arg(long, env = "TIDINGS_HTTP_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     http_token: Option<HttpToken>,
@@ -101,14 +112,11 @@ pub struct RunArgs {
     history_days: String,
 }
 
-/// The settings of `tidings doctor`, as they were typed: the daemon's, which it checks as well, and one of its own.
+/// The settings of `tidings doctor`, as they were typed: the daemon's, which it checks as well.
 #[derive(Args, Debug)]
 pub struct DoctorArgs {
     #[command(flatten)]
     run: RunArgs,
-    /// Where RabbitMQ's management API is, such as `http://user:password@host:15672`: policies and alarms are seen there
-    #[arg(long, env = "TIDINGS_MANAGEMENT_URL", hide_env_values = true, value_name = "URL")]
-    management_url: Option<String>,
 }
 
 /// Where the two servers are, checked.
@@ -135,6 +143,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// `TIDINGS_HTTP_ADDR`; port 0 = any that is free.
     pub http_addr: SocketAddr,
+    /// `TIDINGS_MANAGEMENT_URL`; `None`, the default = what AMQP does not tell is not looked at.
+    pub management_url: Option<SecretUrl>,
     /// `TIDINGS_HTTP_TOKEN`; `None`, the default = the page only shows.
     pub http_token: Option<HttpToken>,
     /// `TIDINGS_SWEEP_MS`, 10 ms to an hour; default 5 s.
@@ -172,20 +182,19 @@ impl DatabaseArgs {
     }
 }
 
-impl ServerArgs {
+impl BrokerArgs {
     /// Checks the settings.
     ///
     /// # Errors
     ///
     /// With all mistakes.
-    pub fn check(self) -> Result<ServerSettings, Mistakes> {
+    pub fn check(self) -> Result<BrokerSettings, Mistakes> {
         let mut mistakes = unknown_variables();
         let settings = self.settings(&mut mistakes);
         settings.filter(|_| mistakes.is_empty()).ok_or(Mistakes(mistakes))
     }
 
-    fn settings(self, mistakes: &mut Vec<String>) -> Option<ServerSettings> {
-        let database_url = self.database.url(mistakes);
+    fn settings(self, mistakes: &mut Vec<String>) -> Option<BrokerSettings> {
         let url = url("TIDINGS_AMQP_URL", self.amqp_url, &["amqp://", "amqps://"], mistakes, |url| {
             crate::broker::check_url(url)
         });
@@ -203,10 +212,28 @@ impl ServerArgs {
                 None
             }
         };
+        Some(BrokerSettings { url: url?, exchange, queue_type: queue_type? })
+    }
+}
+
+impl ServerArgs {
+    /// Checks the settings.
+    ///
+    /// # Errors
+    ///
+    /// With all mistakes.
+    pub fn check(self) -> Result<ServerSettings, Mistakes> {
+        let mut mistakes = unknown_variables();
+        let settings = self.settings(&mut mistakes);
+        settings.filter(|_| mistakes.is_empty()).ok_or(Mistakes(mistakes))
+    }
+
+    fn settings(self, mistakes: &mut Vec<String>) -> Option<ServerSettings> {
+        let database_url = self.database.url(mistakes);
+        let broker = self.broker.settings(mistakes);
         let replay_max = number("TIDINGS_REPLAY_MAX", &self.replay_max, 0, 1_000_000, mistakes);
         let traces = traces::traces(|name| std::env::var(name).ok(), mistakes);
-        let broker = BrokerSettings { url: url?, exchange, queue_type: queue_type? };
-        Some(ServerSettings { database_url: database_url?, broker, replay_max: replay_max?, traces })
+        Some(ServerSettings { database_url: database_url?, broker: broker?, replay_max: replay_max?, traces })
     }
 }
 
@@ -281,6 +308,11 @@ impl RunArgs {
             ));
         }
         let http_addr = self.http.addr(mistakes);
+        let management_url = self.management_url.filter(|url| !url.is_empty()).and_then(|given| {
+            url("TIDINGS_MANAGEMENT_URL", Some(given), &["http://", "https://"], mistakes, |url| {
+                Management::new(url).map(drop)
+            })
+        });
         let http_token = self.http_token.filter(|token| !token.is_empty());
         if let Some(mistake) = http_token.as_ref().and_then(HttpToken::mistake) {
             mistakes.push(format!("TIDINGS_HTTP_TOKEN {mistake}"));
@@ -313,6 +345,7 @@ impl RunArgs {
             plugin_dir: plugin_dir?,
             state_dir,
             http_addr: http_addr?,
+            management_url,
             http_token,
             sweep: Duration::from_millis(sweep_ms?.into()),
             replay_interval: Duration::from_millis(replay_interval_ms?.into()),
@@ -326,22 +359,15 @@ impl RunArgs {
 }
 
 impl DoctorArgs {
-    /// Checks the settings; the second is where the management API is, if it was given. That the plugin directory is not
-    /// there is for the doctor to say.
+    /// Checks the settings. That the plugin directory is not there is for the doctor to say.
     ///
     /// # Errors
     ///
     /// With all mistakes.
-    pub fn check(self) -> Result<(Config, Option<SecretUrl>), Mistakes> {
+    pub fn check(self) -> Result<Config, Mistakes> {
         let mut mistakes = unknown_variables();
         let config = self.run.settings(&mut mistakes);
-        let given = self.management_url.filter(|url| !url.is_empty());
-        let management = given.and_then(|given| {
-            url("TIDINGS_MANAGEMENT_URL", Some(given), &["http://", "https://"], &mut mistakes, |url| {
-                Management::new(url).map(drop)
-            })
-        });
-        config.filter(|_| mistakes.is_empty()).map(|config| (config, management)).ok_or(Mistakes(mistakes))
+        config.filter(|_| mistakes.is_empty()).ok_or(Mistakes(mistakes))
     }
 }
 

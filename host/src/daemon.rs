@@ -13,12 +13,13 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::{info, warn};
 
 use crate::backoff::RECONNECT;
-use crate::broker::Broker;
+use crate::broker::{Broker, Management};
 use crate::canary::Canary;
 use crate::config::Config;
 use crate::dispatcher::{Dispatcher, LANES};
 use crate::health::Health;
 use crate::http::{Http, Shown};
+use crate::keeper::Keeper;
 use crate::listener::Listener;
 use crate::plugins::{self, Engine, Metering, Registry, StateDir};
 use crate::replayer::Replayer;
@@ -76,6 +77,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         return drain(loops, &last).await;
     }
 
+    let management = config.management_url.as_ref().map(Management::of);
+    let keeper = Keeper { broker: Arc::clone(&broker), management, health: Arc::clone(&health) };
+    spawn(&mut loops, keeper.run(shutdown.clone()));
     let (listener_ready, listening) = oneshot::channel();
     let listener = Listener {
         store: store.clone(),

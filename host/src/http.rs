@@ -96,6 +96,8 @@ impl FromRef<Arc<Site>> for Shown {
 struct Ready {
     ready: bool,
     reasons: Vec<String>,
+    /// What somebody should know, and is no reason.
+    notes: Vec<String>,
 }
 
 /// What `GET /api/plugins` answers.
@@ -211,14 +213,15 @@ async fn is_ready(State(shown): State<Shown>) -> Response {
     let (reasons, _) = readiness(&shown).await;
     let ready = reasons.is_empty();
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(Ready { ready, reasons })).into_response()
+    (status, Json(Ready { ready, reasons, notes: shown.health.notes() })).into_response()
 }
 
 /// Why rows that fall due now are not delivered now, and whether the database answers.
 async fn readiness(shown: &Shown) -> (Vec<String>, bool) {
     let mut reasons = shown.health.lacking(shown.notify);
     if !shown.broker.is_open() {
-        reasons.push(format!("RabbitMQ at {} is away, or blocks publishing", shown.broker.place()));
+        let why = shown.broker.failure().map_or_else(String::new, |why| format!(": {why}"));
+        reasons.push(format!("RabbitMQ at {} is away, or blocks publishing{why}", shown.broker.place()));
     }
     reasons.extend(shown.broker.refusal());
     // A task of its own: a statement that was sent is seen through, whoever still waits for it.

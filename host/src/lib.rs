@@ -14,6 +14,7 @@ pub mod canary;
 pub mod delivery;
 pub mod dispatcher;
 pub mod held;
+pub mod keeper;
 pub mod listener;
 pub mod replayer;
 pub mod wake;

@@ -119,7 +119,8 @@ impl Replayer {
         pass: &mut Pass,
         shutdown: &CancellationToken,
     ) -> Result<Tally, PassError> {
-        letters.declare().await?;
+        // Should somebody have deleted them.
+        self.broker.keep().await?;
         let count = |window: Tally| {
             count_replays(&window);
             count_expired(Expired::DeadLetter, window.expired);

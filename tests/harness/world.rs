@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use lapin::types::{AMQPValue, FieldTable};
+use serde_json::{Value, json};
 use sqlx::postgres::{PgPool, PgPoolOptions};
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection, Row as _};
 use time::OffsetDateTime;
@@ -118,7 +119,16 @@ impl World {
     ///
     /// When it cannot be made.
     pub async fn empty() -> Self {
-        Self::made(shared()).await
+        Self::made(shared(), None).await
+    }
+
+    /// A world without a plugin and without a daemon, in whose virtual host a queue declared without a type is a quorum queue.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot be made.
+    pub async fn of_quorum_queues() -> Self {
+        Self::made(shared(), Some("quorum")).await
     }
 
     /// A world on servers of its own, which may be stopped and started again.
@@ -128,19 +138,19 @@ impl World {
     /// When it cannot be made.
     pub async fn on(servers: &Servers, plugins: &[&str]) -> Self {
         template(servers, &built().daemon);
-        let world = Self::made(servers).await;
+        let world = Self::made(servers, None).await;
         for plugin in plugins {
             world.install(plugin);
         }
         world
     }
 
-    async fn made(servers: &Servers) -> Self {
+    async fn made(servers: &Servers, default_queue_type: Option<&str>) -> Self {
         let name = format!("t{}", Uuid::new_v4().simple());
         let port = servers.postgres_port;
         execute(port, &format!("CREATE DATABASE {name} TEMPLATE {TEMPLATE}")).await;
         let db = PgPoolOptions::new().max_connections(4).connect(&database_url(port, &name)).await.expect("a database");
-        create_vhost(servers.management_port, &name);
+        create_vhost(servers.management_port, &name, default_queue_type);
         let broker = Broker::connect(&amqp_url(servers.rabbitmq_port, &name)).await;
         let plugin_dir = crate::target().join("plugin-dirs").join(&name);
         std::fs::create_dir_all(&plugin_dir).expect("a directory");
@@ -272,6 +282,16 @@ impl World {
         format!("http://guest:guest@127.0.0.1:{}", self.management_port)
     }
 
+    /// Asks RabbitMQ's management API, or tells it something; an answer without a text is null.
+    ///
+    /// # Panics
+    ///
+    /// When it refuses.
+    #[must_use]
+    pub fn manage(&self, method: &str, path: &str, body: Option<&Value>) -> Value {
+        manage(&self.management_url(), method, path, body)
+    }
+
     /// A queue of this world, bound to the daemon's exchange with `keys`, and rejecting to its dead letters.
     pub async fn inbox(&self, keys: &[&str]) -> Inbox {
         let mut arguments = FieldTable::default();
@@ -339,8 +359,22 @@ pub fn amqp_url(port: u16, vhost: &str) -> String {
     format!("amqp://guest:guest@127.0.0.1:{port}/{vhost}")
 }
 
-fn create_vhost(management_port: u16, vhost: &str) {
-    let url = format!("http://127.0.0.1:{management_port}/api/vhosts/{vhost}");
-    let answer = ureq::put(&url).header("Authorization", GUEST).send_empty();
-    answer.unwrap_or_else(|error| panic!("the virtual host {vhost} could not be made: {error}"));
+fn create_vhost(management_port: u16, vhost: &str, default_queue_type: Option<&str>) {
+    // The first name is that of 3.10, the second that of later releases.
+    let body = default_queue_type.map_or_else(
+        || json!({}),
+        |queue_type| json!({ "defaultqueuetype": queue_type, "default_queue_type": queue_type }),
+    );
+    manage(&format!("http://guest:guest@127.0.0.1:{management_port}"), "PUT", &format!("vhosts/{vhost}"), Some(&body));
+}
+
+/// Asks RabbitMQ's management API, or tells it something; an answer without a text is null.
+fn manage(url: &str, method: &str, path: &str, body: Option<&Value>) -> Value {
+    let request = ureq::http::Request::builder().method(method).uri(format!("{url}/api/{path}"));
+    let request = request.header("Content-Type", "application/json");
+    let text = body.map(ToString::to_string).unwrap_or_default();
+    let mut answer = ureq::run(request.body(text).expect("a request"))
+        .unwrap_or_else(|error| panic!("{method} {path} of RabbitMQ's management API failed: {error}"));
+    let text = answer.body_mut().read_to_string().expect("text");
+    if text.is_empty() { Value::Null } else { serde_json::from_str(&text).expect("JSON") }
 }

@@ -50,7 +50,7 @@ async fn a_deployment_that_is_well_is_ok_in_every_line() {
     let (code, output) = settings.subcommand("doctor").with("TIDINGS_HTTP_ADDR", addr).finished().await;
 
     assert_eq!(code, 0, "{output}");
-    assert_eq!(counts(&output), [27, 0, 0, 0], "{output}");
+    assert_eq!(counts(&output), [28, 0, 0, 0], "{output}");
     assert!(output.contains("3 triggers") && output.contains("11 indexes"), "{output}");
 }
 

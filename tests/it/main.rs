@@ -37,6 +37,7 @@ mod sizes;
 mod soak;
 mod sql;
 mod tls;
+mod topology;
 mod traces;
 mod unfinished;
 mod unfit;

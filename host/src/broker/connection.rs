@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::sieve::{Sieve, SievingReactor};
-use super::{Broker, BrokerError, CLOSE_DEADLINE, CONNECT_DEADLINE, PUBLISHING, topology};
+use super::{Broker, BrokerError, CLOSE_DEADLINE, CONNECT_DEADLINE, PUBLISHING};
 use crate::backoff::RECONNECT;
 use crate::trust;
 use crate::wake::Reason;
@@ -37,6 +37,7 @@ impl Broker {
             match connected {
                 Ok(connection) => {
                     failures = 0;
+                    self.failed(None);
                     info!(broker = self.place(), exchange = self.exchange, "connected to RabbitMQ");
                     if let Some(ready) = ready.take() {
                         ready();
@@ -48,6 +49,7 @@ impl Broker {
                 Err(error @ BrokerError::Mismatch { .. }) if ready.is_some() => return Err(error),
                 Err(error) => {
                     warn!(error = &error as &dyn std::error::Error, "RabbitMQ cannot be used, trying again");
+                    self.failed(Some(format!("{:#}", anyhow::Error::from(error))));
                 }
             }
             let delay = RECONNECT.jittered(failures);
@@ -62,8 +64,12 @@ impl Broker {
 
     async fn connect(&self) -> Result<Connection, BrokerError> {
         let connection = self.connect_only("tidings").await?;
-        topology::declare(&connection, &self.exchange, self.queue_type).await?;
+        self.keep_on(&connection, true).await?;
         Ok(connection)
+    }
+
+    fn failed(&self, why: Option<String>) {
+        *self.failure.lock().expect("nobody panics with it") = why;
     }
 
     /// A connection on which nothing has been declared.

@@ -16,7 +16,7 @@ use lapin::types::{FieldTable, ShortString};
 use lapin::{Channel, Confirmation, Connection};
 
 use super::letter::{self, Sending};
-use super::{Broker, BrokerError, CLOSE_DEADLINE, QueueType, topology, within};
+use super::{Broker, BrokerError, CLOSE_DEADLINE, Own, QueueType, topology, within};
 use crate::dead_letter::DeadLetter;
 
 /// How long the confirms of a window may take.
@@ -29,6 +29,15 @@ pub enum Pile {
     Dead,
     /// `tidings.parking`
     Parked,
+}
+
+impl Pile {
+    fn own(self) -> Own {
+        match self {
+            Self::Dead => Own::Dead,
+            Self::Parked => Own::Parking,
+        }
+    }
 }
 
 /// A letter that was fetched and is not acknowledged yet.
@@ -111,13 +120,22 @@ impl DeadLetters {
         queue(&self.exchange, pile)
     }
 
-    /// Declares the queues, should somebody have deleted them.
+    /// Makes sure that letters that are only looked at come back, however often: from a queue that is neither of those that we
+    /// declare, RabbitMQ may throw them away after some times. The queue must be there.
     ///
     /// # Errors
     ///
-    /// When they exist with other arguments, or the broker does not answer.
-    pub async fn declare(&self) -> Result<(), BrokerError> {
-        topology::declare(&self.connection, &self.exchange, self.queue_type).await
+    /// When it is another, or the broker does not answer.
+    pub async fn come_back(&self, pile: Pile) -> Result<(), BrokerError> {
+        let declare = |queue_type| topology::declare(&self.connection, pile.own(), &self.exchange, queue_type);
+        // Who may not declare cannot compare, and looks all the same.
+        let Err(error) = declare(self.queue_type).await else { return Ok(()) };
+        let other = match self.queue_type {
+            QueueType::Classic => QueueType::Quorum,
+            QueueType::Quorum => QueueType::Classic,
+        };
+        let is_other = matches!(error, BrokerError::Mismatch { .. }) && declare(other).await.is_ok();
+        if is_other { Ok(()) } else { Err(error) }
     }
 
     /// How many letters lie there now.
@@ -228,10 +246,7 @@ impl DeadLetters {
 }
 
 fn queue(exchange: &str, pile: Pile) -> ShortString {
-    match pile {
-        Pile::Dead => format!("{exchange}.dead").into(),
-        Pile::Parked => format!("{exchange}.parking").into(),
-    }
+    pile.own().name(exchange).into()
 }
 
 async fn count_letters(channel: &Channel, queue: ShortString) -> Result<u32, BrokerError> {

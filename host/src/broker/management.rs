@@ -1,5 +1,5 @@
-//! RabbitMQ's management API, for what AMQP does not tell: the policies of our queues, and alarms. Only `tidings doctor`
-//! asks it, and it may be left out.
+//! RabbitMQ's management API, for what AMQP does not tell: the types and policies of our queues, whether one is bound, and
+//! alarms. It may be left out.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use serde_json::Value;
 use thiserror::Error;
 use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
-use super::{Broker, QueueType};
+use super::{Broker, Own, QueueType};
 use crate::secret_url::SecretUrl;
 
 /// For each question, everything included.
@@ -18,8 +18,8 @@ const DEADLINE: Duration = Duration::from_secs(10);
 /// What a policy may say of a queue that makes letters vanish from it.
 const LOSES: [&str; 6] =
     ["message-ttl", "max-length", "max-length-bytes", "expires", "overflow", "dead-letter-exchange"];
-/// The same, of a quorum queue alone: the argument that the daemon declares with would not count, being higher.
-const QUORUM_LOSES: &str = "delivery-limit";
+/// A limit on how often a letter may come back that nobody reaches; ours.
+const NEVER: i64 = i32::MAX as i64;
 
 /// Why it could not be asked.
 #[derive(Debug, Error)]
@@ -61,16 +61,33 @@ pub struct Management {
     authorization: Option<String>,
 }
 
-/// What the policies say of a queue.
+/// What matters of one of our queues, as the API describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Policy {
-    /// Their names.
-    pub names: String,
-    /// What of it makes letters vanish.
+pub struct Seen {
+    /// The names of its policies.
+    pub policies: String,
+    /// What of them makes letters vanish.
     pub loses: Vec<String>,
+    /// `classic`, `quorum` or another.
+    pub queue_type: String,
+    /// How often a letter may come back before RabbitMQ throws it away, if anybody may live to see that: by an argument, a
+    /// policy, or the default of RabbitMQ 4.
+    pub limit: Option<i64>,
+    /// Whether the API knows its policies yet, which takes it some seconds.
+    pub complete: bool,
 }
 
 impl Management {
+    /// Where the settings say it is.
+    ///
+    /// # Panics
+    ///
+    /// If `url` was not checked by the configuration.
+    #[must_use]
+    pub fn of(url: &SecretUrl) -> Self {
+        Self::new(url).expect("the configuration accepts only URLs that can be understood")
+    }
+
     /// Understands a URL.
     ///
     /// # Errors
@@ -98,16 +115,30 @@ impl Management {
         Ok(Self { base, place: place.to_owned(), authorization })
     }
 
-    /// What the policies say of a queue, as far as it matters to us.
+    /// What matters of one of our queues; `None` = it is not there.
     ///
     /// # Errors
     ///
     /// When it cannot be asked.
-    pub async fn policy(&self, broker: &Broker, queue: &str) -> Result<Policy, ManagementError> {
-        let encoded = |name| utf8_percent_encode(name, NON_ALPHANUMERIC);
-        let path = format!("/api/queues/{}/{}", encoded(&broker.uri.vhost), encoded(queue));
+    pub async fn queue(&self, broker: &Broker, own: Own) -> Result<Option<Seen>, ManagementError> {
+        let path = format!("/api/queues/{}/{}", encoded(&broker.uri.vhost), encoded(&own.name(&broker.exchange)));
         match self.get(path).await? {
-            (200, queue) => Ok(policy(&queue, broker.queue_type)),
+            (200, queue) => Ok(Some(seen(&queue))),
+            (404, _) => Ok(None),
+            (status, _) => Err(ManagementError::Status { place: self.place.clone(), status }),
+        }
+    }
+
+    /// Whether `tidings.dead` is bound to `tidings.dlx`.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be asked.
+    pub async fn is_bound(&self, broker: &Broker) -> Result<bool, ManagementError> {
+        let [source, queue] = [Own::DeadLetterExchange, Own::Dead].map(|own| encoded(&own.name(&broker.exchange)));
+        match self.get(format!("/api/bindings/{}/e/{source}/q/{queue}", encoded(&broker.uri.vhost))).await? {
+            (200, bindings) => Ok(bindings.as_array().is_some_and(|bindings| !bindings.is_empty())),
+            (404, _) => Ok(false),
             (status, _) => Err(ManagementError::Status { place: self.place.clone(), status }),
         }
     }
@@ -161,15 +192,74 @@ impl Management {
     }
 }
 
-/// What matters of a queue as the API describes it.
-fn policy(queue: &Value, queue_type: QueueType) -> Policy {
+impl Broker {
+    /// What makes letters vanish from one of our queues, or is another than was asked for, each with the way out.
+    #[must_use]
+    pub fn complaints(&self, own: Own, seen: &Seen) -> Vec<String> {
+        seen.complaints(own, &self.exchange, self.queue_type)
+    }
+}
+
+impl Seen {
+    fn complaints(&self, own: Own, exchange: &str, queue_type: QueueType) -> Vec<String> {
+        let (what, name) = (own.describe(exchange), own.name(exchange));
+        let mut complaints = Vec::new();
+        if self.queue_type != queue_type.name() {
+            complaints.push(format!(
+                "{what} is of the type {}, and TIDINGS_QUEUE_TYPE asks for {}: stop the daemons, empty it (`tidings dead replay`, `tidings parked retry --all`) and delete it",
+                self.queue_type,
+                queue_type.name()
+            ));
+        }
+        if !self.loses.is_empty() {
+            complaints.push(format!(
+                "the policy {} takes letters away from {what} ({}), and they are lost: let its pattern spare this queue",
+                self.policies,
+                self.loses.join(", ")
+            ));
+        }
+        if let Some(limit) = self.limit {
+            let by = if self.policies.is_empty() {
+                "by its argument, or by default".to_owned()
+            } else {
+                format!("see the policy {}", self.policies)
+            };
+            complaints.push(format!(
+                "RabbitMQ throws a letter in {what} away when it has come back {limit} times from whoever looked at it or gave up in the middle of a pass ({by}): give the queue a policy with a limit that is never reached, such as {{\"delivery-limit\": {NEVER}}} for ^{}$, above all others, and no lower one in an operator policy",
+                name.replace('.', "\\.")
+            ));
+        }
+        complaints
+    }
+}
+
+fn encoded(name: &str) -> String {
+    utf8_percent_encode(name, NON_ALPHANUMERIC).to_string()
+}
+
+fn seen(queue: &Value) -> Seen {
     let names = ["policy", "operator_policy"].iter().filter_map(|name| queue[name].as_str()).collect::<Vec<_>>();
     // Without a policy it is an empty list.
-    let said = queue["effective_policy_definition"].as_object();
-    let loses = said.into_iter().flatten().filter(|(name, _)| {
-        LOSES.contains(&name.as_str()) || (queue_type == QueueType::Quorum && *name == QUORUM_LOSES)
-    });
-    Policy { names: names.join(" and "), loses: loses.map(|(name, value)| format!("{name} = {value}")).collect() }
+    let policy = &queue["effective_policy_definition"];
+    let said = policy.as_object().into_iter().flatten();
+    let loses = said.filter(|(name, _)| LOSES.contains(&name.as_str()));
+    let queue_type = queue["type"].as_str().unwrap_or("classic").to_owned();
+    let limit = if queue_type != "quorum" {
+        None
+    } else if queue["delivery_limit"].is_null() {
+        // Before 4.0 it does not say what comes of both, and has no default.
+        [&queue["arguments"]["x-delivery-limit"], &policy["delivery-limit"]].into_iter().filter_map(Value::as_i64).min()
+    } else {
+        // `unlimited`, or a number.
+        queue["delivery_limit"].as_i64()
+    };
+    Seen {
+        policies: names.join(" and "),
+        loses: loses.map(|(name, value)| format!("{name} = {value}")).collect(),
+        queue_type,
+        limit: limit.filter(|limit| *limit < NEVER),
+        complete: !policy.is_null(),
+    }
 }
 
 /// What the API says when it is not well.
@@ -212,16 +302,59 @@ mod tests {
 
     #[test]
     fn a_policy_matters_only_if_letters_vanish_by_it() {
-        let none = json!({ "effective_policy_definition": [], "policy": null });
-        assert!(policy(&none, QueueType::Classic).loses.is_empty());
+        let none = json!({ "type": "classic", "effective_policy_definition": [], "policy": null });
+        assert!(seen(&none).loses.is_empty());
         let bad = json!({
+            "type": "classic",
             "policy": "all",
             "operator_policy": "limits",
             "effective_policy_definition": { "message-ttl": 1000, "queue-mode": "lazy", "delivery-limit": 5 },
         });
-        let classic = policy(&bad, QueueType::Classic);
-        assert_eq!((classic.names.as_str(), classic.loses), ("all and limits", vec!["message-ttl = 1000".to_owned()]));
-        assert_eq!(policy(&bad, QueueType::Quorum).loses.len(), 2);
+        let Seen { policies, loses, limit, .. } = seen(&bad);
+        assert_eq!((&*policies, loses, limit), ("all and limits", vec!["message-ttl = 1000".to_owned()], None));
+    }
+
+    #[test]
+    fn the_lowest_limit_on_returns_counts_and_ours_is_none() {
+        let quorum = |argument: Value, policy: Value, says: Value| {
+            let queue = json!({
+                "type": "quorum",
+                "arguments": { "x-delivery-limit": argument },
+                "effective_policy_definition": { "delivery-limit": policy },
+                "delivery_limit": says,
+            });
+            seen(&queue).limit
+        };
+        let nothing = Value::Null;
+        for (argument, policy, says, limit) in [
+            (&nothing, &nothing, &nothing, None),
+            (&nothing, &nothing, &json!(20), Some(20)),
+            (&json!(NEVER), &nothing, &nothing, None),
+            (&json!(NEVER), &json!(5), &nothing, Some(5)),
+            (&json!(3), &json!(5), &nothing, Some(3)),
+            (&json!(NEVER), &nothing, &json!(NEVER), None),
+            (&json!(NEVER), &json!(5), &json!(5), Some(5)),
+            (&nothing, &json!(-1), &json!("unlimited"), None),
+        ] {
+            assert_eq!(quorum(argument.clone(), policy.clone(), says.clone()), limit, "{argument} {policy} {says}");
+        }
+    }
+
+    #[test]
+    fn a_complaint_names_the_queue_and_the_way_out() {
+        let well = Seen {
+            policies: String::new(),
+            loses: Vec::new(),
+            queue_type: "quorum".into(),
+            limit: None,
+            complete: true,
+        };
+        assert!(well.complaints(Own::Dead, "shop", QueueType::Quorum).is_empty());
+        let bad = Seen { loses: vec!["expires = 1".into()], policies: "all".into(), limit: Some(20), ..well };
+        let complaints = bad.complaints(Own::Dead, "shop", QueueType::Classic);
+        assert_eq!(complaints.len(), 3, "{complaints:?}");
+        assert!(complaints.iter().all(|complaint| complaint.contains("the queue shop.dead")), "{complaints:?}");
+        assert!(complaints[2].contains(r#"{"delivery-limit": 2147483647} for ^shop\.dead$"#), "{complaints:?}");
     }
 
     #[test]

@@ -16,10 +16,10 @@ use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Confirmation};
 use tokio::time::{Instant, timeout_at};
-use tracing::{info, warn};
+use tracing::warn;
 use uuid::Uuid;
 
-use super::{Broker, BrokerError, PUBLISHING, topology, within};
+use super::{Broker, BrokerError, PUBLISHING, within};
 use crate::message::{HeaderValue, Message};
 
 /// How long the confirms of a batch may take. Whatever is not confirmed then is unknown.
@@ -108,12 +108,8 @@ impl Broker {
     }
 
     async fn declare_again(&self) {
-        let Some(connection) = self.connection.lock().await.clone() else { return };
-        match topology::declare(&connection, &self.exchange, self.queue_type).await {
-            Ok(()) => {
-                info!(exchange = self.exchange, "declared what is ours again; bindings are for the consumers to make");
-            }
-            Err(error) => warn!(error = &error as &dyn std::error::Error, "could not declare what is ours again"),
+        if let Err(error) = self.keep().await {
+            warn!(error = &error as &dyn std::error::Error, "could not declare what is ours again");
         }
     }
 

@@ -1,5 +1,5 @@
-//! Declares the four things that are ours: two exchanges and two queues. What exists already must be the same; consumers'
-//! queues are theirs, and never touched.
+//! The four things that are ours, two exchanges and two queues: what each must be, and one declaration of each. What exists
+//! already must be the same; consumers' queues are theirs, and never touched.
 
 use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
@@ -8,77 +8,201 @@ use lapin::{Connection, ExchangeKind};
 
 use super::{BrokerError, QueueType, within};
 
-/// Declares everything, each on a channel of its own, since a refusal closes the channel.
-pub(super) async fn declare(connection: &Connection, exchange: &str, queue_type: QueueType) -> Result<(), BrokerError> {
-    let dead_letter_exchange = format!("{exchange}.dlx");
-    let dead = format!("{exchange}.dead");
-    let parking = format!("{exchange}.parking");
+/// One of the four things that the daemon declares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Own {
+    /// `tidings`
+    Exchange,
+    /// `tidings.dlx`
+    DeadLetterExchange,
+    /// `tidings.dead`
+    Dead,
+    /// `tidings.parking`
+    Parking,
+}
 
-    declare_exchange(connection, exchange, ExchangeKind::Topic).await?;
-    declare_exchange(connection, &dead_letter_exchange, ExchangeKind::Fanout).await?;
-    for queue in [&dead, &parking] {
-        declare_queue(connection, queue, queue_type).await?;
+/// Whether RabbitMQ lets us do something that needs a permission.
+#[derive(Debug)]
+pub(super) enum Permitted {
+    /// It was done.
+    Done,
+    /// Our user may not, in the broker's words.
+    Refused(BrokerError),
+}
+
+impl QueueType {
+    /// Its name in `x-queue-type`.
+    #[must_use]
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Classic => "classic",
+            Self::Quorum => "quorum",
+        }
     }
 
-    let channel = within("open a channel", connection.create_channel()).await?;
-    let bound = channel.queue_bind(
-        dead.as_str().into(),
-        dead_letter_exchange.as_str().into(),
-        "".into(),
-        QueueBindOptions::default(),
-        FieldTable::default(),
-    );
-    within(&format!("bind the queue {dead} to the exchange {dead_letter_exchange}"), bound).await?;
-    let _ = within("close a channel", channel.close(200, "declared".into())).await;
-    Ok(())
+    /// What is looked at, or is given up in the middle of a pass, comes back, and that is counted. From 4.0 on, a quorum queue
+    /// throws away what came back 20 times, unless it is told otherwise; -1, which ought to mean never, would be at once on
+    /// 3.10.
+    pub(super) fn delivery_limit(self) -> Option<i32> {
+        match self {
+            Self::Classic => None,
+            Self::Quorum => Some(i32::MAX),
+        }
+    }
 }
 
-/// Declares an exchange of ours.
-pub(super) async fn declare_exchange(
-    connection: &Connection,
-    name: &str,
-    kind: ExchangeKind,
-) -> Result<(), BrokerError> {
-    let channel = within("open a channel", connection.create_channel()).await?;
-    let options = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
-    let declared = channel.exchange_declare(name.into(), kind, options, FieldTable::default());
-    let what = format!("the exchange {name}");
-    within(&format!("declare {what}"), declared).await.map_err(|error| mismatch(error, what))?;
-    let _ = within("close a channel", channel.close(200, "declared".into())).await;
-    Ok(())
+impl Own {
+    /// All of them, in the order in which they are declared.
+    pub const ALL: [Self; 4] = [Self::Exchange, Self::DeadLetterExchange, Self::Dead, Self::Parking];
+
+    /// Its name.
+    #[must_use]
+    pub fn name(self, exchange: &str) -> String {
+        match self {
+            Self::Exchange => exchange.to_owned(),
+            Self::DeadLetterExchange => format!("{exchange}.dlx"),
+            Self::Dead => format!("{exchange}.dead"),
+            Self::Parking => format!("{exchange}.parking"),
+        }
+    }
+
+    /// Its name, and what it is.
+    #[must_use]
+    pub fn describe(self, exchange: &str) -> String {
+        let what = if self.kind().is_some() { "exchange" } else { "queue" };
+        format!("the {what} {}", self.name(exchange))
+    }
+
+    /// All that it must be, for who declares it by other means.
+    #[must_use]
+    pub fn wanted(self, exchange: &str, queue_type: QueueType) -> String {
+        let arguments = match (self.kind(), queue_type.delivery_limit()) {
+            (Some(kind), _) => format!("durable, of the type {kind}"),
+            (None, None) => format!("durable, x-queue-type = {}", queue_type.name()),
+            (None, Some(limit)) => format!("durable, x-queue-type = {}, x-delivery-limit = {limit}", queue_type.name()),
+        };
+        let bound = match self {
+            Self::Dead => format!(", bound to {}", Self::DeadLetterExchange.name(exchange)),
+            _ => String::new(),
+        };
+        format!("{} ({arguments}{bound})", self.describe(exchange))
+    }
+
+    /// Of an exchange, how it routes; a queue has none.
+    #[must_use]
+    pub(super) fn kind(self) -> Option<&'static str> {
+        match self {
+            Self::Exchange => Some("topic"),
+            Self::DeadLetterExchange => Some("fanout"),
+            Self::Dead | Self::Parking => None,
+        }
+    }
 }
 
-/// Declares a queue of ours.
-pub(super) async fn declare_queue(
+/// Looks whether one of ours is there, for which no permission is needed, and compares nothing: how many letters lie in it
+/// (of an exchange, none), or what the broker says of its absence. It says the same of a queue whose node is down.
+pub(super) async fn look(
     connection: &Connection,
-    name: &str,
+    own: Own,
+    exchange: &str,
+) -> Result<Result<u32, String>, BrokerError> {
+    let doing = format!("look for {}", own.describe(exchange));
+    // A refusal closes the channel.
+    let channel = within("open a channel", connection.create_channel()).await?;
+    let (name, nothing) = (own.name(exchange).into(), FieldTable::default());
+    let seen = if let Some(kind) = own.kind() {
+        let passive = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
+        within(&doing, channel.exchange_declare(name, exchange_kind(kind), passive, nothing)).await.map(|()| 0)
+    } else {
+        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        within(&doing, channel.queue_declare(name, passive, nothing)).await.map(|queue| queue.message_count())
+    };
+    match seen {
+        Ok(letters) => {
+            let _ = within("close a channel", channel.close(200, "seen".into())).await;
+            Ok(Ok(letters))
+        }
+        Err(error) => match refusal(&error) {
+            Some((AMQPSoftError::NOTFOUND, said)) => Ok(Err(said)),
+            _ => Err(error),
+        },
+    }
+}
+
+/// Declares one of ours. What is there already is compared by that, and not changed.
+pub(super) async fn declare(
+    connection: &Connection,
+    own: Own,
+    exchange: &str,
     queue_type: QueueType,
-) -> Result<(), BrokerError> {
+) -> Result<Permitted, BrokerError> {
     let channel = within("open a channel", connection.create_channel()).await?;
-    let mut arguments = FieldTable::default();
-    if queue_type == QueueType::Quorum {
-        arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
-        // What is only looked at, or is given up in the middle of a pass, comes back, and that is counted. From 4.0 on,
-        // a quorum queue throws away what came back 20 times, unless it is told otherwise; -1, which ought to mean
-        // never, would be at once on 3.10.
-        arguments.insert("x-delivery-limit".into(), AMQPValue::LongInt(i32::MAX));
+    let what = own.describe(exchange);
+    let (doing, name) = (format!("declare {what}"), own.name(exchange).into());
+    let declared = if let Some(kind) = own.kind() {
+        let options = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
+        within(&doing, channel.exchange_declare(name, exchange_kind(kind), options, FieldTable::default())).await
+    } else {
+        // Never without a type: a virtual host may have another default.
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-queue-type".into(), AMQPValue::LongString(queue_type.name().into()));
+        if let Some(limit) = queue_type.delivery_limit() {
+            arguments.insert("x-delivery-limit".into(), AMQPValue::LongInt(limit));
+        }
+        within(&doing, channel.queue_declare(name, QueueDeclareOptions::durable(), arguments)).await.map(drop)
+    };
+    match declared {
+        Ok(()) => {
+            let _ = within("close a channel", channel.close(200, "declared".into())).await;
+            Ok(Permitted::Done)
+        }
+        Err(error) => permitted(error).map_err(|error| mismatch(error, own.wanted(exchange, queue_type))),
     }
-    let declared = channel.queue_declare(name.into(), QueueDeclareOptions::durable(), arguments);
-    let what = format!("the queue {name}");
-    within(&format!("declare {what}"), declared).await.map_err(|error| mismatch(error, what))?;
-    let _ = within("close a channel", channel.close(200, "declared".into())).await;
-    Ok(())
+}
+
+/// Binds `tidings.dead` to `tidings.dlx`, which changes nothing if it is bound.
+pub(super) async fn bind(connection: &Connection, exchange: &str) -> Result<Permitted, BrokerError> {
+    let channel = within("open a channel", connection.create_channel()).await?;
+    let (queue, source) = (Own::Dead.name(exchange), Own::DeadLetterExchange.name(exchange));
+    let (options, nothing) = (QueueBindOptions::default(), FieldTable::default());
+    let bound = channel.queue_bind(queue.as_str().into(), source.as_str().into(), "".into(), options, nothing);
+    match within(&format!("bind the queue {queue} to the exchange {source}"), bound).await {
+        Ok(()) => {
+            let _ = within("close a channel", channel.close(200, "bound".into())).await;
+            Ok(Permitted::Done)
+        }
+        Err(error) => permitted(error),
+    }
+}
+
+fn exchange_kind(name: &str) -> ExchangeKind {
+    if name == "topic" { ExchangeKind::Topic } else { ExchangeKind::Fanout }
+}
+
+/// What the broker refused, if that is what went wrong, and in which words.
+fn refusal(error: &BrokerError) -> Option<(AMQPSoftError, String)> {
+    let BrokerError::Operation { source, .. } = error else { return None };
+    let lapin::ErrorKind::ProtocolError(protocol) = source.kind() else { return None };
+    match protocol.kind() {
+        AMQPErrorKind::Soft(soft) => Some((soft.clone(), protocol.get_message().to_string())),
+        AMQPErrorKind::Hard(_) => None,
+    }
+}
+
+/// Tells what our user may not from everything else.
+fn permitted(error: BrokerError) -> Result<Permitted, BrokerError> {
+    match refusal(&error) {
+        Some((AMQPSoftError::ACCESSREFUSED, _)) => Ok(Permitted::Refused(error)),
+        _ => Err(error),
+    }
 }
 
 /// Tells a difference, which a person must resolve, from everything else.
 fn mismatch(error: BrokerError, what: String) -> BrokerError {
-    match error {
-        BrokerError::Operation { source, .. }
-            if matches!(source.kind(), lapin::ErrorKind::ProtocolError(error)
-                if matches!(error.kind(), AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED))) =>
-        {
+    match (refusal(&error), error) {
+        (Some((AMQPSoftError::PRECONDITIONFAILED, _)), BrokerError::Operation { source, .. }) => {
             BrokerError::Mismatch { what, source }
         }
-        error => error,
+        (_, error) => error,
     }
 }

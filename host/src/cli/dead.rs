@@ -215,6 +215,7 @@ async fn with_letters<T: fmt::Display + Serialize>(
 }
 
 async fn list(Work { by_hand, waiting, .. }: &mut Work, filter: &Filter) -> anyhow::Result<Listed> {
+    by_hand.letters.come_back(Pile::Dead).await?;
     let bar = progress(u64::from(*waiting), "looked at");
     let (now_seconds, mut listed) = (now_seconds(), 0);
     let mut groups: BTreeMap<[Option<String>; 3], (u32, Option<u64>)> = BTreeMap::new();
@@ -260,6 +261,7 @@ async fn replay(Work { by_hand, max, waiting, stop, traces }: &mut Work, filter:
 /// Says letter by letter what a pass would do, and does nothing.
 async fn dry_run(Work { by_hand, max, waiting, .. }: &mut Work, filter: &Filter) -> anyhow::Result<Replayed> {
     let ByHand { pass, letters, .. } = by_hand;
+    letters.come_back(Pile::Dead).await?;
     let (mut tally, now, mut left) = (Tally::default(), now_seconds(), *waiting);
     let mut would = Vec::new();
     while left > 0 {

@@ -46,13 +46,13 @@ struct Check {
 
 /// Checks everything, and says with its exit code whether something failed.
 pub(super) async fn run(args: DoctorArgs, output: Output) -> ExitCode {
-    let (config, management) = match args.check() {
-        Ok(checked) => checked,
+    let config = match args.check() {
+        Ok(config) => config,
         Err(mistakes) => return usage(&mistakes),
     };
     let mut report = Report { output, failed: false, checks: Vec::new() };
     postgres::check(&mut report, &config).await;
-    rabbitmq::check(&mut report, &config.servers.broker, management.as_ref()).await;
+    rabbitmq::check(&mut report, &config.servers.broker, config.management_url.as_ref()).await;
     daemon::check(&mut report, &config).await;
     output.json(&report);
     ExitCode::from(u8::from(report.failed))

@@ -20,14 +20,13 @@ fn typed(values: [&str; VARIABLES.len()]) -> RunArgs {
     RunArgs {
         servers: ServerArgs {
             database: DatabaseArgs { database_url: Some(database_url) },
-            amqp_url: Some(amqp_url),
-            exchange,
-            queue_type,
+            broker: BrokerArgs { amqp_url: Some(amqp_url), exchange, queue_type },
             replay_max,
         },
         plugin_dir: Some(plugin_dir),
         state: StateArgs { state_dir: Some("/var/lib/tidings".into()) },
         http: HttpArgs { http_addr },
+        management_url: None,
         http_token: Some(http_token.into()),
         sweep_ms,
         replay_interval_ms,

@@ -15,11 +15,14 @@ pub(super) async fn check(report: &mut Report, settings: &BrokerSettings, manage
             "policies and alarms are not to be seen over AMQP: give RabbitMQ's management API in TIDINGS_MANAGEMENT_URL, such as http://user:password@host:15672, and they are checked as well",
         );
     };
-    let management = Management::new(url).expect("the configuration accepts only URLs that can be understood");
-    for queue in there.into_iter().filter(|own| matches!(own, Own::Dead | Own::Parking)) {
+    let management = Management::of(url);
+    for queue in [Own::Dead, Own::Parking].into_iter().filter(|own| there.contains(own)) {
         if !policy(report, &broker, &management, queue).await {
             return;
         }
+    }
+    if there.contains(&Own::Dead) && !bound(report, &broker, &management).await {
+        return;
     }
     alarms(report, &management).await;
 }
@@ -38,8 +41,15 @@ async fn topology(report: &mut Report, broker: &Broker) -> Option<Vec<Own>> {
     for own in Own::ALL {
         let what = own.describe(broker.exchange());
         match visit.look(own).await {
-            Ok(Found::Ours(waiting)) => {
-                report.ok(format_args!("{what} is there, as the daemon declares it"));
+            Ok(found @ (Found::Ours(waiting) | Found::AsItIs(waiting))) => {
+                if matches!(found, Found::Ours(_)) {
+                    report.ok(format_args!("{what} is there, as the daemon declares it"));
+                } else {
+                    report.note(format_args!(
+                        "{what} is there, and our user may not declare it, so it is not compared: see that it is {}",
+                        broker.wanted(own)
+                    ));
+                }
                 there.push(own);
                 match own {
                     Own::Dead => letters[0] = Some(waiting),
@@ -48,7 +58,10 @@ async fn topology(report: &mut Report, broker: &Broker) -> Option<Vec<Own>> {
                 }
             }
             Ok(Found::Absent(said)) => {
-                report.note(format_args!("{what} is not there ({said}): `tidings run` declares it when it starts"));
+                let wanted = broker.wanted(own);
+                report.note(format_args!(
+                    "{wanted} is not there ({said}): `tidings run` declares it when it starts, if its user may"
+                ));
             }
             // It says what to do.
             Err(error @ BrokerError::Mismatch { .. }) => report.fail(format_args!("{:#}", anyhow::Error::from(error))),
@@ -82,15 +95,31 @@ fn unreached(error: BrokerError) -> String {
 
 /// Returns whether the management API can be asked again.
 async fn policy(report: &mut Report, broker: &Broker, management: &Management, queue: Own) -> bool {
-    let name = queue.name(broker.exchange());
-    match management.policy(broker, &name).await {
-        Ok(policy) if policy.loses.is_empty() => {
-            report.ok(format_args!("no policy takes letters away from the queue {name}"));
+    let complaints = match management.queue(broker, queue).await {
+        Ok(Some(seen)) => broker.complaints(queue, &seen),
+        // It went meanwhile.
+        Ok(None) => return true,
+        Err(error) => {
+            unasked(report, error);
+            return false;
         }
-        Ok(policy) => report.warn(format_args!(
-            "the policy {} takes letters away from the queue {name} ({}), and they are lost: let its pattern spare this queue",
-            policy.names,
-            policy.loses.join(", ")
+    };
+    if complaints.is_empty() {
+        report.ok(format_args!("no policy takes letters away from the queue {}", queue.name(broker.exchange())));
+    }
+    for complaint in complaints {
+        report.warn(complaint);
+    }
+    true
+}
+
+/// Returns whether the management API can be asked again.
+async fn bound(report: &mut Report, broker: &Broker, management: &Management) -> bool {
+    let (dead, source) = (Own::Dead.describe(broker.exchange()), Own::DeadLetterExchange.name(broker.exchange()));
+    match management.is_bound(broker).await {
+        Ok(true) => report.ok(format_args!("{dead} is bound to {source}")),
+        Ok(false) => report.fail(format_args!(
+            "{dead} is not bound to {source}, and what consumers reject is lost: `tidings run` binds it within seconds, or bind it by hand"
         )),
         Err(error) => {
             unasked(report, error);
