@@ -20,6 +20,7 @@ use crate::dispatcher::{Dispatcher, LANES};
 use crate::health::Health;
 use crate::http::{Http, Shown};
 use crate::keeper::Keeper;
+use crate::lifecycle::{Signals, look_again};
 use crate::listener::Listener;
 use crate::plugins::{self, Engine, Metering, Registry, StateDir};
 use crate::replayer::Replayer;
@@ -30,13 +31,13 @@ use crate::wake::Wake;
 /// How often old history is removed.
 const RETENTION_INTERVAL: Duration = Duration::from_hours(1);
 
-/// Runs the daemon until `shutdown`.
+/// Runs the daemon until `shutdown`, and looks again at what it was given at each of `hangups`.
 ///
 /// # Errors
 ///
 /// When it cannot start (the schema is not ours, the broker's topology is another, the plugin directory cannot be read),
 /// or a loop ended unasked. A server that is away is not an error: it is waited for.
-pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
+pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) -> anyhow::Result<()> {
     let wake = Arc::new(Wake::default());
     let health = Arc::new(Health::new(config.sweep));
     // The lanes, the look, holding rows and releasing them, the removal of history, the canary, HTTP, and the page.
@@ -54,8 +55,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         async move { Ok(broker.run(last, || _ = broker_ready.send(())).await?) }
     });
     let state = StateDir::open(&config.state_dir)?;
-    let engine = Engine::new(Some(&state.cache()), Metering::Time)?;
-    let registry = Arc::new(Registry::new(engine, &config.plugin_dir, state, Arc::clone(&wake)));
+    let engine = Engine::new(Some(&state), Metering::Time)?;
+    let (woken, told) = (Arc::clone(&wake), Arc::clone(&health));
+    let registry = Arc::new(Registry::new(engine, &config.plugin_dir, state, woken, told));
     // From the beginning, so that whoever asks hears what is missing.
     let shown = Shown {
         plugins: Arc::clone(&registry),
@@ -69,6 +71,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     };
     loops.spawn(http.run(shown, shutdown.clone()));
     spawn(&mut loops, telemetry::upkeep(metrics, shutdown.clone()));
+    let again = (Arc::clone(&registry), store.clone(), Arc::clone(&broker));
+    spawn(&mut loops, look_again(hangups, again.0, again.1, again.2, shutdown.clone()));
     let prepared = prepare(&config, &store, &registry);
     if unless_ended(&mut loops, &shutdown, prepared).await?.transpose()?.is_none() {
         return drain(loops, &last).await;

@@ -2,7 +2,7 @@
 //! only a confirm marks a row delivered.
 //!
 //! Whose fault a failure is decides what becomes of the row. The row's (a payload the plugin cannot use, a trap): its own
-//! attempts and backoff, then parked. The infrastructure's (no confirm, unroutable): no attempt is spent, it waits.
+//! attempts and backoff, then parked; at once, if another attempt would end the same. The infrastructure's (no confirm, unroutable): no attempt is spent, it waits.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -236,6 +236,14 @@ impl Delivery {
                 Outcome::Retry { error, after, failed: false }
             }
             BuildError::Unavailable(error, after) => Outcome::Waits { error, after },
+            BuildError::TooLarge(reason) => {
+                // Tried again, it would only be as large again.
+                let reason = format!(
+                    "{reason}; another attempt would end the same: raise the limit in the plugin's NAME.toml or mend the plugin, and put the row back"
+                );
+                warn!(schedule.id = %id, schedule.kind = kind, plugin, generation, reason, "parked {id}: it is beyond a limit of its plugin");
+                Outcome::Parked(reason)
+            }
             BuildError::Failed(reason) if schedule.failures.saturating_add(1) >= self.max_attempts => {
                 let reason = format!("failed {} times, at last: {reason}", self.max_attempts);
                 warn!(schedule.id = %id, schedule.kind = kind, plugin, generation, reason, "parked {id}");

@@ -178,6 +178,9 @@ pub enum BuildError {
     Skip(String),
     /// The plugin trapped, blew a limit or broke the contract.
     Failed(String),
+    /// The plugin blew a limit that another attempt at the same row would blow as well: of its memory, or of what it hands
+    /// over. How long a call takes is another matter.
+    TooLarge(String),
     /// The plugin was not asked, since it fails whatever it is asked; ask again after this time.
     Unavailable(String, Duration),
 }

@@ -177,6 +177,19 @@ mod tests {
     }
 
     #[test]
+    fn a_trouble_is_a_reason_until_it_is_over_and_a_note_never_is() {
+        let health = Health::new(Duration::from_secs(5));
+        health.started.store(true, Ordering::Relaxed);
+        health.note("state", Some("full".into()));
+        health.trouble("queue", Some("gone".into()));
+        health.trouble("queue", Some("still gone".into()));
+        assert_eq!((health.lacking(false), health.notes()), (vec!["still gone".to_owned()], vec!["full".to_owned()]));
+        health.note("state", None);
+        health.trouble("queue", None);
+        assert_eq!((health.lacking(false), health.notes()), (vec![], vec![]));
+    }
+
+    #[test]
     fn nothing_hangs_before_it_has_started() {
         let health = Health::new(Duration::from_secs(5));
         assert!(health.hanging().is_empty());

@@ -95,6 +95,7 @@ impl FromRef<Arc<Site>> for Shown {
 #[derive(Debug, Serialize)]
 struct Ready {
     ready: bool,
+    /// Why it is not.
     reasons: Vec<String>,
     /// What somebody should know, and is no reason.
     notes: Vec<String>,

@@ -45,7 +45,7 @@ use crate::schedule::Schedule;
 pub use allowed::Allowed;
 pub use breaker::BreakerState;
 pub use check::{LoadError, check_description, check_world};
-pub use compile::compile_here;
+pub use compile::{NOT_KEPT, compile_here};
 pub use engine::{Engine, EngineError, Metering};
 pub use inspect::{World, inspect};
 pub use limits::Limits;

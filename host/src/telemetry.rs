@@ -6,6 +6,7 @@ mod hour;
 mod json;
 mod kinds;
 mod metrics;
+mod stderr;
 mod traces;
 
 use std::io::IsTerminal as _;
@@ -14,19 +15,21 @@ use tracing_subscriber::EnvFilter;
 
 use bounded::Bounded;
 use json::Json;
+use stderr::Stderr;
 
 pub use hour::{LastHour, Minute, last_hour};
 pub use kinds::{Batch, CallResult, Calls, serve};
 pub use metrics::{
-    Expired, Reload, Server, Serving, count_claim, count_dropped_spans, count_expired, count_held, count_lost_canary,
-    count_reload, count_replays, count_wakes, look_at_process, note_next_due, record_canary, record_confirms,
-    set_backlog, set_blocked, set_connected, set_letters, set_listening, set_oldest_dead_letter, set_serving,
-    start_metrics, upkeep,
+    Expired, Reload, Server, Serving, count_claim, count_dropped_line, count_dropped_spans, count_expired, count_held,
+    count_lost_canary, count_reload, count_replays, count_wakes, look_at_process, note_next_due, record_canary,
+    record_confirms, set_backlog, set_blocked, set_connected, set_letters, set_listening, set_oldest_dead_letter,
+    set_serving, start_metrics, upkeep,
 };
 pub use traces::{Replays, Spans, TraceSettings, Traces, check_endpoint};
 
-/// Without `RUST_LOG`. The clients log the errors that they return as well, and we log those once.
-const DEFAULT: &str = "info,lapin=off,sqlx=off";
+/// Without `RUST_LOG`. The clients log the errors that they return as well, and we log those once; wasmtime's cache, that it
+/// could not write.
+const DEFAULT: &str = "info,lapin=off,sqlx=off,wasmtime_internal_cache=off";
 
 /// How the log is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,7 +44,7 @@ pub enum LogFormat {
 /// Starts the log.
 pub fn start(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| Stderr);
     match format {
         LogFormat::Text => log
             .with_ansi(std::io::stderr().is_terminal())

@@ -69,9 +69,11 @@ async fn what_misbehaves_fails_with_a_sentence_and_the_others_serve() {
 
     let mut wrong = Vec::new();
     for hostile in &hostile {
+        // What is beyond a limit of memory or output is parked at once.
         let error: String = world
             .value(&format!(
-                "SELECT last_error FROM tidings.schedules WHERE kind = '{}' AND attempts > 0",
+                "SELECT last_error FROM tidings.schedules WHERE kind = '{0}' AND attempts > 0
+                 UNION ALL SELECT reason FROM tidings.parked WHERE kind = '{0}'",
                 hostile.name
             ))
             .await;

@@ -15,7 +15,12 @@ use crate::queries::{checked, pages};
 
 /// What `/metrics` says: the value of each series, by its name and labels.
 pub(crate) async fn scrape(daemon: &mut Daemon) -> BTreeMap<String, f64> {
-    let url = format!("http://{}/metrics", daemon.http_addr().await);
+    scrape_at(&daemon.http_addr().await).await
+}
+
+/// The same of a daemon that is known by its address.
+pub(crate) async fn scrape_at(addr: &str) -> BTreeMap<String, f64> {
+    let url = format!("http://{addr}/metrics");
     let asked = tokio::task::spawn_blocking(move || {
         ureq::get(&url).call().expect("an answer").body_mut().read_to_string().expect("text")
     });

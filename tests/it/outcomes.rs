@@ -102,9 +102,7 @@ async fn a_row_that_breaks_its_plugin_backs_off_with_the_reason_and_delays_no_ot
     let broken = [
         ("trap", "it trapped (unreachable)"),
         ("spin", "more than 100 ms of CPU time (cpu-ms)"),
-        ("grow", "MiB of memory and may have 64 (memory-mib)"),
         ("recurse", "its stack overflowed"),
-        ("flood", "handed more than 1024 KiB to the host in one call (output-kib)"),
         ("empty-key", "its routing-key has 0 bytes"),
         ("reserved-header", r#"a header is named "x-death""#),
         ("many-headers", "its headers have"),
@@ -129,9 +127,34 @@ async fn a_row_that_breaks_its_plugin_backs_off_with_the_reason_and_delays_no_ot
     }
     assert_eq!(
         world.value::<i64>("SELECT count(*) FROM tidings.schedules WHERE slot_at > due_at").await,
-        8,
+        6,
         "all back off"
     );
+}
+
+#[tokio::test]
+async fn a_row_beyond_a_limit_that_a_retry_cannot_change_is_parked_at_once_with_the_limit_and_what_to_do() {
+    let world = World::with(&["misbehave"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let _daemon = world.daemon().await;
+    for (kind, limit) in [
+        ("grow", "MiB of memory and may have 64 (memory-mib)"),
+        ("flood", "handed more than 1024 KiB to the host in one call (output-kib)"),
+    ] {
+        let id = schedule(&world, kind, "{}").await;
+        world.until(&format!("SELECT count(*) = 1 FROM tidings.parked WHERE id = '{id}' AND attempts = 0")).await;
+        let reason: String = world.value(&format!("SELECT reason FROM tidings.parked WHERE id = '{id}'")).await;
+        for part in ["plugin misbehave@1+", limit, "raise the limit in the plugin's NAME.toml", "put the row back"] {
+            assert!(reason.contains(part), "{part}: {reason}");
+        }
+    }
+    // As it says.
+    std::fs::write(world.plugin_dir.join("misbehave.toml"), "[limits]\noutput-kib = 4096\n").expect("written");
+    harness::eventually("the row", async || {
+        world.sql("SELECT tidings.unpark(id) FROM tidings.parked WHERE kind = 'flood'").await;
+        inbox.within(std::time::Duration::from_millis(500)).await
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -1,5 +1,6 @@
 //! Plugins: the three of the repository end to end, what is refused when the directory is loaded, and their settings.
 
+use harness::guests::well_behaved;
 use harness::world::World;
 use serde_json::json;
 
@@ -73,6 +74,34 @@ async fn a_message_reaches_its_queue_as_the_payload_says() {
 }
 
 #[tokio::test]
+async fn a_message_takes_what_sql_takes() {
+    let world = World::with(&["message"]).await;
+    let mut inbox = world.inbox(&["large"]).await;
+    let _daemon = world.daemon().await;
+    let bodies = [
+        // Of a text every line must be unescaped; the other is passed on as it is written, longer than it is stored.
+        "to_jsonb(repeat(repeat('x', 60) || E'\\n', 16777000 / 61))",
+        "jsonb_agg(true) FROM generate_series(1, 4100000)",
+    ];
+    for body in bodies {
+        let sent: i64 = world
+            .value(&format!("SELECT octet_length((x #>> '{{}}')::text)::bigint FROM (SELECT {body}) AS y (x)"))
+            .await;
+        world
+            .sql(&format!(
+                "INSERT INTO tidings.schedules (kind, due_at, payload)
+                 SELECT 'message', now(), jsonb_build_object('routing_key', 'large', 'body', x) FROM (SELECT {body}) AS y (x)"
+            ))
+            .await;
+        let stored = "SELECT pg_column_size(payload) FROM tidings.schedules";
+        assert!(sent > 16_000_000, "{sent}, stored in {}", world.value::<i32>(stored).await);
+
+        assert_eq!(i64::try_from(inbox.next().await.delivery.data.len()).expect("it fits"), sent);
+    }
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM tidings.parked").await, 0);
+}
+
+#[tokio::test]
 async fn a_file_that_cannot_serve_is_named_and_refused_and_the_others_serve() {
     let world = World::with(&["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
@@ -132,7 +161,7 @@ async fn a_plugin_is_configured_and_limited_by_the_file_beside_it() {
     world.sql("SELECT tidings.schedule('flood', now())").await;
     assert_eq!(inbox.next().await.delivery.data.len(), 2_000_000);
     world.sql("SELECT tidings.schedule('grow', now())").await;
-    world.until("SELECT coalesce(last_error LIKE '%may have 16 (memory-mib)%', false) FROM tidings.schedules").await;
+    world.until("SELECT count(*) = 1 FROM tidings.parked WHERE reason LIKE '%may have 16 (memory-mib)%'").await;
 }
 
 #[tokio::test]
@@ -152,4 +181,39 @@ async fn what_a_plugin_logs_is_bounded_and_harmless() {
         log.lines().filter(|line| line.contains("plugin=\"misbehave@1+") && line.contains("line ")).collect();
     assert_eq!(lines.len(), 100);
     assert!(lines.iter().all(|line| line.len() < 5_000 && !line.contains('\u{1b}')), "{}", lines[0]);
+}
+
+#[tokio::test]
+async fn many_plugins_serve_when_the_daemon_is_ready_and_of_two_with_one_kind_the_first_by_name() {
+    const PLUGINS: usize = 60;
+    let world = World::empty().await;
+    for number in 0..PLUGINS {
+        let name = format!("p{number:02}");
+        world.put(&format!("{name}.wasm"), &well_behaved(&name, &[&name], &name));
+        // Each has a rival with a later name, of which half are ready sooner, since their code is kept already.
+        world.put(&format!("q{number:02}.wasm"), &well_behaved("rival", &[&name], &name));
+    }
+    let mut inbox = world.inbox(&["hostile.#"]).await;
+
+    for start in 1..=2 {
+        let daemon = world.daemon_of_many().await;
+        let log = daemon.log();
+        assert_eq!(log.matches("refused the plugin ").count(), PLUGINS, "{log}");
+        for number in 0..PLUGINS {
+            world.sql(&format!("SELECT tidings.schedule('p{number:02}', now())")).await;
+        }
+        let mut keys = Vec::new();
+        for _ in 0..PLUGINS {
+            keys.push(inbox.next().await.delivery.routing_key.to_string());
+        }
+        keys.sort();
+        let expected: Vec<String> = (0..PLUGINS).map(|number| format!("hostile.p{number:02}")).collect();
+        assert_eq!(keys, expected, "start {start}");
+        assert!(daemon.stop().await.success());
+        // Some of the first are compiled anew at the next start.
+        for number in (0..PLUGINS).step_by(2) {
+            let name = format!("p{number:02}");
+            world.put(&format!("{name}.wasm"), &well_behaved(&name, &[&name], "anew"));
+        }
+    }
 }

@@ -12,15 +12,15 @@ use harness::world::World;
 use crate::replay::{often, reject, send};
 
 /// A world whose servers show certificates for `localhost`.
-struct Trusting<'a> {
-    world: &'a World,
+pub(crate) struct Trusting<'a> {
+    pub(crate) world: &'a World,
     /// Where RabbitMQ speaks TLS.
-    amqps_port: u16,
+    pub(crate) amqps_port: u16,
 }
 
 impl Trusting<'_> {
     /// `launch` over TLS to `host`, for somebody who trusts the authority in `authority`.
-    fn over_tls(&self, launch: &Launch, host: &str, authority: &Path) -> Launch {
+    pub(crate) fn over_tls(&self, launch: &Launch, host: &str, authority: &Path) -> Launch {
         let Self { world, amqps_port } = self;
         let (postgres_port, _) = world.ports();
         let database_url = format!("postgres://postgres@{host}:{postgres_port}/{}?sslmode=verify-full", world.name);
@@ -51,7 +51,7 @@ impl Trusting<'_> {
 }
 
 /// Writes a certificate where `SSL_CERT_FILE` can name it.
-fn file(world: &World, name: &str, certificate: &str) -> PathBuf {
+pub(crate) fn file(world: &World, name: &str, certificate: &str) -> PathBuf {
     let path = world.plugin_dir.join(name);
     std::fs::write(&path, certificate).expect("written");
     path

@@ -17,7 +17,7 @@ use crate::broker::{Broker, Pile};
 use crate::by_hand::ByHand;
 use crate::config::{Mistakes, ServerArgs};
 use crate::dead_letter::{DeadLetter, Fate, Tally};
-use crate::lifecycle::shutdown_on_signal;
+use crate::lifecycle::shutdown_on_signal_or_hangup;
 use crate::replayer::{drop_letters, take_back, window};
 use crate::store::Store;
 use crate::telemetry::{TraceSettings, Traces};
@@ -199,7 +199,7 @@ async fn with_letters<T: fmt::Display + Serialize>(
         let broker = Broker::new(&servers.broker, Arc::new(Wake::default()));
         let by_hand = ByHand::alone(&Store::new(&servers.database_url, 1), &broker).await?;
         let waiting = by_hand.waiting(Pile::Dead).await?;
-        let (max, stop, traces) = (servers.replay_max, shutdown_on_signal()?, servers.traces.clone());
+        let (max, stop, traces) = (servers.replay_max, shutdown_on_signal_or_hangup()?, servers.traces.clone());
         let mut with = Work { by_hand, max, waiting, stop, traces };
         let done = work(&mut with).await;
         with.by_hand.end().await;

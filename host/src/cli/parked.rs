@@ -9,7 +9,6 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 use time::OffsetDateTime;
-use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::output::{Output, complain};
@@ -17,6 +16,7 @@ use super::{NOT_FOUND, age, fail, printable, progress, usage};
 use crate::broker::{Broker, Letter, Pile};
 use crate::by_hand::{ByHand, Stays, Wanted, drop_rows, retry_rows};
 use crate::config::{Mistakes, ServerArgs};
+use crate::lifecycle::shutdown_on_signal_or_hangup;
 use crate::store::{ParkedRow, Store};
 use crate::wake::Wake;
 
@@ -179,10 +179,11 @@ async fn on_letters(by_hand: &mut ByHand, wanted: &Wanted, deed: Deed, done: &mu
         return Ok(());
     }
     let bar = progress(by_hand.waiting(Pile::Parked).await?.into(), "letters");
-    let (more, never) = (|letters| bar.inc(letters as u64), CancellationToken::new());
+    // Broken off between what is sent and what is acknowledged, it would leave copies.
+    let (more, stop) = (|letters| bar.inc(letters as u64), shutdown_on_signal_or_hangup()?);
     let worked = match deed {
-        Deed::Drop => by_hand.drop_parked(wanted, more, &never).await,
-        _ => by_hand.retry_parked(wanted, more, &never).await,
+        Deed::Drop => by_hand.drop_parked(wanted, more, &stop).await,
+        _ => by_hand.retry_parked(wanted, more, &stop).await,
     };
     bar.finish_and_clear();
     let worked = worked?;

@@ -83,14 +83,14 @@ impl PluginArgs {
 
 /// An engine like the daemon's. Without a directory for compiled code it compiles every time.
 fn engine(state: &StateArgs, metering: Metering) -> anyhow::Result<Arc<Engine>> {
-    let cache = match StateDir::open(&state.dir()) {
-        Ok(state) => Some(state.cache()),
+    let state = match StateDir::open(&state.dir()) {
+        Ok(state) => Some(state),
         Err(error) => {
             complain(format_args!("tidings: {:#}; going on without", anyhow::Error::from(error)));
             None
         }
     };
-    Ok(Engine::new(cache.as_deref(), metering)?)
+    Ok(Engine::new(state.as_ref(), metering)?)
 }
 
 /// Loads one file.

@@ -12,8 +12,9 @@ pub(super) async fn run(config: Config) -> ExitCode {
         Ok(traces) => traces,
         Err(error) => return fail(1, &anyhow::Error::from(error).context("could not start the traces")),
     };
-    let ended = match lifecycle::shutdown_on_signal() {
-        Ok(shutdown) => daemon::run(config, shutdown).await,
+    let signals = lifecycle::shutdown_on_signal().and_then(|shutdown| Ok((shutdown, lifecycle::Signals::to_go_on()?)));
+    let ended = match signals {
+        Ok((shutdown, hangups)) => daemon::run(config, hangups, shutdown).await,
         Err(error) => Err(anyhow::Error::from(error).context("could not listen for signals")),
     };
     // However it ended, and last: what was in flight made spans.

@@ -44,8 +44,6 @@ pub enum LoadError {
     TooCostly(String),
     #[error("the process that compiles it could not be run: {0}")]
     Process(std::io::Error),
-    #[error("what was compiled of it could not be written to {}; is the disk full?", .0.display())]
-    NotKept(PathBuf),
     #[error(
         "it speaks tidings:plugin {0}; this daemon serves {SERVED}: build it with the wit/plugin.wit of this daemon"
     )]

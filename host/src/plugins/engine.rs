@@ -1,11 +1,12 @@
 //! One wasmtime engine, what is linked to every plugin, the clock that ends their loops, and threads of their own.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
 use thiserror::Error;
 use tokio::runtime::{Handle, Runtime};
+use tokio::sync::Semaphore;
 use wasmtime::component::{HasData, Linker, ResourceTable};
 use wasmtime::{Cache, CacheConfig, Config, EngineWeak, Strategy};
 use wasmtime_wasi::WasiView as _;
@@ -13,6 +14,7 @@ use wasmtime_wasi::WasiView as _;
 use super::bindings;
 use super::guest::Guest;
 use super::limits::TICK;
+use super::state::StateDir;
 
 /// What a plugin's own calls may use of the stack; a deeper recursion traps.
 const STACK_BYTES: usize = 1 << 20;
@@ -109,7 +111,9 @@ pub struct Engine {
     pub(super) wasmtime: wasmtime::Engine,
     pub(super) linker: Linker<Guest>,
     /// Where compiled code is kept.
-    pub(super) cache: Option<PathBuf>,
+    pub(super) state: Option<StateDir>,
+    /// Who compiles takes his turn here; and how many turns there are.
+    pub(super) compilers: (Semaphore, u32),
     pub(super) metering: Metering,
     ticker: Arc<Ticker>,
     /// Guests run here: one that computes for long never delays the daemon's own tasks. `None` only while dropping.
@@ -117,18 +121,16 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Sets everything up. `cache` is where compiled code is kept, a private directory; without one every file is compiled
-    /// in this process.
+    /// Sets everything up. `state` is where compiled code is kept; without it every file is compiled in this process, without
+    /// limits.
     ///
     /// # Errors
     ///
     /// When this machine cannot run WebAssembly, or has no threads left.
-    pub fn new(cache: Option<&Path>, metering: Metering) -> Result<Arc<Self>, EngineError> {
-        let wasmtime = cache
-            .map(open_cache)
-            .transpose()
-            .and_then(|cache| wasmtime_engine(cache, metering))
-            .map_err(EngineError::WebAssembly)?;
+    pub fn new(state: Option<&StateDir>, metering: Metering) -> Result<Arc<Self>, EngineError> {
+        // If its directory cannot be made, the state directory has said so, and the code is kept nowhere.
+        let cache = state.and_then(|state| open_cache(&state.cache()).ok());
+        let wasmtime = wasmtime_engine(cache, metering).map_err(EngineError::WebAssembly)?;
         let linker = link(&wasmtime).map_err(|error| EngineError::WebAssembly(format!("{error:#}")))?;
 
         let ticker = Arc::new(Ticker { active: AtomicUsize::new(0), thread: std::sync::OnceLock::new() });
@@ -136,16 +138,18 @@ impl Engine {
         let thread = std::thread::Builder::new().name("plugin-ticker".into()).spawn(move || tick(&weak, &engine))?;
         ticker.thread.set(thread.thread().clone()).expect("set once, here");
 
-        let threads = std::thread::available_parallelism().map_or(1, |cores| (cores.get() / 2).clamp(1, 4));
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let compilers = u32::try_from(cores).unwrap_or(u32::MAX).min(8);
         let guests = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(threads)
+            .worker_threads((cores / 2).clamp(1, 4))
             .thread_name("plugin")
             .enable_time()
             .build()?;
         Ok(Arc::new(Self {
             wasmtime,
             linker,
-            cache: cache.map(Path::to_owned),
+            state: state.cloned(),
+            compilers: (Semaphore::new(compilers as usize), compilers),
             metering,
             ticker,
             guests: Some(guests),

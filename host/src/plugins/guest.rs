@@ -11,7 +11,7 @@ use wasmtime_wasi::{Deterministic, HostMonotonicClock, HostWallClock, WasiCtx, W
 
 use super::bindings::tidings::plugin::{host, types};
 use super::last_words::LastWords;
-use super::limits::{Limiter, Limits, TICK};
+use super::limits::{Limiter, Limits};
 
 /// Lines that one call may log.
 const LOG_LINES: u32 = 100;
@@ -62,7 +62,7 @@ impl Guest {
             last_words,
             log_lines: 0,
             ticks: 0,
-            ticks_allowed: limits.cpu_ms.div_ceil(u64::try_from(TICK.as_millis()).expect("10")),
+            ticks_allowed: limits.ticks(),
         };
         let mut store = Store::new(engine, guest);
         store.limiter(|guest| &mut guest.limiter);
@@ -83,8 +83,10 @@ impl Guest {
     }
 
     /// Starts to count anew, for the next call.
-    pub(super) fn begin_call(&mut self) {
+    pub(super) fn begin_call(&mut self, limits: &Limits) {
         self.ticks = 0;
+        self.ticks_allowed = limits.ticks();
+        self.limiter.set(limits);
         self.log_lines = 0;
         self.last_words.clear();
     }
@@ -94,7 +96,7 @@ impl Guest {
         self.last_words.text()
     }
 
-    /// CPU time of this call so far, in steps of [`TICK`].
+    /// CPU time of this call so far, in steps of [`TICK`](super::limits::TICK).
     pub(super) fn cpu_ticks(&self) -> u64 {
         self.ticks
     }

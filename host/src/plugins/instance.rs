@@ -49,13 +49,21 @@ impl Instance {
         &mut self,
         limits: &Limits,
         call: impl AsyncFnOnce(&mut Store<Guest>, &Bindings) -> wasmtime::Result<T>,
-    ) -> Result<T, String> {
+    ) -> Result<T, CallError> {
         self.called = true;
-        self.store.data_mut().begin_call();
+        self.store.set_hostcall_fuel(limits.output_bytes());
+        self.store.data_mut().begin_call(limits);
         match timeout(limits.wall(), call(&mut self.store, &self.bindings)).await {
             Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(error)) => Err(what_happened(&error, self.store.data(), limits)),
-            Err(_) => Err(format!("it took longer than {} ms (wall-ms)", limits.wall_ms)),
+            Ok(Err(error)) => {
+                let guest = self.store.data();
+                let too_large = guest.limiter.blown.is_some() || is_output(&error);
+                Err(CallError { text: what_happened(&error, guest, limits), too_large })
+            }
+            Err(_) => {
+                let text = format!("it took longer than {} ms (wall-ms)", limits.wall_ms);
+                Err(CallError { text, too_large: false })
+            }
         }
     }
 }
@@ -87,6 +95,20 @@ pub(super) struct Used {
     pub(super) fuel: Option<u64>,
 }
 
+/// Why a call ended in an error.
+#[derive(Debug)]
+pub(super) struct CallError {
+    /// In the words of the plugin's author.
+    pub(super) text: String,
+    /// It wanted more memory, or handed over more, than it may: in a fresh store the same call would do the same.
+    pub(super) too_large: bool,
+}
+
+/// Whether it handed too much to the host. Wasmtime has no public type for it.
+fn is_output(error: &wasmtime::Error) -> bool {
+    chain(error).contains("too much data is being copied")
+}
+
 /// Why a call ended in an error, in the words of the plugin's author.
 fn what_happened(error: &wasmtime::Error, guest: &Guest, limits: &Limits) -> String {
     let mut text = if let Some(blown) = &guest.limiter.blown {
@@ -99,8 +121,7 @@ fn what_happened(error: &wasmtime::Error, guest: &Guest, limits: &Limits) -> Str
             Some(Trap::StackOverflow) => "its stack overflowed (1 MiB), by a recursion perhaps".to_owned(),
             Some(Trap::UnreachableCodeReached) => "it trapped (unreachable), as a panic does".to_owned(),
             Some(trap) => format!("it trapped ({trap})"),
-            // Wasmtime has no public type for it.
-            None if chain(error).contains("too much data is being copied") => {
+            None if is_output(error) => {
                 format!("it handed more than {} KiB to the host in one call (output-kib)", limits.output_kib)
             }
             None => format!("it broke the contract: {}", chain(error)),

@@ -8,7 +8,13 @@ use wasmtime::ResourceLimiter;
 /// A plugin's CPU time is measured in steps of this length.
 pub(super) const TICK: Duration = Duration::from_millis(10);
 
-/// The `[limits]` of a plugin's NAME.toml. What is not given has the default.
+/// What a call may use beyond `cpu-ms` and `wall-ms` for each MiB of its row's payload, in milliseconds.
+const MS_FOR_A_MIB: u64 = 50;
+/// What it may use beyond `memory-mib`, for each MiB: the payload itself, and what is made of it.
+const MIB_FOR_A_MIB: u64 = 2;
+
+/// The `[limits]` of a plugin's NAME.toml. What is not given has the default. A row whose payload has a MiB or more brings
+/// its own share along, so that a plugin that passes it on needs no limits of its own.
 #[derive(Clone, Copy, Debug, Deserialize, Serialize, PartialEq, Eq)]
 #[serde(default, deny_unknown_fields, rename_all(deserialize = "kebab-case"))]
 pub struct Limits {
@@ -42,16 +48,31 @@ impl Limits {
         .map(|(name, value, least, most)| format!("[limits] {name} is {value}, not a number from {least} to {most}"))
     }
 
+    /// What a call with a payload of so many bytes may use. Below a KiB that is what the limits say.
+    pub(super) fn with_payload(&self, bytes: usize) -> Self {
+        let (mib, kib) = ((bytes >> 20) as u64, (bytes >> 10) as u64);
+        Self {
+            cpu_ms: self.cpu_ms + mib * MS_FOR_A_MIB,
+            wall_ms: self.wall_ms + mib * MS_FOR_A_MIB,
+            memory_mib: self.memory_mib + mib * MIB_FOR_A_MIB,
+            output_kib: self.output_kib + kib,
+        }
+    }
+
+    pub(super) fn ticks(&self) -> u64 {
+        self.cpu_ms.div_ceil(u64::try_from(TICK.as_millis()).expect("10"))
+    }
+
     pub(super) fn wall(&self) -> Duration {
         Duration::from_millis(self.wall_ms)
     }
 
     pub(super) fn memory_bytes(&self) -> usize {
-        usize::try_from(self.memory_mib << 20).expect("at most 4 GiB on a 64-bit host")
+        usize::try_from(self.memory_mib << 20).expect("a few GiB at most on a 64-bit host")
     }
 
     pub(super) fn output_bytes(&self) -> usize {
-        usize::try_from(self.output_kib << 10).expect("at most 128 MiB")
+        usize::try_from(self.output_kib << 10).expect("a few hundred MiB at most")
     }
 }
 
@@ -74,6 +95,11 @@ pub(super) struct Limiter {
 impl Limiter {
     pub(super) fn new(limits: &Limits) -> Self {
         Self { memory_limit: limits.memory_bytes(), memory: 0, peak: 0, last_growth: 0, table_elements: 0, blown: None }
+    }
+
+    /// For the next call. What is there already stays.
+    pub(super) fn set(&mut self, limits: &Limits) {
+        self.memory_limit = limits.memory_bytes();
     }
 }
 
@@ -123,5 +149,19 @@ impl ResourceLimiter for Limiter {
 
     fn memories(&self) -> usize {
         16
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_large_payload_brings_its_own_room_and_a_small_one_changes_nothing() {
+        let limits = Limits::default();
+        assert_eq!(limits.with_payload(1_000), limits);
+        let large = limits.with_payload(16 << 20);
+        assert_eq!((large.memory_mib, large.output_kib), (64 + 32, 1_024 + 16 * 1_024));
+        assert_eq!((large.cpu_ms, large.wall_ms), (100 + 800, 1_000 + 800));
     }
 }

@@ -94,7 +94,7 @@ impl Plugin {
     /// When it could not serve.
     pub async fn open(engine: &Arc<Engine>, file: &Path, settings: Option<&Path>) -> Result<Self, LoadError> {
         let source = Source::read(file, settings)?;
-        Self::load(engine, file, source, 0, Arc::default()).await
+        Self::load(engine, file, source, Arc::default()).await
     }
 
     /// Compiles, links and describes `source`, which was read from `file`. `bell` is rung when there is news.
@@ -102,7 +102,6 @@ impl Plugin {
         engine: &Arc<Engine>,
         file: &Path,
         source: Source,
-        generation: u64,
         bell: Arc<Wake>,
     ) -> Result<Self, LoadError> {
         let settings = Settings::parse(source.settings.as_deref().unwrap_or_default())
@@ -122,7 +121,7 @@ impl Plugin {
             // Until it has described itself, it is known by its file and its bytes.
             label: format!("{}@?+{}", file.file_stem().unwrap_or_default().to_string_lossy(), &digest[..8]).into(),
             file: file.to_owned(),
-            generation,
+            generation: 0,
             identity,
             digest,
             size,
@@ -147,13 +146,14 @@ impl Plugin {
         let described = self.engine.guests().spawn(async move {
             let _measuring = engine.measure();
             let mut instance = Instance::new(&engine, &pre, label, config, &limits).await?;
-            instance
+            let described = instance
                 .call(&limits, async |store, bindings| bindings.tidings_plugin_builder().call_describe(store).await)
-                .await
+                .await;
+            described.map_err(|error| error.text)
         });
         let info = described.await.map_err(|panic| LoadError::Describe(panic.to_string()))?;
         // Wasmtime compares the types of exported functions when it starts the component.
-        let info = info.map_err(|text| match text.split_once(WRONG_TYPE) {
+        let info = info.map_err(|text: String| match text.split_once(WRONG_TYPE) {
             Some((_, types)) => LoadError::Link(format!(
                 "a function of its builder has another type: {}",
                 types.trim_start_matches(": ")
@@ -181,7 +181,12 @@ impl Plugin {
         &self.file
     }
 
-    /// Which loaded version it is: counted from 1 over all plugins of a daemon.
+    /// It serves, as this generation.
+    pub(super) fn set_generation(&mut self, generation: u64) {
+        self.generation = generation;
+    }
+
+    /// Which loaded version it is: counted from 1 over all plugins of a daemon; 0 = it does not serve.
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.generation
@@ -247,6 +252,11 @@ impl Plugin {
         for (name, kind) in &self.kinds {
             kind.calls(self.name(), name);
         }
+    }
+
+    /// Notes what has happened.
+    pub(super) fn tell(&self, news: News) {
+        self.news.lock().expect("nobody panics with it").push(news);
     }
 
     /// What has happened since this was asked last.

@@ -2,8 +2,10 @@
 //! the last good generation goes on. Every change is one swap of the whole set, so that a batch sees one set from
 //! beginning to end, and the generation it uses lives until the batch ends.
 //!
-//! Only the watcher changes anything here, one file after the other. Everybody else reads.
+//! Only the watcher changes anything here. Files are read and compiled side by side, and serve one after the other in the
+//! order of their names, so that of two with the same kind it is always the same that does. Everybody else reads.
 
+mod loading;
 mod rollback;
 mod status;
 
@@ -12,22 +14,29 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use arc_swap::ArcSwap;
+use futures_util::StreamExt as _;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
 use super::PluginSet;
-use super::allowed::Allowed;
 use super::breaker::BreakerState;
 use super::check::LoadError;
 use super::directory::{Seen, Settling, look};
 use super::engine::Engine;
 use super::plugin::Plugin;
-use super::source::{Identity, Source};
+use super::source::Identity;
 use super::state::{Memory, StateDir};
+use crate::health::Health;
 use crate::telemetry::{Reload, count_reload, serve};
 use crate::wake::{Reason, Wake};
 
+use loading::Prepared;
+
 pub use status::{GenerationStatus, KindStatus, PluginStatus};
+
+/// Files that are being made ready at once: as many as wait for each other's reading, as few as fit into memory. How many of
+/// them are compiled at once the engine decides.
+const AHEAD: usize = 16;
 
 /// The plugins of one directory.
 #[expect(missing_debug_implementations, reason = "the engine has none")]
@@ -41,6 +50,7 @@ pub struct Registry {
     wake: Arc<Wake>,
     /// Rung when a plugin has news, or the directory.
     pub(super) bell: Arc<Wake>,
+    health: Arc<Health>,
     slots: Mutex<Slots>,
 }
 
@@ -66,9 +76,10 @@ struct Slot {
 }
 
 impl Registry {
-    /// The plugins in `dir`; none is loaded yet. `wake` is rung whenever others serve.
+    /// The plugins in `dir`; none is loaded yet. `wake` is rung whenever others serve; `health` is told if `state` cannot be
+    /// written.
     #[must_use]
-    pub fn new(engine: Arc<Engine>, dir: &Path, state: StateDir, wake: Arc<Wake>) -> Self {
+    pub fn new(engine: Arc<Engine>, dir: &Path, state: StateDir, wake: Arc<Wake>, health: Arc<Health>) -> Self {
         Self {
             engine,
             dir: dir.to_owned(),
@@ -77,6 +88,7 @@ impl Registry {
             kinds: watch::Sender::new(Vec::new()),
             wake,
             bell: Arc::default(),
+            health,
             slots: Mutex::default(),
         }
     }
@@ -99,6 +111,11 @@ impl Registry {
         &self.dir
     }
 
+    /// Has the watcher look at the directory now.
+    pub fn look_again(&self) {
+        self.bell.wake(Reason::Plugins);
+    }
+
     /// Loads what lies in the directory when the daemon starts.
     ///
     /// # Errors
@@ -108,13 +125,21 @@ impl Registry {
         let seen = look(&self.dir)?;
         self.slots().settling.settled(&seen);
         self.reconcile(seen).await;
+        self.health.note("state", self.memory.in_trouble());
         Ok(())
     }
 
     /// Looks at the directory, loads what has changed and settled, and hears the news of what serves. Returns whether
     /// something is still changing, so that another look should follow in a moment.
     pub(super) async fn refresh(&self) -> bool {
+        self.memory.try_again();
         self.hear_news().await;
+        let changing = self.look_at_files().await;
+        self.health.note("state", self.memory.in_trouble());
+        changing
+    }
+
+    async fn look_at_files(&self) -> bool {
         let seen = match look(&self.dir) {
             Ok(seen) => {
                 self.slots().dir_problem = None;
@@ -150,8 +175,14 @@ impl Registry {
         }
         // What is gone and what comes may be one file with a new name: then the kinds change hands without a gap.
         let dealt_with = !changed.is_empty() || !gone.is_empty();
-        for (file, seen) in changed {
-            self.load_file(&file, Some(seen), &gone).await;
+        let prepared = futures_util::stream::iter(changed).map(|(file, seen)| async move {
+            let prepared = self.prepare(&file, Some(seen)).await;
+            (file, seen, prepared)
+        });
+        // In their order, however long each takes.
+        let mut prepared = std::pin::pin!(prepared.buffered(AHEAD));
+        while let Some((file, seen, prepared)) = prepared.next().await {
+            self.deal_with(&file, Some(seen), prepared, &gone).await;
         }
         for file in gone {
             self.remove(&file);
@@ -167,7 +198,8 @@ impl Registry {
             };
             let mut progress = false;
             for file in waiting {
-                self.load_file(&file, None, &[]).await;
+                let prepared = self.prepare(&file, None).await;
+                self.deal_with(&file, None, prepared, &[]).await;
                 progress |= self.slots().by_file.get(&file).is_some_and(|slot| !slot.waits_for_kind);
             }
             if !progress {
@@ -176,83 +208,28 @@ impl Registry {
         }
     }
 
-    /// Reads a file, and lets it serve if it can. Files in `gone` do not stand in its way.
-    async fn load_file(&self, file: &str, seen: Option<Seen>, gone: &[String]) {
-        if let Err(error) = self.end_what_is_not_allowed(file) {
-            return self.refuse(file, seen, &error, None, gone).await;
-        }
-        let path = self.dir.join(file);
-        let read = tokio::task::spawn_blocking(move || Source::read(&path, None)).await;
-        let source = match read {
-            Ok(Ok(source)) => source,
-            // The next look will see it otherwise.
-            Ok(Err(LoadError::Changing)) => return,
-            Ok(Err(error)) => return self.refuse(file, seen, &error, None, gone).await,
-            Err(panic) => return self.refuse(file, seen, &LoadError::Damaged(panic.to_string()), None, gone).await,
-        };
-        let identity = source.identity();
-        {
-            let mut slots = self.slots();
-            let slot = slots.by_file.entry(file.to_owned()).or_default();
-            slot.seen = seen.or(slot.seen);
-            if slot.active.as_ref().is_some_and(|active| *active.identity() == identity) {
-                // Touched, moved, or back to what serves.
-                slot.problem = None;
-                slot.waits_for_kind = false;
-                return;
-            }
-            let known = slot.problem.as_ref().is_some_and(|(_, refused)| refused.as_ref() == Some(&identity));
-            if known && !slot.waits_for_kind {
-                return;
-            }
-        }
-        if let Some(why) = self.memory.quarantined(&identity) {
-            return self.refuse(file, seen, &LoadError::Quarantined(why), Some(identity), gone).await;
-        }
-        match self.load(file, source).await.and_then(|plugin| self.admit(file, plugin, gone)) {
-            Ok(before) => {
-                // A version that fails when it is replaced is nothing to go back to.
-                let kinds = before.iter().flat_map(|before| before.kinds());
-                for (kind, _) in kinds.filter(|(_, kind)| kind.breaker().0 != BreakerState::Closed) {
-                    warn_of_memory(self.memory.forget_kind(kind));
+    /// Lets what was made of a file serve, or notes why it does not. Files in `gone` do not stand in its way.
+    async fn deal_with(&self, file: &str, seen: Option<Seen>, prepared: Prepared, gone: &[String]) {
+        let (error, identity) = match prepared {
+            Prepared::Nothing => return,
+            Prepared::Refused(error, identity) => (error, identity),
+            Prepared::Plugin(plugin, identity) => match self.admit(file, *plugin, gone) {
+                Ok(before) => {
+                    // A version that fails when it is replaced is nothing to go back to.
+                    let kinds = before.iter().flat_map(|before| before.kinds());
+                    for (kind, _) in kinds.filter(|(_, kind)| kind.breaker().0 != BreakerState::Closed) {
+                        self.memory.forget_kind(kind);
+                    }
+                    return;
                 }
-            }
-            Err(error) => {
-                let identity = (!error.is_by_the_list()).then_some(identity);
-                self.refuse(file, seen, &error, identity, gone).await;
-            }
-        }
-    }
-
-    /// Whatever lies in `file` now: what serves from it ends if the list does not allow it any more. A list that cannot be
-    /// read ends nothing.
-    fn end_what_is_not_allowed(&self, file: &str) -> Result<(), LoadError> {
-        let allowed = Allowed::read(&self.dir)?;
-        let mut slots = self.slots();
-        let Some(slot) = slots.by_file.get_mut(file) else { return Ok(()) };
-        if let Some(plugin) = slot.active.take_if(|active| allowed.check(active.digest(), file).is_err()) {
-            self.publish(&slots);
-            warn!(
-                plugin = plugin.label(),
-                "{} is not allowed any more: rows of its kinds are held",
-                plugin.file().display()
-            );
-        }
-        Ok(())
-    }
-
-    async fn load(&self, file: &str, source: Source) -> Result<Plugin, LoadError> {
-        Allowed::read(&self.dir)?.check(source.digest(), file)?;
-        let generation = {
-            let mut slots = self.slots();
-            slots.generations += 1;
-            slots.generations
+                Err(error) => (error, Some(identity)),
+            },
         };
-        Plugin::load(&self.engine, &self.dir.join(file), source, generation, Arc::clone(&self.bell)).await
+        self.refuse(file, seen, &error, identity, gone).await;
     }
 
     /// Lets `plugin` serve in place of what served from this file, which is returned.
-    fn admit(&self, file: &str, plugin: Plugin, gone: &[String]) -> Result<Option<Arc<Plugin>>, LoadError> {
+    fn admit(&self, file: &str, mut plugin: Plugin, gone: &[String]) -> Result<Option<Arc<Plugin>>, LoadError> {
         let mut slots = self.slots();
         for (other, slot) in &slots.by_file {
             let Some(active) = &slot.active else { continue };
@@ -263,6 +240,8 @@ impl Registry {
                 return Err(LoadError::KindTaken { kind: kind.clone(), by: active.file().to_owned() });
             }
         }
+        slots.generations += 1;
+        plugin.set_generation(slots.generations);
         plugin.show_calls();
         let plugin = Arc::new(plugin);
         let slot = slots.by_file.entry(file.to_owned()).or_default();
@@ -291,7 +270,7 @@ impl Registry {
             plugin.file().display()
         );
         for other in renamed {
-            self.forget(other);
+            self.memory.forget(other);
         }
         Ok(before)
     }
@@ -350,11 +329,7 @@ impl Registry {
             count_reload(Reload::Removed);
             info!(plugin = plugin.label(), "removed {}: rows of its kinds are held", plugin.file().display());
         }
-        self.forget(file);
-    }
-
-    fn forget(&self, file: &str) {
-        warn_of_memory(self.memory.forget(file));
+        self.memory.forget(file);
     }
 
     /// Lets what the slots say serve.
@@ -374,12 +349,5 @@ impl Registry {
 
     fn slots(&self) -> std::sync::MutexGuard<'_, Slots> {
         self.slots.lock().expect("nobody panics with it")
-    }
-}
-
-/// The state directory is full or read-only, perhaps. Nothing depends on it now; a rollback or a restart might.
-fn warn_of_memory(outcome: std::io::Result<()>) {
-    if let Err(error) = outcome {
-        warn!(%error, "could not write to the state directory: a rollback after a restart may not be possible");
     }
 }

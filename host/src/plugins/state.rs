@@ -10,19 +10,24 @@
 //!
 //! Whoever can write here can make the daemon run code of theirs, so nobody else may.
 
-use std::collections::BTreeSet;
+mod memory;
+
+use std::fmt::Display;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
 
-use ring::digest::{SHA256, digest};
 use thiserror::Error;
+use tracing::{debug, info, warn};
 
-use super::source::{Identity, Source};
-use crate::event::hex;
+pub(super) use memory::Memory;
 
 /// What lies in the directory.
 const PARTS: [&str; 3] = ["cache", "quarantined", "good"];
+
+/// At least so much must fit in before it is said that the directory can be written again.
+const LEAST_ROOM: usize = 64 * 1024;
 
 /// Why a directory cannot be used.
 #[derive(Debug, Error)]
@@ -35,6 +40,14 @@ pub enum StateError {
         /// Its owner.
         owner: u32,
     },
+    /// There is no room in it, or nothing may be written: plugins serve all the same.
+    #[error("{}", no_room(.dir, .source))]
+    NoRoom {
+        /// The directory.
+        dir: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// It cannot be made or written.
     #[error("the state directory {} cannot be used: give another one with TIDINGS_STATE_DIR", .dir.display())]
     Unusable {
@@ -46,38 +59,104 @@ pub enum StateError {
     },
 }
 
-/// The directory.
+/// The directory. It may be full or read-only, now or from the start: then what should be written is lost, and everything
+/// else goes on.
 #[derive(Clone, Debug)]
-pub struct StateDir(PathBuf);
+pub struct StateDir {
+    dir: PathBuf,
+    trouble: Arc<Mutex<Option<Trouble>>>,
+}
 
-/// What is remembered of one plugin directory.
+/// What could not be written.
 #[derive(Debug)]
-pub(super) struct Memory {
-    state: StateDir,
-    good: PathBuf,
+struct Trouble {
+    /// Why.
+    error: String,
+    /// How much.
+    bytes: usize,
 }
 
 impl StateDir {
-    /// Makes the directory if need be, and sees to it that nobody else can read or write it.
+    /// Makes the directory if need be, and sees to it that nobody else can read or write it. A directory for whose parts
+    /// there is no room is used as it is, and [`StateDir::in_trouble`] says so.
     ///
     /// # Errors
     ///
     /// When that cannot be.
     pub fn open(dir: &Path) -> Result<Self, StateError> {
-        let unusable = |source| StateError::Unusable { dir: dir.to_owned(), source };
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(unusable)?;
-        let dir = dir.canonicalize().map_err(unusable)?;
-        let metadata = dir.metadata().map_err(unusable)?;
+        let absolute = std::path::absolute(dir);
+        let dir = absolute.map_err(|source| StateError::Unusable { dir: dir.to_owned(), source })?;
+        let state = Self { dir, trouble: Arc::default() };
+        state.make()?;
+        Ok(state)
+    }
+
+    fn make(&self) -> Result<(), StateError> {
+        let unusable = |source| StateError::Unusable { dir: self.dir.clone(), source };
+        let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.dir);
+        let metadata = match made.and_then(|()| self.dir.metadata()) {
+            Ok(metadata) => metadata,
+            Err(error) if is_no_room(&error) => {
+                self.cannot_write(&error, 0);
+                return Ok(());
+            }
+            Err(error) => return Err(unusable(error)),
+        };
         if metadata.uid() != rustix::process::geteuid().as_raw() {
-            return Err(StateError::Foreign { dir, owner: metadata.uid() });
+            return Err(StateError::Foreign { dir: self.dir.clone(), owner: metadata.uid() });
         }
         if metadata.mode() & 0o077 != 0 {
-            std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o700)).map_err(unusable)?;
+            std::fs::set_permissions(&self.dir, std::fs::Permissions::from_mode(0o700)).map_err(unusable)?;
         }
         for part in PARTS {
-            std::fs::create_dir_all(dir.join(part)).map_err(unusable)?;
+            match std::fs::create_dir_all(self.dir.join(part)) {
+                Err(error) if is_no_room(&error) => {
+                    self.cannot_write(&error, 0);
+                    return Ok(());
+                }
+                made => made.map_err(unusable)?,
+            }
         }
-        Ok(Self(dir))
+        Ok(())
+    }
+
+    /// Notes that `bytes` could not be written, and says so if that is new.
+    pub(super) fn cannot_write(&self, error: &impl Display, bytes: usize) {
+        let error = error.to_string();
+        let mut trouble = self.trouble();
+        let before = trouble.take();
+        let bytes = bytes.max(before.as_ref().map_or(LEAST_ROOM, |before| before.bytes));
+        if before.is_none_or(|before| before.error != error) {
+            warn!("{}", no_room(&self.dir, &error));
+        }
+        *trouble = Some(Trouble { error, bytes });
+    }
+
+    /// If something could not be written, finds out whether it can be now.
+    pub(super) fn try_again(&self) {
+        let Some(bytes) = self.trouble().as_ref().map(|trouble| trouble.bytes) else { return };
+        let room = vec![0; bytes];
+        let try_parts = || PARTS.iter().try_for_each(|part| try_to_write(&self.dir.join(part), &room));
+        let tried = self.make().map_err(io::Error::other).and_then(|()| try_parts());
+        match tried {
+            Ok(()) => {
+                info!("the state directory {} can be written again", self.dir.display());
+                *self.trouble() = None;
+            }
+            Err(error) => debug!(%error, "the state directory {} still cannot be written", self.dir.display()),
+        }
+    }
+
+    /// That it cannot be written, and why, in a sentence; `None` = as far as is known it can.
+    #[must_use]
+    pub fn in_trouble(&self) -> Option<String> {
+        let trouble = self.trouble();
+        let Trouble { error, .. } = trouble.as_ref()?;
+        Some(no_room(&self.dir, error))
+    }
+
+    fn trouble(&self) -> MutexGuard<'_, Option<Trouble>> {
+        self.trouble.lock().expect("nobody panics with it")
     }
 
     /// Whether [`StateDir::open`] could use the directory, without making or changing anything; `false` = it is not there
@@ -98,122 +177,49 @@ impl StateDir {
         if metadata.uid() != rustix::process::geteuid().as_raw() {
             return Err(StateError::Foreign { dir: dir.to_owned(), owner: metadata.uid() });
         }
+        let missing = |source: io::Error| {
+            let dir = dir.to_owned();
+            if is_no_room(&source) { StateError::NoRoom { dir, source } } else { StateError::Unusable { dir, source } }
+        };
         let parts = PARTS.map(|part| dir.join(part)).into_iter().filter(|part| part.exists());
         for part in std::iter::once(dir.to_owned()).chain(parts) {
             let access = rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
-            rustix::fs::access(&part, access).map_err(|error| unusable(error.into()))?;
+            rustix::fs::access(&part, access).map_err(|error| missing(error.into()))?;
+        }
+        // A file system that cannot say how much is left has room as far as we know.
+        if rustix::fs::statvfs(dir).is_ok_and(|fs| fs.f_blocks > 0 && fs.f_bavail == 0) {
+            return Err(missing(rustix::io::Errno::NOSPC.into()));
         }
         Ok(true)
     }
 
     /// Where compiled code is kept.
-    #[must_use]
-    pub fn cache(&self) -> PathBuf {
-        self.0.join("cache")
+    pub(super) fn cache(&self) -> PathBuf {
+        self.dir.join("cache")
     }
 }
 
-impl Memory {
-    /// What is remembered of the plugins in `plugin_dir`: several daemons of one user may have plugins of their own.
-    pub(super) fn of(state: StateDir, plugin_dir: &Path) -> Self {
-        let real = plugin_dir.canonicalize().unwrap_or_else(|_| plugin_dir.to_owned());
-        let dir8 = hex(&digest(&SHA256, real.as_os_str().as_encoded_bytes()).as_ref()[..4]);
-        let good = state.0.join("good").join(dir8);
-        Self { state, good }
-    }
-
-    /// Why a version is quarantined, if it is.
-    pub(super) fn quarantined(&self, identity: &Identity) -> Option<String> {
-        std::fs::read_to_string(self.state.0.join("quarantined").join(identity.to_string())).ok()
-    }
-
-    /// From now on this version does not serve, whoever is asked.
-    pub(super) fn quarantine(&self, identity: &Identity, why: &str) -> io::Result<()> {
-        write(&self.state.0.join("quarantined").join(identity.to_string()), why.as_bytes())
-    }
-
-    /// Remembers that `source` has built rows of `kind`.
-    pub(super) fn remember(&self, kind: &str, file: &str, source: &Source) -> io::Result<()> {
-        let identity = source.identity().to_string();
-        let bytes = self.good.join("bytes");
-        std::fs::create_dir_all(&bytes)?;
-        std::fs::create_dir_all(self.good.join("kinds"))?;
-        if let Some(settings) = &source.settings {
-            write(&bytes.join(format!("{identity}.toml")), settings.as_bytes())?;
-        }
-        write(&bytes.join(format!("{identity}.wasm")), &source.wasm)?;
-        write(&self.good.join("kinds").join(kind), format!("{identity}\n{file}\n").as_bytes())?;
-        self.clean()
-    }
-
-    /// The version that built rows of `kind` last, out of the file `file`.
-    pub(super) fn good(&self, kind: &str, file: &str) -> Option<Source> {
-        let (identity, from) = self.pointer(kind)?;
-        if from == file { self.load(&identity) } else { None }
-    }
-
-    /// The version out of the file `file` that built rows last, of whatever kind.
-    pub(super) fn good_of_file(&self, file: &str) -> Option<Source> {
-        let mut kinds: Vec<_> = std::fs::read_dir(self.good.join("kinds")).ok()?.filter_map(Result::ok).collect();
-        kinds.sort_by_key(|entry| std::cmp::Reverse(entry.metadata().and_then(|metadata| metadata.modified()).ok()));
-        kinds.iter().find_map(|entry| self.good(entry.file_name().to_str()?, file))
-    }
-
-    /// Forgets what `file` built: it is gone.
-    pub(super) fn forget(&self, file: &str) -> io::Result<()> {
-        for kind in self.kinds() {
-            if self.pointer(&kind).is_some_and(|(_, from)| from == file) {
-                std::fs::remove_file(self.good.join("kinds").join(kind))?;
-            }
-        }
-        self.clean()
-    }
-
-    /// Forgets what built `kind`: it does not any more.
-    pub(super) fn forget_kind(&self, kind: &str) -> io::Result<()> {
-        match std::fs::remove_file(self.good.join("kinds").join(kind)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => self.clean(),
-        }
-    }
-
-    fn kinds(&self) -> Vec<String> {
-        let entries = std::fs::read_dir(self.good.join("kinds")).into_iter().flatten();
-        entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect()
-    }
-
-    fn pointer(&self, kind: &str) -> Option<(String, String)> {
-        let text = std::fs::read_to_string(self.good.join("kinds").join(kind)).ok()?;
-        let mut lines = text.lines();
-        Some((lines.next()?.to_owned(), lines.next()?.to_owned()))
-    }
-
-    fn load(&self, identity: &str) -> Option<Source> {
-        let bytes = self.good.join("bytes");
-        let wasm = std::fs::read(bytes.join(format!("{identity}.wasm"))).ok()?;
-        let settings = std::fs::read_to_string(bytes.join(format!("{identity}.toml"))).ok();
-        let source = Source::new(wasm, settings);
-        // What was changed or cut off is not what has built rows.
-        (source.identity().to_string() == identity).then_some(source)
-    }
-
-    /// Removes bytes that no kind refers to any more.
-    fn clean(&self) -> io::Result<()> {
-        let used: BTreeSet<String> = self.kinds().iter().filter_map(|kind| Some(self.pointer(kind)?.0)).collect();
-        for entry in std::fs::read_dir(self.good.join("bytes")).into_iter().flatten() {
-            let path = entry?.path();
-            let identity = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
-            if !used.contains(identity) {
-                std::fs::remove_file(path)?;
-            }
-        }
-        Ok(())
-    }
+/// What that means, for people.
+fn no_room(dir: &Path, error: &impl Display) -> String {
+    format!(
+        "the state directory {} cannot be written ({error}): plugins are compiled in memory and serve; after a restart they are compiled again, what was rolled back may serve again, and there may be no version to go back to",
+        dir.display()
+    )
 }
 
-/// Writes a file that is there whole or not at all.
-fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let aside = path.with_extension(format!("{}.tmp", std::process::id()));
-    std::fs::write(&aside, bytes)?;
-    std::fs::rename(aside, path)
+/// Whether `bytes` can be written into `dir`. Nothing of it stays.
+pub(super) fn try_to_write(dir: &Path, bytes: &[u8]) -> io::Result<()> {
+    let probe = dir.join(format!(".{}.probe", std::process::id()));
+    let written = std::fs::write(&probe, bytes);
+    let _ = std::fs::remove_file(&probe);
+    written
+}
+
+/// Whether there is no room for what should be written, or nothing may be written at all: that can change, and is nobody's
+/// attempt to have us run code.
+fn is_no_room(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::ReadOnlyFilesystem
+    )
 }

@@ -174,7 +174,7 @@ impl<T> From<&Result<T, BuildError>> for CallResult {
             Err(BuildError::Skip(_)) => Self::Skipped,
             Err(BuildError::Invalid(_)) => Self::Invalid,
             Err(BuildError::Retry(..)) => Self::Retry,
-            Err(BuildError::Failed(_) | BuildError::Unavailable(..)) => Self::Failed,
+            Err(BuildError::Failed(_) | BuildError::TooLarge(_) | BuildError::Unavailable(..)) => Self::Failed,
         }
     }
 }

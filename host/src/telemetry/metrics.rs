@@ -1,8 +1,9 @@
 //! The metrics: their names, what they tell, and one function for each thing that is counted. All of them are there from
 //! the start, at zero; those with the label `kind` or `plugin` since a plugin was loaded.
 
-use std::collections::BTreeSet;
-use std::sync::{LazyLock, Mutex, OnceLock};
+mod serving;
+
+use std::sync::{LazyLock, OnceLock};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -17,6 +18,8 @@ use super::{hour, kinds};
 use crate::dead_letter::Tally;
 use crate::store::Backlog;
 use crate::wake::{Reason, Reasons};
+
+pub use serving::{Serving, set_serving};
 
 pub(super) const LATENESS: &str = "tidings_lateness_seconds";
 pub(super) const DELIVERIES: &str = "tidings_deliveries_total";
@@ -48,6 +51,7 @@ const OLDEST_LETTER: &str = "tidings_dead_letters_oldest_age_seconds";
 const CANARY: &str = "tidings_canary_lateness_seconds";
 const LOST_CANARIES: &str = "tidings_canaries_lost_total";
 const DROPPED_SPANS: &str = "tidings_spans_dropped_total";
+const DROPPED_LINES: &str = "tidings_log_lines_dropped_total";
 
 const HISTOGRAMS: [(&str, &str, &[f64]); 4] = [
     (LATENESS, "From the due time to the confirm, by the database clock, of delivered rows.", &LATENESS_CLASSES),
@@ -66,7 +70,7 @@ const LATENESS_CLASSES: [f64; 15] =
 /// Upper bounds of the classes of what takes microseconds to seconds, in seconds.
 const WORK_CLASSES: [f64; 12] = [0.000_1, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 10.0];
 
-const COUNTERS: [(&str, &str); 10] = [
+const COUNTERS: [(&str, &str); 11] = [
     (DELIVERIES, "What attempts at rows came to, by kind and outcome."),
     (WAKES, "Looks at the queue, by what woke the dispatcher."),
     (CLAIMS, "Claims that locked rows."),
@@ -77,6 +81,7 @@ const COUNTERS: [(&str, &str); 10] = [
     (REPLAYS, "Dead letters that a pass dealt with, by outcome: replayed, expired, parked or left."),
     (LOST_CANARIES, "Canaries that did not come within 30 s, or could not be sent."),
     (DROPPED_SPANS, "Spans that the collector did not take, or that were too many to wait for it."),
+    (DROPPED_LINES, "Lines of the log that could not be written to standard error."),
 ];
 
 const GAUGES: [(&str, &str); 16] = [
@@ -117,9 +122,6 @@ struct Often {
 
 /// What the operating system says of the process.
 static PROCESS: LazyLock<Collector> = LazyLock::new(|| Collector::new("tidings_"));
-
-/// The plugins that have been shown: the gauges of those that are gone are set to zero.
-static SHOWN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
 /// Where it was found that a deadline had come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -179,21 +181,6 @@ pub enum Server {
     Rabbitmq,
 }
 
-/// One plugin that serves, as it is shown.
-#[derive(Debug)]
-pub struct Serving {
-    /// Its name, without version and digest.
-    pub plugin: String,
-    /// Counted over all plugins.
-    pub generation: u64,
-    /// The most memory that it has used.
-    pub memory_bytes: usize,
-    /// The most CPU time that one call has used.
-    pub cpu: Duration,
-    /// Its kinds, and whether their breakers are open.
-    pub breakers: Vec<(String, bool)>,
-}
-
 /// Starts the metrics: before this, and in a process that never calls it, counting does nothing.
 ///
 /// # Errors
@@ -237,6 +224,7 @@ pub fn start_metrics() -> anyhow::Result<PrometheusHandle> {
     count_replays(&Tally::default());
     counter!(LOST_CANARIES).increment(0);
     count_dropped_spans(0);
+    counter!(DROPPED_LINES).increment(0);
     // So that it can be seen before the first came.
     drop(histogram!(CANARY));
     set_backlog(&Backlog::default());
@@ -324,26 +312,6 @@ pub fn set_listening(listening: bool) {
     gauge!(LISTENING).set(u8::from(listening));
 }
 
-/// Notes what serves; whatever was noted before and is not among it does not serve any more.
-pub fn set_serving(serving: &[Serving]) {
-    let mut shown = SHOWN.lock().expect("nobody panics with it");
-    for gone in shown.iter().filter(|shown| serving.iter().all(|serving| serving.plugin != **shown)) {
-        for name in [GENERATION, PLUGIN_MEMORY, PLUGIN_CPU] {
-            gauge!(name, "plugin" => gone.clone()).set(0.0);
-        }
-    }
-    for Serving { plugin, generation, memory_bytes, cpu, breakers } in serving {
-        gauge!(GENERATION, "plugin" => plugin.clone()).set(number(*generation));
-        gauge!(PLUGIN_MEMORY, "plugin" => plugin.clone()).set(number(*memory_bytes as u64));
-        gauge!(PLUGIN_CPU, "plugin" => plugin.clone()).set(cpu.as_secs_f64());
-        for (kind, open) in breakers {
-            gauge!(BREAKER, "kind" => kind.clone()).set(u8::from(*open));
-        }
-    }
-    *shown =
-        std::mem::take(&mut *shown).into_iter().chain(serving.iter().map(|serving| serving.plugin.clone())).collect();
-}
-
 /// Asks the operating system about the process.
 pub fn look_at_process() {
     PROCESS.collect();
@@ -367,6 +335,11 @@ pub fn count_lost_canary() {
 /// Counts spans that were lost.
 pub fn count_dropped_spans(count: u64) {
     counter!(DROPPED_SPANS).increment(count);
+}
+
+/// Counts a line of the log that was lost.
+pub fn count_dropped_line() {
+    counter!(DROPPED_LINES).increment(1);
 }
 
 /// Counts deadlines that had come.

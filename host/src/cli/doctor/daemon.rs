@@ -6,7 +6,7 @@ use std::path::Path;
 use super::super::ready::{Answer, ask};
 use super::Report;
 use crate::config::Config;
-use crate::plugins::{StateDir, count_files, try_watch};
+use crate::plugins::{StateDir, StateError, count_files, try_watch};
 
 pub(super) async fn check(report: &mut Report, config: &Config) {
     plugins(report, &config.plugin_dir);
@@ -43,6 +43,7 @@ fn state(report: &mut Report, dir: &Path) {
             report
                 .note(format_args!("the state directory {place} is not there: `tidings run` makes it when it starts"));
         }
+        Err(error @ StateError::NoRoom { .. }) => report.warn(error),
         Err(error) => {
             report.fail(format_args!("{:#}; or run the doctor as the daemon's user", anyhow::Error::from(error)));
         }

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::Args;
 
 use super::super::output::complain;
-use crate::plugins::compile_here;
+use crate::plugins::{NOT_KEPT, compile_here};
 
 /// How it is called.
 #[derive(Args, Debug)]
@@ -21,7 +21,11 @@ pub(super) fn compile(args: &CompileArgs) -> anyhow::Result<ExitCode> {
     let mut bytes = Vec::new();
     std::io::stdin().read_to_end(&mut bytes)?;
     match compile_here(&args.metering, &args.cache, &bytes) {
-        Ok(()) => Ok(ExitCode::SUCCESS),
+        Ok(None) => Ok(ExitCode::SUCCESS),
+        Ok(Some(why)) => {
+            complain(why);
+            Ok(ExitCode::from(NOT_KEPT))
+        }
         Err(reason) => {
             complain(reason);
             Ok(ExitCode::FAILURE)

@@ -109,7 +109,9 @@ pub(super) fn outcome(outcome: &Result<BuiltEvent, BuildError>, now_ms: i64) -> 
         Err(BuildError::Retry(reason, Some(after_ms))) => {
             json!({ "retry": { "reason": reason, "after-ms": after_ms } })
         }
-        Err(BuildError::Failed(reason) | BuildError::Unavailable(reason, _)) => json!({ "failed": reason }),
+        Err(BuildError::Failed(reason) | BuildError::TooLarge(reason) | BuildError::Unavailable(reason, _)) => {
+            json!({ "failed": reason })
+        }
     }
 }
 

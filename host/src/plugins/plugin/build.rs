@@ -14,7 +14,7 @@ use crate::event::{BuildError, BuiltEvent, Event, deadline_ms};
 use crate::plugins::Build;
 use crate::plugins::bindings::exports::tidings::plugin::builder as wit;
 use crate::plugins::breaker::{Admission, BreakerState, Failure};
-use crate::plugins::instance::{Instance, Used};
+use crate::plugins::instance::{CallError, Instance, Used};
 use crate::schedule::Schedule;
 use crate::telemetry::CallResult;
 use crate::wake::Reason;
@@ -111,7 +111,9 @@ impl Plugin {
         // What went wrong in a store that others had used before may be their doing, a leak for instance: a row is
         // blamed only for what it does in a fresh one.
         let outcome = match outcome {
-            Err(BuildError::Failed(_)) if used => self.try_build(instance, schedule, now_ms).await,
+            Err(BuildError::Failed(_) | BuildError::TooLarge(_)) if used => {
+                self.try_build(instance, schedule, now_ms).await
+            }
             outcome => outcome,
         };
         if let Ok(built) = &outcome {
@@ -128,7 +130,7 @@ impl Plugin {
     fn count(&self, schedule: &Schedule, outcome: &Result<BuiltEvent, BuildError>) {
         let Some(kind) = self.kinds.get(&schedule.kind) else { return };
         let mut breaker = kind.breaker.lock().expect("nobody panics with it");
-        let news = if let Err(BuildError::Failed(error)) = outcome {
+        let news = if let Err(BuildError::Failed(error) | BuildError::TooLarge(error)) = outcome {
             breaker.last_error = Some((Instant::now(), error.chars().take(SHOWN).collect()));
             match breaker.failed(schedule.id, schedule.failures == 0, Instant::now()) {
                 Failure::Counted => return,
@@ -160,7 +162,7 @@ impl Plugin {
             News::Answered(schedule.kind.clone())
         };
         drop(breaker);
-        self.news.lock().expect("nobody panics with it").push(news);
+        self.tell(news);
         self.bell.wake(Reason::Plugins);
     }
 
@@ -215,12 +217,17 @@ impl Plugin {
         let headers: Vec<_> = schedule.headers.iter().map(|(name, value)| (&**name, &**value)).collect();
         let row = row(schedule, id, &headers, now_ms);
         let answer = alive
-            .call(&self.limits, async |store, bindings| bindings.tidings_plugin_builder().call_build(store, row).await)
+            .call(&self.limits.with_payload(schedule.payload.len()), async |store, bindings| {
+                bindings.tidings_plugin_builder().call_build(store, row).await
+            })
             .await;
         let Used { memory_bytes, cpu_ms, .. } = alive.used();
         self.peak.memory_bytes.fetch_max(memory_bytes, Ordering::Relaxed);
         self.peak.cpu_ms.fetch_max(cpu_ms, Ordering::Relaxed);
-        let answer = answer.map_err(failed)?;
+        let answer = answer.map_err(|CallError { text, too_large }| match failed(text) {
+            BuildError::Failed(text) if too_large => BuildError::TooLarge(text),
+            failed => failed,
+        })?;
         // It answered: it is well, whatever it said.
         *instance = Some(alive);
         let built = answer.map_err(|error| match error {

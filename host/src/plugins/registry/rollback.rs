@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tracing::{error, warn};
 
-use super::{Registry, warn_of_memory};
+use super::Registry;
 use crate::plugins::check::LoadError;
 use crate::plugins::plugin::{News, Plugin};
 use crate::plugins::source::Source;
@@ -21,22 +21,31 @@ impl Registry {
         for (file, plugin) in plugins {
             for news in plugin.take_news() {
                 match news {
-                    News::Answered(kind) => self.remember(&kind, &file, &plugin).await,
+                    // What cannot be kept now is when it can.
+                    News::Answered(kind) if !self.remember(&kind, &file, &plugin).await => {
+                        plugin.tell(News::Answered(kind));
+                    }
+                    News::Answered(_) => {}
                     News::FailedFromTheStart(kind, why) => self.roll_back(&kind, &file, &plugin, &why).await,
                 }
             }
         }
     }
 
-    /// Keeps the bytes of a generation that has built a row, unless the file is another one already.
-    async fn remember(&self, kind: &str, file: &str, plugin: &Plugin) {
+    /// Keeps the bytes of a generation that has built a row, unless the file is another one already. Returns `false` if it
+    /// must be tried again.
+    async fn remember(&self, kind: &str, file: &str, plugin: &Plugin) -> bool {
+        if self.memory.in_trouble().is_some() {
+            return false;
+        }
         let path = self.dir.join(file);
         let read = tokio::task::spawn_blocking(move || Source::read(&path, None)).await;
         if let Ok(Ok(source)) = read
             && source.identity() == *plugin.identity()
         {
-            warn_of_memory(self.memory.remember(kind, file, &source));
+            return self.memory.remember(kind, file, &source);
         }
+        true
     }
 
     /// Puts the version that built rows of `kind` before in the place of one that never could.
@@ -53,7 +62,7 @@ impl Registry {
             return;
         };
         let why = format!("{label} failed at every row of the kind {kind:?} from the start, at last: {why}");
-        warn_of_memory(self.memory.quarantine(plugin.identity(), &why));
+        self.memory.quarantine(plugin.identity(), &why);
         match self.load(file, source).await.and_then(|plugin| self.admit(file, plugin, &[])) {
             Ok(_) => {
                 let mut slots = self.slots();

@@ -3,8 +3,8 @@
 
 use std::fmt;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use opentelemetry::Context;
@@ -125,26 +125,32 @@ impl Export for Counted {
 
 /// The collector, over the HTTP client and with the trust that the rest of the house has.
 struct Collector {
-    agent: ureq::Agent,
+    agent: Mutex<ureq::Agent>,
     place: String,
+    secure: bool,
+    timeout: Duration,
     /// It did not take what it was sent last.
     fails: AtomicBool,
 }
 
 impl Collector {
     fn new(endpoint: &SecretUrl, place: String, timeout: Duration) -> Self {
-        let mut config = ureq::Agent::config_builder().timeout_global(Some(timeout)).http_status_as_error(false);
-        if endpoint.expose().starts_with("https:") {
-            let roots = rustls_native_certs::load_native_certs().certs;
-            let roots = roots.iter().map(|root| Certificate::from_der(root).to_owned());
-            config = config.tls_config(TlsConfig::builder().root_certs(RootCerts::from(roots)).build());
+        let secure = endpoint.expose().starts_with("https:");
+        Self { agent: Mutex::new(agent(secure, timeout)), place, secure, timeout, fails: AtomicBool::new(false) }
+    }
+
+    /// With what this machine trusts: after a failure asked anew, since its files may have changed.
+    fn agent(&self) -> ureq::Agent {
+        let mut kept = self.agent.lock().expect("nobody panics with it");
+        if self.secure && self.fails.load(Ordering::Relaxed) {
+            *kept = agent(self.secure, self.timeout);
         }
-        Self { agent: config.build().new_agent(), place, fails: AtomicBool::new(false) }
+        kept.clone()
     }
 
     fn send(&self, request: Request<Bytes>) -> Result<Response<Bytes>, ureq::Error> {
         let (parts, body) = request.into_parts();
-        let (parts, mut body) = self.agent.run(Request::from_parts(parts, &body[..]))?.into_parts();
+        let (parts, mut body) = self.agent().run(Request::from_parts(parts, &body[..]))?.into_parts();
         let body = body.with_config().limit(ANSWER_BYTES).read_to_vec()?;
         Ok(Response::from_parts(parts, body.into()))
     }
@@ -171,6 +177,16 @@ impl Collector {
             status, error, "the collector at {place} does not take spans; they are lost, and everything else goes on"
         );
     }
+}
+
+fn agent(secure: bool, timeout: Duration) -> ureq::Agent {
+    let mut config = ureq::Agent::config_builder().timeout_global(Some(timeout)).http_status_as_error(false);
+    if secure {
+        let roots = rustls_native_certs::load_native_certs().certs;
+        let roots = roots.iter().map(|root| Certificate::from_der(root).to_owned());
+        config = config.tls_config(TlsConfig::builder().root_certs(RootCerts::from(roots)).build());
+    }
+    config.build().new_agent()
 }
 
 impl HttpClient for Collector {
