@@ -1,6 +1,8 @@
 //! Work by hand on what was set aside: parked rows, and the letters that are dead or parked. What commands and the page
 //! both do. Whoever works on letters is alone with them, as a pass of the daemon is.
 
+mod look;
+
 use std::collections::HashSet;
 use std::sync::Mutex;
 
@@ -9,10 +11,12 @@ use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::broker::{Broker, BrokerError, DeadLetters, Letter, Pile, Sending, Sent};
+use crate::broker::{Broker, BrokerError, DeadLetters, Pile, Sending, Sent};
 use crate::dead_letter::{Fate, Tally};
 use crate::replayer::{PassError, drop_letters, take_back, window};
 use crate::store::{Pass, Store, StoreError};
+
+pub use look::LookAlone;
 
 /// Rows that are put back or dropped by one statement.
 const CHUNK: usize = 500;
@@ -129,6 +133,20 @@ pub async fn drop_rows(store: &Store, ids: &[Uuid], progress: impl Fn(usize)) ->
     Ok(done)
 }
 
+/// The right to the letters.
+async fn alone(store: &Store, broker: &Broker) -> Result<Pass, ByHandError> {
+    let exchange = broker.exchange();
+    store.wait_for_dead_letters(exchange).await?.ok_or_else(|| ByHandError::Busy(exchange.to_owned()))
+}
+
+fn no_queue(pile: Pile, exchange: &str, source: BrokerError) -> ByHandError {
+    let what = match pile {
+        Pile::Dead => format!("dead letters of {exchange}"),
+        Pile::Parked => format!("parked letters of {exchange}"),
+    };
+    ByHandError::NoQueue { what, source }
+}
+
 /// The letters, and the right to touch them. It must be ended with [`ByHand::end`].
 #[derive(Debug)]
 pub struct ByHand {
@@ -146,9 +164,8 @@ impl ByHand {
     ///
     /// When somebody else has it, or a server does not answer.
     pub async fn alone(store: &Store, broker: &Broker) -> Result<Self, ByHandError> {
-        let exchange = broker.exchange().to_owned();
-        let Some(pass) = store.wait_for_dead_letters(&exchange).await? else { return Err(ByHandError::Busy(exchange)) };
-        Ok(Self { pass, letters: broker.dead_letters().await?, exchange })
+        let pass = alone(store, broker).await?;
+        Ok(Self { pass, letters: broker.dead_letters().await?, exchange: broker.exchange().to_owned() })
     }
 
     /// Gives everything back that was not acknowledged, and the right.
@@ -163,26 +180,7 @@ impl ByHand {
     ///
     /// When there is no such queue, or the broker does not answer.
     pub async fn waiting(&self, pile: Pile) -> Result<u32, ByHandError> {
-        let what = match pile {
-            Pile::Dead => format!("dead letters of {}", self.exchange),
-            Pile::Parked => format!("parked letters of {}", self.exchange),
-        };
-        self.letters.waiting(pile).await.map_err(|source| ByHandError::NoQueue { what, source })
-    }
-
-    /// Shows up to `most` letters to `see`, and returns how many wait. All of them are where they were when this ends.
-    ///
-    /// # Errors
-    ///
-    /// As [`ByHand::waiting`].
-    pub async fn look(&self, pile: Pile, most: u32, mut see: impl FnMut(Letter)) -> Result<u32, ByHandError> {
-        let waiting = self.waiting(pile).await?;
-        self.letters.come_back(pile).await?;
-        let mut left = waiting.min(most);
-        while left > 0 {
-            window(&self.letters, pile, &mut left).await?.into_iter().for_each(&mut see);
-        }
-        Ok(waiting)
+        self.letters.waiting(pile).await.map_err(|source| no_queue(pile, &self.exchange, source))
     }
 
     /// Sends dead letters back, as a pass does. By their ids it goes no further than to the last of them; what lies before it

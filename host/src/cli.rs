@@ -207,7 +207,10 @@ fn progress(length: u64, what: &'static str) -> ProgressBar {
     }
     let style =
         ProgressStyle::with_template("{bar:40} {human_pos} of {human_len} {msg}, {eta} left").expect("a template");
-    ProgressBar::new(length).with_style(style).with_message(what)
+    let bar = ProgressBar::new(length).with_style(style).with_message(what);
+    // At once, since it says how much there is to do.
+    bar.tick();
+    bar
 }
 
 /// A time in words, to the second.

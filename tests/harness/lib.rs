@@ -10,6 +10,7 @@ pub mod collector;
 pub mod consumer;
 pub mod daemon;
 pub mod guests;
+pub mod image;
 pub mod pages;
 pub mod pg_proxy;
 mod place;

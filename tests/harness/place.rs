@@ -10,7 +10,11 @@ use std::process::{Child, Command, Stdio};
 use anyhow::Context as _;
 
 use crate::authority::Identity;
+use crate::image;
 use crate::setup::Programs;
+
+/// Where programs lie, Erlang's of the image of RabbitMQ among them.
+const PATH: &str = "/usr/bin:/bin:/usr/sbin:/sbin:/opt/erlang/bin";
 
 /// How the servers are started, and started again.
 #[derive(Debug)]
@@ -26,22 +30,24 @@ pub(crate) struct Place {
 
 /// A command that runs as `user` if we are root (both servers refuse root or should), with nothing inherited.
 pub(crate) fn as_user(user: &str, program: &Path) -> Command {
-    let mut command = if nix::unistd::geteuid().is_root() {
+    let mut command = if nix::unistd::geteuid().is_root() && !image::holds(program) {
         let mut command = Command::new("setpriv");
         command.args([&format!("--reuid={user}"), &format!("--regid={user}"), "--clear-groups", "--"]).arg(program);
         command
     } else {
-        Command::new(program)
+        image::command(Some(user), program)
     };
-    command.env_clear().env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin").env("LANG", "C.UTF-8").stdin(Stdio::null());
+    command.env_clear().env("PATH", PATH).env("LANG", "C.UTF-8").stdin(Stdio::null());
     // A Ctrl-C in the terminal is for us; they are stopped in order.
     command.process_group(0);
     command
 }
 
-pub(crate) fn own(user: &str, dir: &Path) -> anyhow::Result<()> {
+/// Gives `dir` to whom [`as_user`] runs `program` as.
+pub(crate) fn own(user: &str, program: &Path, dir: &Path) -> anyhow::Result<()> {
     if nix::unistd::geteuid().is_root() {
-        let status = Command::new("chown").arg("-R").arg(format!("{user}:")).arg(dir).status()?;
+        let owner = image::owner(user, program).unwrap_or_else(|| format!("{user}:"));
+        let status = Command::new("chown").arg("-R").arg(owner).arg(dir).status()?;
         anyhow::ensure!(status.success(), "could not give {} to {user}", dir.display());
     }
     Ok(())
@@ -53,7 +59,7 @@ impl Place {
         let home = dir.join("postgres");
         let data = home.join("data");
         fs::create_dir_all(&home)?;
-        own("postgres", &home)?;
+        own("postgres", &programs.postgres, &home)?;
         let log = fs::File::create(dir.join("postgres.log"))?;
         let initdb = as_user("postgres", &programs.postgres.join("initdb"))
             .current_dir(&home)
@@ -98,7 +104,7 @@ impl Place {
         let home = dir.join("postgres");
         let data = home.join("data");
         fs::create_dir_all(&home)?;
-        own("postgres", &home)?;
+        own("postgres", &programs.postgres, &home)?;
         let log = fs::File::create(dir.join("postgres.log"))?;
         let status = as_user("postgres", &programs.postgres.join("pg_basebackup"))
             .current_dir(&home)
@@ -116,7 +122,7 @@ impl Place {
     }
 
     pub(crate) fn prepare_rabbitmq(&self) -> anyhow::Result<()> {
-        let Self { dir, management_port, .. } = self;
+        let Self { programs, dir, management_port, .. } = self;
         let home = dir.join("rabbitmq");
         for part in ["home", "mnesia", "log", "schema", "config"] {
             fs::create_dir_all(home.join(part))?;
@@ -129,20 +135,21 @@ impl Place {
              disk_free_limit.absolute = 50MB\n"
             ),
         )?;
-        own("rabbitmq", &home)
+        own("rabbitmq", &programs.rabbitmq, &home)
     }
 
     /// Puts a certificate and its key where both servers look for theirs.
     pub(crate) fn write_identity(&self, identity: &Identity) -> anyhow::Result<()> {
-        for (user, certificate, key) in [
-            ("postgres", "postgres/data/server.crt", "postgres/data/server.key"),
-            ("rabbitmq", "rabbitmq/config/server.crt", "rabbitmq/config/server.key"),
+        let Programs { postgres, rabbitmq, .. } = &self.programs;
+        for (user, programs, certificate, key) in [
+            ("postgres", postgres, "postgres/data/server.crt", "postgres/data/server.key"),
+            ("rabbitmq", rabbitmq, "rabbitmq/config/server.crt", "rabbitmq/config/server.key"),
         ] {
             for (path, pem) in [(certificate, &identity.certificate), (key, &identity.key)] {
                 let path = self.dir.join(path);
                 fs::write(&path, pem)?;
                 fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
-                own(user, &path)?;
+                own(user, programs, &path)?;
             }
         }
         Ok(())
@@ -194,15 +201,11 @@ impl Place {
     }
 }
 
-pub(crate) fn start_epmd(dir: &Path, port: u16) -> anyhow::Result<Child> {
+pub(crate) fn start_epmd(programs: &Programs, dir: &Path, port: u16) -> anyhow::Result<Child> {
     // RabbitMQ would start one that outlives it. In the foreground it is a child that we can stop.
     let log = fs::File::create(dir.join("epmd.log"))?;
-    let epmd = ["/usr/bin/epmd", "/usr/local/bin/epmd", "/opt/homebrew/bin/epmd"].map(PathBuf::from);
-    let epmd = epmd
-        .into_iter()
-        .find(|path| path.exists())
-        .context("epmd, a part of Erlang, is in none of the usual places")?;
-    as_user("rabbitmq", &epmd)
+    let epmd = programs.epmd.as_deref().context("epmd, a part of Erlang, is in none of the usual places")?;
+    as_user("rabbitmq", epmd)
         .args(["-port", &port.to_string(), "-address", "127.0.0.1"])
         .stdout(log.try_clone()?)
         .stderr(log)

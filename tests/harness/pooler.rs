@@ -40,7 +40,7 @@ impl Pooler {
                  listen_port = {port}\nunix_socket_dir =\nauth_type = any\npool_mode = {mode}\nignore_startup_parameters = {ignored}\n"
             ),
         )?;
-        own("postgres", &dir)?;
+        own("postgres", &program, &dir)?;
         let log = fs::File::create(dir.join("log"))?;
         let child = as_user("postgres", &program)
             .arg(dir.join("pgbouncer.ini"))

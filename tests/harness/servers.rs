@@ -97,7 +97,7 @@ impl Servers {
         fs::create_dir_all(&dir)?;
         let [postgres_port, rabbitmq_port, distribution_port, epmd_port, management_port] = free_ports()?;
 
-        let epmd = start_epmd(&dir, epmd_port)?;
+        let epmd = start_epmd(&programs, &dir, epmd_port)?;
         let place = Place {
             programs,
             dir: dir.clone(),
@@ -248,7 +248,11 @@ impl Servers {
     ///
     /// When it cannot be told.
     pub fn largest_message(&self, bytes: usize) -> anyhow::Result<()> {
-        self.rabbitmqctl(&["eval", &format!("application:set_env(rabbit, max_message_size, {bytes}).")])
+        // RabbitMQ 3 reads the one, and 4 the other.
+        let set = format!(
+            "application:set_env(rabbit, max_message_size, {bytes}), persistent_term:put(max_message_size, {bytes})."
+        );
+        self.rabbitmqctl(&["eval", &set])
     }
 
     /// A script that is `rabbitmqctl` of this RabbitMQ.

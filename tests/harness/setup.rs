@@ -6,6 +6,8 @@ use std::sync::Mutex;
 
 use anyhow::{Context as _, bail};
 
+use crate::image;
+
 /// Where PostgreSQL's and RabbitMQ's own programs lie.
 #[derive(Debug)]
 pub struct Programs {
@@ -13,14 +15,27 @@ pub struct Programs {
     pub postgres: PathBuf,
     /// The directory with `rabbitmq-server`: RabbitMQ's own script, not a distribution's wrapper that changes user.
     pub rabbitmq: PathBuf,
+    /// Erlang's own, if it is there.
+    pub epmd: Option<PathBuf>,
 }
 
-/// Finds PostgreSQL and RabbitMQ, or installs them.
+/// Finds PostgreSQL and RabbitMQ: the newest, if they are wanted, or those of the machine, or installs them.
 ///
 /// # Errors
 ///
 /// When one is missing and cannot be installed; the message says what to install.
 pub fn servers() -> anyhow::Result<Programs> {
+    if let (Some(one), Some(other)) = (image::root("postgres"), image::root("rabbitmq")) {
+        let missing = |what| format!("there is no {what} under target/images; begin with cargo verify -- newest");
+        return Ok(Programs {
+            postgres: postgres(&one, None).with_context(|| missing("PostgreSQL"))?,
+            rabbitmq: rabbitmq(&other).with_context(|| missing("RabbitMQ"))?,
+            epmd: epmd(&other),
+        });
+    }
+    let root = Path::new("/");
+    let postgres = || postgres(root, Some(search_path()));
+    let rabbitmq = || rabbitmq(root);
     let mut missing = Vec::new();
     if postgres().is_none() {
         missing.push("postgresql");
@@ -35,6 +50,7 @@ pub fn servers() -> anyhow::Result<Programs> {
     Ok(Programs {
         postgres: postgres().context("initdb and postgres are in none of the usual places")?,
         rabbitmq: rabbitmq().context("rabbitmq-server is in none of the usual places")?,
+        epmd: epmd(root),
     })
 }
 
@@ -87,8 +103,8 @@ pub fn chromium() -> anyhow::Result<Chromium> {
     })
 }
 
-fn postgres() -> Option<PathBuf> {
-    let mut versions: Vec<PathBuf> = std::fs::read_dir("/usr/lib/postgresql")
+fn postgres(root: &Path, elsewhere: Option<Vec<PathBuf>>) -> Option<PathBuf> {
+    let mut versions: Vec<PathBuf> = std::fs::read_dir(root.join("usr/lib/postgresql"))
         .into_iter()
         .flatten()
         .filter_map(|entry| Some(entry.ok()?.path().join("bin")))
@@ -97,15 +113,23 @@ fn postgres() -> Option<PathBuf> {
     versions
         .into_iter()
         .rev()
-        .chain(search_path())
+        .chain(elsewhere.unwrap_or_default())
         .find(|dir| dir.join("initdb").exists() && dir.join("postgres").exists())
 }
 
-fn rabbitmq() -> Option<PathBuf> {
-    ["/usr/lib/rabbitmq/bin", "/opt/rabbitmq/sbin", "/opt/homebrew/sbin", "/usr/local/sbin"]
-        .map(PathBuf::from)
+fn rabbitmq(root: &Path) -> Option<PathBuf> {
+    ["usr/lib/rabbitmq/bin", "opt/rabbitmq/sbin", "opt/homebrew/sbin", "usr/local/sbin"]
+        .map(|dir| root.join(dir))
         .into_iter()
         .find(|dir| dir.join("rabbitmq-server").exists())
+}
+
+fn epmd(root: &Path) -> Option<PathBuf> {
+    ["usr/bin/epmd", "usr/local/bin/epmd", "opt/erlang/bin/epmd", "opt/homebrew/bin/epmd"]
+        .map(|path| root.join(path))
+        .into_iter()
+        // In an image it may be a link to where it lies in that.
+        .find(|path| path.symlink_metadata().is_ok())
 }
 
 fn search_path() -> Vec<PathBuf> {

@@ -279,7 +279,7 @@ async fn every_command_that_answers_has_one_json_document() {
     let (code, answer) = json(&world, &["migrate"]).await;
     assert_eq!((code, names(&answer), &answer["ran"]), (0, vec!["database", "ran"], &json!(0)));
     let (code, answer) = json(&world, &["dead", "list"]).await;
-    assert_eq!((code, answer), (0, json!({ "waiting": 0, "listed": 0, "groups": [] })));
+    assert_eq!((code, answer), (0, json!({ "waiting": 0, "looked_at": 0, "listed": 0, "groups": [] })));
     let (code, answer) = json(&world, &["dead", "replay", "--dry-run"]).await;
     assert_eq!((code, names(&answer)), (0, vec!["dry_run", "expired", "left", "letters", "parked", "replayed"]));
     assert_eq!(json(&world, &["dead", "drop", "--all"]).await, (0, json!({ "dropped": 0 })));

@@ -18,6 +18,7 @@ mod health;
 mod hostile;
 mod languages;
 mod letters;
+mod looks;
 mod low_water;
 mod metrics;
 mod names;

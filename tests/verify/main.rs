@@ -1,11 +1,14 @@
 //! `cargo verify`: sets up what the tests need, runs the rig for a while, and passes the tests, on servers that all of them
 //! share. What is given after `--` goes to the tests, a part of a name for instance; then there is no rig.
+//!
+//! `cargo verify -- newest`: the tests of behaviour alone, on PostgreSQL and RabbitMQ out of Docker images. What is given behind
+//! it goes to them.
 
 use std::process::{Command, ExitCode};
 
 use anyhow::Context as _;
 use harness::servers::Servers;
-use harness::{build, repository, setup};
+use harness::{build, image, repository, setup};
 
 fn main() -> ExitCode {
     match verify() {
@@ -19,6 +22,11 @@ fn main() -> ExitCode {
 }
 
 fn verify() -> anyhow::Result<bool> {
+    let mut words = std::env::args().skip(1).peekable();
+    let newest = words.next_if_eq("newest").is_some();
+    if newest {
+        image::unpack()?;
+    }
     eprintln!("building the daemon and the plugins ...");
     build::daemon()?;
     build::plugins()?;
@@ -32,7 +40,13 @@ fn verify() -> anyhow::Result<bool> {
     build::python_consumer()?;
     setup::chromium()?;
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    if std::env::args().len() == 1 {
+    let mut tests = Command::new(&cargo);
+    tests.arg("test").current_dir(repository());
+    if newest {
+        tests.args(["--package", "tidings-tests", "--test", "it", "--"]).args(words).env(image::NEWEST, "1");
+        return Ok(tests.status().context("could not run cargo test")?.success());
+    }
+    if words.peek().is_none() {
         eprintln!("breaking things for a while ...");
         let rig = Command::new(&cargo)
             .args(["run", "--package", "tidings-tests", "--bin", "rig", "--"])
@@ -48,12 +62,6 @@ fn verify() -> anyhow::Result<bool> {
     eprintln!("starting a PostgreSQL and a RabbitMQ of our own ...");
     let servers = Servers::start()?;
     let (name, ports) = servers.environment();
-    let tests = Command::new(cargo)
-        .args(["test", "--workspace", "--"])
-        .args(std::env::args().skip(1))
-        .current_dir(repository())
-        .env(name, ports)
-        .status()
-        .context("could not run cargo test")?;
-    Ok(tests.success())
+    tests.args(["--workspace", "--"]).args(words).env(name, ports);
+    Ok(tests.status().context("could not run cargo test")?.success())
 }

@@ -13,7 +13,7 @@ use lapin::{Connection, ConnectionProperties, Event};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::sieve::{Sieve, SievingReactor};
+use super::sieve::{Bodies, Sieve, SievingReactor};
 use super::{Broker, BrokerError, CLOSE_DEADLINE, CONNECT_DEADLINE, PUBLISHING};
 use crate::backoff::RECONNECT;
 use crate::trust;
@@ -79,13 +79,13 @@ impl Broker {
     }
 
     /// A connection that may read what anybody has written.
-    pub(super) async fn connect_for_letters(&self) -> Result<Connection, BrokerError> {
+    pub(super) async fn connect_for_letters(&self, bodies: Bodies) -> Result<Connection, BrokerError> {
         let properties = ConnectionProperties::default().with_connection_name("tidings dead letters".into());
         let runtime = Runtime::new(RuntimeParts::new(Tokio::current(), SievingReactor(Tokio::current())));
-        let connect = async |uri: AMQPUri, _| {
+        let connect = async move |uri: AMQPUri, _| {
             let connected = uri.connect_async(&Runtime::tokio_current()).await;
             let stream = connected.map_err(lapin::Error::from)?;
-            Ok(AsyncTcpStream::Plain(Sieve::new(stream)))
+            Ok(AsyncTcpStream::Plain(Sieve::new(stream, bodies)))
         };
         self.connected(Connection::connector(self.uri.clone(), runtime, connect, properties)).await
     }

@@ -16,6 +16,7 @@ use lapin::types::{FieldTable, ShortString};
 use lapin::{Channel, Confirmation, Connection};
 
 use super::letter::{self, Sending};
+use super::sieve::Bodies;
 use super::{Broker, BrokerError, CLOSE_DEADLINE, Own, QueueType, topology, within};
 use crate::dead_letter::DeadLetter;
 
@@ -32,7 +33,7 @@ pub enum Pile {
 }
 
 impl Pile {
-    fn own(self) -> Own {
+    pub(super) fn own(self) -> Own {
         match self {
             Self::Dead => Own::Dead,
             Self::Parked => Own::Parking,
@@ -45,8 +46,6 @@ impl Pile {
 pub struct Letter {
     /// What it says of itself.
     pub says: DeadLetter,
-    /// Why it was parked, if it was.
-    pub parked_reason: Option<String>,
     delivery: Delivery,
 }
 
@@ -94,7 +93,7 @@ impl Broker {
     ///
     /// When there is none to be had.
     pub async fn dead_letters(&self) -> Result<DeadLetters, BrokerError> {
-        let connection = self.connect_for_letters().await?;
+        let connection = self.connect_for_letters(Bodies::Pass).await?;
         let channel = within("open a channel", connection.create_channel()).await?;
         within("turn on publisher confirms", channel.confirm_select(ConfirmSelectOptions::default())).await?;
         Ok(DeadLetters { connection, channel, exchange: self.exchange.clone(), queue_type: self.queue_type })
@@ -120,22 +119,13 @@ impl DeadLetters {
         queue(&self.exchange, pile)
     }
 
-    /// Makes sure that letters that are only looked at come back, however often: from a queue that is neither of those that we
-    /// declare, RabbitMQ may throw them away after some times. The queue must be there.
+    /// Makes sure that letters that are not acknowledged come back, as [`topology::come_back`]. The queue must be there.
     ///
     /// # Errors
     ///
-    /// When it is another, or the broker does not answer.
+    /// When they may not, or the broker does not answer.
     pub async fn come_back(&self, pile: Pile) -> Result<(), BrokerError> {
-        let declare = |queue_type| topology::declare(&self.connection, pile.own(), &self.exchange, queue_type);
-        // Who may not declare cannot compare, and looks all the same.
-        let Err(error) = declare(self.queue_type).await else { return Ok(()) };
-        let other = match self.queue_type {
-            QueueType::Classic => QueueType::Quorum,
-            QueueType::Quorum => QueueType::Classic,
-        };
-        let is_other = matches!(error, BrokerError::Mismatch { .. }) && declare(other).await.is_ok();
-        if is_other { Ok(()) } else { Err(error) }
+        topology::come_back(&self.connection, pile.own(), &self.exchange, self.queue_type).await
     }
 
     /// How many letters lie there now.
@@ -157,9 +147,7 @@ impl DeadLetters {
         let fetched = within("hand out a dead letter", fetched).await?;
         Ok(fetched.map(|message| {
             let delivery = message.delivery;
-            let (says, parked_reason) =
-                (letter::read(&delivery.properties), letter::parked_reason(&delivery.properties));
-            Letter { says, parked_reason, delivery }
+            Letter { says: letter::read(&delivery.properties), delivery }
         }))
     }
 
@@ -245,11 +233,11 @@ impl DeadLetters {
     }
 }
 
-fn queue(exchange: &str, pile: Pile) -> ShortString {
+pub(super) fn queue(exchange: &str, pile: Pile) -> ShortString {
     pile.own().name(exchange).into()
 }
 
-async fn count_letters(channel: &Channel, queue: ShortString) -> Result<u32, BrokerError> {
+pub(super) async fn count_letters(channel: &Channel, queue: ShortString) -> Result<u32, BrokerError> {
     let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
     let doing = format!("count the letters in the queue {queue}");
     Ok(within(&doing, channel.queue_declare(queue, options, FieldTable::default())).await?.message_count())

@@ -1,7 +1,8 @@
 //! What stands between the broker and the client library on a connection for dead letters. Anybody who may publish can
 //! write headers that the library cannot read: nested so deeply that it runs out of stack and takes the process with it,
 //! with names that are not UTF-8, at which it stops, or in a frame beyond the limit, at which it hangs up. Such headers are
-//! replaced by one that carries them as they came; everything else passes untouched.
+//! replaced by one that carries them as they came; everything else passes untouched, or for who only looks at letters all but
+//! the bodies, so that a look holds none, however large they are.
 
 use std::io;
 use std::net::SocketAddr;
@@ -24,6 +25,11 @@ pub(super) type Sieved = Sieve<AsyncTcpStream<<Tokio as Reactor>::TcpStream>>;
 const START: usize = 7;
 const METHOD: u8 = 1;
 const HEADER: u8 = 2;
+const BODY: u8 = 3;
+/// Where the frame of a header has the length of the body.
+const BODY_LENGTH: std::ops::Range<usize> = START + 4..START + 12;
+/// Stands for the frame of a body, so that the client library sees that the connection lives.
+const HEARTBEAT: [u8; 8] = [8, 0, 0, 0, 0, 0, 0, 0xCE];
 /// `connection.tune`, after which come the channels and then the longest frame.
 const TUNE: [u8; 4] = [0, 10, 0, 30];
 
@@ -35,9 +41,19 @@ pub(super) struct Sieve<S> {
 }
 
 impl<S> Sieve<S> {
-    pub(super) fn new(stream: S) -> Self {
-        Self { stream, frames: Frames::default() }
+    pub(super) fn new(stream: S, bodies: Bodies) -> Self {
+        Self { stream, frames: Frames { bodies, ..Frames::default() } }
     }
+}
+
+/// What becomes of the bodies of messages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Bodies {
+    /// They pass.
+    #[default]
+    Pass,
+    /// Every message has none.
+    Drop,
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Sieve<S> {
@@ -79,8 +95,11 @@ struct Frames {
     done: Vec<u8>,
     /// The beginning of a frame.
     held: Vec<u8>,
-    /// Bytes of a frame that passes as it is.
+    /// Bytes of a frame that passes as it is, or does not.
     passing: usize,
+    /// Those do not.
+    dropping: bool,
+    bodies: Bodies,
     /// The longest frame that was agreed upon; 0 = any.
     longest: usize,
 }
@@ -91,7 +110,9 @@ impl Frames {
             let (taken, rest) = if self.passing > 0 {
                 let (taken, rest) = bytes.split_at(bytes.len().min(self.passing));
                 self.passing -= taken.len();
-                self.done.extend_from_slice(taken);
+                if !self.dropping {
+                    self.done.extend_from_slice(taken);
+                }
                 (taken.len(), rest)
             } else {
                 let wanted = self.length().unwrap_or(START) - self.held.len();
@@ -123,6 +144,11 @@ impl Frames {
                 }
             }
             HEADER => {
+                if self.bodies == Bodies::Drop
+                    && let Some(length) = self.held.get_mut(BODY_LENGTH)
+                {
+                    length.fill(0);
+                }
                 let longest = if self.longest == 0 { usize::MAX } else { self.longest };
                 if let Some(other) = headers::instead(&self.held[START..length - 1], longest) {
                     let length = u32::try_from(other.len()).expect("shorter than a frame").to_be_bytes();
@@ -131,7 +157,14 @@ impl Frames {
                     return;
                 }
             }
-            _ => self.passing = length - self.held.len(),
+            kind => {
+                self.passing = length - self.held.len();
+                self.dropping = kind == BODY && self.bodies == Bodies::Drop;
+                if self.dropping {
+                    self.held.clear();
+                    self.done.extend(HEARTBEAT);
+                }
+            }
         }
         self.done.append(&mut self.held);
     }
@@ -166,7 +199,7 @@ impl Reactor for SievingReactor {
         address: SocketAddr,
     ) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
         let connecting = self.0.tcp_connect_addr(address);
-        async move { Ok(Sieve::new(AsyncTcpStream::Plain(connecting.await?))) }
+        async move { Ok(Sieve::new(AsyncTcpStream::Plain(connecting.await?), Bodies::Pass)) }
     }
 }
 
@@ -181,8 +214,8 @@ mod tests {
         [&[kind, 0, 1][..], &length, payload, &[0xCE]].concat()
     }
 
-    fn sieved(bytes: &[u8], at_once: usize) -> Vec<u8> {
-        let mut frames = Frames::default();
+    fn sieved(bytes: &[u8], at_once: usize, bodies: Bodies) -> Vec<u8> {
+        let mut frames = Frames { bodies, ..Frames::default() };
         for bytes in bytes.chunks(at_once) {
             frames.add(bytes);
         }
@@ -196,7 +229,21 @@ mod tests {
             at_once in 1..400_usize,
         ) {
             let bytes: Vec<u8> = frames.iter().flat_map(|(kind, payload)| frame(*kind, payload)).collect();
-            prop_assert_eq!(sieved(&bytes, at_once), bytes);
+            prop_assert_eq!(sieved(&bytes, at_once, Bodies::Pass), bytes);
+        }
+
+        #[test]
+        fn a_look_gets_every_frame_but_those_of_bodies_however_they_are_cut(
+            bodies in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..300), 0..4),
+            at_once in 1..400_usize,
+        ) {
+            let header = |length: usize| frame(HEADER, &[&[0, 60, 0, 0][..], &(length as u64).to_be_bytes(), &[0, 0]].concat());
+            let length = bodies.iter().map(Vec::len).sum();
+            let frames = [frame(METHOD, b"method"), header(length)].into_iter();
+            let bytes: Vec<u8> = frames.chain(bodies.iter().map(|body| frame(BODY, body))).chain([frame(8, &[])]).flatten().collect();
+            let rest = HEARTBEAT.repeat(bodies.len());
+            let expected = [frame(METHOD, b"method"), header(0), rest, frame(8, &[])].concat();
+            prop_assert_eq!(sieved(&bytes, at_once, Bodies::Drop), expected);
         }
     }
 
@@ -207,7 +254,7 @@ mod tests {
         let header = frame(2, &[&[0, 60, 0, 0][..], &[0; 8], &[0x80, 0, 200], &[b'x'; 200]].concat());
         for (longest, passes) in [(0, true), (4096, true), (600, false)] {
             let bytes = [tune(longest), header.clone()].concat();
-            assert_eq!(sieved(&bytes, 10) == bytes, passes, "{longest}");
+            assert_eq!(sieved(&bytes, 10, Bodies::Pass) == bytes, passes, "{longest}");
         }
     }
 }

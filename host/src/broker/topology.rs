@@ -160,6 +160,25 @@ pub(super) async fn declare(
     }
 }
 
+/// Makes sure that letters of a queue of ours come back if they are only looked at, however often: from a queue that is neither
+/// of those that we declare, RabbitMQ may throw them away after some times. The queue must be there.
+pub(super) async fn come_back(
+    connection: &Connection,
+    own: Own,
+    exchange: &str,
+    queue_type: QueueType,
+) -> Result<(), BrokerError> {
+    // A user who may not declare cannot compare, and looks all the same.
+    let Err(error) = declare(connection, own, exchange, queue_type).await else { return Ok(()) };
+    let other = match queue_type {
+        QueueType::Classic => QueueType::Quorum,
+        QueueType::Quorum => QueueType::Classic,
+    };
+    let is_other =
+        matches!(error, BrokerError::Mismatch { .. }) && declare(connection, own, exchange, other).await.is_ok();
+    if is_other { Ok(()) } else { Err(error) }
+}
+
 /// Binds `tidings.dead` to `tidings.dlx`, which changes nothing if it is bound.
 pub(super) async fn bind(connection: &Connection, exchange: &str) -> Result<Permitted, BrokerError> {
     let channel = within("open a channel", connection.create_channel()).await?;

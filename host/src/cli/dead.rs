@@ -7,27 +7,31 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
+use indicatif::ProgressBar;
 use serde::Serialize;
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 
-use super::output::Output;
+use super::output::{Output, complain};
 use super::{age, fail, printable, progress, times, usage};
-use crate::broker::{Broker, Pile};
-use crate::by_hand::ByHand;
+use crate::broker::{Broker, Looked, Pile};
+use crate::by_hand::{ByHand, LookAlone};
 use crate::config::{Mistakes, ServerArgs};
 use crate::dead_letter::{DeadLetter, Fate, Tally};
 use crate::lifecycle::shutdown_on_signal_or_hangup;
-use crate::replayer::{drop_letters, take_back, window};
+use crate::replayer::{drop_letters, take_back};
 use crate::store::Store;
 use crate::telemetry::{TraceSettings, Traces};
 use crate::wake::Wake;
+
+/// A look at so many takes long enough to say so.
+const MANY: u32 = 1000;
 
 /// What can be done with dead letters.
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
     /// Counts what lies there, by queue, kind and reason, with the age of the oldest
-    #[command(after_help = "Example:\n  tidings dead list --kind game-status --since 2h")]
+    #[command(after_help = "Example:\n  tidings dead list --kind game-status --since 2h --limit 1000")]
     List(ListArgs),
     /// Makes a pass now: sends letters back into the queues they died in
     #[command(after_help = "Example:\n  tidings dead replay --queue mails --dry-run")]
@@ -44,6 +48,9 @@ pub(super) struct ListArgs {
     servers: ServerArgs,
     #[command(flatten)]
     filter: Filter,
+    /// Only the first so many that lie there, from the oldest on; 0 only counts them
+    #[arg(long, value_name = "COUNT")]
+    limit: Option<u32>,
 }
 
 /// What to replay.
@@ -103,7 +110,9 @@ impl Filter {
 struct Listed {
     /// How many letters there are in all.
     waiting: u32,
-    /// How many were asked for.
+    /// How many of them were looked at.
+    looked_at: u32,
+    /// How many of those were asked for.
     listed: u32,
     groups: Vec<Group>,
     /// To tell how old the oldest are.
@@ -153,59 +162,66 @@ struct Dropped {
 
 pub(super) async fn run(command: Command, output: Output) -> ExitCode {
     match command {
-        Command::List(ListArgs { servers, filter }) => {
-            with_letters(servers, output, async |work| list(work, &filter).await).await
+        Command::List(ListArgs { servers, filter, limit }) => {
+            with_servers(servers, output, async |with| {
+                with.look(async |look, _| list(look, &filter, limit.unwrap_or(u32::MAX)).await).await
+            })
+            .await
         }
         Command::Replay(ReplayArgs { servers, filter, dry_run: true }) => {
-            with_letters(servers, output, async |work| dry_run(work, &filter).await).await
+            with_servers(servers, output, async |with| {
+                with.look(async |look, max| dry_run(look, &filter, max).await).await
+            })
+            .await
         }
         Command::Replay(ReplayArgs { servers, filter, dry_run: false }) => {
-            with_letters(servers, output, async |work| replay(work, &filter).await).await
+            with_servers(servers, output, async |with| with.work(async |work| replay(work, &filter).await).await).await
         }
         Command::Drop(args) if !args.all && args.filter.takes_all() => {
             let sentence = "say which letters to drop for good, with --kind, --queue or --since, or say --all";
             usage(&Mistakes::from(sentence))
         }
         Command::Drop(DropArgs { servers, filter, .. }) => {
-            with_letters(servers, output, async |work| drop_them(work, &filter).await).await
+            with_servers(servers, output, async |with| with.work(async |work| drop_them(work, &filter).await).await)
+                .await
         }
     }
+}
+
+/// The servers, checked, for one piece of work on the letters.
+struct With {
+    store: Store,
+    broker: Broker,
+    /// How often a letter may be replayed.
+    max: u32,
+    /// Where traces go.
+    traces: Option<TraceSettings>,
 }
 
 /// The letters, and what is given for the work on them.
 struct Work {
     by_hand: ByHand,
-    /// How often a letter may be replayed.
     max: u32,
     /// How many letters lie there.
     waiting: u32,
     /// A signal: what is in flight is finished.
     stop: CancellationToken,
-    /// Where traces go.
     traces: Option<TraceSettings>,
 }
 
-/// Does something with the letters, alone, closes them whatever came of it, and answers.
-async fn with_letters<T: fmt::Display + Serialize>(
+/// Does something with the servers, and answers.
+async fn with_servers<T: fmt::Display + Serialize>(
     servers: ServerArgs,
     output: Output,
-    work: impl AsyncFnOnce(&mut Work) -> anyhow::Result<T>,
+    work: impl AsyncFnOnce(With) -> anyhow::Result<T>,
 ) -> ExitCode {
     let servers = match servers.check() {
         Ok(servers) => servers,
         Err(mistakes) => return usage(&mistakes),
     };
-    let done = async {
-        let broker = Broker::new(&servers.broker, Arc::new(Wake::default()));
-        let by_hand = ByHand::alone(&Store::new(&servers.database_url, 1), &broker).await?;
-        let waiting = by_hand.waiting(Pile::Dead).await?;
-        let (max, stop, traces) = (servers.replay_max, shutdown_on_signal_or_hangup()?, servers.traces.clone());
-        let mut with = Work { by_hand, max, waiting, stop, traces };
-        let done = work(&mut with).await;
-        with.by_hand.end().await;
-        done
-    };
-    match done.await {
+    let store = Store::new(&servers.database_url, 1);
+    let broker = Broker::new(&servers.broker, Arc::new(Wake::default()));
+    match work(With { store, broker, max: servers.replay_max, traces: servers.traces }).await {
         Ok(answer) => {
             output.answer(&answer);
             ExitCode::SUCCESS
@@ -214,26 +230,46 @@ async fn with_letters<T: fmt::Display + Serialize>(
     }
 }
 
-async fn list(Work { by_hand, waiting, .. }: &mut Work, filter: &Filter) -> anyhow::Result<Listed> {
-    by_hand.letters.come_back(Pile::Dead).await?;
-    let bar = progress(u64::from(*waiting), "looked at");
-    let (now_seconds, mut listed) = (now_seconds(), 0);
-    let mut groups: BTreeMap<[Option<String>; 3], (u32, Option<u64>)> = BTreeMap::new();
-    let mut left = *waiting;
-    while left > 0 {
-        // Nothing is acknowledged: all of it is where it was when this connection closes.
-        for letter in window(&by_hand.letters, Pile::Dead, &mut left).await? {
-            bar.inc(1);
-            if !filter.takes(&letter.says, now_seconds) {
-                continue;
-            }
-            let DeadLetter { queue, kind, reason, died_at, .. } = letter.says;
-            let (count, oldest) = groups.entry([queue, kind, reason]).or_default();
-            listed += 1;
-            *count += 1;
-            *oldest = [*oldest, died_at].into_iter().flatten().min();
-        }
+impl With {
+    /// Looks at the letters, alone, and ends the look whatever came of it.
+    async fn look<T>(self, work: impl AsyncFnOnce(&mut LookAlone, u32) -> anyhow::Result<T>) -> anyhow::Result<T> {
+        let mut look = LookAlone::begin(&self.store, &self.broker).await?;
+        let done = work(&mut look, self.max).await;
+        look.end().await;
+        done
     }
+
+    /// Does something with the letters, alone, and closes them whatever came of it.
+    async fn work<T>(self, work: impl AsyncFnOnce(&mut Work) -> anyhow::Result<T>) -> anyhow::Result<T> {
+        let by_hand = ByHand::alone(&self.store, &self.broker).await?;
+        let waiting = by_hand.waiting(Pile::Dead).await?;
+        let mut with =
+            Work { by_hand, max: self.max, waiting, stop: shutdown_on_signal_or_hangup()?, traces: self.traces };
+        let done = work(&mut with).await;
+        with.by_hand.end().await;
+        done
+    }
+}
+
+async fn list(look: &mut LookAlone, filter: &Filter, limit: u32) -> anyhow::Result<Listed> {
+    let waiting = look.waiting(Pile::Dead).await?;
+    let most = waiting.min(limit);
+    let bar = looking_at(most, waiting);
+    let (now_seconds, mut looked_at, mut listed) = (now_seconds(), 0, 0);
+    let mut groups: BTreeMap<[Option<String>; 3], (u32, Option<u64>)> = BTreeMap::new();
+    let see = |letter: Looked| {
+        bar.inc(1);
+        looked_at += 1;
+        if !filter.takes(&letter.says, now_seconds) {
+            return;
+        }
+        let DeadLetter { queue, kind, reason, died_at, .. } = letter.says;
+        let (count, oldest) = groups.entry([queue, kind, reason]).or_default();
+        listed += 1;
+        *count += 1;
+        *oldest = [*oldest, died_at].into_iter().flatten().min();
+    };
+    look.at(Pile::Dead, most, see).await?;
     bar.finish_and_clear();
     let groups = groups.into_iter().map(|([queue, kind, reason], (letters, oldest))| Group {
         queue,
@@ -244,7 +280,17 @@ async fn list(Work { by_hand, waiting, .. }: &mut Work, filter: &Filter) -> anyh
             .and_then(|at| i64::try_from(at).ok())
             .and_then(|at| OffsetDateTime::from_unix_timestamp(at).ok()),
     });
-    Ok(Listed { waiting: *waiting, listed, groups: groups.collect(), now_seconds })
+    Ok(Listed { waiting, looked_at, listed, groups: groups.collect(), now_seconds })
+}
+
+/// Says how many lie there before the look, which takes a second for some thousands: on a terminal by a bar, elsewhere by a line
+/// if they are many.
+fn looking_at(most: u32, waiting: u32) -> ProgressBar {
+    let bar = progress(most.into(), "looked at");
+    if bar.is_hidden() && most >= MANY {
+        complain(format_args!("tidings: looking at {most} of {waiting} dead letters"));
+    }
+    bar
 }
 
 async fn replay(Work { by_hand, max, waiting, stop, traces }: &mut Work, filter: &Filter) -> anyhow::Result<Replayed> {
@@ -259,31 +305,30 @@ async fn replay(Work { by_hand, max, waiting, stop, traces }: &mut Work, filter:
 }
 
 /// Says letter by letter what a pass would do, and does nothing.
-async fn dry_run(Work { by_hand, max, waiting, .. }: &mut Work, filter: &Filter) -> anyhow::Result<Replayed> {
-    let ByHand { pass, letters, .. } = by_hand;
-    letters.come_back(Pile::Dead).await?;
-    let (mut tally, now, mut left) = (Tally::default(), now_seconds(), *waiting);
-    let mut would = Vec::new();
-    while left > 0 {
-        let clock = pass.clock().await?;
-        for letter in window(letters, Pile::Dead, &mut left).await? {
-            if !filter.takes(&letter.says, now) {
-                tally.left += 1;
-                continue;
-            }
-            let (count, fate, says) = match letter.says.fate(clock.now_ms(), *max) {
-                Fate::Expired => (&mut tally.expired, "expire", "would be removed: its deadline has come".to_owned()),
-                Fate::Replay { queue, replays, .. } => {
-                    let says = format!("would go back into {queue}; replayed {} times before", replays - 1);
-                    (&mut tally.replayed, "replay", says)
-                }
-                Fate::Leave(reason) => (&mut tally.left, "leave", format!("would stay: {reason}")),
-                Fate::Park(reason) => (&mut tally.parked, "park", format!("would be parked: {reason}")),
-            };
-            *count += 1;
-            would.push(Would { id: letter.says.id, fate, says });
+async fn dry_run(look: &mut LookAlone, filter: &Filter, max: u32) -> anyhow::Result<Replayed> {
+    let waiting = look.waiting(Pile::Dead).await?;
+    let (bar, clock, now) = (looking_at(waiting, waiting), look.clock().await?, now_seconds());
+    let (mut tally, mut would) = (Tally::default(), Vec::new());
+    let see = |letter: Looked| {
+        bar.inc(1);
+        if !filter.takes(&letter.says, now) {
+            tally.left += 1;
+            return;
         }
-    }
+        let (count, fate, says) = match letter.says.fate(clock.now_ms(), max) {
+            Fate::Expired => (&mut tally.expired, "expire", "would be removed: its deadline has come".to_owned()),
+            Fate::Replay { queue, replays, .. } => {
+                let says = format!("would go back into {queue}; replayed {} times before", replays - 1);
+                (&mut tally.replayed, "replay", says)
+            }
+            Fate::Leave(reason) => (&mut tally.left, "leave", format!("would stay: {reason}")),
+            Fate::Park(reason) => (&mut tally.parked, "park", format!("would be parked: {reason}")),
+        };
+        *count += 1;
+        would.push(Would { id: letter.says.id, fate, says });
+    };
+    look.at(Pile::Dead, waiting, see).await?;
+    bar.finish_and_clear();
     Ok(Replayed::of(&tally, Some(would)))
 }
 
@@ -316,7 +361,12 @@ impl fmt::Display for Listed {
                 oldest.map_or_else(|| "?".into(), |at| age(Duration::from_secs(self.now_seconds.saturating_sub(at))));
             writeln!(formatter, "{letters:>8}  {queue:<30} {kind:<24} {reason:<14} {age}")?;
         }
-        write!(formatter, "{} of {} dead letters", self.listed, self.waiting)
+        let Self { listed, looked_at, waiting, .. } = self;
+        if looked_at < waiting {
+            write!(formatter, "{listed} of the first {looked_at} dead letters; {waiting} lie there")
+        } else {
+            write!(formatter, "{listed} of {waiting} dead letters")
+        }
     }
 }
 

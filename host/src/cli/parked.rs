@@ -13,8 +13,8 @@ use uuid::Uuid;
 
 use super::output::{Output, complain};
 use super::{NOT_FOUND, age, fail, printable, progress, usage};
-use crate::broker::{Broker, Letter, Pile};
-use crate::by_hand::{ByHand, Stays, Wanted, drop_rows, retry_rows};
+use crate::broker::{Broker, Looked, Pile};
+use crate::by_hand::{ByHand, LookAlone, Stays, Wanted, drop_rows, retry_rows};
 use crate::config::{Mistakes, ServerArgs};
 use crate::lifecycle::shutdown_on_signal_or_hangup;
 use crate::store::{ParkedRow, Store};
@@ -48,9 +48,8 @@ pub(super) struct Which {
 }
 
 /// What is done.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 enum Deed {
-    List,
     Retry,
     Drop,
 }
@@ -61,11 +60,10 @@ struct Done {
     rows: usize,
     letters: usize,
     stay: Vec<Stays>,
-    listed: Listed,
 }
 
 /// What is parked.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Serialize)]
 struct Listed {
     rows: Vec<ParkedRow>,
     letters: Vec<ParkedLetter>,
@@ -82,9 +80,8 @@ struct ParkedLetter {
     reason: Option<String>,
 }
 
-impl From<Letter> for ParkedLetter {
-    fn from(letter: Letter) -> Self {
-        let Letter { says, parked_reason, .. } = letter;
+impl From<Looked> for ParkedLetter {
+    fn from(Looked { says, parked_reason }: Looked) -> Self {
         Self { id: says.id, kind: says.kind, queue: says.queue, reason: parked_reason }
     }
 }
@@ -106,13 +103,13 @@ struct Dropped {
 
 pub(super) async fn run(command: Command, output: Output) -> ExitCode {
     let (which, deed) = match command {
-        Command::List(servers) => (Which { servers, ids: Vec::new(), all: true }, Deed::List),
+        Command::List(servers) => return list(servers, output).await,
         Command::Retry(which) => (which, Deed::Retry),
         Command::Drop(which) => (which, Deed::Drop),
     };
-    // A list of nothing is an answer; an id that nothing has is a mistake.
+    // Nothing among all is an answer; an id that nothing has is a mistake.
     let all = which.all;
-    let Done { rows, letters, stay, listed } = match run_on(which, deed).await {
+    let Done { rows, letters, stay } = match run_on(which, deed).await {
         Ok(Ok(done)) => done,
         Ok(Err(mistakes)) => return usage(&mistakes),
         Err(error) => return fail(1, &error),
@@ -123,20 +120,54 @@ pub(super) async fn run(command: Command, output: Output) -> ExitCode {
         _ => ExitCode::SUCCESS,
     };
     match deed {
-        Deed::List => output.answer(&listed),
         Deed::Retry => output.answer(&Retried { rows, letters, stay }),
         Deed::Drop => output.answer(&Dropped { rows, letters }),
     }
     code
 }
 
+fn both(servers: ServerArgs) -> Result<(Store, Broker), Mistakes> {
+    let servers = servers.check()?;
+    Ok((Store::new(&servers.database_url, 1), Broker::new(&servers.broker, Arc::new(Wake::default()))))
+}
+
+async fn list(servers: ServerArgs, output: Output) -> ExitCode {
+    let (store, broker) = match both(servers) {
+        Ok(both) => both,
+        Err(mistakes) => return usage(&mistakes),
+    };
+    let listed = async {
+        let look = LookAlone::begin(&store, &broker).await?;
+        let looked = async {
+            let (rows, mut letters) = (store.parked().await?, Vec::new());
+            let waiting = look.waiting(Pile::Parked).await?;
+            let bar = progress(waiting.into(), "letters");
+            let see = |letter: Looked| {
+                bar.inc(1);
+                letters.push(letter.into());
+            };
+            look.at(Pile::Parked, waiting, see).await?;
+            bar.finish_and_clear();
+            anyhow::Ok(Listed { rows, letters })
+        };
+        let looked = looked.await;
+        look.end().await;
+        looked
+    };
+    match listed.await {
+        Ok(listed) => {
+            output.answer(&listed);
+            ExitCode::SUCCESS
+        }
+        Err(error) => fail(1, &error),
+    }
+}
+
 async fn run_on(Which { servers, ids, all }: Which, deed: Deed) -> anyhow::Result<Result<Done, Mistakes>> {
-    let servers = match servers.check() {
-        Ok(servers) => servers,
+    let (store, broker) = match both(servers) {
+        Ok(both) => both,
         Err(mistakes) => return Ok(Err(mistakes)),
     };
-    let store = Store::new(&servers.database_url, 1);
-    let broker = Broker::new(&servers.broker, Arc::new(Wake::default()));
     // Both servers before anything is done on one of them.
     let mut by_hand = ByHand::alone(&store, &broker).await?;
     let wanted = if all { Wanted::All } else { Wanted::Ids(ids.into_iter().collect()) };
@@ -153,16 +184,12 @@ async fn run_on(Which { servers, ids, all }: Which, deed: Deed) -> anyhow::Resul
 async fn on_rows(store: &Store, wanted: &Wanted, deed: Deed, done: &mut Done) -> anyhow::Result<()> {
     let mut rows = store.parked().await?;
     rows.retain(|row| wanted.takes(Some(&row.id.to_string())));
-    if deed == Deed::List {
-        done.listed.rows = rows;
-        return Ok(());
-    }
     let ids: Vec<Uuid> = rows.iter().map(|row| row.id).collect();
     let bar = progress(ids.len() as u64, "rows");
     let more = |rows| bar.inc(rows as u64);
     let worked = match deed {
         Deed::Drop => drop_rows(store, &ids, more).await,
-        _ => retry_rows(store, &ids, more).await,
+        Deed::Retry => retry_rows(store, &ids, more).await,
     };
     bar.finish_and_clear();
     let worked = worked?;
@@ -173,17 +200,12 @@ async fn on_rows(store: &Store, wanted: &Wanted, deed: Deed, done: &mut Done) ->
 
 /// Goes once through the parked letters.
 async fn on_letters(by_hand: &mut ByHand, wanted: &Wanted, deed: Deed, done: &mut Done) -> anyhow::Result<()> {
-    if deed == Deed::List {
-        let see = |letter: Letter| done.listed.letters.push(letter.into());
-        by_hand.look(Pile::Parked, u32::MAX, see).await?;
-        return Ok(());
-    }
     let bar = progress(by_hand.waiting(Pile::Parked).await?.into(), "letters");
     // Broken off between what is sent and what is acknowledged, it would leave copies.
     let (more, stop) = (|letters| bar.inc(letters as u64), shutdown_on_signal_or_hangup()?);
     let worked = match deed {
         Deed::Drop => by_hand.drop_parked(wanted, more, &stop).await,
-        _ => by_hand.retry_parked(wanted, more, &stop).await,
+        Deed::Retry => by_hand.retry_parked(wanted, more, &stop).await,
     };
     bar.finish_and_clear();
     let worked = worked?;

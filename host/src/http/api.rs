@@ -13,8 +13,8 @@ use time::OffsetDateTime;
 
 use super::refusal::Refusal;
 use super::{Site, overview};
-use crate::broker::{Letter, Pile};
-use crate::by_hand::{ByHand, ByHandError};
+use crate::broker::{Looked, Pile};
+use crate::by_hand::{ByHandError, LookAlone};
 use crate::whereabouts::Which;
 use crate::words::{self, Explanation};
 
@@ -86,21 +86,22 @@ pub(super) async fn letters(State(site): State<Arc<Site>>) -> Result<Response, R
 }
 
 async fn look(site: &Site) -> Result<Letters, ByHandError> {
-    let by_hand = ByHand::alone(&site.shown.store, &site.shown.broker).await?;
+    let look = LookAlone::begin(&site.shown.store, &site.shown.broker).await?;
     let looked =
-        async { Ok(Letters { dead: heap(&by_hand, Pile::Dead).await?, parked: heap(&by_hand, Pile::Parked).await? }) };
+        async { Ok(Letters { dead: heap(&look, Pile::Dead).await?, parked: heap(&look, Pile::Parked).await? }) };
     let looked = looked.await;
-    by_hand.end().await;
+    look.end().await;
     looked
 }
 
-async fn heap(by_hand: &ByHand, pile: Pile) -> Result<Heap, ByHandError> {
+async fn heap(look: &LookAlone, pile: Pile) -> Result<Heap, ByHandError> {
     let mut letters = Vec::new();
-    let waiting = by_hand.look(pile, LETTERS, |letter| letters.push(shown(letter, pile))).await?;
+    let waiting = look.waiting(pile).await?;
+    look.at(pile, waiting.min(LETTERS), |letter| letters.push(shown(letter, pile))).await?;
     Ok(Heap { waiting, letters })
 }
 
-fn shown(Letter { says, parked_reason, .. }: Letter, pile: Pile) -> Shown {
+fn shown(Looked { says, parked_reason }: Looked, pile: Pile) -> Shown {
     let died_at = says.died_at.and_then(|seconds| i64::try_from(seconds).ok());
     Shown {
         id: says.id,

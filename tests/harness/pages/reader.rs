@@ -10,7 +10,7 @@ use super::{Block, Elsewhere, Here, Page, missing};
 use crate::daemon::{Daemon, Launch};
 use crate::servers::Servers;
 use crate::world::{World, amqp_url, database_url};
-use crate::{build, eventually, setup};
+use crate::{build, eventually, image, setup};
 
 /// Somebody who follows a page in a world.
 #[derive(Debug)]
@@ -41,6 +41,11 @@ impl<'a> Reader<'a> {
         std::os::unix::fs::symlink(&world.plugin_dir, home.join("work/target/plugins")).expect("linked");
         std::os::unix::fs::symlink(World::binary(), programs.join("tidings")).expect("linked");
         program(&programs, "rabbitmqctl", &servers.rabbitmqctl_script().expect("servers of our own"));
+        let postgres_programs = setup::servers().expect("they are installed").postgres;
+        for name in ["psql", "pg_dump", "pg_dumpall", "pg_restore"] {
+            let command = command_line(&image::command(None, &postgres_programs.join(name)));
+            program(&programs, name, &format!("#!/bin/sh\nexec {command} \"$@\"\n"));
+        }
         program(&programs, "cargo", &build::cargo_script().expect("a way to build plugins"));
         fs::write(home.join("directory"), home.join("work").display().to_string()).expect("written");
         fs::write(home.join("variables"), "").expect("written");
@@ -48,11 +53,10 @@ impl<'a> Reader<'a> {
         let (postgres, rabbitmq) = world.ports();
         let name = &world.name;
         let path = std::env::var("PATH").expect("there is one");
-        let postgres_programs = setup::servers().expect("they are installed").postgres;
         let port =
             std::net::TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a port").port();
         let shell = (world.launch().running(Path::new("bash")).without("CARGO_TARGET_DIR"))
-            .with("PATH", format!("{}:{}:{path}", programs.display(), postgres_programs.display()))
+            .with("PATH", format!("{}:{path}", programs.display()))
             .with("TIDINGS_HTTP_ADDR", format!("127.0.0.1:{port}"))
             .with("PGHOST", "127.0.0.1")
             .with("PGPORT", postgres)
