@@ -17,6 +17,8 @@ pub const REFUSED: Backoff = Backoff { first: Duration::from_secs(1), cap: Durat
 pub const RECONNECT: Backoff = Backoff { first: Duration::from_millis(100), cap: Duration::from_secs(5) };
 /// PostgreSQL refuses to finish what was sent: the first time at once, since one row alone may be the reason.
 pub const FINISH: Backoff = Backoff { first: Duration::from_millis(100), cap: Duration::from_secs(30) };
+/// A connection that PostgreSQL does not give us at this moment, while somebody waits for it.
+pub const CONNECT: Backoff = Backoff { first: Duration::from_millis(10), cap: Duration::from_secs(2) };
 /// A due row that somebody else has locked.
 pub const LOCKED: Backoff = Backoff { first: Duration::from_millis(100), cap: Duration::from_secs(1) };
 
@@ -49,7 +51,7 @@ mod tests {
     proptest! {
         #[test]
         fn the_delay_never_falls_never_passes_the_cap_and_never_overflows(failures in any::<u32>()) {
-            for backoff in [BUILD, REFUSED, RECONNECT, FINISH, LOCKED] {
+            for backoff in [BUILD, REFUSED, RECONNECT, FINISH, CONNECT, LOCKED] {
                 prop_assert!(backoff.delay(failures) <= backoff.delay(failures.saturating_add(1)));
                 prop_assert!((backoff.first..=backoff.cap).contains(&backoff.delay(failures)));
             }

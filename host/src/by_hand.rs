@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::broker::{Broker, BrokerError, DeadLetters, Pile, Sending, Sent};
+use crate::causes::causes;
 use crate::dead_letter::{Fate, Tally};
 use crate::replayer::{PassError, drop_letters, take_back, window};
 use crate::store::{Pass, Store, StoreError};
@@ -106,7 +107,7 @@ pub async fn retry_rows(store: &Store, ids: &[Uuid], progress: impl Fn(usize)) -
                     match store.unpark(&[*id]).await {
                         Ok(one) => done.count += one,
                         Err(error) => {
-                            let why = format!("{:#}", anyhow::Error::from(error));
+                            let why = causes(&error);
                             done.stay.push(Stays { id: Some(id.to_string()), why });
                         }
                     }

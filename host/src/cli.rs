@@ -26,6 +26,7 @@ use std::time::Duration;
 use clap::{CommandFactory as _, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::causes::causes;
 use crate::config::{DatabaseArgs, DoctorArgs, HttpArgs, Mistakes, RunArgs};
 use crate::store::{Store, StoreError};
 use crate::telemetry::{self, LogFormat};
@@ -220,7 +221,7 @@ fn age(time: Duration) -> String {
 
 /// Says what went wrong, with its causes, on one line.
 fn fail(code: u8, error: &anyhow::Error) -> ExitCode {
-    complain(format_args!("tidings: {error:#}"));
+    complain(format_args!("tidings: {}", causes(&**error)));
     ExitCode::from(code)
 }
 

@@ -82,6 +82,9 @@ pub struct RunArgs {
     state: StateArgs,
     #[command(flatten)]
     http: HttpArgs,
+    /// The most connections to PostgreSQL that the daemon keeps, at least 4
+    #[arg(long, env = "TIDINGS_DATABASE_CONNECTIONS", value_name = "N", default_value = "13")]
+    database_connections: String,
     /// The longest time between two looks at the queue, in milliseconds
     #[arg(long, env = "TIDINGS_SWEEP_MS", value_name = "MS", default_value = "5000")]
     sweep_ms: String,
@@ -137,6 +140,9 @@ pub struct ServerSettings {
 pub struct Config {
     /// Where the two servers are.
     pub servers: ServerSettings,
+    /// `TIDINGS_DATABASE_CONNECTIONS`, 4 to 100; default 13: three lanes, one more in a backlog, the look, holding rows,
+    /// releasing them, history, the canary, HTTP, the page, notifications, a pass.
+    pub database_connections: usize,
     /// `TIDINGS_PLUGIN_DIR`; for the daemon, an existing directory.
     pub plugin_dir: PathBuf,
     /// `TIDINGS_STATE_DIR`
@@ -325,6 +331,8 @@ impl RunArgs {
                 None
             }
         };
+        let connections = &self.database_connections;
+        let database_connections = number("TIDINGS_DATABASE_CONNECTIONS", connections, 4, 100, mistakes);
         let sweep_ms = number("TIDINGS_SWEEP_MS", &self.sweep_ms, 10, 3_600_000, mistakes);
         let interval = &self.replay_interval_ms;
         let replay_interval_ms = number("TIDINGS_REPLAY_INTERVAL_MS", interval, 1_000, 86_400_000, mistakes);
@@ -342,6 +350,7 @@ impl RunArgs {
 
         Some(Config {
             servers: servers?,
+            database_connections: database_connections? as usize,
             plugin_dir: plugin_dir?,
             state_dir,
             http_addr: http_addr?,

@@ -16,7 +16,7 @@ use crate::backoff::RECONNECT;
 use crate::broker::{Broker, Management};
 use crate::canary::Canary;
 use crate::config::Config;
-use crate::dispatcher::{Dispatcher, LANES};
+use crate::dispatcher::Dispatcher;
 use crate::health::Health;
 use crate::http::{Http, Shown};
 use crate::keeper::Keeper;
@@ -40,8 +40,8 @@ const RETENTION_INTERVAL: Duration = Duration::from_hours(1);
 pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) -> anyhow::Result<()> {
     let wake = Arc::new(Wake::default());
     let health = Arc::new(Health::new(config.sweep));
-    // The lanes, the look, holding rows and releasing them, the removal of history, the canary, HTTP, and the page.
-    let store = Store::new(&config.servers.database_url, LANES + 8);
+    // But for the listener's and that of a pass.
+    let store = Store::new(&config.servers.database_url, config.database_connections - 2);
     let metrics = telemetry::start_metrics()?;
     let http = Http::bind(config.http_addr).await?;
     let broker = Arc::new(Broker::new(&config.servers.broker, Arc::clone(&wake)));

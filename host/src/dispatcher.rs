@@ -29,7 +29,7 @@ use crate::wake::{HEAD_START, HeadStart, Outlook, Reason, Reasons, Wake, wait};
 
 /// Batches that are delivered side by side: while one waits for the broker, another keeps the database busy. One more is for
 /// rows that have just become due, while there is a backlog.
-pub const LANES: u32 = 3;
+const LANES: usize = 3;
 /// While rows are claimed again and again, looks are at least this far apart.
 const LOOKS_APART: Duration = Duration::from_millis(50);
 /// A row that PostgreSQL refuses to finish is tried again earlier than this. If none is due for so long, none is left.
@@ -180,7 +180,7 @@ impl Dispatcher {
             return (left, Reason::Again);
         }
         // The end of a lane is a wake, and so is the return of the broker.
-        if !state.has_free_lane() || !self.broker.is_open() {
+        if !state.has_free_lane(&self.store) || !self.broker.is_open() {
             return (self.sweep, Reason::Sweep);
         }
         // A quick sweep is a look as well, and hardly later.
@@ -273,7 +273,7 @@ impl Dispatcher {
         not_before: Instant,
     ) -> Result<Claims, StoreError> {
         let mut claims = Claims::Nothing;
-        while state.has_free_lane() {
+        while state.has_free_lane(&self.store) {
             let plugins = self.plugins.current();
             let careful = state.refused.is_some();
             let turn = if careful { Turn::Oldest } else { state.turns.next() };
@@ -403,10 +403,11 @@ impl Expected {
 }
 
 impl State {
-    /// After a failure there is only one lane, until it succeeds.
-    fn has_free_lane(&self) -> bool {
-        let lanes = if self.failures == 0 && self.refused.is_none() { LANES as usize } else { 1 };
-        self.lanes.len() < lanes + usize::from(self.turns.newest_under_way())
+    /// After a failure there is only one lane, until it succeeds. Each keeps a connection, of which there may be few.
+    fn has_free_lane(&self, store: &Store) -> bool {
+        let lanes = if self.failures == 0 && self.refused.is_none() { LANES } else { 1 };
+        let lanes = lanes + usize::from(self.turns.newest_under_way());
+        self.lanes.len() < lanes.min(store.connections_for_claims())
     }
 
     /// Something has happened: another claim may come to something.

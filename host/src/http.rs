@@ -30,6 +30,7 @@ use tokio_util::task::TaskTracker;
 use tracing::info;
 
 use crate::broker::Broker;
+use crate::causes::causes;
 use crate::health::Health;
 use crate::http_token::HttpToken;
 use crate::plugins::{PluginStatus, Registry};
@@ -243,8 +244,16 @@ async fn readiness(shown: &Shown) -> (Vec<String>, bool) {
             reasons.push(format!("late: a row that nothing holds back has been due for {} s", overdue.as_secs()));
         }
         Ok(Ok(_)) => {}
-        Ok(Err(error)) => reasons.push(format!("PostgreSQL: {error:#}")),
-        Err(_) => reasons.push(format!("PostgreSQL did not answer within {} s", PATIENCE.as_secs())),
+        Ok(Err(error)) => reasons.push(format!("PostgreSQL: {}", causes(&*error))),
+        Err(_) => {
+            let trouble = shown.store.trouble().map(|why| format!("; no connection could be opened: {why}"));
+            reasons.push(format!(
+                "PostgreSQL did not answer within {} s{}",
+                PATIENCE.as_secs(),
+                trouble.unwrap_or_default()
+            ));
+        }
     }
+    reasons.extend(shown.store.shortage());
     (reasons, answers)
 }

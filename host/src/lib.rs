@@ -20,6 +20,7 @@ pub mod replayer;
 pub mod wake;
 
 pub mod backoff;
+pub mod causes;
 pub mod clock;
 pub mod dead_letter;
 pub mod event;

@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use sqlx::postgres::PgListener;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -17,7 +16,7 @@ use tracing::{info, warn};
 use crate::backoff::RECONNECT;
 use crate::health::Health;
 use crate::polling::Flood;
-use crate::store::{Store, announce, promise_to_poll, withdraw};
+use crate::store::{Store, StoreError, announce, promise_to_poll, withdraw};
 use crate::wake::{Reason, Wake};
 
 /// The channel of the triggers in `migrations/0003_triggers.sql`.
@@ -76,27 +75,20 @@ impl Listener {
     }
 
     /// Connects, and wakes until something breaks, which it returns.
-    async fn listen(&mut self, mut connected: impl FnMut()) -> sqlx::Error {
+    async fn listen(&mut self, mut connected: impl FnMut()) -> StoreError {
         match self.try_listen(&mut connected).await {
             Ok(never) => match never {},
             Err(error) => error,
         }
     }
 
-    async fn try_listen(&mut self, connected: &mut impl FnMut()) -> Result<std::convert::Infallible, sqlx::Error> {
-        let pool = self.store.pool_for_listener();
-        let mut listener = within(async {
-            let mut listener = PgListener::connect_with(&pool).await?;
-            // A connection that was made again behind our back would not announce our kinds: we make it ourselves.
-            listener.eager_reconnect(false);
-            if self.notify {
-                listener.listen(CHANNEL).await?;
-            }
-            Ok(listener)
-        })
-        .await?;
+    async fn try_listen(&mut self, connected: &mut impl FnMut()) -> Result<std::convert::Infallible, StoreError> {
+        let mut listener = self.store.listener(PATIENCE).await?;
+        if self.notify {
+            within("listen for notifications", listener.listen(CHANNEL)).await?;
+        }
         let mut announced = self.kinds.borrow_and_update().clone();
-        within(announce(&mut listener, &announced)).await?;
+        within("announce our kinds", announce(&mut listener, &announced)).await?;
         info!(notify = self.notify, "connected for notifications");
         // What was written before we listened was not notified to us.
         self.wake.wake(Reason::Doubt);
@@ -111,8 +103,8 @@ impl Listener {
                 Ok(()) = self.kinds.changed() => {
                     let kinds = self.kinds.borrow_and_update().clone();
                     let (new, gone) = (without(&kinds, &announced), without(&announced, &kinds));
-                    within(announce(&mut listener, &new)).await?;
-                    within(withdraw(&mut listener, &gone)).await?;
+                    within("announce our kinds", announce(&mut listener, &new)).await?;
+                    within("withdraw kinds", withdraw(&mut listener, &gone)).await?;
                     announced = kinds;
                     // Rows of the kinds that are gone can be held from now on.
                     self.wake.wake(Reason::Plugins);
@@ -124,14 +116,17 @@ impl Listener {
                 Ok(Ok(Some(_))) => {
                     let notifications = 1 + std::iter::from_fn(|| listener.next_buffered()).count();
                     if flood.add(notifications, Instant::now()) {
-                        within(promise_to_poll(&mut listener)).await?;
+                        within("promise to look", promise_to_poll(&mut listener)).await?;
                     }
                     self.wake.wake(Reason::Notification);
                 }
-                Ok(Ok(None)) => return Err(sqlx::Error::Io(std::io::ErrorKind::ConnectionAborted.into())),
-                Ok(Err(error)) => return Err(error),
+                Ok(Ok(None)) => return Err(lost(sqlx::Error::Io(std::io::ErrorKind::ConnectionAborted.into()))),
+                Ok(Err(source)) => return Err(lost(source)),
                 Err(_silence) => {
-                    within(async { sqlx::query("SELECT 1").execute(&mut listener).await.map(drop) }).await?;
+                    within("give a sign of life", async {
+                        sqlx::query("SELECT 1").execute(&mut listener).await.map(drop)
+                    })
+                    .await?;
                 }
             }
         }
@@ -143,9 +138,14 @@ fn without(these: &[String], those: &[String]) -> Vec<String> {
     these.iter().filter(|kind| !those.contains(kind)).cloned().collect()
 }
 
+fn lost(source: sqlx::Error) -> StoreError {
+    StoreError::Statement { doing: "wait for a notification", source }
+}
+
 /// Gives up after [`PATIENCE`].
-async fn within<T>(work: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
-    tokio::time::timeout(PATIENCE, work)
-        .await
-        .unwrap_or_else(|_| Err(sqlx::Error::Io(std::io::ErrorKind::TimedOut.into())))
+async fn within<T>(doing: &'static str, work: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, StoreError> {
+    match tokio::time::timeout(PATIENCE, work).await {
+        Ok(done) => done.map_err(|source| StoreError::Statement { doing, source }),
+        Err(_) => Err(StoreError::Deadline { doing, after: PATIENCE }),
+    }
 }

@@ -10,6 +10,7 @@ mod claim;
 mod connection;
 mod doctor;
 mod find;
+mod found;
 mod history;
 mod kinds;
 mod large;
@@ -19,7 +20,9 @@ mod parked;
 mod pass;
 mod pauses;
 mod polling;
+mod pool;
 mod produce;
+mod row_security;
 mod schema;
 mod server;
 mod settle;
@@ -32,15 +35,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::ConnectOptions as _;
-use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
+use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
 use thiserror::Error;
+use tokio::sync::Semaphore;
 
 use crate::secret_url::SecretUrl;
 use crate::trust;
 
 pub use backlog::{Backlog, ENOUGH, Late};
 pub use claim::{Claim, Claimed, Wanted};
-use connection::{Connection, Doubt, Hot};
+use connection::{Connection, Doubt};
 pub use doctor::{Holder, Holding, ServerVersion, Skew, TOO_LONG};
 pub use history::Delivered;
 pub(crate) use kinds::{announce, withdraw};
@@ -50,6 +54,7 @@ pub use parked::ParkedRow;
 pub use pass::{Begun, Pass};
 pub use pauses::Until;
 pub(crate) use polling::promise_to_poll;
+use pool::Pool;
 pub use produce::NewSchedule;
 pub use schema::SchemaError;
 pub use settle::{Outcome, Settlement};
@@ -80,6 +85,17 @@ pub enum StoreError {
         /// What is wrong with it, and what to do.
         why: &'static str,
         /// In the words of TLS.
+        #[source]
+        source: sqlx::Error,
+    },
+    /// It answers, and has no connection for us.
+    #[error(
+        "PostgreSQL at {place} gives us no further connection, and a daemon needs 4 (ALTER ROLE … CONNECTION LIMIT, max_connections)"
+    )]
+    Full {
+        /// Host, port and database.
+        place: String,
+        /// What it said.
         #[source]
         source: sqlx::Error,
     },
@@ -193,10 +209,11 @@ impl StoreError {
 #[derive(Clone, Debug)]
 pub struct Store {
     options: PgConnectOptions,
-    pool: PgPool,
+    pool: Arc<Pool>,
+    /// For the one session beside the pool's and the listener's: that of a pass, or before there are passes of a check.
+    beside: Arc<Semaphore>,
     doubt: Doubt,
     low_water: Arc<LowWater>,
-    hot: Arc<Hot>,
 }
 
 /// Whether `url` can be understood, without the password in the answer.
@@ -208,13 +225,14 @@ pub(crate) fn check_url(url: &SecretUrl) -> Result<(), String> {
 }
 
 impl Store {
-    /// A store that connects when it is first used. `connections` is how many it may hold at once.
+    /// A store that connects when it is first used. `connections` is how many it may keep for its statements, at least 1; one
+    /// more is that of a pass, and another the listener's.
     ///
     /// # Panics
     ///
     /// If `url` was not checked by the configuration.
     #[must_use]
-    pub fn new(url: &SecretUrl, connections: u32) -> Self {
+    pub fn new(url: &SecretUrl, connections: usize) -> Self {
         let options = PgConnectOptions::from_str(url.expose())
             .expect("the configuration accepts only URLs that can be understood")
             .application_name("tidings")
@@ -246,9 +264,8 @@ impl Store {
                 ("tidings.notify", "off"),
             ])
             .disable_statement_logging();
-        let doubt = Doubt::new();
-        let pool = connection::pool(options.clone(), connections, doubt.clone());
-        Self { options, pool, doubt, low_water: Arc::default(), hot: Arc::default() }
+        let beside = Arc::new(Semaphore::new(1));
+        Self { options, pool: Pool::new(connections), beside, doubt: Doubt::new(), low_water: Arc::default() }
     }
 
     /// Host, port and database, for people.
@@ -267,18 +284,10 @@ impl Store {
     ///
     /// When it cannot.
     pub async fn probe(&self) -> Result<(), StoreError> {
+        let _alone = self.beside.acquire().await;
         let connection = self.connect().await?;
         let _ = tokio::time::timeout(CONNECT_DEADLINE, sqlx::Connection::close(connection)).await;
         Ok(())
-    }
-
-    async fn connect(&self) -> Result<sqlx::PgConnection, StoreError> {
-        let connected = tokio::time::timeout(CONNECT_DEADLINE, self.options.connect());
-        match connected.await {
-            Ok(Ok(connection)) => Ok(connection),
-            Ok(Err(source)) => Err(self.connect_error(source)),
-            Err(_) => Err(StoreError::Deadline { doing: "accept a connection", after: CONNECT_DEADLINE }),
-        }
     }
 
     fn connect_error(&self, source: sqlx::Error) -> StoreError {
@@ -289,7 +298,9 @@ impl Store {
             .is_some_and(|code| code.starts_with("28") || code.starts_with("3D") || code == "42501");
         let takes_no_settings =
             source.as_database_error().is_some_and(|error| error.message().contains("startup parameter"));
-        if takes_no_settings {
+        if connection::is_full(&source) {
+            StoreError::Full { place: self.place(), source }
+        } else if takes_no_settings {
             self.unfit(server::NO_SETTINGS)
         } else if refused {
             StoreError::Login { place: format!("{} as {}", self.place(), self.options.get_username()), source }
@@ -302,12 +313,27 @@ impl Store {
         }
     }
 
-    /// A pool of one for the listener, which keeps its connection for itself.
-    #[must_use]
-    pub(crate) fn pool_for_listener(&self) -> PgPool {
-        PgPoolOptions::new()
-            .max_connections(1)
-            .acquire_timeout(CONNECT_DEADLINE)
-            .connect_lazy_with(self.options.clone())
+    /// A connection to be notified on.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be had within `patience`.
+    pub(crate) async fn listener(&self, patience: Duration) -> Result<PgListener, StoreError> {
+        // Of one, which the listener keeps for itself.
+        let pool = PgPoolOptions::new().max_connections(1).connect_lazy_with(self.options.clone());
+        match tokio::time::timeout(patience, PgListener::connect_with(&pool)).await {
+            Ok(Ok(mut listener)) => {
+                // What was notified while it connected again behind our back would be lost, and nothing announced.
+                listener.eager_reconnect(false);
+                Ok(listener)
+            }
+            Ok(Err(source)) => Err(self.connect_error(source)),
+            // It asks again and again, and does not tell why. Another one does, and if need be makes room.
+            Err(_) => {
+                let connection = self.connect().await?;
+                let _ = tokio::time::timeout(patience, sqlx::Connection::close(connection)).await;
+                Err(StoreError::Deadline { doing: "accept a connection for notifications", after: patience })
+            }
+        }
     }
 }

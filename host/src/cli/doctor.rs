@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use super::output::Output;
 use super::usage;
+use crate::causes::causes;
 use crate::config::DoctorArgs;
 
 /// How bad it is, as each line begins.
@@ -98,7 +99,7 @@ impl Report {
         match asked {
             Ok(answer) => Some(answer),
             Err(error) => {
-                self.fail(format_args!("{:#}; {advice}", error.into()));
+                self.fail(format_args!("{}; {advice}", causes(&*error.into())));
                 None
             }
         }

@@ -6,6 +6,7 @@ use axum::http::{StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 
 use crate::by_hand::ByHandError;
+use crate::causes::causes;
 use crate::replayer::PassError;
 use crate::store::StoreError;
 
@@ -44,7 +45,7 @@ impl From<StoreError> for Refusal {
         } else if let Some(conflict) = error.conflict() {
             Self::new(StatusCode::CONFLICT, conflict)
         } else {
-            Self::new(StatusCode::SERVICE_UNAVAILABLE, format!("{:#}", anyhow::Error::from(error)))
+            Self::new(StatusCode::SERVICE_UNAVAILABLE, causes(&error))
         }
     }
 }
@@ -54,7 +55,7 @@ impl From<ByHandError> for Refusal {
         match error {
             ByHandError::Busy(_) => Self::new(StatusCode::CONFLICT, error.to_string()),
             ByHandError::Pass(PassError::Store(error)) => error.into(),
-            error => Self::new(StatusCode::SERVICE_UNAVAILABLE, format!("{:#}", anyhow::Error::from(error))),
+            error => Self::new(StatusCode::SERVICE_UNAVAILABLE, causes(&error)),
         }
     }
 }

@@ -1,17 +1,20 @@
 //! The connections of the pool: every statement has a name and a deadline, and after a doubt about one connection none
 //! that is as old is used again.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use sqlx::pool::PoolConnection;
-use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions, Postgres};
+use sqlx::ConnectOptions as _;
+use tokio::time::timeout_at;
 
+use super::pool::{Lent, Session};
 use super::{CONNECT_DEADLINE, STATEMENT_DEADLINE, Store, StoreError};
+use crate::backoff::CONNECT;
+use crate::causes::causes;
 
-/// A session takes more memory the longer it lives; the pool ends its own after as long.
-const LIFETIME: Duration = Duration::from_mins(30);
+/// The server may count a session that has just been closed for a moment still.
+const MOMENT: Duration = Duration::from_millis(100);
 
 /// When a connection last broke. The others were broken by the same event as often as not (a restart, a failover, a dead
 /// link), and to find out one by one would cost a failure and a longer pause each.
@@ -33,7 +36,7 @@ impl Doubt {
     }
 
     /// Whether no connection has broken since one of this age was opened.
-    fn spares(&self, age: Duration) -> bool {
+    pub(super) fn spares(&self, age: Duration) -> bool {
         spares(self.last(), self.now_ms(), age)
     }
 
@@ -52,67 +55,110 @@ fn spares(doubted_ms: u64, now_ms: u64, age: Duration) -> bool {
     doubted_ms == 0 || now_ms.saturating_sub(age_ms) > doubted_ms
 }
 
-/// A pool that connects when it is first used.
-pub(super) fn pool(options: PgConnectOptions, connections: u32, doubt: Doubt) -> PgPool {
-    PgPoolOptions::new()
-        .max_connections(connections)
-        .acquire_timeout(CONNECT_DEADLINE)
-        // A dead connection is found by its next statement, which is as good as a round trip before each.
-        .test_before_acquire(false)
-        .before_acquire(move |_, metadata| {
-            let spared = doubt.spares(metadata.age);
-            Box::pin(async move { Ok(spared) })
-        })
-        .connect_lazy_with(options)
-}
-
 impl Store {
     /// Some connection of ours has broken: none of the pool that was open then is used again.
     pub fn doubt(&self) {
         self.doubt.raise();
     }
 
+    /// How many connections claims may keep, so that one is left for everything else: at least 1.
+    #[must_use]
+    pub fn connections_for_claims(&self) -> usize {
+        self.pool.for_claims()
+    }
+
+    /// Why the database gave us no connection when it was last asked for one, in its own words.
+    #[must_use]
+    pub fn trouble(&self) -> Option<String> {
+        self.pool.trouble()
+    }
+
+    /// What the database says, if it gives us fewer connections than a daemon needs.
+    #[must_use]
+    pub fn shortage(&self) -> Option<String> {
+        self.pool.shortage()
+    }
+
+    /// A connection of the pool.
     pub(super) async fn connection(&self) -> Result<Connection, StoreError> {
-        match self.pool.acquire().await {
-            Ok(pooled) => Ok(self.use_it(pooled, Instant::now(), None)),
-            // The pool tries for a while, and then forgets why it failed.
-            Err(sqlx::Error::PoolTimedOut) => match self.connect().await {
-                Err(error) => Err(error),
-                Ok(_) => Err(StoreError::Deadline { doing: "accept a connection", after: CONNECT_DEADLINE }),
-            },
-            Err(source) => Err(self.connect_error(source)),
-        }
+        self.connection_of_pool(false).await
     }
 
     /// A connection for looks and claims: the one that was used last, and so is warm.
     pub(super) async fn hot_connection(&self) -> Result<Connection, StoreError> {
-        while let Some((pooled, since)) = self.hot.take() {
-            if self.doubt.spares(since.elapsed()) && since.elapsed() < LIFETIME {
-                return Ok(self.use_it(pooled, since, Some(Arc::clone(&self.hot))));
-            }
+        self.connection_of_pool(true).await
+    }
+
+    async fn connection_of_pool(&self, warm: bool) -> Result<Connection, StoreError> {
+        if self.pool.may_ask_for_more()
+            && let Ok(Ok(connection)) = tokio::time::timeout(CONNECT_DEADLINE, self.options.connect()).await
+        {
+            self.pool.grow(Session::new(connection));
         }
-        let mut connection = self.connection().await?;
-        connection.home = Some(Arc::clone(&self.hot));
-        Ok(connection)
+        let deadline = tokio::time::Instant::now() + CONNECT_DEADLINE;
+        let mut full = None;
+        loop {
+            let Ok(lent) = timeout_at(deadline, self.pool.lend()).await else {
+                let late = StoreError::Deadline { doing: "give us a connection", after: CONNECT_DEADLINE };
+                return Err(full.unwrap_or(late));
+            };
+            let session = match lent.take(warm, &self.doubt).await {
+                Some(session) => session,
+                None => match self.open(deadline, true).await {
+                    Ok(connection) => Session::new(connection),
+                    Err(error @ StoreError::Full { .. }) if tokio::time::Instant::now() < deadline => {
+                        // Another comes back.
+                        full = Some(error);
+                        continue;
+                    }
+                    Err(error) => return Err(error),
+                },
+            };
+            return Ok(Connection {
+                session: Some(session),
+                lent: Some(lent),
+                warm,
+                spoilt: false,
+                doubt: self.doubt.clone(),
+            });
+        }
     }
 
-    fn use_it(&self, pooled: PoolConnection<Postgres>, since: Instant, home: Option<Arc<Hot>>) -> Connection {
-        Connection { pooled: Some(pooled), since, at_work: false, home, doubt: self.doubt.clone() }
-    }
-}
-
-/// Connections that do not go back to the pool: it would ask each for a sign of life, and hand out the one that has been
-/// idle for longest, so that every one has to learn every statement.
-#[derive(Debug, Default)]
-pub(super) struct Hot(Mutex<Vec<(PoolConnection<Postgres>, Instant)>>);
-
-impl Hot {
-    fn take(&self) -> Option<(PoolConnection<Postgres>, Instant)> {
-        self.0.lock().expect("nobody panics with it").pop()
+    /// Opens a session that is not of the pool.
+    pub(super) async fn connect(&self) -> Result<sqlx::PgConnection, StoreError> {
+        self.open(tokio::time::Instant::now() + CONNECT_DEADLINE, false).await
     }
 
-    fn give(&self, pooled: PoolConnection<Postgres>, since: Instant) {
-        self.0.lock().expect("nobody panics with it").push((pooled, since));
+    /// Opens a session. While the server starts, or has none for us, it is asked again until `deadline`; `for_pool`, only if
+    /// the pool has no other.
+    async fn open(&self, deadline: tokio::time::Instant, for_pool: bool) -> Result<sqlx::PgConnection, StoreError> {
+        let mut failures = 0;
+        loop {
+            let source = match timeout_at(deadline, self.options.connect()).await {
+                Ok(Ok(connection)) => {
+                    self.pool.note(None);
+                    return Ok(connection);
+                }
+                Ok(Err(source)) => source,
+                Err(_) => return Err(StoreError::Deadline { doing: "accept a connection", after: CONNECT_DEADLINE }),
+            };
+            let full = is_full(&source);
+            let again = full || for_pool && is_temporary(&source);
+            let error = self.connect_error(source);
+            let why = causes(&error);
+            let pause = if full { MOMENT.max(CONNECT.delay(failures)) } else { CONNECT.delay(failures) };
+            // Those that have just been closed are counted for a moment. For a session that is not of the pool, one of the
+            // pool makes room.
+            if full && (failures == 1 || for_pool && failures > 1) && self.pool.shrink(&why, for_pool) && for_pool {
+                return Err(error);
+            }
+            self.pool.note(Some(why));
+            if !again || tokio::time::Instant::now() + pause > deadline {
+                return Err(error);
+            }
+            tokio::time::sleep(pause).await;
+            failures += 1;
+        }
     }
 }
 
@@ -120,21 +166,25 @@ impl Hot {
 #[derive(Debug)]
 pub(super) struct Connection {
     /// `None` only while dropping.
-    pooled: Option<PoolConnection<Postgres>>,
-    /// When the pool gave it.
-    since: Instant,
-    /// A statement has begun and not ended.
-    at_work: bool,
-    /// Where it goes rather than into the pool.
-    home: Option<Arc<Hot>>,
+    session: Option<Session>,
+    /// `None` only while dropping.
+    lent: Option<Lent>,
+    /// For looks and claims.
+    warm: bool,
+    /// Nobody may use it after us: a statement has begun and not ended, or failed.
+    spoilt: bool,
     doubt: Doubt,
 }
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        // The pool cleans up after a statement that was cancelled.
-        if let (Some(pooled), Some(home), false) = (self.pooled.take(), self.home.take(), self.at_work) {
-            home.give(pooled, self.since);
+        let (Some(mut session), Some(lent)) = (self.session.take(), self.lent.take()) else { return };
+        session.warm |= self.warm;
+        if self.spoilt {
+            session.close_soon();
+            lent.give_back(None);
+        } else {
+            lent.give_back(Some(session));
         }
     }
 }
@@ -147,17 +197,17 @@ impl Connection {
         doing: &'static str,
         statement: impl AsyncFnOnce(&mut sqlx::PgConnection) -> Result<T, sqlx::Error>,
     ) -> Result<T, StoreError> {
-        let pooled = self.pooled.as_mut().expect("taken only by drop");
-        self.at_work = true;
-        let answered = tokio::time::timeout(STATEMENT_DEADLINE, statement(pooled)).await;
-        self.at_work = false;
-        match answered {
-            Ok(Ok(answer)) => Ok(answer),
+        let session = self.session.as_mut().expect("taken only by drop");
+        let spoilt = std::mem::replace(&mut self.spoilt, true);
+        match tokio::time::timeout(STATEMENT_DEADLINE, statement(&mut session.connection)).await {
+            Ok(Ok(answer)) => {
+                self.spoilt = spoilt;
+                Ok(answer)
+            }
             Ok(Err(source)) => {
                 if is_broken(&source) {
                     self.doubt.raise();
                 }
-                self.discard();
                 let is_forbidden =
                     source.as_database_error().is_some_and(|error| error.code().as_deref() == Some("42501"));
                 Err(if is_forbidden {
@@ -168,7 +218,6 @@ impl Connection {
             }
             Err(_) => {
                 self.doubt.raise();
-                self.discard();
                 Err(StoreError::Deadline { doing, after: STATEMENT_DEADLINE })
             }
         }
@@ -176,10 +225,21 @@ impl Connection {
 
     /// Closes the connection instead of giving it back: the server rolls back whatever was open.
     pub(super) fn discard(&mut self) {
-        self.home = None;
-        if let Some(pooled) = &mut self.pooled {
-            pooled.close_on_drop();
-        }
+        self.spoilt = true;
+    }
+}
+
+/// Whether the server has no connection for us: `too_many_connections`.
+pub(super) fn is_full(error: &sqlx::Error) -> bool {
+    error.as_database_error().is_some_and(|error| error.code().as_deref() == Some("53300"))
+}
+
+/// Whether the same may succeed in a moment: the server starts, or has no connection for us now.
+fn is_temporary(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(error) => error.kind() == std::io::ErrorKind::ConnectionRefused,
+        sqlx::Error::Database(error) => error.is_transient_in_connect_phase(),
+        _ => false,
     }
 }
 

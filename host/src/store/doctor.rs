@@ -3,7 +3,6 @@
 
 use std::time::Duration;
 
-use sqlx::postgres::PgListener;
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
@@ -123,15 +122,8 @@ impl Store {
     ///
     /// When the database does not answer.
     pub async fn time_notification(&self) -> Result<Option<Duration>, StoreError> {
-        let pool = self.pool_for_listener();
-        let mut listener = ask("listen for notifications", async {
-            let mut listener = PgListener::connect_with(&pool).await?;
-            // What was notified while it connected again would be lost, and we would not know.
-            listener.eager_reconnect(false);
-            listener.listen(CHANNEL).await?;
-            Ok(listener)
-        })
-        .await?;
+        let mut listener = self.listener(NOTIFY_DEADLINE).await?;
+        ask("listen for notifications", listener.listen(CHANNEL)).await?;
         // Another doctor may be at work.
         let mark = format!("{:016x}", fastrand::u64(..));
         let sent_at = Instant::now();

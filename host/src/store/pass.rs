@@ -3,9 +3,11 @@
 //! The lock belongs to a session of its own, so a daemon that dies or loses the database gives it up by that, and notices
 //! it at its next question.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::PgConnection;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
 use super::{STATEMENT_DEADLINE, Store, StoreError};
@@ -15,7 +17,12 @@ use crate::clock::DatabaseClock;
 #[derive(Debug)]
 pub struct Pass {
     session: PgConnection,
+    /// In this process.
+    _alone: OwnedSemaphorePermit,
 }
+
+/// As `lock_timeout` of our sessions.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Whether a pass may begin.
 #[derive(Debug)]
@@ -36,6 +43,8 @@ impl Store {
     ///
     /// When the database does not answer.
     pub async fn wait_for_dead_letters(&self, exchange: &str) -> Result<Option<Pass>, StoreError> {
+        let alone = tokio::time::timeout(LOCK_TIMEOUT, Arc::clone(&self.beside).acquire_owned()).await;
+        let Ok(Ok(alone)) = alone else { return Ok(None) };
         let mut session = self.connect().await?;
         let locked = ask("lock the dead letters", async {
             sqlx::query_scalar!(
@@ -47,7 +56,7 @@ impl Store {
         })
         .await;
         match locked {
-            Ok(_) => Ok(Some(Pass { session })),
+            Ok(_) => Ok(Some(Pass { session, _alone: alone })),
             Err(StoreError::Statement { source: sqlx::Error::Database(error), .. })
                 if error.code().as_deref() == Some("55P03") =>
             {
@@ -59,6 +68,7 @@ impl Store {
 
     /// The right to touch the dead letters of `exchange`, unless somebody else has it.
     async fn lock_dead_letters(&self, exchange: &str) -> Result<Option<Pass>, StoreError> {
+        let Ok(alone) = Arc::clone(&self.beside).try_acquire_owned() else { return Ok(None) };
         let mut session = self.connect().await?;
         let locked = ask("lock the dead letters", async {
             sqlx::query_scalar!(
@@ -69,7 +79,7 @@ impl Store {
             .await
         })
         .await?;
-        Ok(locked.then_some(Pass { session }))
+        Ok(locked.then_some(Pass { session, _alone: alone }))
     }
 
     /// Begins a pass over the dead letters of `exchange`, unless one began within `gap`. What a person does by hand is

@@ -2,14 +2,20 @@
 //!
 //! Their bookkeeping is `tidings._sqlx_migrations`, so that a database with migrations of its own is not disturbed.
 
-use std::collections::HashMap;
-
-use sqlx::migrate::Migrator;
+use sqlx::Connection as _;
+use sqlx::PgConnection;
+use sqlx::migrate::{Migrate as _, MigrateError, Migrator};
 use thiserror::Error;
 
+use super::found::Found;
+use super::pass::ask;
+use super::row_security::{self, MAKE_POLICIES};
 use super::{Store, StoreError};
 
 pub(super) static MIGRATOR: Migrator = sqlx::migrate!("../migrations");
+
+/// Where it is written which of them ran.
+const RECORD: &str = "tidings._sqlx_migrations";
 
 /// The database's schema is not the one that this binary works with.
 #[derive(Debug, Error)]
@@ -42,6 +48,28 @@ pub enum SchemaError {
         /// Which migration.
         version: i64,
     },
+    /// Objects lie in it that no migration of ours has made.
+    #[error(
+        "the schema tidings of the database {place} holds {objects} and no record of our migrations: it is somebody else's, or was restored in part; rename it (ALTER SCHEMA tidings RENAME TO another_name), restore all of it, or give Tidings a database of its own"
+    )]
+    Foreign {
+        /// Host, port and database.
+        place: String,
+        /// Some of what lies in it.
+        objects: String,
+    },
+    /// What the record of our migrations says and what there is are not the same.
+    #[error(
+        "the schema tidings of the database {place} is there in part, as after a restore of some of its tables: {objects} are {how}; restore all of it, tidings._sqlx_migrations included"
+    )]
+    Part {
+        /// Host, port and database.
+        place: String,
+        /// What is missing, or there too early.
+        objects: String,
+        /// Which of the two.
+        how: &'static str,
+    },
     /// Texts of other encodings could not be stored.
     #[error("the database {place} has the encoding {encoding}; Tidings needs UTF8")]
     Encoding {
@@ -57,7 +85,7 @@ pub enum SchemaError {
         place: String,
         /// Why.
         #[source]
-        source: sqlx::migrate::MigrateError,
+        source: MigrateError,
     },
     /// The database could not be asked.
     #[error(transparent)]
@@ -65,94 +93,119 @@ pub enum SchemaError {
 }
 
 impl Store {
-    /// Runs the migrations that have not run yet. Several processes may try at once: one does it, the others wait.
+    /// Runs the migrations that have not run yet, and makes policies where row-level security is on. Several processes may try
+    /// at once: one does it, the others wait. Returns how many ran.
     ///
     /// # Errors
     ///
-    /// When one fails, or the database belongs to another release.
+    /// When one fails, or the schema belongs to another release or to somebody else; then nothing was changed.
     pub async fn migrate(&self) -> Result<usize, SchemaError> {
-        let place = self.place();
         let mut connection = self.connect().await?;
-        let before = match self.applied().await {
-            Ok(applied) => applied.len(),
-            Err(error) => return Err(error),
-        };
-        let mut migrator = Migrator::with_migrations(MIGRATOR.migrations.to_vec());
-        migrator.dangerous_set_table_name("tidings._sqlx_migrations");
-        migrator.create_schema("tidings");
         // The daemon's own limits are too tight for an index over a large table.
-        for setting in
-            ["SET statement_timeout = 0", "SET lock_timeout = '60s'", "SET idle_in_transaction_session_timeout = 0"]
-        {
-            sqlx::query(setting)
-                .execute(&mut connection)
-                .await
-                .map_err(|source| StoreError::Statement { doing: "prepare to migrate", source })?;
+        let limits = "SET statement_timeout = 0; SET lock_timeout = '60s'; SET idle_in_transaction_session_timeout = 0";
+        let prepared = sqlx::raw_sql(limits).execute(&mut connection).await;
+        prepared.map_err(|source| StoreError::Statement { doing: "prepare to migrate", source })?;
+        // As sqlx does, so that no two of any release migrate at once. It ends with the session.
+        connection.lock().await.map_err(|source| self.migrate_error(source))?;
+        let ran = self.migrate_alone(&mut connection).await?;
+        let _ = connection.close().await;
+        Ok(ran)
+    }
+
+    async fn migrate_alone(&self, connection: &mut PgConnection) -> Result<usize, SchemaError> {
+        self.make_policies(connection).await?;
+        let found = self.seen(ask("look at the schema", Found::look(connection)).await?)?;
+        found.check_before_migrating(&self.place())?;
+        let left = MIGRATOR.iter().count() - found.applied.len();
+        if left > 0 {
+            if let Some(owner) = &found.closed_by {
+                let why = format!(
+                    "our role may create nothing in the schema tidings; as {owner}: GRANT USAGE, CREATE ON SCHEMA tidings TO our_role"
+                );
+                return Err(self.unfit(&why).into());
+            }
+            self.run_migrations(connection, found.schema).await.map_err(|source| self.migrate_error(source))?;
+            self.make_policies(connection).await?;
         }
-        match migrator.run_direct(None, &mut connection, false).await {
-            Ok(()) => Ok(MIGRATOR.migrations.len() - before.min(MIGRATOR.migrations.len())),
-            Err(sqlx::migrate::MigrateError::VersionMissing(version)) => Err(SchemaError::Newer { place, version }),
-            Err(
-                sqlx::migrate::MigrateError::VersionMismatch(version) | sqlx::migrate::MigrateError::Dirty(version),
-            ) => Err(SchemaError::Different { place, version }),
-            Err(source) => Err(SchemaError::Migrate { place, source }),
+        self.check_usage(connection).await?;
+        Ok(left)
+    }
+
+    async fn run_migrations(&self, connection: &mut PgConnection, has_schema: bool) -> Result<(), MigrateError> {
+        let mut migrator = Migrator::with_migrations(MIGRATOR.migrations.to_vec());
+        migrator.set_locking(false);
+        migrator.dangerous_set_table_name(RECORD);
+        // That it exists does not count for who may not make one.
+        if !has_schema {
+            connection.create_schema_if_not_exists("tidings").await?;
+        }
+        connection.ensure_migrations_table(RECORD).await?;
+        sqlx::raw_sql(MAKE_POLICIES).execute(&mut *connection).await?;
+        migrator.run_direct(None, connection, false).await
+    }
+
+    fn migrate_error(&self, source: MigrateError) -> SchemaError {
+        let place = self.place();
+        match source {
+            MigrateError::VersionMissing(version) => SchemaError::Newer { place, version },
+            MigrateError::VersionMismatch(version) | MigrateError::Dirty(version) => {
+                SchemaError::Different { place, version }
+            }
+            source => SchemaError::Migrate { place, source },
         }
     }
 
-    /// Whether the database has exactly the migrations that this binary carries, and an encoding we can write.
+    async fn make_policies(&self, connection: &mut PgConnection) -> Result<(), StoreError> {
+        let doing = "make policies for row-level security";
+        ask(doing, async { sqlx::raw_sql(MAKE_POLICIES).execute(connection).await }).await.map(drop)
+    }
+
+    /// A schema that somebody else made and owns: our grants may have been without effect, with a warning that nobody saw.
+    async fn check_usage(&self, connection: &mut PgConnection) -> Result<(), StoreError> {
+        let closed = ask("ask who may use the schema", async {
+            sqlx::query_scalar!(
+                r#"
+                SELECT pg_get_userbyid(nspowner)::text AS "owner!"
+                FROM pg_namespace
+                WHERE nspname = 'tidings'
+                    AND NOT (
+                        has_schema_privilege('tidings_daemon', oid, 'USAGE')
+                        AND has_schema_privilege('tidings_producer', oid, 'USAGE')
+                    )
+                "#
+            )
+            .fetch_optional(connection)
+            .await
+        })
+        .await?;
+        let Some(owner) = closed else { return Ok(()) };
+        Err(self.unfit(&format!(
+            "its schema tidings is migrated, and our roles may not use it; as {owner}: GRANT USAGE ON SCHEMA tidings TO tidings_daemon, tidings_producer"
+        )))
+    }
+
+    /// What was found, if none of it is hidden.
+    fn seen(&self, found: Found) -> Result<Found, StoreError> {
+        if found.hidden.is_empty() { Ok(found) } else { Err(self.unfit(&row_security::flaw(&found.hidden))) }
+    }
+
+    /// Whether the database has exactly the migrations that this binary carries and all that they made, shows us the rows of
+    /// its tables, and has an encoding we can write.
     ///
     /// # Errors
     ///
     /// When it has not.
     pub async fn check_schema(&self) -> Result<(), SchemaError> {
         let place = self.place();
-        let applied = self.applied().await?;
-        let known: HashMap<i64, &[u8]> =
-            MIGRATOR.iter().map(|migration| (migration.version, &*migration.checksum)).collect();
-        for (version, checksum) in &applied {
-            match known.get(version) {
-                None => return Err(SchemaError::Newer { place, version: *version }),
-                Some(expected) if expected != checksum => {
-                    return Err(SchemaError::Different { place, version: *version });
-                }
-                Some(_) => {}
-            }
-        }
-        if applied.len() < known.len() {
-            return Err(SchemaError::Behind { place, found: applied.len(), known: known.len() });
-        }
-        let encoding = self
-            .connection()
-            .await?
-            .run("read the encoding of the database", async |connection| {
-                sqlx::query_scalar!(r#"SELECT current_setting('server_encoding') AS "encoding!""#)
-                    .fetch_one(connection)
-                    .await
-            })
-            .await?;
-        if encoding == "UTF8" { Ok(()) } else { Err(SchemaError::Encoding { place, encoding }) }
-    }
-
-    /// The migrations that ended, oldest first; none if there is no schema yet.
-    async fn applied(&self) -> Result<Vec<(i64, Vec<u8>)>, SchemaError> {
         let mut connection = self.connection().await?;
-        let exists = connection
-            .run("look for the schema", async |connection| {
-                sqlx::query_scalar!(r#"SELECT to_regclass('tidings._sqlx_migrations') IS NOT NULL AS "exists!""#)
-                    .fetch_one(connection)
-                    .await
-            })
-            .await?;
-        if !exists {
-            return Ok(Vec::new());
+        let found = connection.run("look at the schema", async |connection| Found::look(connection).await).await?;
+        let found = self.seen(found)?;
+        found.check(&place)?;
+        let (ran, known) = (found.applied.len(), MIGRATOR.iter().count());
+        if ran < known {
+            return Err(SchemaError::Behind { place, found: ran, known });
         }
-        let rows = connection
-            .run("read which migrations ran", async |connection| {
-                sqlx::query!("SELECT version, checksum FROM tidings._sqlx_migrations WHERE success ORDER BY version")
-                    .fetch_all(connection)
-                    .await
-            })
-            .await?;
-        Ok(rows.into_iter().map(|row| (row.version, row.checksum)).collect())
+        let encoding = found.encoding;
+        if encoding == "UTF8" { Ok(()) } else { Err(SchemaError::Encoding { place, encoding }) }
     }
 }

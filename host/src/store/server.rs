@@ -2,10 +2,11 @@
 
 use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection, Row as _};
 
-use super::{CONNECT_DEADLINE, STATEMENT_DEADLINE, SchemaError, Store, StoreError};
+use super::pass::ask;
+use super::{CONNECT_DEADLINE, SchemaError, Store, StoreError};
 
 /// What the daemon does with each table, and must have the right to.
-const RIGHTS: [(&str, &[&str]); 6] = [
+pub(super) const RIGHTS: [(&str, &[&str]); 6] = [
     ("_sqlx_migrations", &["SELECT"]),
     ("schedules", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     ("deliveries", &["SELECT", "INSERT", "DELETE"]),
@@ -60,24 +61,20 @@ impl Store {
     /// In the simple protocol, since prepared statements may fail there as well.
     async fn check_session(&self) -> Result<(), StoreError> {
         let mark = format!("{:016x}", fastrand::u64(..));
-        let (mut one, mut other) = (self.connect().await?, self.connect().await?);
-        let asked = tokio::time::timeout(STATEMENT_DEADLINE, async {
-            one.execute(AssertSqlSafe(format!("SET tidings.session = '{mark}'"))).await?;
-            session(&mut other).await
-        });
         let doing = "say whether a session is ours alone";
-        let seen = match asked.await {
-            Ok(seen) => seen.map_err(|source| StoreError::Statement { doing, source })?,
-            Err(_) => return Err(StoreError::Deadline { doing, after: STATEMENT_DEADLINE }),
-        };
-        let (seen, settings_stand) = seen;
+        let _alone = self.beside.acquire().await;
+        let mut one = self.connect().await?;
+        let set = format!("SET tidings.session = '{mark}'");
+        ask(doing, async { one.execute(AssertSqlSafe(set)).await }).await?;
+        let mut other = self.connection().await?;
+        let (seen, settings_stand) = other.run(doing, async |other| session(other).await).await?;
         if seen == Some(mark) {
             return Err(self.unfit(SHARED));
         }
         if !settings_stand {
             return Err(self.unfit(NO_SETTINGS));
         }
-        let _ = tokio::time::timeout(CONNECT_DEADLINE, async { tokio::join!(one.close(), other.close()) }).await;
+        let _ = tokio::time::timeout(CONNECT_DEADLINE, one.close()).await;
         Ok(())
     }
 

@@ -2,6 +2,7 @@
 
 use super::super::{age, pause_sentence};
 use super::{Level, Report, count};
+use crate::causes::causes;
 use crate::config::Config;
 use crate::http::LATE;
 use crate::store::{Holder, Holding, Skew, Store, StoreError, TOO_LONG};
@@ -34,7 +35,7 @@ pub(super) async fn check(report: &mut Report, config: &Config) {
         }
         // Each says what to do.
         Err(error) => {
-            report.fail(format_args!("{:#}", anyhow::Error::from(error)));
+            report.fail(causes(&error));
             false
         }
     };
@@ -62,7 +63,7 @@ fn unreached(error: StoreError) -> String {
         // The others say it.
         _ => "",
     };
-    format!("{:#}{advice}", anyhow::Error::from(error))
+    format!("{}{advice}", causes(&error))
 }
 
 async fn rights(report: &mut Report, store: &Store) -> bool {
