@@ -71,10 +71,13 @@ async fn a_look_at_the_queue_costs_the_same_however_many_rows_are_held() {
     world.sql("INSERT INTO tidings.pauses (kind) VALUES ('other')").await;
     world.sql("ANALYZE tidings.schedules").await;
 
-    let arguments = "'{message,other}', NULL";
-    let (pages, plan) = pages(&world, &checked("held_for_us"), "text[], timestamptz", arguments).await;
-
-    assert!(pages < 40, "{plan}");
+    // The same statement is a sweep.
+    for sweep in ["false", "true"] {
+        let arguments = format!("'{{message,other}}', NULL, {sweep}, 1000");
+        let types = "text[], timestamptz, boolean, bigint";
+        let (pages, plan) = pages(&world, &checked("held_for_us"), types, &arguments).await;
+        assert!(pages < 40, "{plan}");
+    }
 }
 
 #[tokio::test]
@@ -89,7 +92,7 @@ async fn a_claim_and_its_settlement_cost_the_same_however_many_rows_wait() {
     world.sql("ANALYZE tidings.schedules").await;
 
     let types = "text[], bigint, bigint, timestamptz, boolean";
-    let (read, plan) = pages(&world, &checked(CLAIM), types, "'{message}', 200, 2097152, NULL, false").await;
+    let (read, plan) = pages(&world, &checked(CLAIM), types, "'{message}', 200, 2097152, '-infinity', false").await;
     assert!(read < 60 && !plan.contains("Seq Scan on schedules"), "{read}\n{plan}");
 
     let types = "uuid[], text[], timestamptz[], text[], text[], text[], bigint[]";
@@ -119,7 +122,7 @@ async fn what_the_page_shows_costs_the_same_however_many_rows_wait_or_are_parked
     for (part, types, arguments, most) in [
         ("left(reason, 1000)", "bigint", "50", 120),
         ("SELECT id FROM tidings.parked ORDER BY id LIMIT", "bigint", "50", 120),
-        ("slot_at AS \"at!\"", "timestamptz, float8, text, bigint", "now(), NULL, NULL, 10", 40),
+        ("slot_at AS \"at!\"", "timestamptz, float8, text, bigint, timestamptz", "now(), NULL, NULL, 10, NULL", 40),
     ] {
         let (pages, plan) = pages(&world, &checked(part), types, arguments).await;
         assert!(pages < most && !plan.contains("Seq Scan"), "{pages} {part}\n{plan}");

@@ -24,6 +24,7 @@ fn typed(values: [&str; VARIABLES.len()]) -> RunArgs {
             replay_max,
         },
         plugin_dir: Some(plugin_dir),
+        database_connections: "13".into(),
         state: StateArgs { state_dir: Some("/var/lib/tidings".into()) },
         http: HttpArgs { http_addr },
         management_url: None,
