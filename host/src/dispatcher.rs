@@ -21,7 +21,7 @@ use crate::held::{Held, hold};
 use crate::plugins::Registry;
 use crate::polling::Polling;
 use crate::store::{Claimed, Look, Store, StoreError, Wanted};
-use crate::sweeps::Sweeps;
+use crate::sweeps::{Sweeps, Swept};
 use crate::telemetry::{count_wakes, note_next_due};
 use crate::turns::{Came, Load, Turn, Turns};
 use crate::unfinished::Unfinished;
@@ -144,7 +144,7 @@ impl Dispatcher {
                     }
                     Reason::Released.into()
                 }
-                Some(swept) = state.sweeps.ended() => {
+                Some(Swept(swept)) = state.sweeps.ended() => {
                     self.swept(swept, &mut state);
                     Reasons::default()
                 }

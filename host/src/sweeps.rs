@@ -20,6 +20,10 @@ const NEAREST: Duration = Duration::from_secs(1);
 /// One that takes no longer is as good as a look.
 const QUICK: Duration = Duration::from_millis(20);
 
+/// What a sweep that has ended saw, and when it was begun; `None` = it failed, and the log says why.
+#[derive(Debug)]
+pub struct Swept(pub Option<(Look, Instant)>);
+
 /// The sweeps of one loop, of which at most one is under way.
 #[derive(Debug, Default)]
 pub struct Sweeps {
@@ -40,17 +44,16 @@ impl Sweeps {
         is_due && self.pace.took.is_some_and(|took| took <= QUICK)
     }
 
-    /// Waits for the end of one, if one is under way, and returns what it saw and when it was begun; `None` = it failed, and the
-    /// log says why. Cancel-safe.
-    pub async fn ended(&mut self) -> Option<Option<(Look, Instant)>> {
+    /// Waits for the end of one, if one is under way. Cancel-safe.
+    pub async fn ended(&mut self) -> Option<Swept> {
         let ended = self.under_way.join_next().await?;
         self.pace.ended(Instant::now(), matches!(ended, Ok(Ok(_))));
         match ended {
-            Ok(Ok(swept)) => return Some(Some(swept)),
+            Ok(Ok(swept)) => return Some(Swept(Some(swept))),
             Ok(Err(error)) => warn!(error = &error as &dyn std::error::Error, "a sweep failed"),
             Err(panic) => error!(error = &panic as &dyn std::error::Error, "a sweep panicked"),
         }
-        Some(None)
+        Some(Swept(None))
     }
 
     /// How long until the next is due.

@@ -120,7 +120,10 @@ impl State {
     fn seen(&mut self, seen: Seen, sweep: bool) {
         let newest = self.samples.back().map(|sample| sample.at).max(self.mark);
         if newest.is_some_and(|newest| seen.at < newest - SET_BACK) {
-            return if sweep { () } else { self.forget() };
+            if !sweep {
+                self.forget();
+            }
+            return;
         }
         // A sweep has ended since it began, and the mark went back to what this look has not seen.
         if self.mark.map_or(seen.had.is_some(), |mark| mark < seen.from) {

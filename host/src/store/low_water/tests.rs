@@ -256,7 +256,7 @@ impl Model {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(4_000))]
+    #![proptest_config(ProptestConfig::with_cases(2_000))]
 
     /// For less than a minute, which is as long as it is proved. What was due long before we came is below the mark until
     /// the first sweep has ended.
