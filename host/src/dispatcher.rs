@@ -5,31 +5,28 @@
 //! sweep. Guarantees: a row leaves the queue only in the transaction that locked it, after its message was confirmed or
 //! its end decided; while the broker is away nothing is claimed; an error of a server loses nothing and is tried again.
 
+mod state;
+
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::backoff::{FINISH, RECONNECT};
 use crate::broker::Broker;
 use crate::delivery::{Delivered, Delivery};
 use crate::health::Health;
-use crate::held::{Held, hold};
+use crate::held::hold;
 use crate::plugins::Registry;
-use crate::polling::Polling;
 use crate::store::{Claimed, Look, Store, StoreError, Wanted};
-use crate::sweeps::{Sweeps, Swept};
+use crate::sweeps::Swept;
 use crate::telemetry::{count_wakes, note_next_due};
-use crate::turns::{Came, Load, Turn, Turns};
+use crate::turns::{Came, Load, Turn};
 use crate::unfinished::Unfinished;
-use crate::wake::{HEAD_START, HeadStart, Outlook, Reason, Reasons, Wake, wait};
+use crate::wake::{HEAD_START, Outlook, Reason, Reasons, Wake, wait};
+use state::State;
 
-/// Batches that are delivered side by side: while one waits for the broker, another keeps the database busy. One more is for
-/// rows that have just become due, while there is a backlog.
-const LANES: usize = 3;
 /// While rows are claimed again and again, looks are at least this far apart.
 const LOOKS_APART: Duration = Duration::from_millis(50);
 /// A row that PostgreSQL refuses to finish is tried again earlier than this. If none is due for so long, none is left.
@@ -54,49 +51,6 @@ pub struct Dispatcher {
     pub max_attempts: u32,
     /// Told of every sign of life.
     pub health: Arc<Health>,
-}
-
-/// What the loop remembers between two looks.
-#[derive(Default)]
-struct State {
-    lanes: JoinSet<(Load, Result<Delivered, StoreError>)>,
-    turns: Turns,
-    expected: Expected,
-    head_start: HeadStart,
-    /// Whether rows are due, and when the next will be, by the last look or claim; and when that was asked for.
-    ahead: Option<(Outlook, Instant)>,
-    /// Takes rows that cannot be claimed out of the queue.
-    hold: JoinSet<Result<Held, StoreError>>,
-    /// Puts held rows back into the queue, if some were found whose plugin has arrived or whose pause is over.
-    release: JoinSet<Result<u64, StoreError>>,
-    /// The last look, and when it was asked for.
-    look: Option<(Look, Instant)>,
-    polling: Polling,
-    sweeps: Sweeps,
-    /// Nothing has happened for a whole interval.
-    quiet: bool,
-    /// The last claim came to nothing although rows are due: nothing is claimed until something has happened.
-    stuck: bool,
-    /// Such claims in a row.
-    empty_claims: u32,
-    /// Looks and batches in a row that a server did not see through.
-    failures: u32,
-    /// When PostgreSQL last refused to finish rows, if it has finished none since: their messages were sent, so little more
-    /// is sent until it does.
-    refused: Option<Instant>,
-    /// Nothing is tried before this instant.
-    not_before: Option<Instant>,
-}
-
-/// Whether a row is due, as far as we know without a look.
-#[derive(Default)]
-struct Expected {
-    /// One is, from this instant on: claim, and look afterwards.
-    due: Option<Instant>,
-    /// We were notified, and have not seen yet whether one is.
-    notified: bool,
-    /// When we were notified the last time, one was.
-    notified_of_due: bool,
 }
 
 /// What became of some claims.
@@ -391,67 +345,5 @@ impl Dispatcher {
             let (store, plugins) = (self.store.clone(), self.plugins.current());
             state.hold.spawn(async move { hold(&store, plugins.kinds()).await });
         }
-    }
-}
-
-impl Expected {
-    fn due_now(&mut self, due: bool) {
-        if due {
-            self.due = Some(Instant::now());
-        }
-    }
-}
-
-impl State {
-    /// After a failure there is only one lane, until it succeeds. Each keeps a connection, of which there may be few.
-    fn has_free_lane(&self, store: &Store) -> bool {
-        let lanes = if self.failures == 0 && self.refused.is_none() { LANES } else { 1 };
-        let lanes = lanes + usize::from(self.turns.newest_under_way());
-        self.lanes.len() < lanes.min(store.connections_for_claims())
-    }
-
-    /// Something has happened: another claim may come to something.
-    fn go_on(&mut self) {
-        self.stuck = false;
-        self.empty_claims = 0;
-    }
-
-    /// What work beside the loop came to; `None` = it failed, and will be tried again.
-    fn ended<T>(&mut self, work: &str, ended: Result<Result<T, StoreError>, tokio::task::JoinError>) -> Option<T> {
-        match ended {
-            Ok(Ok(done)) => return Some(done),
-            Ok(Err(error)) => drop(self.failed(&error)),
-            Err(panic) => {
-                tracing::error!(error = &panic as &dyn std::error::Error, "{work} panicked");
-                self.rest();
-            }
-        }
-        None
-    }
-
-    /// The database did not do it: a line for the operator, and a rest.
-    fn failed(&mut self, error: &StoreError) -> Duration {
-        warn!(error = error as &dyn std::error::Error, "the database cannot be used, trying again");
-        self.sweeps.doubt();
-        self.rest()
-    }
-
-    /// How long nothing is to be tried.
-    fn resting(&self) -> Option<Duration> {
-        let left = self.not_before?.saturating_duration_since(Instant::now());
-        (!left.is_zero()).then_some(left)
-    }
-
-    /// Tries nothing for a while, longer each time until a batch succeeds. Returns for how long.
-    fn rest(&mut self) -> Duration {
-        // Lanes that fail together fail for the same reason.
-        if let Some(left) = self.resting() {
-            return left;
-        }
-        let backoff = if self.refused.is_some() { FINISH } else { RECONNECT };
-        let delay = backoff.jittered(self.failures);
-        self.failures = self.failures.saturating_add(1);
-        self.not_before = Some(Instant::now() + delay);
-        delay
     }
 }
