@@ -135,7 +135,7 @@ async fn a_state_directory_that_has_room_again_keeps_what_was_rolled_back_meanwh
     let before = files().filter(|file| !file.file_name().to_string_lossy().contains('.')).count();
     world.put("other.wasm", &well_behaved("other", &["other"], "o"));
     serves(&world, "other", "other").await;
-    assert!(files().all(|file| !file.file_name().to_string_lossy().contains("wip")), "leftovers");
+    assert!(files().all(|file| !file.file_name().to_string_lossy().contains("wip-atomic-write-mod")), "leftovers");
     let after = files().filter(|file| !file.file_name().to_string_lossy().contains('.')).count();
     assert!(after > before, "{before} files, then {after}");
     assert!(daemon.stop().await.success());

@@ -44,10 +44,12 @@ fn unread(world: &World, shell: &str, log: Stdio) -> Unread {
 
 /// It delivers a row.
 async fn delivers(world: &World, daemon: &mut Unread) {
-    let mut inbox = world.inbox(&["unread"]).await;
     let body = uuid::Uuid::new_v4();
+    let mut inbox = world.inbox(&[&format!("unread.{body}")]).await;
     world
-        .sql(&format!(r#"SELECT tidings.schedule('message', now(), '{{"routing_key":"unread","body":"{body}"}}')"#))
+        .sql(&format!(
+            r#"SELECT tidings.schedule('message', now(), '{{"routing_key":"unread.{body}","body":"{body}"}}')"#
+        ))
         .await;
     let received = eventually("the row", async || {
         if let Some(ended) = daemon.child.try_wait().expect("our child") {
@@ -107,6 +109,7 @@ async fn a_daemon_whose_log_goes_into_a_pipe_that_is_full_delivers_on() {
 
     delivers(&world, &mut daemon).await;
     // Many more lines than fit into a pipe, at every level.
+    let _inbox = world.inbox(&["unread"]).await;
     world
         .sql(
             r#"INSERT INTO tidings.schedules (kind, due_at, payload)
