@@ -138,7 +138,9 @@ impl Delivery {
         let refused = match refused {
             Ok(refused) => refused,
             Err(error) => {
-                settlements.iter().for_each(|settlement| self.remember(settlement));
+                for settlement in &settlements {
+                    self.remember(settlement);
+                }
                 return Err(error);
             }
         };

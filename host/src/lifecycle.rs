@@ -112,7 +112,10 @@ pub async fn look_again(
         info!("SIGHUP: looking again at the plugin directory and the TLS files");
         plugins.look_again();
         let probes = async {
-            let visited = async { Ok::<_, BrokerError>(broker.visit().await?.close().await) };
+            let visited = async {
+                broker.visit().await?.close().await;
+                Ok::<(), BrokerError>(())
+            };
             let (database, broker) = tokio::join!(store.probe(), visited);
             [database.err().map(anyhow::Error::from), broker.err().map(anyhow::Error::from)]
         };

@@ -35,7 +35,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::ConnectOptions as _;
-use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
+use sqlx::postgres::{PgConnectOptions, PgDatabaseError, PgListener, PgPoolOptions, PgSeverity};
 use thiserror::Error;
 use tokio::sync::Semaphore;
 
@@ -160,9 +160,9 @@ impl StoreError {
     #[must_use]
     pub fn refusal(&self) -> Option<&str> {
         let (Self::Statement { source, .. } | Self::Rights { source, .. }) = self else { return None };
-        let error = source.as_database_error()?;
-        // 57P: it ends the session, or the server does.
-        let goes_on = !error.code().is_some_and(|code| code.starts_with("57P"));
+        let error = source.as_database_error()?.try_downcast_ref::<PgDatabaseError>()?;
+        // With an error that is fatal it ends the session, for one that was idle in its transaction for instance.
+        let goes_on = !matches!(error.severity(), PgSeverity::Fatal | PgSeverity::Panic);
         goes_on.then(|| error.message())
     }
 

@@ -48,6 +48,7 @@ pub struct Came {
 
 /// What the claims so far mean for the next one.
 #[derive(Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "each may be so without the others")]
 pub struct Turns {
     more: bool,
     /// There is a backlog: whatever became due before this has been claimed, or is part of it.

@@ -166,12 +166,11 @@ impl Loss {
             Some(Own::Parking) => "with the letters that lay in it",
             Some(Own::DeadLetterExchange) | None => "and what consumers rejected meanwhile is lost",
         };
-        let what = match self.own {
-            Some(own) => own.describe(exchange),
-            None => {
-                let (queue, source) = (Own::Dead.describe(exchange), Own::DeadLetterExchange.describe(exchange));
-                format!("the binding of {queue} to {source}")
-            }
+        let what = if let Some(own) = self.own {
+            own.describe(exchange)
+        } else {
+            let (queue, source) = (Own::Dead.describe(exchange), Own::DeadLetterExchange.describe(exchange));
+            format!("the binding of {queue} to {source}")
         };
         format!("{what} was gone for up to {} s, {with_it}; it is there again", self.gone.as_secs() + 1)
     }

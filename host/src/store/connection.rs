@@ -149,7 +149,8 @@ impl Store {
             let pause = if full { MOMENT.max(CONNECT.delay(failures)) } else { CONNECT.delay(failures) };
             // Those that have just been closed are counted for a moment. For a session that is not of the pool, one of the
             // pool makes room.
-            if full && (failures == 1 || for_pool && failures > 1) && self.pool.shrink(&why, for_pool) && for_pool {
+            let shrinks = full && (failures == 1 || (for_pool && failures > 1));
+            if shrinks && self.pool.shrink(&why, for_pool) && for_pool {
                 return Err(error);
             }
             self.pool.note(Some(why));

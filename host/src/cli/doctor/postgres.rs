@@ -20,11 +20,11 @@ pub(super) async fn check(report: &mut Report, config: &Config) {
     let store = Store::new(&config.servers.database_url, 1);
     let place = store.place();
     if let Err(error) = store.probe().await {
-        return report.fail(unreached(error));
+        return report.fail(unreached(&error));
     }
     report.ok(format_args!("PostgreSQL answers at {place} and lets us in"));
     if let Err(error) = store.check_server().await {
-        return report.fail(unreached(error));
+        return report.fail(unreached(&error));
     }
     report.ok(format_args!("PostgreSQL at {place} takes writes, and our sessions there are ours alone"));
 
@@ -54,8 +54,8 @@ pub(super) async fn check(report: &mut Report, config: &Config) {
 }
 
 /// What cannot be used at all, and what to do.
-fn unreached(error: StoreError) -> String {
-    let advice = match &error {
+fn unreached(error: &StoreError) -> String {
+    let advice = match error {
         StoreError::Connect { .. } | StoreError::Deadline { .. } => {
             "; see that it runs, and that TIDINGS_DATABASE_URL names it"
         }
@@ -63,7 +63,7 @@ fn unreached(error: StoreError) -> String {
         // The others say it.
         _ => "",
     };
-    format!("{}{advice}", causes(&error))
+    format!("{}{advice}", causes(error))
 }
 
 async fn rights(report: &mut Report, store: &Store) -> bool {
@@ -73,7 +73,7 @@ async fn rights(report: &mut Report, store: &Store) -> bool {
             true
         }
         Err(error) => {
-            report.fail(unreached(error));
+            report.fail(unreached(&error));
             false
         }
     }
