@@ -187,6 +187,24 @@ async fn what_a_sweep_finds_over_many_dead_rows_goes_its_way_and_is_no_dearer_fo
 }
 
 #[tokio::test]
+async fn a_row_that_is_locked_when_the_sweep_finds_it_is_delivered_when_it_is_let_go() {
+    let world = World::with(&["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let reader = reader(&world).await;
+    world.sql(&old_rows("message", 60_000)).await;
+    world.sql("DELETE FROM tidings.schedules").await;
+    world.sql(&old_rows("message", 2)).await;
+    let mut busy = world.db.begin().await.expect("a transaction");
+    sqlx::query("SELECT FROM tidings.schedules LIMIT 1 FOR UPDATE").execute(&mut *busy).await.expect("locked");
+    let _daemon = world.launch().with("TIDINGS_SWEEP_MS", 3_600_000).ready().await;
+    inbox.next().await;
+    busy.rollback().await.expect("rolled back");
+
+    inbox.next().await;
+    drop(reader);
+}
+
+#[tokio::test]
 async fn what_was_due_long_before_the_start_or_before_a_doubt_is_found_at_once() {
     let world = World::with(&["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;

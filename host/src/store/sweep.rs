@@ -30,10 +30,9 @@ impl Store {
         let mut look = self.look_from(kinds, true, self.connection().await?, doubt).await?;
         let mut back_to = None;
         if let Some(below) = &look.below {
-            if goes_back(below.rows, asked_at.elapsed()) {
+            // What is locked cannot be moved, and must not be forgotten.
+            if goes_back(below.rows, asked_at.elapsed()) || self.move_up(below).await? < below.rows {
                 back_to = Some(below.first);
-            } else {
-                self.move_up(below).await?;
             }
             look.outlook.due = true;
         }
@@ -47,10 +46,9 @@ impl Store {
         self.low_water.is_swept(self.doubt.last())
     }
 
-    /// Moves rows from below the mark to where they would stand if they were written now. Those that are locked are being
-    /// delivered, or written; the next sweep finds those that stay. A row that is held stands there since its deadline has
-    /// come, and is any claim's.
-    async fn move_up(&self, below: &Below) -> Result<(), StoreError> {
+    /// Moves rows from below the mark to where they would stand if they were written now, but for those that are locked, and
+    /// returns how many. A row that is held stands there since its deadline has come, and is any claim's.
+    async fn move_up(&self, below: &Below) -> Result<i64, StoreError> {
         let mut connection = self.connection().await?;
         connection
             .run("move up rows that only a sweep found", async |connection| {
@@ -70,7 +68,7 @@ impl Store {
                         RETURNING id
                     )
                     -- Another daemon may be the one that serves them.
-                    SELECT pg_notify('tidings', '') AS "notified!" FROM (SELECT count(*) AS rows FROM moved) AS moved WHERE rows > 0
+                    SELECT rows AS "rows!", pg_notify('tidings', '') FROM (SELECT count(*) AS rows FROM moved) AS moved WHERE rows > 0
                     "#,
                     below.first,
                     below.mark,
@@ -80,7 +78,7 @@ impl Store {
                 .await
             })
             .await
-            .map(drop)
+            .map(|moved| moved.map_or(0, |moved| moved.rows))
     }
 }
 
