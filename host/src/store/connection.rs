@@ -150,7 +150,9 @@ impl Store {
             // Those that have just been closed are counted for a moment. For a session that is not of the pool, one of the
             // pool makes room.
             let shrinks = full && (failures == 1 || (for_pool && failures > 1));
-            if shrinks && self.pool.shrink(&why, for_pool) && for_pool {
+            // While a pass has its session, none is kept free for it.
+            let has_beside = for_pool && self.beside.available_permits() == 0;
+            if shrinks && self.pool.shrink(&why, for_pool, usize::from(!has_beside)) && for_pool {
                 return Err(error);
             }
             self.pool.note(Some(why));

@@ -143,14 +143,14 @@ impl Pool {
         sessions.idle.push_front(session);
     }
 
-    /// The server gives us no more than those that are open, of which one is wanted elsewhere: so many are used from now
-    /// on, but always one. `lent`: whoever was refused has a permit. Whether others are open, which come back.
-    pub(super) fn shrink(&self, why: &str, lent: bool) -> bool {
+    /// The server gives us no more than those that are open, of which so many are `wanted_elsewhere`: the others are used from
+    /// now on, but always one. `lent`: the one that was refused has a permit. Whether others are open, which come back.
+    pub(super) fn shrink(&self, why: &str, lent: bool, wanted_elsewhere: usize) -> bool {
         let mut sessions = self.sessions();
         sessions.refused = Some((Instant::now(), why.to_owned()));
         let in_use = sessions.in_use.saturating_sub(lent.into());
         let open = sessions.idle.len() + in_use;
-        let size = open.saturating_sub(1).max(1);
+        let size = open.saturating_sub(wanted_elsewhere).max(1);
         if size < sessions.size {
             warn!(sessions = size, "going on with fewer sessions, since PostgreSQL gives us no more of them: {why}");
             let gone = sessions.size - size;
@@ -266,7 +266,7 @@ mod tests {
         assert_eq!((pool.for_claims(), pool.shortage()), (10, None));
         // Three are in use, and whoever wants a fourth is refused.
         let lent = lend(&pool, 4).await;
-        assert!(pool.shrink("too many connections", true));
+        assert!(pool.shrink("too many connections", true, 1));
         assert_eq!((pool.for_claims(), pool.shortage()), (1, None));
         // Only two may be in use at once from now on.
         drop(lent);
@@ -276,21 +276,29 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn all_that_are_open_are_used_while_none_is_wanted_elsewhere() {
+        let pool = Pool::new(11);
+        let _lent = lend(&pool, 3).await;
+        assert!(pool.shrink("full", true, 0));
+        assert_eq!((pool.for_claims(), pool.shortage()), (1, None));
+    }
+
+    #[tokio::test]
     async fn one_that_is_left_is_a_shortage_and_always_stays() {
         let pool = Pool::new(11);
         let lent = lend(&pool, 2).await;
-        assert!(pool.shrink("full", true));
+        assert!(pool.shrink("full", true, 1));
         assert_eq!((pool.for_claims(), pool.shortage().as_deref()), (1, Some("full")));
         drop(lent);
         let _lent = pool.lend().await;
-        assert!(!pool.shrink("full", true), "nobody else has one that could come back");
+        assert!(!pool.shrink("full", true, 1), "nobody else has one that could come back");
         assert_eq!(pool.permits.available_permits(), 0);
     }
 
     #[test]
     fn a_pool_of_one_is_not_short_of_what_it_never_wanted() {
         let pool = Pool::new(1);
-        pool.shrink("full", false);
+        pool.shrink("full", false, 1);
         assert_eq!((pool.for_claims(), pool.shortage()), (1, None));
     }
 }
