@@ -112,7 +112,7 @@ async fn rows_of_nearly_a_megabyte_fit_into_128_mib_and_each_arrives_once() {
 }
 
 #[tokio::test]
-async fn the_largest_rows_that_sql_takes_fit_into_256_mib() {
+async fn the_largest_rows_that_sql_takes_go_one_at_a_time_and_fit_into_400_mib() {
     for body in [dense(524_000), sparse(16_770_000)] {
         let world = World::with(&["message"]).await;
         let mut inbox = world.inbox(&["#"]).await;
@@ -129,7 +129,8 @@ async fn the_largest_rows_that_sql_takes_fit_into_256_mib() {
         assert_eq!(large, 6);
         world.until("SELECT count(*) = 306 FROM tidings.deliveries").await;
         let most = most_resident_mib(&daemon);
-        assert!(most < 256, "{most} MiB");
+        // Two at once would not.
+        assert!(most < 400, "{most} MiB");
         world.remove().await;
     }
 }
