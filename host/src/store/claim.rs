@@ -226,7 +226,7 @@ impl Store {
         let (outlook, behind) = (Outlook { due, next_in }, behind.unwrap_or_default());
         let (Some(xid), false) = (answered.xid, rows.is_empty()) else {
             // Without a row nothing was changed, unless one was parked.
-            transaction.end("COMMIT").await?;
+            transaction.end(if large.is_some() { "COMMIT" } else { "ROLLBACK" }).await?;
             return Ok(Claimed { claim: None, outlook, behind, at, asked_at, begin });
         };
         self.low_water.sample(Sample { at, xid }, doubt);
