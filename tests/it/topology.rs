@@ -12,28 +12,17 @@ use lapin::options::{ExchangeDeclareOptions, ExchangeDeleteOptions, QueueDeclare
 use lapin::types::{AMQPValue, FieldTable};
 use serde_json::{Value, json};
 
+use crate::health::ask;
 use crate::process::free_port;
 use crate::replay::{often, once, publish, reject, send, until_waiting, waiting};
 
 /// What the issue gives for a loss.
 const SOON: Duration = Duration::from_secs(10);
 
-/// What a daemon answers at `/readyz`, and with which status.
-async fn readiness(daemon: &mut Daemon) -> (u16, Value) {
-    let url = format!("http://{}/readyz", daemon.http_addr().await);
-    let asked = tokio::task::spawn_blocking(move || {
-        let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
-        let mut answer = agent.get(&url).call().expect("an answer");
-        let body = answer.body_mut().read_to_string().expect("text");
-        (answer.status().as_u16(), serde_json::from_str(&body).expect("JSON"))
-    });
-    asked.await.expect("asked")
-}
-
 /// Waits until a daemon that is ready notes something with all of `parts`.
 async fn until_noted(daemon: &mut Daemon, parts: &[&str]) {
     eventually(&format!("a note of {parts:?}"), async || {
-        let (status, body) = readiness(daemon).await;
+        let (status, body) = ask(daemon, "/readyz").await;
         let notes = body["notes"].to_string();
         (status == 200 && parts.iter().all(|part| notes.contains(part))).then_some(())
     })
@@ -236,7 +225,7 @@ async fn a_binding_that_is_taken_away_is_there_again_within_ten_seconds_and_told
 
     let mut daemon = once(&world).with("TIDINGS_MANAGEMENT_URL", world.management_url()).ready().await;
     // So that it has seen it.
-    eventually("a look", async || (readiness(&mut daemon).await.0 == 200).then_some(())).await;
+    eventually("a look", async || (ask(&mut daemon, "/readyz").await.0 == 200).then_some(())).await;
     unbind().await;
     let told = "the binding of the queue tidings.dead to the exchange tidings.dlx was gone for up to ";
     let line = daemon.wait_for_line(told).await;
@@ -279,7 +268,7 @@ async fn everything_works_as_printed(queue_type: &str, arguments: &[&str]) {
     let launch = launch.with("TIDINGS_REPLAY_MAX", 1);
     let mut inbox = world.inbox(&["k"]).await;
     let mut daemon = launch.ready().await;
-    assert_eq!(readiness(&mut daemon).await, (200, json!({ "ready": true, "reasons": [], "notes": [] })));
+    assert_eq!(ask(&mut daemon, "/readyz").await, (200, json!({ "ready": true, "reasons": [], "notes": [] })));
 
     // Delivered, rejected, taken back, rejected again and parked.
     let id = send(&world, r#"{"routing_key": "k", "body": 1}"#).await;
@@ -337,7 +326,7 @@ async fn what_is_missing_and_may_not_be_declared_is_named_with_its_arguments_and
     ];
     let line = daemon.wait_for_line("may not declare what is missing").await;
     assert!(missing.iter().all(|part| line.contains(part)), "{line}");
-    let (status, body) = readiness(&mut daemon).await;
+    let (status, body) = ask(&mut daemon, "/readyz").await;
     assert!(status == 503 && missing.iter().all(|part| body["reasons"].to_string().contains(part)), "{body}");
     let nowhere = format!("127.0.0.1:{}", free_port());
     let (code, output) = launch.clone().subcommand("doctor").with("TIDINGS_HTTP_ADDR", nowhere).finished().await;
@@ -352,7 +341,7 @@ async fn what_is_missing_and_may_not_be_declared_is_named_with_its_arguments_and
     let channel = world.broker.channel().await;
     channel.queue_delete("tidings.dead".into(), QueueDeleteOptions::default()).await.expect("deleted");
     eventually_within(SOON, "503", async || {
-        let (status, body) = readiness(&mut daemon).await;
+        let (status, body) = ask(&mut daemon, "/readyz").await;
         (status == 503 && body["reasons"].to_string().contains(missing[2])).then_some(())
     })
     .await;
