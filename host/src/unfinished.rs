@@ -50,25 +50,32 @@ impl<Receipt: Clone> Unfinished<Receipt> {
     /// Tells the rows of a claim apart; those that another lane is sending are left out. While PostgreSQL refuses to finish
     /// rows (`careful`), what was confirmed is finished alone, and otherwise one row is sent to find out.
     pub fn take(&self, rows: Vec<Schedule>, careful: bool) -> Taken<'_, Receipt> {
+        // Before the lock, which other lanes may wait for: payloads may be large.
+        let digests: Vec<Digest> = rows.iter().map(digest).collect();
         let mut state = self.state();
         let (mut send, mut finish) = (Vec::with_capacity(rows.len()), Vec::new());
-        for row in rows {
+        let mut under_way = Vec::with_capacity(rows.len());
+        for (row, written) in rows.into_iter().zip(digests) {
             match state.confirmed.get(&row.id) {
-                _ if state.under_way.contains_key(&row.id) => {}
-                Some((written, receipt)) if *written == digest(&row) => finish.push((row, receipt.clone())),
-                // Somebody has changed it since, so its message is another one.
-                Some(_) => {
-                    state.confirmed.remove(&row.id);
-                    send.push(row);
+                _ if state.under_way.contains_key(&row.id) => continue,
+                Some((before, receipt)) if *before == written => {
+                    finish.push((row, receipt.clone()));
+                    continue;
                 }
-                None => send.push(row),
+                // Somebody has changed it since, so its message is another one.
+                Some(_) => drop(state.confirmed.remove(&row.id)),
+                None => {}
             }
+            under_way.push((row.id, written));
+            send.push(row);
         }
         if careful {
-            send.truncate(usize::from(finish.is_empty()));
+            let most = usize::from(finish.is_empty());
+            send.truncate(most);
+            under_way.truncate(most);
         }
-        let under_way = send.iter().map(|row| row.id).collect();
-        state.under_way.extend(send.iter().map(|row| (row.id, digest(row))));
+        state.under_way.extend(under_way.iter().copied());
+        let under_way = under_way.into_iter().map(|(id, _)| id).collect();
         Taken { send, finish, under_way, memory: self }
     }
 
