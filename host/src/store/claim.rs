@@ -85,7 +85,8 @@ impl Store {
     async fn try_claim(&self, kinds: &[String], wanted: Wanted, not_before: Instant) -> Result<Claimed, StoreError> {
         let Wanted { limit, since, no_large } = wanted;
         let doubt = self.doubt.last();
-        let from = since.max(self.low_water.mark(doubt));
+        let known = self.low_water.known(doubt);
+        let from = since.max(known.and_then(|known| known.mark));
         let begun_at = Instant::now();
         let mut transaction = Transaction::begin(self.hot_connection().await?).await?;
         let begin = begun_at.elapsed();
@@ -229,7 +230,7 @@ impl Store {
             transaction.end(if large.is_some() { "COMMIT" } else { "ROLLBACK" }).await?;
             return Ok(Claimed { claim: None, outlook, behind, at, asked_at, begin });
         };
-        self.low_water.sample(Sample { at, xid }, doubt);
+        known.into_iter().for_each(|known| self.low_water.sample(Sample { at, xid }, known, doubt));
         let claim = Claim { transaction, clock: DatabaseClock::new(at, asked_at), rows, large: large.is_some() };
         Ok(Claimed { claim: Some(claim), outlook, behind, at, asked_at, begin })
     }

@@ -56,7 +56,8 @@ impl Store {
         mut connection: Connection,
         doubt: u64,
     ) -> Result<Look, StoreError> {
-        let mark = self.low_water.mark(doubt);
+        let known = self.low_water.known(doubt);
+        let mark = known.and_then(|known| known.mark);
         let row = connection
             .run("look at the queue", async |connection| {
                 // Each part reads one entry of an index, however many rows wait, whatever the planner believes: held rows are
@@ -138,8 +139,10 @@ impl Store {
                 .await
             })
             .await?;
-        let seen = Seen { had: mark, from: row.mark, at: row.now, oldest_xid: row.oldest_xid, first: row.first_at };
-        self.low_water.seen(seen, sweep, doubt);
+        if let Some(known) = known {
+            let seen = Seen { known, from: row.mark, at: row.now, oldest_xid: row.oldest_xid, first: row.first_at };
+            self.low_water.seen(seen, doubt);
+        }
         let next_in = row.next_at.map(|next_at| Duration::try_from(next_at - row.now).unwrap_or(Duration::ZERO));
         let outlook = Outlook { due: row.due, next_in };
         Ok(Look {

@@ -40,8 +40,21 @@ struct State {
     swept: bool,
     /// Oldest first, all of them newer than what the mark stands on; a minute's worth at most.
     samples: VecDeque<Sample>,
+    /// How often the mark was given up.
+    given_up: u64,
     /// Which doubt about the connections was the last when this began.
     doubt: u64,
+}
+
+/// What was known when a look or a claim began.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Known {
+    /// The mark.
+    pub(super) mark: Option<OffsetDateTime>,
+    /// The newest time that the database had told. If it tells an older one later, its clock was set back.
+    newest: Option<OffsetDateTime>,
+    /// What began before the mark was given up says nothing about what is known since.
+    given_up: u64,
 }
 
 /// What a claim tells.
@@ -56,8 +69,8 @@ pub(super) struct Sample {
 /// What a look tells.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Seen {
-    /// The mark when it began.
-    pub(super) had: Option<OffsetDateTime>,
+    /// What was known when it began.
+    pub(super) known: Known,
     /// Where it began.
     pub(super) from: OffsetDateTime,
     /// The database's time, before the look.
@@ -74,18 +87,24 @@ impl LowWater {
         self.state(doubt)?.mark
     }
 
-    pub(super) fn sample(&self, sample: Sample, doubt: u64) {
-        self.state(doubt).into_iter().for_each(|mut state| state.sample(sample));
+    /// What is known; `None` = `doubt` is not the last.
+    pub(super) fn known(&self, doubt: u64) -> Option<Known> {
+        self.state(doubt).map(|state| state.known())
     }
 
-    /// After a look. A `sweep` takes its time, in which others look and claim.
-    pub(super) fn seen(&self, seen: Seen, sweep: bool, doubt: u64) {
-        self.state(doubt).into_iter().for_each(|mut state| state.seen(seen, sweep));
+    /// After a claim that began with `known`. Whatever takes long, others look and claim meanwhile.
+    pub(super) fn sample(&self, sample: Sample, known: Known, doubt: u64) {
+        self.state(doubt).into_iter().for_each(|mut state| state.sample(sample, known));
     }
 
-    /// After a sweep. `back_to` = this waits below what the mark was when it began.
-    pub(super) fn swept(&self, back_to: Option<OffsetDateTime>, doubt: u64) {
-        self.state(doubt).into_iter().for_each(|mut state| state.swept(back_to));
+    /// After a look.
+    pub(super) fn seen(&self, seen: Seen, doubt: u64) {
+        self.state(doubt).into_iter().for_each(|mut state| state.seen(seen));
+    }
+
+    /// After a sweep that began with `known`. `back_to` = this waits below what the mark was then.
+    pub(super) fn swept(&self, back_to: Option<OffsetDateTime>, known: Known, doubt: u64) {
+        self.state(doubt).into_iter().for_each(|mut state| state.swept(back_to, known));
     }
 
     /// Whether somebody has looked below the mark since it was last given up.
@@ -104,29 +123,31 @@ impl LowWater {
 }
 
 impl State {
-    fn sample(&mut self, sample: Sample) {
-        if let Some(last) = self.samples.back() {
-            if sample.at < last.at - SET_BACK {
-                return self.forget();
-            }
-            // Lanes claim side by side; one of them is enough.
-            if sample.at < last.at + APART || sample.xid <= last.xid {
-                return;
-            }
-        }
-        self.samples.push_back(sample);
+    fn known(&self) -> Known {
+        let newest = self.samples.back().map(|sample| sample.at).max(self.mark);
+        Known { mark: self.mark, newest, given_up: self.given_up }
     }
 
-    fn seen(&mut self, seen: Seen, sweep: bool) {
-        let newest = self.samples.back().map(|sample| sample.at).max(self.mark);
-        if newest.is_some_and(|newest| seen.at < newest - SET_BACK) {
-            if !sweep {
-                self.forget();
-            }
-            return;
+    /// Whether what began with `known`, and was told the database's time `at`, counts. If the clock was set back, the mark is
+    /// given up.
+    fn counts(&mut self, known: Known, at: OffsetDateTime) -> bool {
+        if known.given_up == self.given_up && known.newest.is_some_and(|newest| at < newest - SET_BACK) {
+            *self = Self { given_up: self.given_up + 1, doubt: self.doubt, ..Self::default() };
         }
-        // A sweep has ended since it began, and the mark went back to what this look has not seen.
-        if self.mark.map_or(seen.had.is_some(), |mark| mark < seen.from) {
+        known.given_up == self.given_up
+    }
+
+    fn sample(&mut self, sample: Sample, known: Known) {
+        // Lanes claim side by side; one of them is enough.
+        let is_new = |last: &Sample| sample.at >= last.at + APART && sample.xid > last.xid;
+        if self.counts(known, sample.at) && self.samples.back().is_none_or(is_new) {
+            self.samples.push_back(sample);
+        }
+    }
+
+    fn seen(&mut self, seen: Seen) {
+        // If a sweep has ended since it began, the mark may have gone back to what this look has not seen.
+        if !self.counts(seen.known, seen.at) || self.mark.is_some_and(|mark| mark < seen.from) {
             return;
         }
         // The newest that counts, and nothing older, may be asked for again.
@@ -145,16 +166,15 @@ impl State {
     }
 
     /// Looks have gone on meanwhile, and may have moved the mark: what they saw is not below what it was.
-    fn swept(&mut self, back_to: Option<OffsetDateTime>) {
+    fn swept(&mut self, back_to: Option<OffsetDateTime>, known: Known) {
+        if known.given_up != self.given_up {
+            return;
+        }
         self.swept = true;
         self.mark = match (self.mark, back_to) {
             (Some(mark), Some(back_to)) => Some(mark.min(back_to)),
             (mark, back_to) => back_to.or(mark),
         };
-    }
-
-    fn forget(&mut self) {
-        *self = Self { doubt: self.doubt, ..Self::default() };
     }
 }
 

@@ -26,6 +26,7 @@ impl Store {
             // So that there is one, from which on others look meanwhile.
             self.look_from(kinds, false, self.connection().await?, doubt).await?;
         }
+        let known = self.low_water.known(doubt);
         let asked_at = Instant::now();
         let mut look = self.look_from(kinds, true, self.connection().await?, doubt).await?;
         let mut back_to = None;
@@ -36,7 +37,7 @@ impl Store {
             }
             look.outlook.due = true;
         }
-        self.low_water.swept(back_to, doubt);
+        known.into_iter().for_each(|known| self.low_water.swept(back_to, known, doubt));
         Ok(look)
     }
 

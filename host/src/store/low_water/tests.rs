@@ -8,10 +8,6 @@ fn at(ms: i64) -> OffsetDateTime {
     OffsetDateTime::UNIX_EPOCH + Duration::milliseconds(ms)
 }
 
-fn sample(ms: i64, xid: i64) -> Sample {
-    Sample { at: at(ms), xid }
-}
-
 impl State {
     /// Where a look would begin.
     fn from(&self, now: i64) -> OffsetDateTime {
@@ -20,20 +16,30 @@ impl State {
 
     /// What a look would say.
     fn asks(&self, ms: i64, oldest_xid: i64, first: Option<i64>) -> Seen {
-        Seen { had: self.mark, from: self.from(ms), at: at(ms), oldest_xid, first: first.map(at) }
+        Seen { known: self.known(), from: self.from(ms), at: at(ms), oldest_xid, first: first.map(at) }
     }
 
     fn looks(&mut self, ms: i64, oldest_xid: i64, first: Option<i64>) {
         let seen = self.asks(ms, oldest_xid, first);
-        self.seen(seen, false);
+        self.seen(seen);
+    }
+
+    /// A claim told this at once.
+    fn claims(&mut self, ms: i64, xid: i64) {
+        self.sample(Sample { at: at(ms), xid }, self.known());
+    }
+
+    /// A sweep that took no time.
+    fn sweeps(&mut self, back_to: Option<i64>) {
+        self.swept(back_to.map(at), self.known());
     }
 }
 
 #[test]
 fn the_mark_is_the_time_of_a_claim_before_whatever_may_still_appear() {
     let mut state = State::default();
-    state.sample(sample(1_000, 10));
-    state.sample(sample(2_000, 20));
+    state.claims(1_000, 10);
+    state.claims(2_000, 20);
 
     state.looks(3_000, 20, None);
     assert_eq!(state.mark, Some(at(1_000)), "20 itself may still be running");
@@ -44,7 +50,7 @@ fn the_mark_is_the_time_of_a_claim_before_whatever_may_still_appear() {
 #[test]
 fn a_row_that_waits_is_never_below_the_mark() {
     let mut state = State::default();
-    state.sample(sample(5_000, 10));
+    state.claims(5_000, 10);
     state.looks(6_000, 11, Some(3_000));
     assert_eq!(state.mark, Some(at(3_000)));
 }
@@ -53,7 +59,7 @@ fn a_row_that_waits_is_never_below_the_mark() {
 fn an_open_transaction_holds_the_mark_back_for_a_minute() {
     let mut state = State::default();
     for second in 0..200 {
-        state.sample(sample(second * 1_000, 10 + second));
+        state.claims(second * 1_000, 10 + second);
         state.looks(second * 1_000 + 500, 12, None);
     }
     assert_eq!(state.mark, Some(at(199_500 - 60_000)));
@@ -63,13 +69,13 @@ fn an_open_transaction_holds_the_mark_back_for_a_minute() {
 #[test]
 fn a_sweep_lowers_the_mark_to_what_it_finds_and_a_look_does_not() {
     let mut state = State::default();
-    state.sample(sample(5_000, 10));
+    state.claims(5_000, 10);
     state.looks(6_000, 11, None);
     state.looks(6_001, 11, Some(5_500));
     assert_eq!(state.mark, Some(at(5_000)));
-    state.swept(None);
+    state.sweeps(None);
     assert_eq!(state.mark, Some(at(5_000)));
-    state.swept(Some(at(100)));
+    state.sweeps(Some(100));
     assert_eq!(state.mark, Some(at(100)));
 }
 
@@ -78,8 +84,8 @@ fn a_look_that_began_before_the_mark_went_back_does_not_move_it_on() {
     let mut state = State::default();
     state.looks(100_000, 11, None);
     let seen = state.asks(101_000, 11, None);
-    state.swept(Some(at(100)));
-    state.seen(seen, false);
+    state.sweeps(Some(100));
+    state.seen(seen);
     assert_eq!(state.mark, Some(at(100)));
     state.looks(102_000, 11, Some(100));
     assert_eq!(state.mark, Some(at(100)));
@@ -93,7 +99,7 @@ fn without_a_mark_looks_begin_a_minute_ago_until_a_sweep_has_found_what_is_older
     assert!(!state.swept);
     state.looks(1_000_000, 11, None);
     assert_eq!(state.mark, Some(at(940_000)));
-    state.swept(Some(at(3)));
+    state.sweeps(Some(3));
     assert_eq!((state.mark, state.swept), (Some(at(3)), true));
 }
 
@@ -101,32 +107,58 @@ fn without_a_mark_looks_begin_a_minute_ago_until_a_sweep_has_found_what_is_older
 fn a_sweep_that_took_long_is_no_clock_that_was_set_back() {
     let mut state = State::default();
     let seen = state.asks(500_000, 11, None);
-    state.sample(sample(503_000, 12));
+    state.claims(503_000, 12);
     state.looks(504_000, 13, None);
     let mark = state.mark;
-    state.seen(seen, true);
+    state.seen(seen);
     assert_eq!(state.mark, mark);
 }
 
 #[test]
 fn a_clock_that_was_set_back_and_a_doubt_end_the_mark() {
     let mut state = State::default();
-    state.sample(sample(500_000, 10));
-    state.swept(None);
+    state.claims(500_000, 10);
+    state.sweeps(None);
     state.looks(500_001, 11, None);
     state.looks(100_000, 12, None);
     assert_eq!((state.mark, state.swept), (None, false));
 
     let shared = LowWater::default();
     let seen = State::default().asks(500_001, 11, None);
-    shared.sample(sample(500_000, 10), 0);
-    shared.seen(seen, false, 0);
-    shared.swept(None, 0);
+    shared.sample(Sample { at: at(500_000), xid: 10 }, seen.known, 0);
+    shared.seen(seen, 0);
+    shared.swept(None, seen.known, 0);
     assert_eq!((shared.mark(0), shared.is_swept(0)), (Some(at(500_000)), true));
     assert_eq!((shared.mark(1), shared.is_swept(1)), (None, false));
-    shared.seen(seen, true, 0);
-    shared.swept(Some(at(1)), 0);
+    shared.seen(seen, 0);
+    shared.swept(Some(at(1)), seen.known, 0);
     assert_eq!((shared.mark(1), shared.is_swept(1)), (None, false), "what was asked before a doubt does not count");
+}
+
+#[test]
+fn a_claim_and_a_look_that_took_long_are_no_clock_that_was_set_back() {
+    let mut state = State::default();
+    state.claims(499_000, 10);
+    let (known, seen) = (state.known(), state.asks(500_000, 11, None));
+    state.claims(503_000, 12);
+    state.sweeps(None);
+    state.sample(Sample { at: at(500_500), xid: 11 }, known);
+    state.seen(seen);
+    assert_eq!((state.mark, state.swept), (Some(at(499_000)), true));
+}
+
+#[test]
+fn what_began_before_the_mark_was_given_up_says_nothing_about_the_next() {
+    let mut state = State::default();
+    state.claims(500_000, 10);
+    state.looks(500_001, 11, None);
+    let (known, seen) = (state.known(), state.asks(500_002, 11, None));
+    state.looks(400_000, 11, None);
+    assert_eq!(state.mark, None);
+    state.seen(seen);
+    state.sample(Sample { at: at(500_003), xid: 12 }, known);
+    state.swept(None, known);
+    assert_eq!((state.mark, state.swept, state.samples.len()), (None, false, 0));
 }
 
 /// What may happen on a server, one after the other.
@@ -144,6 +176,8 @@ enum Event {
     Claim(usize, i64),
     Settle,
     GiveUp,
+    /// A look is told a time that is long ago, by a clock that was set right at once: the mark is given up.
+    Flap,
     /// A look or a sweep begins; of each there is one at a time.
     Ask {
         sweep: bool,
@@ -164,6 +198,7 @@ fn event() -> impl Strategy<Value = Event> {
         2 => (1..4_usize, 0..80_i64).prop_map(|(rows, ms)| Event::Claim(rows, ms)),
         2 => Just(Event::Settle),
         1 => Just(Event::GiveUp),
+        1 => Just(Event::Flap),
         4 => Just(Event::Ask { sweep: false }),
         4 => Just(Event::Answer { sweep: false }),
         1 => Just(Event::Ask { sweep: true }),
@@ -216,7 +251,7 @@ impl Model {
                 let due = self.visible.iter().copied().filter(|slot| *slot <= read && at(*slot) >= from);
                 let locked: Vec<i64> = due.take(rows).collect();
                 if !locked.is_empty() {
-                    state.sample(sample(read, xid));
+                    state.claims(read, xid);
                     self.claim = Some((xid, locked));
                 }
             }
@@ -229,6 +264,12 @@ impl Model {
                 }
             }
             Event::GiveUp => self.claim = None,
+            Event::Flap => {
+                self.now -= 5_000;
+                self.happen(&Event::Ask { sweep: false }, state);
+                self.happen(&Event::Answer { sweep: false }, state);
+                self.now += 5_000;
+            }
             Event::Ask { sweep } => {
                 if sweep && state.mark.is_none() {
                     // It looks first.
@@ -245,9 +286,9 @@ impl Model {
             }
             Event::Answer { sweep } => {
                 if let Some((seen, below)) = self.asked[usize::from(sweep)].take() {
-                    state.seen(seen, sweep);
+                    state.seen(seen);
                     if sweep {
-                        state.swept(below.map(at));
+                        state.swept(below.map(at), seen.known);
                     }
                 }
             }
