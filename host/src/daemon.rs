@@ -73,10 +73,10 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
     spawn(&mut loops, telemetry::upkeep(metrics, shutdown.clone()));
     let again = (Arc::clone(&registry), store.clone(), Arc::clone(&broker));
     spawn(&mut loops, look_again(hangups, again.0, again.1, again.2, shutdown.clone()));
-    let prepared = prepare(&config, &store, &registry);
-    if unless_ended(&mut loops, &shutdown, prepared).await?.transpose()?.is_none() {
+    if unless_ended(&mut loops, &shutdown, wait_for_database(&store)).await?.transpose()?.is_none() {
         return drain(loops, &last).await;
     }
+    loops.spawn(load_and_watch(Arc::clone(&registry), shutdown.clone()));
     if unless_ended(&mut loops, &shutdown, connected).await?.is_none() {
         return drain(loops, &last).await;
     }
@@ -94,7 +94,6 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
     };
     spawn(&mut loops, listener.run(shutdown.clone(), || _ = listener_ready.send(())));
     spawn(&mut loops, remove_old_history(store.clone(), config.history, shutdown.clone()));
-    spawn(&mut loops, plugins::watch(Arc::clone(&registry), shutdown.clone()));
     // The listener announces our kinds; before that, another daemon might hold their rows.
     if unless_ended(&mut loops, &shutdown, listening).await?.is_none() {
         return drain(loops, &last).await;
@@ -120,8 +119,12 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
         max_attempts: config.max_attempts,
         health: Arc::clone(&health),
     };
-    health.started.store(true, Ordering::Relaxed);
-    info!(kinds = registry.current().kinds().join(" "), "ready");
+    let ready = async {
+        registry.completed().await;
+        health.started.store(true, Ordering::Relaxed);
+        info!(kinds = registry.current().kinds().join(" "), "ready");
+        std::future::pending().await
+    };
 
     // It ends when it is asked to and nothing is in flight any more.
     // On a thread of the runtime, where its lanes start without waking another. It ends with us, whatever ends us.
@@ -132,6 +135,7 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
             Err(panic) => std::panic::resume_unwind(panic.into_panic()),
         },
         ended = first_to_end(&mut loops, &shutdown) => ended,
+        never = ready => never,
     }
 }
 
@@ -143,15 +147,14 @@ fn spawn(loops: &mut JoinSet<anyhow::Result<()>>, work: impl Future<Output = ()>
     });
 }
 
-/// The database, its schema, and the plugins.
-async fn prepare(config: &Config, store: &Store, registry: &Registry) -> anyhow::Result<()> {
-    wait_for_database(store).await?;
-    info!(database = store.place(), "connected to PostgreSQL");
-    let loaded = registry.load_all().await;
-    loaded.with_context(|| format!("could not read the plugin directory {}", config.plugin_dir.display()))?;
+/// Loads the plugins, beside everything else, and keeps them up to date.
+async fn load_and_watch(registry: Arc<Registry>, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let Some(loaded) = shutdown.run_until_cancelled(registry.load_all()).await else { return Ok(()) };
+    loaded.with_context(|| format!("could not read the plugin directory {}", registry.dir().display()))?;
     if registry.current().kinds().is_empty() {
-        warn!("no plugin in {}: every row is held until one comes", config.plugin_dir.display());
+        warn!("no plugin in {}: every row is held until one comes", registry.dir().display());
     }
+    plugins::watch(registry, shutdown).await;
     Ok(())
 }
 
@@ -161,12 +164,15 @@ async fn wait_for_database(store: &Store) -> Result<(), SchemaError> {
     loop {
         let error = match store.check().await {
             Err(SchemaError::Store(error)) => error,
-            answer => return answer,
+            Err(other) => return Err(other),
+            Ok(()) => break,
         };
         warn!(error = &error as &dyn std::error::Error, "PostgreSQL cannot be used, trying again");
         tokio::time::sleep(RECONNECT.jittered(failures)).await;
         failures = failures.saturating_add(1);
     }
+    info!(database = store.place(), "connected to PostgreSQL");
+    Ok(())
 }
 
 /// What `work` makes, or `None` if it was asked to stop before.

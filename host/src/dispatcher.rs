@@ -339,9 +339,10 @@ impl Dispatcher {
         }
     }
 
-    /// Takes what we cannot claim out of the queue, beside the loop, since there may be millions.
+    /// Takes what we cannot claim out of the queue, beside the loop, since there may be millions; not before we know what we
+    /// serve.
     fn start_holding(&self, state: &mut State) {
-        if state.hold.is_empty() {
+        if state.hold.is_empty() && self.plugins.is_complete() {
             let (store, plugins) = (self.store.clone(), self.plugins.current());
             state.hold.spawn(async move { hold(&store, plugins.kinds()).await });
         }

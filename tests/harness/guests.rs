@@ -54,6 +54,16 @@ pub fn slow(name: &str, kinds: &[&str], tag: &str, time: Duration) -> Vec<u8> {
     tagged(name, kinds, tag).sleep(time).component()
 }
 
+/// The same, but it takes `time` of waiting to load it.
+///
+/// # Panics
+///
+/// When the repository's contract has changed so much that it cannot be made.
+#[must_use]
+pub fn slow_to_load(name: &str, kinds: &[&str], tag: &str, time: Duration) -> Vec<u8> {
+    tagged(name, kinds, tag).sleep_when_described(time).component()
+}
+
 /// The same, but it traps at the rows whose payload is `true`.
 ///
 /// # Panics

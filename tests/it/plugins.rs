@@ -1,8 +1,13 @@
 //! Plugins: the three of the repository end to end, what is refused when the directory is loaded, and their settings.
 
-use harness::guests::well_behaved;
+use std::time::Duration;
+
+use harness::guests::{slow_to_load, well_behaved};
 use harness::world::World;
 use serde_json::json;
+
+use crate::health::ask;
+use crate::reload::schedule;
 
 const GAME: &str = "6f0f5e2e-6a2b-4b0e-9d0b-3a4f0a6b1c2d";
 
@@ -216,4 +221,28 @@ async fn many_plugins_serve_when_the_daemon_is_ready_and_of_two_with_one_kind_th
             world.put(&format!("{name}.wasm"), &well_behaved(&name, &[&name], "anew"));
         }
     }
+}
+
+#[tokio::test]
+async fn each_plugin_serves_as_soon_as_it_is_ready_and_nothing_of_the_others_is_held_meanwhile() {
+    let world = World::with(&["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    world.put("slow.wasm", &slow_to_load("slow", &["later"], "later", Duration::from_secs(8)));
+    std::fs::write(world.plugin_dir.join("slow.toml"), "[limits]\nwall-ms = 60000\n").expect("written");
+    // Due first, and far more of them than a claim takes.
+    world
+        .sql("INSERT INTO tidings.schedules (kind, due_at) SELECT 'later', now() FROM generate_series(1, 3000)")
+        .await;
+    schedule(&world, "message", r#"{"routing_key":"a","body":"now"}"#).await;
+
+    let mut daemon = world.launch().start();
+
+    assert_eq!(inbox.next().await.text(), "now", "those that are due first wait for their plugin");
+    let (status, body) = ask(&mut daemon, "/readyz").await;
+    assert!(status == 503 && body.to_string().contains("starting"), "{status} {body}");
+    for _ in 0..3_000 {
+        assert_eq!(inbox.next().await.text(), "later");
+    }
+    daemon.wait_for_line(" ready ").await;
+    assert!(!daemon.log().contains("held rows"), "{}", daemon.log());
 }

@@ -46,6 +46,8 @@ pub struct Registry {
     memory: Memory,
     set: ArcSwap<PluginSet>,
     kinds: watch::Sender<Vec<String>>,
+    /// Whether everything that lay in the directory when the daemon started was dealt with.
+    complete: watch::Sender<bool>,
     /// Rung when another set serves.
     wake: Arc<Wake>,
     /// Rung when a plugin has news, or the directory.
@@ -86,6 +88,7 @@ impl Registry {
             memory: Memory::of(state, dir),
             set: ArcSwap::default(),
             kinds: watch::Sender::new(Vec::new()),
+            complete: watch::Sender::new(false),
             wake,
             bell: Arc::default(),
             health,
@@ -116,7 +119,18 @@ impl Registry {
         self.bell.wake(Reason::Plugins);
     }
 
-    /// Loads what lies in the directory when the daemon starts.
+    /// Waits until everything that lay in the directory when the daemon started serves or was refused. Cancel-safe.
+    pub async fn completed(&self) {
+        self.complete.subscribe().wait_for(|complete| *complete).await.expect("we have the sender");
+    }
+
+    /// Whether that is so: a kind that nobody serves may be one whose plugin comes in a moment before.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        *self.complete.borrow()
+    }
+
+    /// Loads what lies in the directory when the daemon starts; each serves as soon as it is ready, and those before it.
     ///
     /// # Errors
     ///
@@ -126,6 +140,8 @@ impl Registry {
         self.slots().settling.settled(&seen);
         self.reconcile(seen).await;
         self.health.note("state", self.memory.in_trouble());
+        self.complete.send_replace(true);
+        self.wake.wake(Reason::Plugins);
         Ok(())
     }
 

@@ -134,10 +134,17 @@ impl Module {
 
     /// Waits before `build` returns.
     pub(super) fn sleep(self, time: Duration) -> Self {
-        let block = "(func $block (param i32))";
-        self.timers()
-            .core_import("wasi:io/poll@0.2.0", "[method]pollable.block", block)
-            .build(&format!("(call $block (call $subscribe (i64.const {})))", time.as_nanos()))
+        self.timers().blocking().build(&wait(time))
+    }
+
+    /// Waits before `describe` returns.
+    pub(super) fn sleep_when_described(self, time: Duration) -> Self {
+        self.timers().blocking().describe(&wait(time))
+    }
+
+    /// Imports what waits for a timer.
+    fn blocking(self) -> Self {
+        self.core_import("wasi:io/poll@0.2.0", "[method]pollable.block", "(func $block (param i32))")
     }
 
     /// More fields of the core module: functions, memories, tables.
@@ -301,4 +308,9 @@ fn wit() -> &'static str {
 
 fn size(length: usize) -> u32 {
     u32::try_from(length).expect("a guest's memory has 32 bits")
+}
+
+/// Code that waits for `time`.
+fn wait(time: Duration) -> String {
+    format!("(call $block (call $subscribe (i64.const {})))", time.as_nanos())
 }
