@@ -100,6 +100,7 @@ impl Dispatcher {
                 }
                 Some(Swept(swept)) = state.sweeps.ended() => {
                     self.swept(swept, &mut state);
+                    state.swept = true;
                     Reasons::default()
                 }
                 reasons = self.wake.woken() => {
@@ -130,6 +131,7 @@ impl Dispatcher {
 
     /// Claims what is due, looks at the queue, and says how long to wait, and why to look then.
     async fn look_and_start(&self, delivery: &Arc<Delivery>, state: &mut State) -> (Duration, Reason) {
+        let swept = std::mem::take(&mut state.swept);
         if let Some(left) = state.resting() {
             return (left, Reason::Again);
         }
@@ -153,8 +155,8 @@ impl Dispatcher {
                 return self.wait(state);
             }
         }
-        // Another look would find the same rows due, and the loop would turn as fast as it can.
-        if state.stuck {
+        // Another look would find the same rows due, and the loop would turn as fast as it can; or none, as the sweep did.
+        if state.stuck || swept && claimed == Claims::Nothing {
             return self.wait(state);
         }
         let due = match self.look(state).await {

@@ -3,9 +3,12 @@
 
 use std::time::Duration;
 
+use harness::daemon::Daemon;
 use harness::proxy::{Mode, Proxy};
 use harness::world::{World, database_url};
 use sqlx::postgres::PgListener;
+
+use crate::metrics::scrape;
 
 /// A message row of a key of its own; `{due}` is an SQL expression.
 fn row(key: &str, due: &str) -> String {
@@ -114,6 +117,24 @@ async fn a_row_that_no_trigger_saw_is_found_by_the_sweep() {
     world.sql(&format!("DO $$ BEGIN {past_the_triggers}; END $$")).await;
 
     inbox.next().await;
+}
+
+#[tokio::test]
+async fn an_idle_daemon_asks_one_statement_for_each_sweep() {
+    let world = World::with(&["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let mut daemon = world.launch().with("TIDINGS_SWEEP_MS", 100).ready().await;
+    let swept = async |daemon: &mut Daemon| scrape(daemon).await[r#"tidings_wakes_total{reason="sweep"}"#];
+    let transactions = "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = current_database()";
+    let (before, asked): (f64, i64) = (swept(&mut daemon).await, world.value(transactions).await);
+    world.sql(&row("k", "now() + interval '10 seconds'")).await;
+
+    inbox.next().await;
+
+    // The metrics and this test ask as well, and the statistics come late.
+    let asked = f64::from(u32::try_from(world.value::<i64>(transactions).await - asked).expect("few"));
+    let swept = swept(&mut daemon).await - before;
+    assert!(swept > 50.0 && asked < 1.5 * swept + 30.0, "{asked} transactions in {swept} sweeps");
 }
 
 #[tokio::test]

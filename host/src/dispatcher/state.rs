@@ -38,6 +38,8 @@ pub(super) struct State {
     pub(super) sweeps: Sweeps,
     /// Nothing has happened for a whole interval.
     pub(super) quiet: bool,
+    /// A sweep has just ended, which was a look as well.
+    pub(super) swept: bool,
     /// The last claim came to nothing although rows are due: nothing is claimed until something has happened.
     pub(super) stuck: bool,
     /// Such claims in a row.
