@@ -24,6 +24,8 @@ const MESSAGE: &str = r#"{"routing_key": "measured", "body": 1}"#;
 const SPARSE: Duration = Duration::from_millis(50);
 /// How long the other daemon is frozen.
 const FROZEN: Duration = Duration::from_secs(8);
+/// How long after its thaw rows fall due that nobody serves any more.
+const ORPHANED: Duration = Duration::from_millis(800);
 /// How long rows go on after its death.
 const AFTERWARDS: Duration = Duration::from_secs(3);
 /// Statements of ours that look below the low-water mark.
@@ -131,21 +133,31 @@ async fn frozen() -> Times {
         .with("TIDINGS_STATE_DIR", state.display())
         .ready()
         .await;
-    let orphans = |due: &str| {
-        format!("INSERT INTO tidings.schedules (kind, due_at) SELECT 'r', {due} FROM generate_series(1, 20)")
-    };
     let mut written = 0;
     let (mut pace, mut step, mut since) = (tokio::time::interval(SPARSE), 0, Instant::now());
     let mut thawed = None;
     loop {
         pace.tick().await;
-        let kind = if written % 2 == 0 { "s" } else { "l" };
-        world.sql(&format!("SELECT tidings.schedule('{kind}', clock_timestamp())")).await;
-        written += 1;
+        // None meanwhile, so that ours asks ever less often for what it cannot claim.
+        if thawed.is_some() || step == 0 {
+            let kind = if written % 2 == 0 { "s" } else { "l" };
+            world.sql(&format!("SELECT tidings.schedule('{kind}', clock_timestamp())")).await;
+            written += 1;
+        }
         match step {
             0 if since.elapsed() > Duration::from_secs(1) => {
                 right.signal(Signal::SIGSTOP);
-                world.sql(&orphans("now()")).await;
+                // As many notifications as are a flood to a daemon that finds them all at once.
+                for _ in 0..20 {
+                    world.sql("SELECT tidings.schedule('r', clock_timestamp())").await;
+                }
+                // Long before, since what is written is a reason to look.
+                let orphans = format!(
+                    "INSERT INTO tidings.schedules (kind, due_at)
+                     SELECT 'r', now() + interval '{} ms' FROM generate_series(1, 20)",
+                    (FROZEN + ORPHANED).as_millis()
+                );
+                world.sql(&orphans).await;
             }
             1 if since.elapsed() > FROZEN => {
                 thawed = Some(world.now().await);
@@ -153,7 +165,6 @@ async fn frozen() -> Times {
             }
             2 if world.value::<bool>("SELECT count(*) = 20 FROM tidings.deliveries WHERE kind = 'r'").await => {
                 right.signal(Signal::SIGKILL);
-                world.sql(&orphans("now() + interval '600 ms'")).await;
             }
             3 if since.elapsed() > AFTERWARDS => break,
             _ => continue,
