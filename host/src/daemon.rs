@@ -108,7 +108,13 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
     if let Some(interval) = config.canary {
         let canary =
             Canary { store: store.clone(), broker: Arc::clone(&broker), interval, health: Arc::clone(&health) };
-        spawn(&mut loops, canary.run(shutdown.clone()));
+        let (plugins, shutdown) = (Arc::clone(&registry), shutdown.clone());
+        spawn(&mut loops, async move {
+            // It needs one of them.
+            if shutdown.run_until_cancelled(plugins.completed()).await.is_some() {
+                canary.run(shutdown).await;
+            }
+        });
     }
     let dispatcher = Dispatcher {
         store,

@@ -128,11 +128,12 @@ impl Place {
             fs::create_dir_all(home.join(part))?;
         }
         fs::write(home.join("enabled_plugins"), "[rabbitmq_management].")?;
+        // From RabbitMQ 4.0 on, 16 MiB is the largest message if nothing is said.
         fs::write(
             home.join("rabbitmq.conf"),
             format!(
                 "loopback_users = none\nmanagement.tcp.port = {management_port}\nmanagement.tcp.ip = 127.0.0.1\n\
-             disk_free_limit.absolute = 50MB\n"
+             disk_free_limit.absolute = 50MB\nmax_message_size = 134217728\n"
             ),
         )?;
         own("rabbitmq", &programs.rabbitmq, &home)

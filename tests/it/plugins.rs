@@ -230,9 +230,7 @@ async fn each_plugin_serves_as_soon_as_it_is_ready_and_nothing_of_the_others_is_
     world.put("slow.wasm", &slow_to_load("slow", &["later"], "later", Duration::from_secs(8)));
     std::fs::write(world.plugin_dir.join("slow.toml"), "[limits]\nwall-ms = 60000\n").expect("written");
     // Due first, and far more of them than a claim takes.
-    world
-        .sql("INSERT INTO tidings.schedules (kind, due_at) SELECT 'later', now() FROM generate_series(1, 3000)")
-        .await;
+    world.sql("INSERT INTO tidings.schedules (kind, due_at) SELECT 'later', now() FROM generate_series(1, 3000)").await;
     schedule(&world, "message", r#"{"routing_key":"a","body":"now"}"#).await;
 
     let mut daemon = world.launch().start();

@@ -35,13 +35,14 @@ async fn a_row_written_while_the_listener_was_cut_off_is_published_when_it_is_ba
     let mut inbox = world.inbox(&["#"]).await;
     let mut daemon = world.daemon().await;
 
+    // The listener's session announces the kinds.
+    let listener = "SELECT DISTINCT pid FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ShareLock'
+                    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
+    world.until(&format!("SELECT EXISTS ({listener})")).await;
+
     // In one statement: the notification of this commit cannot reach a listener that is gone.
-    let killed = world
-        .value::<i64>(
-            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
-             WHERE datname = current_database() AND application_name = 'tidings' AND query LIKE '%advisory_lock_shared%'",
-        )
-        .await;
+    let killed =
+        world.value::<i64>(&format!("SELECT count(pg_terminate_backend(pid)) FROM ({listener}) AS listener")).await;
     world.sql(&row("k", "now()")).await;
 
     assert_eq!(killed, 1, "the listener's connection was found");

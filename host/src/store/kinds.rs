@@ -17,6 +17,9 @@ const BATCH: i64 = 5_000;
 ///
 /// When the database does not do it.
 pub(crate) async fn announce(connection: impl sqlx::PgExecutor<'_>, kinds: &[String]) -> Result<(), sqlx::Error> {
+    if kinds.is_empty() {
+        return Ok(());
+    }
     sqlx::query!(
         r#"
         SELECT count(pg_advisory_lock_shared(hashtextextended('tidings.kind ' || kind, 0))) AS "announced!"
@@ -35,6 +38,9 @@ pub(crate) async fn announce(connection: impl sqlx::PgExecutor<'_>, kinds: &[Str
 ///
 /// When the database does not do it.
 pub(crate) async fn withdraw(connection: impl sqlx::PgExecutor<'_>, kinds: &[String]) -> Result<(), sqlx::Error> {
+    if kinds.is_empty() {
+        return Ok(());
+    }
     sqlx::query!(
         r#"
         SELECT count(pg_advisory_unlock_shared(hashtextextended('tidings.kind ' || kind, 0))) AS "withdrawn!"
