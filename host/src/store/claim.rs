@@ -230,7 +230,9 @@ impl Store {
             transaction.end(if large.is_some() { "COMMIT" } else { "ROLLBACK" }).await?;
             return Ok(Claimed { claim: None, outlook, behind, at, asked_at, begin });
         };
-        known.into_iter().for_each(|known| self.low_water.sample(Sample { at, xid }, known, doubt));
+        if let Some(known) = known {
+            self.low_water.sample(Sample { at, xid }, known, doubt);
+        }
         let claim = Claim { transaction, clock: DatabaseClock::new(at, asked_at), rows, large: large.is_some() };
         Ok(Claimed { claim: Some(claim), outlook, behind, at, asked_at, begin })
     }

@@ -49,6 +49,7 @@ impl Store {
     }
 
     /// The same; a `sweep` looks below the mark as well. `doubt` is the last.
+    #[expect(clippy::too_many_lines, reason = "most of them are one statement")]
     pub(super) async fn look_from(
         &self,
         kinds: &[String],

@@ -37,7 +37,9 @@ impl Store {
             }
             look.outlook.due = true;
         }
-        known.into_iter().for_each(|known| self.low_water.swept(back_to, known, doubt));
+        if let Some(known) = known {
+            self.low_water.swept(back_to, known, doubt);
+        }
         Ok(look)
     }
 
