@@ -1,7 +1,7 @@
 //! The only place with AMQP's client library. One connection publishes, another takes back dead letters while a pass lasts:
 //!
 //! ```text
-//!   dispatcher ──publish──▶ exchange `tidings` (topic) ──bindings of the consumers──▶ their queues
+//!   scheduler ───publish──▶ exchange `tidings` (topic) ──bindings of the consumers──▶ their queues
 //!                                                                              ▲       │ rejected, expired
 //!   replayer ◀──pass── queue `tidings.dead` ◀── exchange `tidings.dlx` (fanout) ◀──────┘
 //!      ├──replay, by the name of the queue──────────────────────────────────────┘

@@ -16,7 +16,6 @@ use crate::backoff::RECONNECT;
 use crate::broker::{Broker, Management};
 use crate::canary::Canary;
 use crate::config::Config;
-use crate::dispatcher::Dispatcher;
 use crate::health::Health;
 use crate::http::{Http, Shown};
 use crate::keeper::Keeper;
@@ -24,6 +23,7 @@ use crate::lifecycle::{Signals, look_again};
 use crate::listener::Listener;
 use crate::plugins::{self, Engine, Metering, Registry, StateDir};
 use crate::replayer::Replayer;
+use crate::scheduler::Scheduler;
 use crate::store::{SchemaError, Store};
 use crate::telemetry;
 use crate::wake::Wake;
@@ -116,7 +116,7 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
             }
         });
     }
-    let dispatcher = Dispatcher {
+    let scheduler = Scheduler {
         store,
         broker,
         wake,
@@ -134,9 +134,9 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
 
     // It ends when it is asked to and nothing is in flight any more.
     // On a thread of the runtime, where its lanes start without waking another. It ends with us, whatever ends us.
-    let dispatched = AbortOnDropHandle::new(tokio::spawn(dispatcher.run(shutdown.clone())));
+    let scheduled = AbortOnDropHandle::new(tokio::spawn(scheduler.run(shutdown.clone())));
     tokio::select! {
-        ended = dispatched => match ended {
+        ended = scheduled => match ended {
             Ok(()) => drain(loops, &last).await,
             Err(panic) => std::panic::resume_unwind(panic.into_panic()),
         },

@@ -1,5 +1,5 @@
 //! Turns PostgreSQL's notifications into wakes, on a connection and in a task of its own. A notification only shortens
-//! the dispatcher's wait; it carries nothing, and none is relied on: every doubt (a lost connection, an error, a long
+//! the scheduler's sleep; it carries nothing, and none is relied on: every doubt (a lost connection, an error, a long
 //! silence) is a wake as well, so that a lost notification costs nothing but time.
 //!
 //! The same connection announces the kinds that this daemon serves (`store/kinds.rs`), since it lives as long.
@@ -14,8 +14,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::backoff::RECONNECT;
+use crate::flood::Flood;
 use crate::health::Health;
-use crate::polling::Flood;
 use crate::store::{Store, StoreError, announce, promise_to_poll, withdraw};
 use crate::wake::{Reason, Wake};
 

@@ -15,7 +15,6 @@ mod history;
 mod kinds;
 mod large;
 mod look;
-mod low_water;
 mod parked;
 mod pass;
 mod pauses;
@@ -31,12 +30,13 @@ mod sweep;
 mod upcoming;
 
 use std::str::FromStr as _;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use sqlx::ConnectOptions as _;
 use sqlx::postgres::{PgConnectOptions, PgDatabaseError, PgListener, PgPoolOptions, PgSeverity};
 use thiserror::Error;
+use time::OffsetDateTime;
 use tokio::sync::Semaphore;
 
 use crate::secret_url::SecretUrl;
@@ -48,8 +48,6 @@ use connection::{Connection, Doubt};
 pub use doctor::{Holder, Holding, ServerVersion, Skew, TOO_LONG};
 pub use history::Delivered;
 pub(crate) use kinds::{announce, withdraw};
-pub use look::Look;
-use low_water::LowWater;
 pub use parked::ParkedRow;
 pub use pass::{Begun, Pass};
 pub use pauses::Until;
@@ -213,7 +211,8 @@ pub struct Store {
     /// For the one session beside the pool's and the listener's: that of a pass, or before there are passes of a check.
     beside: Arc<Semaphore>,
     doubt: Doubt,
-    low_water: Arc<LowWater>,
+    /// Where the queue begins, for all that read it.
+    mark: Arc<Mutex<Option<OffsetDateTime>>>,
 }
 
 /// Whether `url` can be understood, without the password in the answer.
@@ -225,6 +224,16 @@ pub(crate) fn check_url(url: &SecretUrl) -> Result<(), String> {
 }
 
 impl Store {
+    /// The low-water mark, below which nothing waits, as far as the scheduler knows; `None` = it does not know.
+    fn mark(&self) -> Option<OffsetDateTime> {
+        *self.mark.lock().expect("nothing panics that holds it")
+    }
+
+    /// Notes the low-water mark, for all that read the queue beside the scheduler.
+    pub fn note_mark(&self, mark: Option<OffsetDateTime>) {
+        *self.mark.lock().expect("nothing panics that holds it") = mark;
+    }
+
     /// A store that connects when it is first used. `connections` is how many it may keep for its statements, at least 1; one
     /// more is that of a pass, and another the listener's.
     ///
@@ -265,7 +274,7 @@ impl Store {
             ])
             .disable_statement_logging();
         let beside = Arc::new(Semaphore::new(1));
-        Self { options, pool: Pool::new(connections), beside, doubt: Doubt::new(), low_water: Arc::default() }
+        Self { options, pool: Pool::new(connections), beside, doubt: Doubt::new(), mark: Arc::default() }
     }
 
     /// Host, port and database, for people.

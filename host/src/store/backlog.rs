@@ -47,7 +47,7 @@ impl Store {
     ///
     /// When the database cannot be asked.
     pub async fn backlog(&self) -> Result<Backlog, StoreError> {
-        let mark = self.low_water.mark(self.doubt.last());
+        let mark = self.mark();
         let mut connection = self.connection().await?;
         let row = connection
             .run("look at what waits", async |connection| {

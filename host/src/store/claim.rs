@@ -8,11 +8,10 @@ use std::time::Duration;
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
-use super::low_water::Sample;
 use super::{Connection, Store, StoreError};
 use crate::clock::DatabaseClock;
+use crate::queue::Outlook;
 use crate::schedule::Schedule;
-use crate::wake::Outlook;
 
 /// The payloads of one claim have at most this many bytes together, as JSON text, or it is a single row. Several claims are on
 /// their way at once, and each holds its payloads, their bodies and the frames of these.
@@ -23,7 +22,7 @@ pub(crate) const CLAIM_BYTES: i64 = 2 * 1024 * 1024;
 pub struct Wanted {
     /// At most so many.
     pub limit: i64,
-    /// Of those that came due from this instant on; `None` = of all.
+    /// Of those whose slot is at this time or later; `None` = of those of the last minute.
     pub since: Option<OffsetDateTime>,
     /// None that would have to go alone.
     pub no_large: bool,
@@ -53,6 +52,8 @@ pub struct Claim {
     clock: DatabaseClock,
     /// The rows, earliest first. The loop takes them out.
     pub rows: Vec<Schedule>,
+    /// The number of the transaction, which it took after the database told its time.
+    pub xid: i64,
     /// It is a row that goes alone, since its payload is larger than those of a claim may be together.
     pub large: bool,
 }
@@ -84,9 +85,6 @@ impl Store {
     #[expect(clippy::too_many_lines, reason = "most of them are one statement")]
     async fn try_claim(&self, kinds: &[String], wanted: Wanted, not_before: Instant) -> Result<Claimed, StoreError> {
         let Wanted { limit, since, no_large } = wanted;
-        let doubt = self.doubt.last();
-        let known = self.low_water.known(doubt);
-        let from = since.max(known.and_then(|known| known.mark));
         let begun_at = Instant::now();
         let mut transaction = Transaction::begin(self.hot_connection().await?).await?;
         let begin = begun_at.elapsed();
@@ -182,7 +180,7 @@ impl Store {
                     kinds,
                     limit,
                     CLAIM_BYTES,
-                    from,
+                    since,
                     no_large,
                 )
                 .fetch_all(connection)
@@ -230,10 +228,7 @@ impl Store {
             transaction.end(if large.is_some() { "COMMIT" } else { "ROLLBACK" }).await?;
             return Ok(Claimed { claim: None, outlook, behind, at, asked_at, begin });
         };
-        if let Some(known) = known {
-            self.low_water.sample(Sample { at, xid }, known, doubt);
-        }
-        let claim = Claim { transaction, clock: DatabaseClock::new(at, asked_at), rows, large: large.is_some() };
+        let claim = Claim { transaction, clock: DatabaseClock::new(at, asked_at), rows, xid, large: large.is_some() };
         Ok(Claimed { claim: Some(claim), outlook, behind, at, asked_at, begin })
     }
 }

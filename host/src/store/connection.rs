@@ -61,6 +61,12 @@ impl Store {
         self.doubt.raise();
     }
 
+    /// Which doubt was the last; equal as long as there was none since.
+    #[must_use]
+    pub fn last_doubt(&self) -> u64 {
+        self.doubt.last()
+    }
+
     /// How many connections claims may keep, so that one is left for everything else: at least 1.
     #[must_use]
     pub fn connections_for_claims(&self) -> usize {

@@ -60,7 +60,7 @@ impl Store {
     ///
     /// When the database cannot do it.
     pub async fn hold_unserved(&self, our_kinds: &[String]) -> Result<Vec<(String, i64)>, StoreError> {
-        let mark = self.low_water.mark(self.doubt.last());
+        let mark = self.mark();
         let mut connection = self.connection().await?;
         let rows = connection
             .run("hold rows that nobody serves", async |connection| {
@@ -111,7 +111,7 @@ impl Store {
     ///
     /// When the database cannot do it.
     pub async fn hold_paused(&self, our_kinds: &[String]) -> Result<Vec<(String, i64)>, StoreError> {
-        let mark = self.low_water.mark(self.doubt.last());
+        let mark = self.mark();
         let mut connection = self.connection().await?;
         let rows = connection
             .run("hold rows that are paused", async |connection| {

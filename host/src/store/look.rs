@@ -5,37 +5,9 @@ use std::time::Duration;
 
 use time::OffsetDateTime;
 
-use super::low_water::Seen;
 use super::sweep::BACKLOG;
 use super::{Connection, Store, StoreError};
-use crate::polling::Promise;
-use crate::wake::Outlook;
-
-/// What [`Store::look`] found.
-#[derive(Clone, Debug)]
-pub struct Look {
-    /// Rows due now, and when to look again: at the next row's time, or when a pause ends.
-    pub outlook: Outlook,
-    /// Kinds that we serve and nobody has paused, of which rows are held: they were waiting for us.
-    pub held_for_us: Vec<String>,
-    /// The first row of the queue is of a kind of ours that is paused, and in the way of the others.
-    pub paused_first: bool,
-    /// Whether somebody promised that we look without being notified.
-    pub promise: Promise,
-    /// What waits below the low-water mark; only a sweep sees it.
-    pub below: Option<Below>,
-}
-
-/// Rows below the low-water mark.
-#[derive(Clone, Copy, Debug)]
-pub struct Below {
-    /// The slot of the first.
-    pub first: OffsetDateTime,
-    /// The mark.
-    pub mark: OffsetDateTime,
-    /// How many, up to what makes them a backlog.
-    pub rows: i64,
-}
+use crate::queue::{Below, Look, Outlook, Promise};
 
 impl Store {
     /// Looks at the head of the queue, from the low-water mark on, in one statement and no transaction. It must begin after the
@@ -44,21 +16,18 @@ impl Store {
     /// # Errors
     ///
     /// When the database cannot be asked.
-    pub async fn look(&self, kinds: &[String]) -> Result<Look, StoreError> {
-        self.look_from(kinds, false, self.hot_connection().await?, self.doubt.last()).await
+    pub async fn look(&self, kinds: &[String], mark: Option<OffsetDateTime>) -> Result<Look, StoreError> {
+        self.look_from(kinds, mark, false, self.hot_connection().await?).await
     }
 
-    /// The same; a `sweep` looks below the mark as well. `doubt` is the last.
-    #[expect(clippy::too_many_lines, reason = "most of them are one statement")]
+    /// The same; a `sweep` looks below the mark as well.
     pub(super) async fn look_from(
         &self,
         kinds: &[String],
+        mark: Option<OffsetDateTime>,
         sweep: bool,
         mut connection: Connection,
-        doubt: u64,
     ) -> Result<Look, StoreError> {
-        let known = self.low_water.known(doubt);
-        let mark = known.and_then(|known| known.mark);
         let row = connection
             .run("look at the queue", async |connection| {
                 // Each part reads one entry of an index, however many rows wait, whatever the planner believes: held rows are
@@ -140,23 +109,17 @@ impl Store {
                 .await
             })
             .await?;
-        if let Some(known) = known {
-            let seen = Seen { known, from: row.mark, at: row.now, oldest_xid: row.oldest_xid, first: row.first_at };
-            self.low_water.seen(seen, doubt);
-        }
         let next_in = row.next_at.map(|next_at| Duration::try_from(next_at - row.now).unwrap_or(Duration::ZERO));
-        let outlook = Outlook { due: row.due, next_in };
         Ok(Look {
-            outlook,
+            at: row.now,
+            from: row.mark,
+            first: row.first_at,
+            oldest_xid: row.oldest_xid,
+            outlook: Outlook { due: row.due, next_in },
             held_for_us: row.held_for_us,
             paused_first: row.paused_first,
-            promise: Promise {
-                at: row.now,
-                until: row.polling_until,
-                oldest_xid: row.oldest_xid,
-                next_xid: row.next_xid,
-            },
-            below: row.below_first.map(|first| Below { first, mark: row.mark, rows: row.below_rows }),
+            promise: Promise { until: row.polling_until, next_xid: row.next_xid },
+            below: row.below_first.map(|first| Below { first, rows: row.below_rows, go_back: true }),
         })
     }
 
@@ -167,7 +130,7 @@ impl Store {
     ///
     /// When the database cannot be asked.
     pub async fn overdue(&self) -> Result<Duration, StoreError> {
-        let mark = self.low_water.mark(self.doubt.last());
+        let mark = self.mark();
         let mut connection = self.connection().await?;
         let seconds = connection
             .run("ask how late we are", async |connection| {

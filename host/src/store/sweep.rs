@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
+use time::OffsetDateTime;
 use tokio::time::Instant;
 
-use super::look::{Below, Look};
 use super::{Store, StoreError};
+use crate::queue::Look;
 
 /// So many rows below the mark are a backlog: claims that go back there are full, and step over little for each row.
 pub(super) const BACKLOG: i64 = 1_000;
@@ -13,45 +14,27 @@ pub(super) const BACKLOG: i64 = 1_000;
 const CHEAP: Duration = Duration::from_millis(5);
 
 impl Store {
-    /// Looks at the head of the queue and below the low-water mark. If something waits there, the mark goes back to it; or, if
+    /// Looks at the head of the queue and below the low-water `mark`. If something waits there, the mark goes back to it; or, if
     /// what lies between is so much that claims would be late by it, the few rows are moved up to the mark, where their slot is
     /// now.
     ///
     /// # Errors
     ///
     /// When the database cannot do it.
-    pub async fn sweep(&self, kinds: &[String]) -> Result<Look, StoreError> {
-        let doubt = self.doubt.last();
-        if self.low_water.mark(doubt).is_none() {
-            // So that there is one, from which on others look meanwhile.
-            self.look_from(kinds, false, self.connection().await?, doubt).await?;
-        }
-        let known = self.low_water.known(doubt);
+    pub async fn sweep(&self, kinds: &[String], mark: Option<OffsetDateTime>) -> Result<Look, StoreError> {
         let asked_at = Instant::now();
-        let mut look = self.look_from(kinds, true, self.connection().await?, doubt).await?;
-        let mut back_to = None;
-        if let Some(below) = &look.below {
+        let mut look = self.look_from(kinds, mark, true, self.connection().await?).await?;
+        if let Some(below) = &mut look.below {
             // What is locked cannot be moved, and must not be forgotten.
-            if goes_back(below.rows, asked_at.elapsed()) || self.move_up(below).await? < below.rows {
-                back_to = Some(below.first);
-            }
-            look.outlook.due = true;
-        }
-        if let Some(known) = known {
-            self.low_water.swept(back_to, known, doubt);
+            below.go_back =
+                goes_back(below.rows, asked_at.elapsed()) || self.move_up(below.first, look.from).await? < below.rows;
         }
         Ok(look)
     }
 
-    /// Whether somebody has looked below the low-water mark since it was last given up.
-    #[must_use]
-    pub fn is_swept(&self) -> bool {
-        self.low_water.is_swept(self.doubt.last())
-    }
-
     /// Moves rows from below the mark to where they would stand if they were written now, but for those that are locked, and
     /// returns how many. A row that is held stands there since its deadline has come, and is any claim's.
-    async fn move_up(&self, below: &Below) -> Result<i64, StoreError> {
+    async fn move_up(&self, first: OffsetDateTime, mark: OffsetDateTime) -> Result<i64, StoreError> {
         let mut connection = self.connection().await?;
         connection
             .run("move up rows that only a sweep found", async |connection| {
@@ -73,8 +56,8 @@ impl Store {
                     -- Another daemon may be the one that serves them.
                     SELECT rows AS "rows!", pg_notify('tidings', '') FROM (SELECT count(*) AS rows FROM moved) AS moved WHERE rows > 0
                     "#,
-                    below.first,
-                    below.mark,
+                    first,
+                    mark,
                     BACKLOG,
                 )
                 .fetch_optional(connection)

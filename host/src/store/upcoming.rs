@@ -53,7 +53,7 @@ impl Store {
     ///
     /// When the database cannot be asked.
     pub async fn next_rows(&self, limit: i64) -> Result<(OffsetDateTime, Vec<UpcomingRow>), StoreError> {
-        let mark = self.low_water.mark(self.doubt.last());
+        let mark = self.mark();
         head(&mut self.connection().await?, mark, None, None, limit).await
     }
 

@@ -3,25 +3,41 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::queue::{Outlook, Promise};
 
 fn at(ms: i64) -> OffsetDateTime {
     OffsetDateTime::UNIX_EPOCH + Duration::milliseconds(ms)
 }
 
-impl State {
+impl LowWater {
     /// Where a look would begin.
     fn from(&self, now: i64) -> OffsetDateTime {
         self.mark.unwrap_or(at(now) - PATIENCE)
     }
 
     /// What a look would say.
-    fn asks(&self, ms: i64, oldest_xid: i64, first: Option<i64>) -> Seen {
-        Seen { known: self.known(), from: self.from(ms), at: at(ms), oldest_xid, first: first.map(at) }
+    fn asks(&self, ms: i64, oldest_xid: i64, first: Option<i64>) -> (Look, Known) {
+        let look = Look {
+            at: at(ms),
+            from: self.from(ms),
+            first: first.map(at),
+            oldest_xid,
+            outlook: Outlook::default(),
+            held_for_us: Vec::new(),
+            paused_first: false,
+            promise: Promise { until: at(0), next_xid: 0 },
+            below: None,
+        };
+        (look, self.known())
+    }
+
+    fn answered(&mut self, (look, known): &(Look, Known)) {
+        self.seen(look, *known);
     }
 
     fn looks(&mut self, ms: i64, oldest_xid: i64, first: Option<i64>) {
         let seen = self.asks(ms, oldest_xid, first);
-        self.seen(seen);
+        self.answered(&seen);
     }
 
     /// A claim told this at once.
@@ -37,7 +53,7 @@ impl State {
 
 #[test]
 fn the_mark_is_the_time_of_a_claim_before_whatever_may_still_appear() {
-    let mut state = State::default();
+    let mut state = LowWater::default();
     state.claims(1_000, 10);
     state.claims(2_000, 20);
 
@@ -49,7 +65,7 @@ fn the_mark_is_the_time_of_a_claim_before_whatever_may_still_appear() {
 
 #[test]
 fn a_row_that_waits_is_never_below_the_mark() {
-    let mut state = State::default();
+    let mut state = LowWater::default();
     state.claims(5_000, 10);
     state.looks(6_000, 11, Some(3_000));
     assert_eq!(state.mark, Some(at(3_000)));
@@ -57,7 +73,7 @@ fn a_row_that_waits_is_never_below_the_mark() {
 
 #[test]
 fn an_open_transaction_holds_the_mark_back_for_a_minute() {
-    let mut state = State::default();
+    let mut state = LowWater::default();
     for second in 0..200 {
         state.claims(second * 1_000, 10 + second);
         state.looks(second * 1_000 + 500, 12, None);
@@ -68,7 +84,7 @@ fn an_open_transaction_holds_the_mark_back_for_a_minute() {
 
 #[test]
 fn a_sweep_lowers_the_mark_to_what_it_finds_and_a_look_does_not() {
-    let mut state = State::default();
+    let mut state = LowWater::default();
     state.claims(5_000, 10);
     state.looks(6_000, 11, None);
     state.looks(6_001, 11, Some(5_500));
@@ -81,11 +97,11 @@ fn a_sweep_lowers_the_mark_to_what_it_finds_and_a_look_does_not() {
 
 #[test]
 fn a_look_that_began_before_the_mark_went_back_does_not_move_it_on() {
-    let mut state = State::default();
+    let mut state = LowWater::default();
     state.looks(100_000, 11, None);
     let seen = state.asks(101_000, 11, None);
     state.sweeps(Some(100));
-    state.seen(seen);
+    state.answered(&seen);
     assert_eq!(state.mark, Some(at(100)));
     state.looks(102_000, 11, Some(100));
     assert_eq!(state.mark, Some(at(100)));
@@ -95,7 +111,7 @@ fn a_look_that_began_before_the_mark_went_back_does_not_move_it_on() {
 
 #[test]
 fn without_a_mark_looks_begin_a_minute_ago_until_a_sweep_has_found_what_is_older() {
-    let mut state = State::default();
+    let mut state = LowWater::default();
     assert!(!state.swept);
     state.looks(1_000_000, 11, None);
     assert_eq!(state.mark, Some(at(940_000)));
@@ -105,57 +121,46 @@ fn without_a_mark_looks_begin_a_minute_ago_until_a_sweep_has_found_what_is_older
 
 #[test]
 fn a_sweep_that_took_long_is_no_clock_that_was_set_back() {
-    let mut state = State::default();
+    let mut state = LowWater::default();
     let seen = state.asks(500_000, 11, None);
     state.claims(503_000, 12);
     state.looks(504_000, 13, None);
     let mark = state.mark;
-    state.seen(seen);
+    state.answered(&seen);
     assert_eq!(state.mark, mark);
 }
 
 #[test]
-fn a_clock_that_was_set_back_and_a_doubt_end_the_mark() {
-    let mut state = State::default();
+fn a_clock_that_was_set_back_ends_the_mark() {
+    let mut state = LowWater::default();
     state.claims(500_000, 10);
     state.sweeps(None);
     state.looks(500_001, 11, None);
     state.looks(100_000, 12, None);
     assert_eq!((state.mark, state.swept), (None, false));
-
-    let shared = LowWater::default();
-    let seen = State::default().asks(500_001, 11, None);
-    shared.sample(Sample { at: at(500_000), xid: 10 }, seen.known, 0);
-    shared.seen(seen, 0);
-    shared.swept(None, seen.known, 0);
-    assert_eq!((shared.mark(0), shared.is_swept(0)), (Some(at(500_000)), true));
-    assert_eq!((shared.mark(1), shared.is_swept(1)), (None, false));
-    shared.seen(seen, 0);
-    shared.swept(Some(at(1)), seen.known, 0);
-    assert_eq!((shared.mark(1), shared.is_swept(1)), (None, false), "what was asked before a doubt does not count");
 }
 
 #[test]
 fn a_claim_and_a_look_that_took_long_are_no_clock_that_was_set_back() {
-    let mut state = State::default();
+    let mut state = LowWater::default();
     state.claims(499_000, 10);
     let (known, seen) = (state.known(), state.asks(500_000, 11, None));
     state.claims(503_000, 12);
     state.sweeps(None);
     state.sample(Sample { at: at(500_500), xid: 11 }, known);
-    state.seen(seen);
+    state.answered(&seen);
     assert_eq!((state.mark, state.swept), (Some(at(499_000)), true));
 }
 
 #[test]
 fn what_began_before_the_mark_was_given_up_says_nothing_about_the_next() {
-    let mut state = State::default();
+    let mut state = LowWater::default();
     state.claims(500_000, 10);
     state.looks(500_001, 11, None);
     let (known, seen) = (state.known(), state.asks(500_002, 11, None));
     state.looks(400_000, 11, None);
     assert_eq!(state.mark, None);
-    state.seen(seen);
+    state.answered(&seen);
     state.sample(Sample { at: at(500_003), xid: 12 }, known);
     state.swept(None, known);
     assert_eq!((state.mark, state.swept, state.samples.len()), (None, false, 0));
@@ -206,6 +211,9 @@ fn event() -> impl Strategy<Value = Event> {
     ]
 }
 
+/// A look that has not ended: what it saw, what was known, and what was below the mark.
+type Asked = ((Look, Known), Option<i64>);
+
 /// A server, as far as it matters here.
 #[derive(Default)]
 struct Model {
@@ -218,7 +226,7 @@ struct Model {
     /// The number of the open claim, and what it has locked.
     claim: Option<(i64, Vec<i64>)>,
     /// What a look that has not ended saw, and a sweep; and what was below the mark.
-    asked: [Option<(Seen, Option<i64>)>; 2],
+    asked: [Option<Asked>; 2],
 }
 
 impl Model {
@@ -227,7 +235,7 @@ impl Model {
         self.last_xid
     }
 
-    fn happen(&mut self, event: &Event, state: &mut State) {
+    fn happen(&mut self, event: &Event, state: &mut LowWater) {
         match *event {
             Event::Pass(ms) => self.now += ms,
             Event::Write(writer, due) => {
@@ -286,9 +294,9 @@ impl Model {
             }
             Event::Answer { sweep } => {
                 if let Some((seen, below)) = self.asked[usize::from(sweep)].take() {
-                    state.seen(seen);
+                    state.answered(&seen);
                     if sweep {
-                        state.swept(below.map(at), seen.known);
+                        state.swept(below.map(at), seen.1);
                     }
                 }
             }
@@ -307,7 +315,7 @@ proptest! {
         events in prop::collection::vec(event(), 1..300),
     ) {
         let began = 1_000_000;
-        let (mut model, mut state) = (Model { now: began, ..Model::default() }, State::default());
+        let (mut model, mut state) = (Model { now: began, ..Model::default() }, LowWater::default());
         model.visible.extend(before.iter().map(|ms| began + ms));
         for event in &events {
             model.happen(event, &mut state);

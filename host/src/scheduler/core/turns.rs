@@ -18,7 +18,7 @@ const SPIKE: Duration = Duration::from_millis(1);
 const RECENT: Duration = Duration::from_secs(1);
 
 /// Which rows to claim.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Turn {
     /// Those that have been due for longest.
     Oldest,
@@ -27,7 +27,7 @@ pub enum Turn {
 }
 
 /// What a lane is busy with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Load {
     /// Whose turn it was.
     pub turn: Turn,
@@ -37,19 +37,21 @@ pub struct Load {
 
 /// What a claim came to.
 #[derive(Clone, Copy, Debug)]
-pub struct Came {
+pub(super) struct Came {
     /// The database's time.
-    pub at: OffsetDateTime,
+    pub(super) at: OffsetDateTime,
     /// More rows are due than were claimed.
-    pub more: bool,
+    pub(super) more: bool,
     /// For how long the first of them had been due.
-    pub behind: Duration,
+    pub(super) behind: Duration,
 }
 
 /// What the claims so far mean for the next one.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 #[expect(clippy::struct_excessive_bools, reason = "each may be so without the others")]
-pub struct Turns {
+pub(super) struct Turns {
+    /// Batches that are on their way.
+    lanes: usize,
     more: bool,
     /// There is a backlog: whatever became due before this has been claimed, or is part of it.
     newest: Option<OffsetDateTime>,
@@ -61,52 +63,54 @@ pub struct Turns {
 
 impl Turns {
     /// Which rows are next.
-    #[must_use]
-    pub fn next(&self) -> Turn {
+    pub(super) fn next(&self) -> Turn {
         match self.newest {
             Some(since) if self.newest_next && !self.newest_under_way => Turn::Newest(since),
             _ => Turn::Oldest,
         }
     }
 
+    /// How many batches are on their way.
+    pub(super) fn lanes(&self) -> usize {
+        self.lanes
+    }
+
     /// The lane of the newest, of which there is one, is busy.
-    #[must_use]
-    pub fn newest_under_way(&self) -> bool {
+    pub(super) fn newest_under_way(&self) -> bool {
         self.newest_under_way
     }
 
     /// A large row is on its way: there is memory for one, and the other lanes are for those that are not.
-    #[must_use]
-    pub fn large_under_way(&self) -> bool {
+    pub(super) fn large_under_way(&self) -> bool {
         self.large_under_way
     }
 
     /// Rows are on their way.
-    pub fn under_way(&mut self, load: Load) {
+    pub(super) fn under_way(&mut self, load: Load) {
+        self.lanes += 1;
         self.newest_under_way |= load.turn != Turn::Oldest;
         self.large_under_way |= load.large;
     }
 
-    /// They have arrived or not; `None` = nobody knows which they were.
-    pub fn ended(&mut self, load: Option<Load>) {
-        self.newest_under_way &= load.is_some_and(|load| load.turn == Turn::Oldest);
-        self.large_under_way &= load.is_some_and(|load| !load.large);
+    /// They have arrived or not.
+    pub(super) fn ended(&mut self, load: Load) {
+        self.lanes -= 1;
+        self.newest_under_way &= load.turn == Turn::Oldest;
+        self.large_under_way &= !load.large;
     }
 
     /// At most so many rows.
-    #[must_use]
-    pub fn limit(&self, turn: Turn) -> i64 {
+    pub(super) fn limit(&self, turn: Turn) -> i64 {
         if turn == Turn::Oldest && self.more { MANY } else { FEW }
     }
 
     /// More rows are due than were claimed.
-    #[must_use]
-    pub fn more(&self) -> bool {
+    pub(super) fn more(&self) -> bool {
         self.more
     }
 
     /// Takes note of a claim.
-    pub fn claimed(&mut self, turn: Turn, Came { at, more, behind }: Came) {
+    pub(super) fn claimed(&mut self, turn: Turn, Came { at, more, behind }: Came) {
         match turn {
             Turn::Oldest => {
                 self.more = more;
@@ -165,10 +169,11 @@ mod tests {
         let mut turns = Turns::default();
         turns.claimed(Turn::Oldest, came(1_000, true, 70));
         turns.under_way(load(Turn::Newest(at(0))));
+        turns.under_way(load(Turn::Oldest));
         assert_eq!(turns.next(), Turn::Oldest, "their lane is busy");
-        turns.ended(Some(load(Turn::Oldest)));
+        turns.ended(load(Turn::Oldest));
         assert_eq!(turns.next(), Turn::Oldest);
-        turns.ended(Some(load(Turn::Newest(at(0)))));
+        turns.ended(load(Turn::Newest(at(0))));
         let newest = turns.next();
         assert_eq!((newest, turns.limit(newest)), (Turn::Newest(at(931)), FEW), "after the spike's own instant");
         turns.claimed(newest, came(1_010, false, 20));
@@ -195,12 +200,9 @@ mod tests {
         let mut turns = Turns::default();
         turns.under_way(large);
         turns.under_way(load(Turn::Oldest));
-        turns.ended(Some(load(Turn::Oldest)));
+        turns.ended(load(Turn::Oldest));
         assert!(turns.large_under_way());
-        turns.ended(Some(large));
+        turns.ended(large);
         assert!(!turns.large_under_way());
-        turns.under_way(large);
-        turns.ended(None);
-        assert!(!turns.large_under_way(), "a lane that panicked may have been any");
     }
 }

@@ -7,7 +7,7 @@
 //! The mark is proved, not guessed. Each claim samples the clock and then, after that, takes a transaction number. Whatever
 //! a look cannot see yet has a number that is not below the oldest one that is running; if that is higher than the number
 //! of a sample, it was taken after the sample's clock was read. And a row's slot is read from the clock after its
-//! transaction took its number ([`tidings.arrival()`](../../../migrations/0002_schedules.sql)), so it is not below the
+//! transaction took its number ([`tidings.arrival()`](../../../../migrations/0002_schedules.sql)), so it is not below the
 //! sample's time. What the look can see is not below the first slot that it found.
 //!
 //! A transaction that has written and stays open holds the mark back; after a minute it goes on without the proof. So does
@@ -17,9 +17,10 @@
 //! mark one is due at once.
 
 use std::collections::VecDeque;
-use std::sync::Mutex;
 
 use time::{Duration, OffsetDateTime};
+
+use crate::queue::Look;
 
 /// The longest time for which an open transaction holds the mark back.
 const PATIENCE: Duration = Duration::MINUTE;
@@ -28,12 +29,9 @@ const APART: Duration = Duration::milliseconds(50);
 /// If a clock runs back by more than this, it was set.
 const SET_BACK: Duration = Duration::SECOND;
 
-/// The mark, shared by all that look and claim.
-#[derive(Debug, Default)]
-pub(super) struct LowWater(Mutex<State>);
-
-#[derive(Debug, Default)]
-struct State {
+/// The mark, and what the next one will stand on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(super) struct LowWater {
     /// Nothing waits below, once it has been swept; `None` = looks and claims begin as long ago as our patience.
     mark: Option<OffsetDateTime>,
     /// A sweep has looked below the mark, which has only been moved by proof and patience since.
@@ -42,15 +40,11 @@ struct State {
     samples: VecDeque<Sample>,
     /// How often the mark was given up.
     given_up: u64,
-    /// Which doubt about the connections was the last when this began.
-    doubt: u64,
 }
 
 /// What was known when a look or a claim began.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Known {
-    /// The mark.
-    pub(super) mark: Option<OffsetDateTime>,
     /// The newest time that the database had told. If it tells an older one later, its clock was set back.
     newest: Option<OffsetDateTime>,
     /// What began before the mark was given up says nothing about what is known since.
@@ -58,7 +52,7 @@ pub(super) struct Known {
 }
 
 /// What a claim tells.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Sample {
     /// The database's time, read before the number was taken.
     pub(super) at: OffsetDateTime,
@@ -66,78 +60,39 @@ pub(super) struct Sample {
     pub(super) xid: i64,
 }
 
-/// What a look tells.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Seen {
-    /// What was known when it began.
-    pub(super) known: Known,
-    /// Where it began.
-    pub(super) from: OffsetDateTime,
-    /// The database's time, before the look.
-    pub(super) at: OffsetDateTime,
-    /// The lowest number of a transaction that was running.
-    pub(super) oldest_xid: i64,
-    /// The first slot from the mark on.
-    pub(super) first: Option<OffsetDateTime>,
-}
-
 impl LowWater {
-    /// Where to begin. `doubt` counts the doubts about the connections: after a new one the server may be another.
-    pub(super) fn mark(&self, doubt: u64) -> Option<OffsetDateTime> {
-        self.state(doubt)?.mark
-    }
-
-    /// What is known; `None` = `doubt` is not the last.
-    pub(super) fn known(&self, doubt: u64) -> Option<Known> {
-        self.state(doubt).map(|state| state.known())
-    }
-
-    /// After a claim that began with `known`. Whatever takes long, others look and claim meanwhile.
-    pub(super) fn sample(&self, sample: Sample, known: Known, doubt: u64) {
-        self.state(doubt).into_iter().for_each(|mut state| state.sample(sample, known));
-    }
-
-    /// After a look.
-    pub(super) fn seen(&self, seen: Seen, doubt: u64) {
-        self.state(doubt).into_iter().for_each(|mut state| state.seen(seen));
-    }
-
-    /// After a sweep that began with `known`. `back_to` = this waits below what the mark was then.
-    pub(super) fn swept(&self, back_to: Option<OffsetDateTime>, known: Known, doubt: u64) {
-        self.state(doubt).into_iter().for_each(|mut state| state.swept(back_to, known));
+    /// The mark; `None` = looks and claims begin as long ago as our patience.
+    pub(super) fn mark(&self) -> Option<OffsetDateTime> {
+        self.mark
     }
 
     /// Whether somebody has looked below the mark since it was last given up.
-    pub(super) fn is_swept(&self, doubt: u64) -> bool {
-        self.state(doubt).is_some_and(|state| state.swept)
+    pub(super) fn is_swept(&self) -> bool {
+        self.swept
     }
 
-    /// `None` = it is from before the last doubt, and does not count.
-    fn state(&self, doubt: u64) -> Option<std::sync::MutexGuard<'_, State>> {
-        let mut state = self.0.lock().expect("nothing panics that holds it");
-        if state.doubt < doubt {
-            *state = State { doubt, ..State::default() };
-        }
-        (state.doubt == doubt).then_some(state)
-    }
-}
-
-impl State {
-    fn known(&self) -> Known {
+    /// For what begins now.
+    pub(super) fn known(&self) -> Known {
         let newest = self.samples.back().map(|sample| sample.at).max(self.mark);
-        Known { mark: self.mark, newest, given_up: self.given_up }
+        Known { newest, given_up: self.given_up }
     }
 
     /// Whether what began with `known`, and was told the database's time `at`, counts. If the clock was set back, the mark is
     /// given up.
     fn counts(&mut self, known: Known, at: OffsetDateTime) -> bool {
         if known.given_up == self.given_up && known.newest.is_some_and(|newest| at < newest - SET_BACK) {
-            *self = Self { given_up: self.given_up + 1, doubt: self.doubt, ..Self::default() };
+            self.give_up();
         }
         known.given_up == self.given_up
     }
 
-    fn sample(&mut self, sample: Sample, known: Known) {
+    /// The server may be another, or its clock.
+    pub(super) fn give_up(&mut self) {
+        *self = Self { given_up: self.given_up + 1, ..Self::default() };
+    }
+
+    /// After a claim that began with `known`. Whatever takes long, others look and claim meanwhile.
+    pub(super) fn sample(&mut self, sample: Sample, known: Known) {
         // Lanes claim side by side; one of them is enough.
         let is_new = |last: &Sample| sample.at >= last.at + APART && sample.xid > last.xid;
         if self.counts(known, sample.at) && self.samples.back().is_none_or(is_new) {
@@ -145,9 +100,10 @@ impl State {
         }
     }
 
-    fn seen(&mut self, seen: Seen) {
+    /// After a look that began with `known`.
+    pub(super) fn seen(&mut self, seen: &Look, known: Known) {
         // If a sweep has ended since it began, the mark may have gone back to what this look has not seen.
-        if !self.counts(seen.known, seen.at) || self.mark.is_some_and(|mark| mark < seen.from) {
+        if !self.counts(known, seen.at) || self.mark.is_some_and(|mark| mark < seen.from) {
             return;
         }
         // The newest that counts, and nothing older, may be asked for again.
@@ -165,8 +121,9 @@ impl State {
         self.mark = self.mark.max(Some(found));
     }
 
-    /// Looks have gone on meanwhile, and may have moved the mark: what they saw is not below what it was.
-    fn swept(&mut self, back_to: Option<OffsetDateTime>, known: Known) {
+    /// After a sweep that began with `known`. `back_to` = this waits below what the mark was then. Looks have gone on meanwhile,
+    /// and may have moved the mark: what they saw is not below what it was.
+    pub(super) fn swept(&mut self, back_to: Option<OffsetDateTime>, known: Known) {
         if known.given_up != self.given_up {
             return;
         }

@@ -3,21 +3,16 @@
 //! polling ([Linux NAPI](https://docs.kernel.org/networking/napi.html)). Never relied on for more than speed: a promise is
 //! short and ends by itself, and the sweep finds what anybody missed.
 //!
-//! The promise is `tidings.polling_until` ([its migration](../../migrations/0011_polling.sql)). A trigger that is silent
+//! The promise is `tidings.polling_until` ([its migration](../../../../migrations/0011_polling.sql)). A trigger that is silent
 //! read the clock before that time, and its transaction had its number before that. So every silent transaction has a number
 //! below the next that would be given at any look after that time; once none below is running, all of them have been seen.
 
 use std::time::Duration;
 
 use time::OffsetDateTime;
-use tokio::time::Instant;
 
-/// How long one promise lasts. Between two, a few transactions notify again, which tells whether it is worth another.
-pub const PROMISE: Duration = Duration::from_secs(1);
-/// So many notifications ...
-const MANY: usize = 16;
-/// ... in this time are worth a promise. Commits that take 12 ms, one after the other, are as many.
-const SOON: Duration = Duration::from_millis(200);
+use crate::queue::{Look, Promise};
+
 /// The time between two looks.
 const EVERY: Duration = Duration::from_millis(5);
 /// Whatever is open for longer is for the sweep.
@@ -25,44 +20,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// A promise that is further ahead than this is from before the clock was set back.
 const FAR: Duration = Duration::from_secs(2);
 
-/// Tells when notifications are too many.
-#[derive(Debug, Default)]
-pub struct Flood {
-    since: Option<Instant>,
-    notifications: usize,
-}
-
-impl Flood {
-    /// Counts notifications that came `now`. True if there were too many lately; then it begins anew.
-    pub fn add(&mut self, notifications: usize, now: Instant) -> bool {
-        if self.since.is_none_or(|since| now - since > SOON) {
-            (self.since, self.notifications) = (Some(now), 0);
-        }
-        self.notifications += notifications;
-        let flood = self.notifications >= MANY;
-        if flood {
-            self.since = None;
-        }
-        flood
-    }
-}
-
-/// What a look says of promises.
-#[derive(Clone, Copy, Debug)]
-pub struct Promise {
-    /// The database's time, before the look.
-    pub at: OffsetDateTime,
-    /// Until when somebody promised to look.
-    pub until: OffsetDateTime,
-    /// The lowest number of a transaction that was running.
-    pub oldest_xid: i64,
-    /// No transaction had this number or a higher one.
-    pub next_xid: i64,
-}
-
 /// Whether to look again without being notified, by the looks so far.
-#[derive(Debug, Default)]
-pub struct Polling {
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(super) struct Polling {
     /// The promise that is over.
     over: Option<OffsetDateTime>,
     /// Transactions below this number may have been silent.
@@ -72,13 +32,12 @@ pub struct Polling {
 
 impl Polling {
     /// The longest time until the next look; `None` = no promise is open.
-    #[must_use]
-    pub fn every(&self) -> Option<Duration> {
+    pub(super) fn every(&self) -> Option<Duration> {
         self.every
     }
 
     /// Takes note of a look.
-    pub fn looked(&mut self, Promise { at, until, oldest_xid, next_xid }: Promise) {
+    pub(super) fn looked(&mut self, &Look { at, oldest_xid, promise: Promise { until, next_xid }, .. }: &Look) {
         if at < until && until - at < FAR {
             (self.over, self.every) = (None, Some(EVERY));
             return;
@@ -98,26 +57,31 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::queue::Outlook;
 
     fn at(ms: i64) -> OffsetDateTime {
         OffsetDateTime::UNIX_EPOCH + time::Duration::milliseconds(ms)
     }
 
-    #[test]
-    fn a_burst_is_a_flood_and_the_same_number_over_time_is_none() {
-        let begun = Instant::now();
-        let mut flood = Flood::default();
-        assert!(!flood.add(MANY - 1, begun));
-        assert!(flood.add(1, begun + SOON));
-        assert!(!flood.add(MANY - 1, begun + SOON), "it begins anew");
-        assert!((0..100).all(|number| !flood.add(1, begun + SOON * 3 + SOON * number / 10)), "50 in a second");
+    fn look(ms: i64, until: i64, oldest_xid: i64, next_xid: i64) -> Look {
+        Look {
+            at: at(ms),
+            from: at(0),
+            first: None,
+            oldest_xid,
+            outlook: Outlook::default(),
+            held_for_us: Vec::new(),
+            paused_first: false,
+            promise: Promise { until: at(until), next_xid },
+            below: None,
+        }
     }
 
     #[test]
     fn it_looks_for_as_long_as_was_promised_and_until_all_who_were_silent_have_ended() {
         let mut polling = Polling::default();
         let mut looked = |ms, oldest_xid, next_xid| {
-            polling.looked(Promise { at: at(ms), until: at(1_000), oldest_xid, next_xid });
+            polling.looked(&look(ms, 1_000, oldest_xid, next_xid));
             polling.every().map(|after| after.as_millis())
         };
         assert_eq!(looked(0, 5, 10), Some(5));
@@ -134,9 +98,9 @@ mod tests {
     #[test]
     fn a_transaction_that_does_not_end_is_left_to_the_sweep() {
         let mut polling = Polling::default();
-        let promise = Promise { at: at(5_000), until: at(1_000), oldest_xid: 3, next_xid: 9 };
+        let look = look(5_000, 1_000, 3, 9);
         let waits = std::iter::from_fn(|| {
-            polling.looked(promise);
+            polling.looked(&look);
             polling.every()
         });
         assert_eq!(
@@ -148,8 +112,7 @@ mod tests {
     #[test]
     fn a_promise_of_a_clock_that_was_set_back_is_none() {
         let mut polling = Polling::default();
-        let promise = Promise { at: at(0), until: at(3_600_000), oldest_xid: 9, next_xid: 9 };
-        polling.looked(promise);
+        polling.looked(&look(0, 3_600_000, 9, 9));
         assert_eq!(polling.every(), None);
     }
 
@@ -172,8 +135,7 @@ mod tests {
                 let running = writers.iter().filter(|(began, ..)| *began <= next);
                 let oldest = running.filter(|(began, thought, open)| began + thought + open > next).map(|(began, ..)| number(*began)).min();
                 let next_xid = number(next + 1);
-                let promise = Promise { at: at(next), until: at(promised(next)), oldest_xid: oldest.unwrap_or(next_xid), next_xid };
-                polling.looked(promise);
+                polling.looked(&look(next, promised(next), oldest.unwrap_or(next_xid), next_xid));
                 let after = polling.every().map(|after| i64::try_from(after.as_millis()).expect("short"));
                 // A promise wakes, whoever made it.
                 let woken = promises.iter().copied().filter(|made| *made > next).min();

@@ -1,0 +1,298 @@
+//! Decisions one by one: what the core does next, after what has happened.
+
+mod scene;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::queue::Below;
+use scene::{OPEN, START, SWEEP, Scene, at, look, ms};
+
+const ALL_LEFT: End = End::Settled { some_left: true, some_stay: false };
+
+#[test]
+fn an_empty_queue_waits_for_the_sweep_which_is_the_look_as_well() {
+    let mut scene = Scene::quiet();
+    for _ in 0..10 {
+        assert_eq!(scene.sleeps(), (SWEEP, Reason::Sweep));
+        scene.now += SWEEP;
+        assert_eq!(scene.next(), Action::Sweep);
+        scene.swept(None);
+    }
+}
+
+#[test]
+fn a_sweep_that_is_dear_is_no_look() {
+    let mut scene = Scene::quiet();
+    scene.now += SWEEP;
+    assert_eq!(scene.next(), Action::Sweep);
+    scene.now += ms(600);
+    scene.swept(None);
+    scene.now += SWEEP;
+    assert_eq!(scene.next(), Action::Look);
+}
+
+#[test]
+fn a_row_is_claimed_at_its_moment_without_a_look_and_the_transaction_is_begun_before() {
+    let mut scene = Scene::quiet();
+    scene.woken(Reason::Notification);
+    assert_eq!(scene.next(), Action::Look);
+    scene.looked(false, Some(ms(1_200)));
+    let due = scene.now + ms(1_200);
+    let (sleep, why) = scene.sleeps();
+    assert_eq!((sleep, why), (ms(1_200).saturating_sub(HEAD_START), Reason::Due));
+    scene.now += sleep;
+    assert_eq!(scene.claims(), due);
+}
+
+#[test]
+fn a_row_that_became_due_while_the_look_was_on_its_way_is_claimed_at_once() {
+    let mut scene = Scene::quiet();
+    scene.woken(Reason::Notification);
+    let asked_at = scene.now;
+    scene.now += ms(25);
+    scene.happens(Event::Looked(asked_at, look(asked_at, false, Some(ms(10)))));
+    assert_eq!(scene.claims(), asked_at + ms(10));
+}
+
+#[test]
+fn a_row_far_away_costs_nothing_before_the_sweep() {
+    let mut scene = Scene::quiet();
+    scene.woken(Reason::Notification);
+    scene.looked(false, Some(Duration::MAX));
+    assert_eq!(scene.sleeps().1, Reason::Sweep);
+}
+
+#[test]
+fn due_rows_that_others_hold_are_asked_for_ever_less_often_until_something_happens() {
+    let mut scene = Scene::quiet();
+    scene.woken(Reason::Notification);
+    let mut waits = Vec::new();
+    for _ in 0..6 {
+        assert_eq!(scene.next(), Action::Look);
+        scene.looked(true, None);
+        scene.claims();
+        scene.claimed(false, false, None);
+        if scene.next() == Action::Hold {
+            scene.happens(Event::Held(false));
+        }
+        let (sleep, why) = scene.sleeps();
+        assert_eq!(why, Reason::Again);
+        waits.push(sleep.as_millis());
+        scene.now += sleep;
+    }
+    assert_eq!(waits, [100, 200, 400, 800, 1_000, 1_000]);
+    scene.woken(Reason::Notification);
+    scene.looked(true, None);
+    scene.claims();
+    scene.claimed(false, false, None);
+    assert_eq!(scene.next(), Action::Hold);
+    assert_eq!(scene.sleeps().0, ms(100), "it begins anew");
+}
+
+#[test]
+fn rows_that_others_hold_do_not_hide_the_next_one() {
+    let mut scene = Scene::quiet();
+    scene.woken(Reason::Notification);
+    scene.looked(true, Some(ms(7)));
+    scene.claims();
+    scene.claimed(false, false, None);
+    assert_eq!(scene.next(), Action::Hold);
+    assert_eq!(scene.sleeps(), (ms(7).saturating_sub(HEAD_START), Reason::Due));
+}
+
+#[test]
+fn the_head_start_is_what_transactions_take_to_begin_but_for_one_that_was_slow_by_chance() {
+    let mut core = Core::new(SWEEP);
+    let mut took = |begin| {
+        core.began = [begin, core.began[0]];
+        core.head_start()
+    };
+    let link = ms(30);
+    took(link);
+    assert_eq!(took(link), HEAD_START + link);
+    assert_eq!(took(10 * link), HEAD_START + link);
+    assert_eq!(took(link), HEAD_START + link);
+    assert_eq!(took(Duration::ZERO), HEAD_START, "the link is near again");
+    took(Duration::from_secs(20));
+    assert_eq!(took(Duration::from_secs(20)), HEAD_START + timers::LONGEST_HEAD_START);
+}
+
+#[test]
+fn where_notifications_were_about_due_rows_the_next_is_followed_by_a_claim_and_not_by_a_look() {
+    let mut scene = Scene::quiet();
+    scene.woken(Reason::Notification);
+    scene.looked(true, None);
+    scene.claims();
+    scene.claimed(true, false, None);
+    scene.now += ms(60);
+    scene.ended(ALL_LEFT);
+    assert_eq!(scene.next(), Action::Look);
+    scene.looked(false, None);
+    scene.woken(Reason::Notification);
+    assert_eq!(scene.claims(), scene.now);
+    scene.claimed(false, false, None);
+    assert_eq!(scene.next(), Action::Look, "it was not about a due row");
+    scene.looked(false, None);
+    scene.woken(Reason::Notification);
+    assert_eq!(scene.next(), Action::Look);
+}
+
+#[test]
+fn while_there_is_more_it_claims_for_every_lane_and_again_at_the_end_of_each() {
+    let mut scene = Scene::quiet();
+    scene.woken(Reason::Notification);
+    scene.looked(true, None);
+    for _ in 0..LANES {
+        scene.claims();
+        scene.claimed(true, true, None);
+    }
+    assert!(matches!(scene.next(), Action::Sleep(..)));
+    scene.ended(ALL_LEFT);
+    scene.claims();
+}
+
+#[test]
+fn while_the_broker_is_away_nothing_is_claimed_and_at_its_return_it_looks() {
+    let mut scene = Scene::quiet();
+    scene.woken(Reason::Notification);
+    let away = Outside { broker_open: false, ..OPEN };
+    assert!(matches!(scene.core.next(scene.now, away), Action::Sleep(..)));
+    scene.woken(Reason::Broker);
+    assert_eq!(scene.next(), Action::Look);
+}
+
+#[test]
+fn no_row_is_held_before_all_kinds_are_known() {
+    let mut scene = Scene::quiet();
+    scene.woken(Reason::Notification);
+    scene.looked(true, None);
+    scene.claims();
+    scene.claimed(false, false, None);
+    let starting = Outside { knows_kinds: false, ..OPEN };
+    assert!(matches!(scene.core.next(scene.now, starting), Action::Sleep(..)));
+    scene.woken(Reason::Plugins);
+    assert_eq!(scene.next(), Action::Hold);
+}
+
+#[test]
+fn held_rows_of_a_kind_that_is_served_are_released_once_at_a_time() {
+    let mut scene = Scene::quiet();
+    let held = Look { held_for_us: vec!["k".into()], ..look(scene.now, false, None) };
+    scene.happens(Event::Looked(scene.now, held.clone()));
+    assert_eq!(scene.next(), Action::Release(vec!["k".into()]));
+    scene.happens(Event::Looked(scene.now, held));
+    assert!(matches!(scene.next(), Action::Sleep(..)));
+    scene.happens(Event::Released);
+    assert_eq!(scene.next(), Action::Look);
+}
+
+#[test]
+fn a_server_that_fails_is_left_alone_ever_longer_whatever_happens_and_then_tried_with_one_lane() {
+    let mut scene = Scene::quiet();
+    for expected in [100, 200, 400, 800, 1_600, 3_200, 5_000, 5_000] {
+        scene.woken(Reason::Notification);
+        scene.happens(Event::Failed(Work::Asking));
+        scene.woken(Reason::Notification);
+        let (sleep, why) = scene.sleeps();
+        assert_eq!((sleep, why), (ms(expected), Reason::Again));
+        scene.now += sleep;
+    }
+    // What the last sweep took says nothing.
+    assert_eq!(scene.next(), Action::Sweep);
+    assert_eq!(scene.next(), Action::Look);
+    scene.looked(true, None);
+    scene.claims();
+    scene.claimed(true, true, None);
+    assert!(matches!(scene.next(), Action::Sleep(..)));
+    scene.ended(ALL_LEFT);
+    for _ in 0..LANES {
+        scene.claims();
+        scene.claimed(true, true, None);
+    }
+}
+
+#[test]
+fn while_postgresql_refuses_to_finish_rows_one_is_tried_ever_less_often() {
+    let mut scene = Scene::quiet();
+    for expected in [100, 200, 400, 800, 1_600, 3_200, 6_400, 12_800, 25_600, 30_000] {
+        scene.woken(Reason::Notification);
+        scene.claims_or_looks();
+        scene.claimed(true, true, None);
+        scene.ended(End::Refused { why: "disk full".to_owned(), rest: true });
+        assert_eq!(scene.core.refusal(), Some("disk full"));
+        let (sleep, why) = scene.sleeps();
+        assert_eq!((sleep, why), (ms(expected), Reason::Again));
+        scene.now += sleep;
+    }
+    scene.claims_or_looks();
+    scene.claimed(true, true, None);
+    scene.ended(ALL_LEFT);
+    assert_eq!(scene.core.refusal(), None);
+}
+
+#[test]
+fn what_a_sweep_finds_below_the_mark_is_claimed_from_there_on() {
+    let mut scene = Scene::quiet();
+    scene.now += SWEEP;
+    assert_eq!(scene.next(), Action::Sweep);
+    let first = at(START) - Duration::from_hours(2);
+    scene.swept(Some(Below { first, rows: 1, go_back: true }));
+    let Action::Claim(wanted) = scene.next() else { panic!("it does not claim") };
+    assert_eq!(wanted.since, Some(first));
+}
+
+/// What may happen, and how long after the last.
+fn happening() -> impl Strategy<Value = (u64, u8, bool, bool, Option<u64>)> {
+    (0..3_000_u64, 0..10_u8, any::<bool>(), any::<bool>(), proptest::option::of(0..20_000_u64))
+}
+
+proptest! {
+    #[test]
+    fn whatever_happens_it_comes_to_sleep_soon_and_never_longer_than_the_sweep(
+        happenings in prop::collection::vec(happening(), 1..60),
+    ) {
+        let mut scene = Scene { core: Core::new(SWEEP), now: START };
+        let (mut lanes, mut hold, mut release, mut sweep) = (0, false, false, false);
+        for (pass, what, first, second, next_in) in happenings {
+            let mut turns = 0;
+            let until = loop {
+                turns += 1;
+                prop_assert!(turns < 12, "it turns without sleeping: {:?}", scene.core);
+                match scene.next() {
+                    Action::Look => scene.looked(first && lanes == 0, next_in.map(ms)),
+                    Action::Claim(_) => {
+                        // What is due can be claimed, or others have it.
+                        lanes += usize::from(second);
+                        scene.claimed(second, false, next_in.map(ms));
+                    }
+                    Action::Hold => hold = true,
+                    Action::Release(_) => release = true,
+                    Action::Sweep => sweep = true,
+                    Action::Sleep(until, _) => break until,
+                }
+                scene.now += Duration::from_micros(300);
+            };
+            prop_assert!(until > scene.now && until.saturating_sub(scene.now) <= Duration::from_secs(30));
+            prop_assert!(scene.core.rest.is_some() || until.saturating_sub(scene.now) <= SWEEP, "{:?}", scene.core);
+            scene.now = (scene.now + ms(pass)).min(until);
+            match what {
+                0 => scene.woken(Reason::Notification),
+                1 => scene.woken(Reason::Broker),
+                2 | 3 if lanes > 0 => {
+                    lanes -= 1;
+                    scene.ended(End::Settled { some_left: first, some_stay: second });
+                }
+                4 if lanes > 0 => {
+                    lanes -= 1;
+                    scene.ended(if first { End::Unsettled } else { End::Failed });
+                }
+                5 if std::mem::take(&mut hold) => scene.happens(Event::Held(first)),
+                6 if std::mem::take(&mut release) => scene.happens(Event::Released),
+                7 if std::mem::take(&mut sweep) => scene.swept(None),
+                8 => scene.happens(Event::Failed(Work::Asking)),
+                _ => {}
+            }
+        }
+    }
+}
