@@ -329,8 +329,11 @@ impl Core {
             (Some(_), _) if outlook.due => Queue::Expected(now),
             (Some(_), _) if self.is_look_old(now) => Queue::Unknown { claimed: true },
             (Some(_), _) => Queue::Waiting,
-            // A look would be in its way.
-            (None, _) if is_early => Queue::Waiting,
+            // A look would be in its way; and a clock that is a little behind must not make the loop turn as fast as it can.
+            (None, _) if is_early => {
+                let next_at = self.next_at.take().unwrap_or(now);
+                Queue::Expected(next_at.max(now + SHORTEST))
+            }
             (None, Queue::Due) => {
                 self.hold();
                 self.empty_claims = self.empty_claims.saturating_add(1);
