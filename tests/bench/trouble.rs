@@ -151,7 +151,7 @@ async fn frozen() -> Times {
                 for _ in 0..20 {
                     world.sql("SELECT tidings.schedule('r', clock_timestamp())").await;
                 }
-                // Long before, since what is written is a reason to look.
+                // Written long before they are due: the insert itself notifies, and would wake our daemon.
                 let orphans = format!(
                     "INSERT INTO tidings.schedules (kind, due_at)
                      SELECT 'r', now() + interval '{} ms' FROM generate_series(1, 20)",

@@ -125,18 +125,6 @@ impl Core {
         self.mark.mark()
     }
 
-    /// Whether a sweep has looked below the mark since it was last given up.
-    #[must_use]
-    pub fn has_swept(&self) -> bool {
-        self.mark.is_swept()
-    }
-
-    /// Whether nothing is tried at this moment, since a server did not see something through.
-    #[must_use]
-    pub fn rests(&self, now: Moment) -> bool {
-        self.rest.is_some_and(|rest| now <= rest.until)
-    }
-
     /// The words in which PostgreSQL refuses to finish rows, if it does.
     #[must_use]
     pub fn refusal(&self) -> Option<&str> {
@@ -268,7 +256,7 @@ impl Core {
         self.note(asked_at, look);
         self.queue = match self.queue {
             _ if !look.outlook.due => Queue::Waiting,
-            // Whatever is due is on its way.
+            // Those rows are the ones that we have just claimed.
             Queue::Unknown { claimed: true } => Queue::Waiting,
             _ => Queue::Due,
         };

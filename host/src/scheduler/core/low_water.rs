@@ -91,7 +91,7 @@ impl LowWater {
         *self = Self { given_up: self.given_up + 1, ..Self::default() };
     }
 
-    /// After a claim that began with `known`. Whatever takes long, others look and claim meanwhile.
+    /// After a claim that began with `known`.
     pub(super) fn sample(&mut self, sample: Sample, known: Known) {
         // Lanes claim side by side; one of them is enough.
         let is_new = |last: &Sample| sample.at >= last.at + APART && sample.xid > last.xid;

@@ -1,6 +1,6 @@
 //! A model of the world around the core: rows, transactions that take a number early and commit late, notifications, several
 //! daemons whose connections fail, brokers that close, a clock that is set. It drives the real core in virtual time, and after
-//! every step it says what is wrong. What it assumes of PostgreSQL is in [`server`].
+//! every step the model says what is wrong. [`server`] lists what it assumes of PostgreSQL.
 
 mod daemon;
 mod exhaustive;
@@ -156,14 +156,14 @@ impl World {
     /// The mark is never above a row that waits or may still appear.
     fn below_the_mark(&self, daemon: &Daemon) -> Option<String> {
         if self.server.clock_was_set {
-            // What is below then is for the sweep.
+            // Only a sweep finds rows below the mark then.
             return None;
         }
         let core = daemon.core()?;
         let (mark, long_ago) = (core.mark()?, self.server.now(self.now) - i64::try_from(PATIENCE).ok()?);
         let row = self.server.rows.iter().find(|row| {
             let open_for_long = row.written_at + PATIENCE <= self.now;
-            let found_by_sweep = !core.has_swept() && row.slot < long_ago;
+            let found_by_sweep = !core.mark.is_swept() && row.slot < long_ago;
             row.is_in_the_queue() && server::at(row.slot) < mark && !open_for_long && !found_by_sweep
         })?;
         Some(format!("the mark {mark} is above {row:?}"))
@@ -178,7 +178,7 @@ impl World {
                 && daemon.serves(row.kind)
                 && row.notified
         })?;
-        // Whoever had locked it let go of it without a word.
+        // The daemon that had locked it rolled back, which notifies nobody.
         let bound = if row.was_locked { AGAIN } else { 0 };
         (until > self.now + bound && !self.server.clock_was_set)
             .then(|| format!("it sleeps until {} over {row:?}", until - START))

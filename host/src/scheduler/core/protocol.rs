@@ -11,7 +11,7 @@ use crate::wake::{Reason, Reasons};
 /// A moment, as the time since the loop began.
 pub type Moment = Duration;
 
-/// What is so outside, whenever the core is asked what to do.
+/// What the loop tells the core of the servers and the plugins, each time it asks what to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Outside {
     /// Messages can be published.
@@ -37,7 +37,7 @@ pub enum Action {
     Release(Vec<String>),
     /// Begin to look below the mark as well, beside the loop; [`Event::Swept`] at its end.
     Sweep,
-    /// Wait until this moment or until something happens; then [`Event::Woken`], or whatever has ended.
+    /// Wait until this moment or until something happens; then [`Event::Woken`], or the event of the work that has ended.
     Sleep(Moment, Reason),
 }
 

@@ -4,8 +4,9 @@ mod scene;
 
 use proptest::prelude::*;
 
+use super::timers::LOOKS_APART;
 use super::*;
-use crate::queue::Below;
+use crate::queue::{Below, Promise};
 use scene::{OPEN, START, SWEEP, Scene, at, look, ms};
 
 const ALL_LEFT: End = End::Settled { some_left: true, some_stay: false };
@@ -229,6 +230,46 @@ fn while_postgresql_refuses_to_finish_rows_one_is_tried_ever_less_often() {
     scene.claimed(true, true, None);
     scene.ended(ALL_LEFT);
     assert_eq!(scene.core.refusal(), None);
+}
+
+#[test]
+fn after_a_doubt_about_the_connections_the_mark_is_given_up_and_a_sweep_is_due_within_a_second() {
+    let mut scene = Scene::quiet();
+    assert!(scene.core.mark().is_some());
+    let doubted = Outside { doubt: 1, ..OPEN };
+    assert!(matches!(scene.core.next(scene.now, doubted), Action::Sleep(..)));
+    assert_eq!(scene.core.mark(), None);
+    scene.now += Duration::from_secs(1);
+    assert_eq!(scene.core.next(scene.now, doubted), Action::Look);
+    scene.looked(false, None);
+    assert_eq!(scene.core.next(scene.now, doubted), Action::Sweep);
+}
+
+#[test]
+fn while_triggers_are_silent_it_looks_again_within_milliseconds() {
+    let mut scene = Scene::quiet();
+    let promise = Promise { until: at(scene.now + ms(500)), next_xid: 100 };
+    scene.happens(Event::Looked(scene.now, Look { promise, ..look(scene.now, false, None) }));
+    assert_eq!(scene.sleeps(), (ms(5), Reason::Polling));
+    scene.now += ms(5);
+    assert_eq!(scene.next(), Action::Look);
+}
+
+#[test]
+fn rows_that_a_delivery_let_go_of_before_the_look_that_follows_a_claim_are_claimed_again() {
+    let mut scene = Scene::quiet();
+    scene.woken(Reason::Notification);
+    scene.looked(true, None);
+    scene.now += LOOKS_APART;
+    scene.claims();
+    scene.claimed(true, false, None);
+    scene.ended(End::Unsettled);
+    let (sleep, why) = scene.sleeps();
+    assert_eq!(why, Reason::Again);
+    scene.now += sleep;
+    assert_eq!(scene.next(), Action::Look);
+    scene.looked(true, None);
+    scene.claims();
 }
 
 #[test]

@@ -10,7 +10,7 @@ pub(super) const HEAD_START: Duration = Duration::from_micros(500);
 /// ... and at most so long: nothing else is claimed meanwhile.
 pub(super) const LONGEST_HEAD_START: Duration = Duration::from_secs(1);
 /// While rows are claimed again and again, looks are at least this far apart.
-const LOOKS_APART: Duration = Duration::from_millis(50);
+pub(super) const LOOKS_APART: Duration = Duration::from_millis(50);
 
 impl Core {
     pub(super) fn is_look_old(&self, now: Moment) -> bool {

@@ -148,7 +148,7 @@ impl Daemon {
             && life.woken.is_none()
             && life.notifications == Some(0)
             && life.beside.iter().all(|work| !matches!(work, Beside::Delivery { .. }))
-            && !life.core.rests(moment(until, life.began));
+            && life.core.rest.is_none_or(|rest| rest.until < moment(until, life.began));
         undisturbed.then_some(until)
     }
 
@@ -175,7 +175,7 @@ impl Daemon {
         })
     }
 
-    /// Whether its next stage asks nobody anything, so that whatever happens meanwhile makes no difference.
+    /// Whether its next stage is a decision of its own, which no other step can change.
     pub(super) fn is_by_itself(&self) -> bool {
         self.lives
             .as_ref()
@@ -276,7 +276,7 @@ impl Daemon {
         false
     }
 
-    /// Whatever it is at fails. Its transactions are rolled back.
+    /// PostgreSQL ends all its sessions: the statements under way fail, and the transactions are rolled back.
     pub(super) fn fail(&mut self, now: u64, server: &mut Server) {
         let Some(life) = &mut self.lives else { return };
         let moment = moment(now, life.began);
