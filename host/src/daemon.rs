@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{info, warn};
 
-use crate::backoff::RECONNECT;
+use crate::backoff::jittered;
 use crate::broker::{Broker, Management};
 use crate::canary::Canary;
 use crate::config::Config;
@@ -27,6 +27,7 @@ use crate::scheduler::Scheduler;
 use crate::store::{SchemaError, Store};
 use crate::telemetry;
 use crate::wake::Wake;
+use tidings_core::backoff::RECONNECT;
 
 /// How often old history is removed.
 const RETENTION_INTERVAL: Duration = Duration::from_hours(1);
@@ -174,7 +175,7 @@ async fn wait_for_database(store: &Store) -> Result<(), SchemaError> {
             Ok(()) => break,
         };
         warn!(error = &error as &dyn std::error::Error, "PostgreSQL cannot be used, trying again");
-        tokio::time::sleep(RECONNECT.jittered(failures)).await;
+        tokio::time::sleep(jittered(&RECONNECT, failures)).await;
         failures = failures.saturating_add(1);
     }
     info!(database = store.place(), "connected to PostgreSQL");

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use tracing::{debug, warn};
 use uuid::Uuid;
 
-use crate::backoff::{BUILD, REFUSED};
+use crate::backoff::{BUILD, REFUSED, jittered};
 use crate::broker::{Broker, Verdict};
 use crate::clock::unix_ms;
 use crate::event::{BuildError, LONGEST_TTL_MS};
@@ -231,7 +231,7 @@ impl Delivery {
             }
             BuildError::Retry(error, after_ms) => {
                 let after = after_ms.map_or_else(
-                    || BUILD.jittered(schedule.attempts),
+                    || jittered(&BUILD, schedule.attempts),
                     |ms| Duration::from_millis(ms.min(LONGEST_TTL_MS)),
                 );
                 debug!(schedule.id = %id, schedule.kind = kind, plugin, generation, error, ?after, "its plugin wants to be asked again");
@@ -252,7 +252,7 @@ impl Delivery {
                 Outcome::Parked(reason)
             }
             BuildError::Failed(error) => {
-                let after = BUILD.jittered(schedule.attempts);
+                let after = jittered(&BUILD, schedule.attempts);
                 warn!(schedule.id = %id, schedule.kind = kind, plugin, generation, attempt = schedule.attempt(), error, "could not build {id}");
                 Outcome::Retry { error, after, failed: true }
             }
@@ -275,7 +275,7 @@ fn expired_row(row: Schedule, now_ms: i64) -> Settlement {
 
 /// A row whose message the broker did not take, or which PostgreSQL does not finish: it waits.
 fn refused_for(schedule: &Schedule, error: String) -> Outcome {
-    Outcome::Refused { error, after: REFUSED.jittered(schedule.refusals) }
+    Outcome::Refused { error, after: jittered(&REFUSED, schedule.refusals) }
 }
 
 #[cfg(test)]

@@ -27,7 +27,6 @@ pub mod dead_letter;
 pub mod event;
 pub mod http_token;
 pub mod message;
-pub mod queue;
 pub mod schedule;
 pub mod secret_url;
 mod trust;

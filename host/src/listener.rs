@@ -13,11 +13,13 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::backoff::RECONNECT;
+use crate::backoff::jittered;
 use crate::flood::Flood;
 use crate::health::Health;
 use crate::store::{Store, StoreError, announce, promise_to_poll, withdraw};
-use crate::wake::{Reason, Wake};
+use crate::wake::Wake;
+use tidings_core::backoff::RECONNECT;
+use tidings_core::reason::Reason;
 
 /// The channel of the triggers in `migrations/0003_triggers.sql`.
 const CHANNEL: &str = "tidings";
@@ -64,7 +66,7 @@ impl Listener {
             warn!(error = &lost as &dyn std::error::Error, "lost the connection for notifications, connecting again");
             self.store.doubt();
             self.wake.wake(Reason::Doubt);
-            let delay = RECONNECT.jittered(failures);
+            let delay = jittered(&RECONNECT, failures);
             failures = failures.saturating_add(1);
             tokio::select! {
                 biased;

@@ -1,15 +1,14 @@
-//! The loop: carries out what the [core](core) decides, and tells it what came of that.
+//! The loop: carries out what the [core](tidings_core) decides, and tells it what came of that.
 //!
 //! Guarantees: a row leaves the queue only in the transaction that locked it, after its message was confirmed or its end
 //! decided; while the broker is away nothing is claimed; an error of a server loses nothing and is tried again.
-
-pub mod core;
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
+use tidings_core::{Action, Batch, Claimed, Core, End, Event, Load, Moment, Outside, Wanted, Work};
 use time::OffsetDateTime;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -24,8 +23,8 @@ use crate::plugins::Registry;
 use crate::store::{self, Store, StoreError};
 use crate::telemetry::{count_wakes, note_next_due};
 use crate::unfinished::Unfinished;
-use crate::wake::{Reason, Wake};
-use core::{Action, Batch, Claimed, Core, End, Event, Load, Moment, Outside, Wanted, Work};
+use crate::wake::Wake;
+use tidings_core::reason::Reason;
 
 /// What [`Health::trouble`] is about while PostgreSQL refuses to finish rows.
 const FINISHING: &str = "finishing rows";

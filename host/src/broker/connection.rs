@@ -15,9 +15,10 @@ use tracing::{info, warn};
 
 use super::sieve::{Bodies, Sieve, SievingReactor};
 use super::{Broker, BrokerError, CLOSE_DEADLINE, CONNECT_DEADLINE, PUBLISHING};
-use crate::backoff::RECONNECT;
+use crate::backoff::jittered;
 use crate::trust;
-use crate::wake::Reason;
+use tidings_core::backoff::RECONNECT;
+use tidings_core::reason::Reason;
 
 impl Broker {
     /// Connects as often as it takes, and keeps the connection until `shutdown`. `ready` is called at the first.
@@ -52,7 +53,7 @@ impl Broker {
                     self.failed(Some(format!("{:#}", anyhow::Error::from(error))));
                 }
             }
-            let delay = RECONNECT.jittered(failures);
+            let delay = jittered(&RECONNECT, failures);
             failures = failures.saturating_add(1);
             tokio::select! {
                 biased;

@@ -11,7 +11,7 @@ use serde::Serialize;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::backoff::BUILD;
+use crate::backoff::{BUILD, jittered};
 
 /// Different rows that must fail, without an answer between them, before the breaker opens.
 const ROWS: usize = 5;
@@ -111,7 +111,7 @@ impl Breaker {
                 if fresh || self.openings == 0 {
                     self.openings = self.openings.saturating_add(1);
                 }
-                self.phase = Phase::Open(now + BUILD.jittered(self.openings - 1));
+                self.phase = Phase::Open(now + jittered(&BUILD, self.openings - 1));
                 // Which rows they were is of no more interest, and there may be many.
                 self.failing.clear();
                 if first && self.answered + self.failed <= FIRST_CALLS {

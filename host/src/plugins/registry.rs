@@ -28,7 +28,8 @@ use super::source::Identity;
 use super::state::{Memory, StateDir};
 use crate::health::Health;
 use crate::telemetry::{Reload, count_reload, serve};
-use crate::wake::{Reason, Wake};
+use crate::wake::Wake;
+use tidings_core::reason::Reason;
 
 use loading::Prepared;
 

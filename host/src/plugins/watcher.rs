@@ -12,7 +12,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::registry::Registry;
-use crate::wake::{Reason, Wake};
+use crate::wake::Wake;
+use tidings_core::reason::Reason;
 
 /// How often the directory is looked at without a hint.
 const RESCAN: Duration = Duration::from_secs(5);

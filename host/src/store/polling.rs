@@ -1,6 +1,6 @@
-//! Promises to look at the queue without being notified (`scheduler/core/polling.rs`).
+//! Promises to look at the queue without being notified (`core/src/polling.rs`).
 
-use crate::queue::PROMISE;
+use tidings_core::queue::PROMISE;
 
 /// Promises that every daemon looks at the queue every few milliseconds for [`PROMISE`], so that nobody needs to notify. The
 /// others are notified of it: each of them may be the only one that serves its kinds, and this one may die the next moment.

@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::claim::{Claim, Transaction};
 use super::{Connection, StoreError};
-use crate::backoff::REFUSED;
+use crate::backoff::{REFUSED, jittered};
 use crate::broker::Confirmed;
 use crate::schedule::Schedule;
 
@@ -136,7 +136,7 @@ impl Claim {
         for Settlement { row, .. } in settlements {
             if let Some(words) = refused.get(&row.id) {
                 let error = format!("PostgreSQL refuses to finish it: {words}");
-                moved.add(row.id, &error, REFUSED.jittered(row.refusals), 0, 0, 1);
+                moved.add(row.id, &error, jittered(&REFUSED, row.refusals), 0, 0, 1);
             }
         }
         self.run("mark a place in a claim", "SAVEPOINT part").await?;

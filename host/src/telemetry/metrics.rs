@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::{hour, kinds};
 use crate::dead_letter::Tally;
 use crate::store::Backlog;
-use crate::wake::{Reason, Reasons};
+use tidings_core::reason::{Reason, Reasons};
 
 pub use serving::{Serving, set_serving};
 

@@ -17,7 +17,7 @@ use crate::plugins::breaker::{Admission, BreakerState, Failure};
 use crate::plugins::instance::{CallError, Instance, Used};
 use crate::schedule::Schedule;
 use crate::telemetry::CallResult;
-use crate::wake::Reason;
+use tidings_core::reason::Reason;
 
 /// As much of what a failed call said is remembered, in characters.
 const SHOWN: usize = 1_000;

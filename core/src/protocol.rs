@@ -6,7 +6,7 @@ use time::OffsetDateTime;
 
 use super::{Load, Turn};
 use crate::queue::{Look, Outlook};
-use crate::wake::{Reason, Reasons};
+use crate::reason::{Reason, Reasons};
 
 /// A moment, as the time since the loop began.
 pub type Moment = Duration;

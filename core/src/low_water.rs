@@ -7,7 +7,7 @@
 //! The mark is proved, not guessed. Each claim samples the clock and then, after that, takes a transaction number. Whatever
 //! a look cannot see yet has a number that is not below the oldest one that is running; if that is higher than the number
 //! of a sample, it was taken after the sample's clock was read. And a row's slot is read from the clock after its
-//! transaction took its number ([`tidings.arrival()`](../../../../migrations/0002_schedules.sql)), so it is not below the
+//! transaction took its number ([`tidings.arrival()`](../../migrations/0002_schedules.sql)), so it is not below the
 //! sample's time. What the look can see is not below the first slot that it found.
 //!
 //! A transaction that has written and stays open holds the mark back; after a minute it goes on without the proof. So does
@@ -20,7 +20,8 @@ use std::collections::VecDeque;
 
 use time::{Duration, OffsetDateTime};
 
-use crate::queue::Look;
+use super::Moment;
+use crate::queue::{Below, Look};
 
 /// The longest time for which an open transaction holds the mark back.
 const PATIENCE: Duration = Duration::MINUTE;
@@ -38,17 +39,8 @@ pub(super) struct LowWater {
     swept: bool,
     /// Oldest first, all of them newer than what the mark stands on; a minute's worth at most.
     samples: VecDeque<Sample>,
-    /// How often the mark was given up.
-    given_up: u64,
-}
-
-/// What was known when a look or a claim began.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Known {
-    /// The newest time that the database had told. If it tells an older one later, its clock was set back.
-    newest: Option<OffsetDateTime>,
-    /// What began before the mark was given up says nothing about what is known since.
-    given_up: u64,
+    /// What began before says nothing about the mark that there is now.
+    given_up_at: Moment,
 }
 
 /// What a claim tells.
@@ -71,67 +63,59 @@ impl LowWater {
         self.swept
     }
 
-    /// For what begins now.
-    pub(super) fn known(&self) -> Known {
-        let newest = self.samples.back().map(|sample| sample.at).max(self.mark);
-        Known { newest, given_up: self.given_up }
-    }
-
-    /// Whether what began with `known`, and was told the database's time `at`, counts. If the clock was set back, the mark is
-    /// given up.
-    fn counts(&mut self, known: Known, at: OffsetDateTime) -> bool {
-        if known.given_up == self.given_up && known.newest.is_some_and(|newest| at < newest - SET_BACK) {
-            self.give_up();
-        }
-        known.given_up == self.given_up
-    }
-
     /// The server may be another, or its clock.
-    pub(super) fn give_up(&mut self) {
-        *self = Self { given_up: self.given_up + 1, ..Self::default() };
+    pub(super) fn give_up(&mut self, now: Moment) {
+        *self = Self { given_up_at: now, ..Self::default() };
     }
 
-    /// After a claim that began with `known`.
-    pub(super) fn sample(&mut self, sample: Sample, known: Known) {
+    /// If the database's time is older than one that it told before, its clock was set back, and the mark is given up.
+    fn check_clock(&mut self, now: Moment, at: OffsetDateTime) {
+        let newest = self.samples.back().map(|sample| sample.at).max(self.mark);
+        if newest.is_some_and(|newest| at < newest - SET_BACK) {
+            self.give_up(now);
+        }
+    }
+
+    /// After a claim.
+    pub(super) fn claimed(&mut self, now: Moment, sample: Sample) {
+        self.check_clock(now, sample.at);
         // Lanes claim side by side; one of them is enough.
         let is_new = |last: &Sample| sample.at >= last.at + APART && sample.xid > last.xid;
-        if self.counts(known, sample.at) && self.samples.back().is_none_or(is_new) {
+        if self.samples.back().is_none_or(is_new) {
             self.samples.push_back(sample);
         }
     }
 
-    /// After a look that began with `known`.
-    pub(super) fn seen(&mut self, seen: &Look, known: Known) {
-        // If a sweep has ended since it began, the mark may have gone back to what this look has not seen.
-        if !self.counts(known, seen.at) || self.mark.is_some_and(|mark| mark < seen.from) {
-            return;
-        }
-        // The newest that counts, and nothing older, may be asked for again.
-        while self.samples.get(1).is_some_and(|next| next.xid < seen.oldest_xid) {
-            self.samples.pop_front();
-        }
-        let long_ago = seen.at - PATIENCE;
-        while self.samples.get(1).is_some_and(|next| next.at < long_ago) {
-            self.samples.pop_front();
-        }
-        let proved = self.samples.front().filter(|sample| sample.xid < seen.oldest_xid).map(|sample| sample.at);
-        let below = proved.map_or(long_ago, |at| at.max(long_ago));
-        let found = seen.first.map_or(below, |first| first.min(below));
-        // It has not seen what lies below the mark.
-        self.mark = self.mark.max(Some(found));
+    /// After a look.
+    pub(super) fn looked(&mut self, now: Moment, look: &Look) {
+        self.check_clock(now, look.at);
+        self.move_up(look);
     }
 
-    /// After a sweep that began with `known`. `back_to` = this waits below what the mark was then. Looks have gone on meanwhile,
-    /// and may have moved the mark: what they saw is not below what it was.
-    pub(super) fn swept(&mut self, back_to: Option<OffsetDateTime>, known: Known) {
-        if known.given_up != self.given_up {
+    /// After a sweep that was asked for at a moment. Looks have gone on meanwhile, and may have moved the mark: what they saw is
+    /// not below what it was.
+    pub(super) fn swept(&mut self, asked_at: Moment, look: &Look) {
+        if asked_at <= self.given_up_at {
             return;
         }
+        self.move_up(look);
         self.swept = true;
-        self.mark = match (self.mark, back_to) {
-            (Some(mark), Some(back_to)) => Some(mark.min(back_to)),
-            (mark, back_to) => back_to.or(mark),
-        };
+        if let Some(Below { first, go_back: true, .. }) = look.below {
+            self.mark = self.mark.min(Some(first));
+        }
+    }
+
+    fn move_up(&mut self, look: &Look) {
+        // The newest that counts, and nothing older, may be asked for again.
+        let long_ago = look.at - PATIENCE;
+        while self.samples.get(1).is_some_and(|next| next.xid < look.oldest_xid || next.at < long_ago) {
+            self.samples.pop_front();
+        }
+        let proved = self.samples.front().filter(|sample| sample.xid < look.oldest_xid).map(|sample| sample.at);
+        let below = proved.max(Some(long_ago));
+        let found = look.first.into_iter().chain(below).min();
+        // It has not seen what lies below the mark.
+        self.mark = self.mark.max(found);
     }
 }
 

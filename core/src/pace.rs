@@ -4,7 +4,6 @@
 use std::time::Duration;
 
 use super::Moment;
-use super::low_water::Known;
 
 /// Sweeps take at most one part of so many of all time, so a row that only a sweep can find is found within one interval, or
 /// within so many times what it takes to look for it.
@@ -22,26 +21,32 @@ pub(super) enum Pace {
     /// There was none.
     #[default]
     First,
-    /// It began then, and knew this; `doubted` = the database did not answer meanwhile.
-    UnderWay { began: Moment, known: Known, doubted: bool },
+    /// It began then; `doubted` = the database did not answer meanwhile; `outdated` = it was asked for before what is known now.
+    UnderWay { began: Moment, doubted: bool, outdated: bool },
     /// It began then, and took so long; `None` = what it took says nothing.
     Ended { began: Moment, took: Option<Duration>, well: bool },
 }
 
 impl Pace {
     /// One begins. Whether it will be as quick as a look, by the last.
-    pub(super) fn begin(&mut self, now: Moment, known: Known) -> bool {
-        let is_quick = self.is_quick();
-        *self = Self::UnderWay { began: now, known, doubted: false };
+    pub(super) fn begin(&mut self, now: Moment) -> bool {
+        let is_quick = matches!(self, Self::Ended { took: Some(took), .. } if *took <= QUICK);
+        *self = Self::UnderWay { began: now, doubted: false, outdated: false };
         is_quick
     }
 
-    /// It has ended, well or not. What it knew when it began.
-    pub(super) fn end(&mut self, now: Moment, well: bool) -> Option<Known> {
-        let Self::UnderWay { began, known, doubted } = *self else { return None };
-        let took = (!doubted).then_some(now.saturating_sub(began));
-        *self = Self::Ended { began, took, well };
-        Some(known)
+    /// Somebody else has asked the database meanwhile, or wants to.
+    pub(super) fn outdate(&mut self) {
+        if let Self::UnderWay { outdated, .. } = self {
+            *outdated = true;
+        }
+    }
+
+    /// It has ended, well or not. Whether nobody has asked the database since it began.
+    pub(super) fn end(&mut self, now: Moment, well: bool) -> bool {
+        let Self::UnderWay { began, doubted, outdated } = *self else { return false };
+        *self = Self::Ended { began, took: (!doubted).then_some(now.saturating_sub(began)), well };
+        !outdated
     }
 
     /// The database did not answer: what the last took says nothing, nor what this one takes.
@@ -51,11 +56,6 @@ impl Pace {
             Self::UnderWay { doubted, .. } => *doubted = true,
             Self::Ended { took, .. } => *took = None,
         }
-    }
-
-    /// Whether the last was as quick as a look.
-    pub(super) fn is_quick(&self) -> bool {
-        matches!(self, Self::Ended { took: Some(took), .. } if *took <= QUICK)
     }
 
     /// How long until the next is due, where one is every `interval`. `overdue` = nobody has looked below the mark since it was
@@ -79,7 +79,6 @@ impl Pace {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::low_water::LowWater;
     use super::*;
 
     const INTERVAL: Duration = Duration::from_secs(5);
@@ -87,7 +86,7 @@ mod tests {
 
     fn swept(began: Moment, took: Duration, well: bool) -> Pace {
         let mut pace = Pace::default();
-        pace.begin(began, LowWater::default().known());
+        pace.begin(began);
         pace.end(began + took, well);
         pace
     }
@@ -96,7 +95,7 @@ mod tests {
     fn the_first_is_due_at_once_and_while_one_is_under_way_no_other_is() {
         let mut pace = Pace::default();
         assert_eq!(pace.until(NOW, INTERVAL, true), Duration::ZERO);
-        pace.begin(NOW, LowWater::default().known());
+        pace.begin(NOW);
         assert!(pace.until(NOW + 10 * INTERVAL, INTERVAL, true) > FURTHEST);
     }
 
@@ -130,7 +129,7 @@ mod tests {
         ) {
             let (mut pace, mut now, mut spent) = (Pace::default(), NOW, Duration::ZERO);
             for took in took.into_iter().map(Duration::from_millis) {
-                pace.begin(now, LowWater::default().known());
+                pace.begin(now);
                 pace.end(now + took, true);
                 spent += took;
                 let until = pace.until(now + took, INTERVAL, false);

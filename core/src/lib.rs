@@ -1,31 +1,32 @@
 //! The scheduler's core: decides when to look at the queue, from where, what to claim, when to hold and release rows, when to
-//! sweep, and how long to sleep. The [loop](super) carries out each [`Action`], and tells what came of it in an [`Event`].
+//! sweep, and how long to sleep. The daemon's loop carries out each [`Action`], and tells what came of it in an [`Event`].
 //!
 //! It never does I/O, never reads a clock and never rolls dice: the moment is an argument, counted from the start of the loop.
 
+pub mod backoff;
 mod low_water;
 mod pace;
 mod polling;
 mod protocol;
-mod rest;
+pub mod queue;
+pub mod reason;
+mod state;
 mod timers;
 mod turns;
 
 use std::time::Duration;
 
-use time::OffsetDateTime;
+use ::time::OffsetDateTime;
 
-use crate::backoff::LOCKED;
-use crate::queue::{Look, Outlook};
-use crate::wake::{Reason, Reasons};
-
+use backoff::{Backoff, FINISH, LOCKED, RECONNECT};
 use low_water::{LowWater, Sample};
 use pace::Pace;
 use polling::Polling;
 pub use protocol::{Action, Batch, Claimed, End, Event, Moment, Outside, Wanted, Work};
-use rest::Rest;
-use timers::HEAD_START;
-use turns::{Came, Turns};
+use queue::{Look, Outlook};
+use reason::{Reason, Reasons};
+use state::{Beside, Queue, Rest};
+use turns::Turns;
 pub use turns::{Load, Turn};
 
 /// Batches that are delivered side by side: while one waits for the broker, another keeps the database busy. One more is for
@@ -35,49 +36,21 @@ const LANES: usize = 3;
 const REFUSED_ARE_GONE: Duration = Duration::from_mins(1);
 /// The shortest sleep, so that a clock that is a little behind does not make the loop turn as fast as it can.
 const SHORTEST: Duration = Duration::from_micros(200);
-
-/// What is known of the queue.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Queue {
-    /// Something may have changed since it was looked at. `claimed` = only what we ourselves have claimed: rows that are due
-    /// then are those.
-    Unknown { claimed: bool },
-    /// A row is believed to be due from this moment on: it is claimed without a look, which follows.
-    Expected(Moment),
-    /// A look saw rows that are due.
-    Due,
-    /// Rows are due that nobody could claim. Until this moment only what happens is a reason to try again.
-    Stuck { until: Moment },
-    /// Nothing is due that is not on its way.
-    Waiting,
-}
-
-/// Work beside the loop.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-enum Beside<T> {
-    #[default]
-    Idle,
-    Wanted(T),
-    UnderWay,
-}
+/// A transaction for a row that is due at a known moment is begun at least so long before it.
+const HEAD_START: Duration = Duration::from_micros(500);
 
 /// What the scheduler knows, and all that it decides by.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Core {
-    /// The longest time between two looks, and the shortest between two sweeps that are cheap.
+    /// The longest time between two looks, and the shortest between two sweeps.
     sweep: Duration,
     outside: Outside,
     queue: Queue,
-    /// Of the last look or claim: when it was asked for, and when the next row is due.
-    asked_at: Moment,
+    /// When the next row is due, by the last look or claim.
     next_at: Option<Moment>,
-    /// When the last look was asked for.
-    looked_at: Option<Moment>,
-    /// Claims in a row that came to nothing although rows are due.
-    empty_claims: u32,
-    /// We were notified, and no look has told yet whether a row is due.
-    notified: bool,
-    /// When we were notified the last time, one was.
+    /// The next look is at this moment, if nothing happens before; and why.
+    look_at: (Moment, Reason),
+    /// When we were notified the last time, a row was due.
     notified_of_due: bool,
     rest: Option<Rest>,
     /// When PostgreSQL last refused to finish rows, and in which words, if it has finished none since: their messages were sent,
@@ -100,12 +73,9 @@ impl Core {
         Self {
             sweep,
             outside: Outside { broker_open: false, connections: 1, doubt: 0, knows_kinds: false },
-            queue: Queue::Unknown { claimed: false },
-            asked_at: Moment::ZERO,
+            queue: Queue::Unknown { notified: false },
             next_at: None,
-            looked_at: None,
-            empty_claims: 0,
-            notified: false,
+            look_at: (Moment::ZERO, Reason::Sweep),
             notified_of_due: false,
             rest: None,
             refused: None,
@@ -125,6 +95,18 @@ impl Core {
         self.mark.mark()
     }
 
+    /// Whether a sweep has looked below the mark since it was last given up.
+    #[must_use]
+    pub fn is_swept(&self) -> bool {
+        self.mark.is_swept()
+    }
+
+    /// Until when nothing is tried, if a server did not see something through.
+    #[must_use]
+    pub fn rests_until(&self) -> Option<Moment> {
+        self.rest.map(|rest| rest.until)
+    }
+
     /// The words in which PostgreSQL refuses to finish rows, if it does.
     #[must_use]
     pub fn refusal(&self) -> Option<&str> {
@@ -134,63 +116,59 @@ impl Core {
     /// What to do at this moment.
     pub fn next(&mut self, now: Moment, outside: Outside) -> Action {
         if outside.doubt != self.outside.doubt {
-            self.mark.give_up();
+            self.mark.give_up(now);
         }
         self.outside = outside;
-        if let Some(Rest { until, .. }) = self.rest
-            && now < until
-        {
+        if let Some(until) = self.rests_until().filter(|until| now < *until) {
             return Action::Sleep(until, Reason::Again);
         }
-        if let Beside::Wanted(kinds) = &mut self.release {
-            let kinds = std::mem::take(kinds);
-            self.release = Beside::UnderWay;
+        if let Some(kinds) = self.release.begin() {
             return Action::Release(kinds);
         }
-        if self.hold == Beside::Wanted(()) && outside.knows_kinds {
-            self.hold = Beside::UnderWay;
+        if outside.knows_kinds && self.hold.begin().is_some() {
             return Action::Hold;
         }
         // The end of a delivery is an event, and so is the return of the broker.
-        if !outside.broker_open {
+        let has_lane = self.has_free_lane();
+        if !outside.broker_open || !has_lane && !self.goes_on_for_long(now) {
             return Action::Sleep(now + self.sweep, Reason::Sweep);
         }
-        if !self.has_free_lane() {
-            let goes_on = matches!(self.queue, Queue::Expected(_) | Queue::Due);
-            return if goes_on && self.is_look_old(now) {
-                Action::Look
-            } else {
-                Action::Sleep(now + self.sweep, Reason::Sweep)
-            };
+        if !has_lane {
+            return Action::Look;
         }
-        self.time_passes(now);
         if self.until_sweep(now).is_zero() {
-            let Some(_) = self.mark() else {
-                // So that there is one, from which on others look meanwhile.
+            // So that there is a mark, from which on others look meanwhile.
+            if self.mark().is_none() {
                 return Action::Look;
-            };
-            if self.pace.begin(now, self.mark.known()) {
-                self.looked_at = Some(now);
+            }
+            if self.pace.begin(now) && self.look_at.1 == Reason::Sweep {
+                // One that is quick is a look as well.
+                self.look_at.0 = now + self.sweep;
             }
             return Action::Sweep;
         }
+        let (at, why) = self.next_timer(now);
         match self.queue {
             Queue::Unknown { .. } => Action::Look,
-            Queue::Expected(not_before) => Action::Claim(self.wanted(not_before)),
-            Queue::Due => Action::Claim(self.wanted(now)),
-            Queue::Stuck { .. } | Queue::Waiting => {
-                let (at, why) = self.timers(now).min_by_key(|(at, _)| *at).expect("there is always the next look");
-                Action::Sleep(at.max(now + SHORTEST), why)
-            }
+            Queue::Expected(not_before) => self.claim(not_before),
+            Queue::Due { .. } => self.claim(now),
+            Queue::Waiting { .. } if at > now => Action::Sleep(at.max(now + SHORTEST), why),
+            Queue::Waiting { .. } => match self.next_at.take_if(|_| why == Reason::Due) {
+                Some(next_at) => {
+                    self.queue = Queue::Expected(next_at);
+                    self.claim(next_at)
+                }
+                None => Action::Look,
+            },
         }
     }
 
-    fn wanted(&self, not_before: Moment) -> Wanted {
+    fn claim(&self, not_before: Moment) -> Action {
         let careful = self.refused.is_some();
         let turn = if careful { Turn::Oldest } else { self.turns.next() };
         let since = if let Turn::Newest(since) = turn { Some(since) } else { None };
         let (limit, no_large) = (self.turns.limit(turn), self.turns.large_under_way());
-        Wanted { turn, limit, since: since.max(self.mark()), no_large, not_before, careful }
+        Action::Claim(Wanted { turn, limit, since: since.max(self.mark()), no_large, not_before, careful })
     }
 
     /// After a failure there is only one lane, until it succeeds. Each keeps a connection, of which there may be few.
@@ -198,6 +176,18 @@ impl Core {
         let lanes = if self.rest.is_none() && self.refused.is_none() { LANES } else { 1 };
         let lanes = lanes + usize::from(self.turns.newest_under_way());
         self.turns.lanes() < lanes.min(self.outside.connections)
+    }
+
+    /// Rows are claimed again and again, and it is time to look.
+    fn goes_on_for_long(&self, now: Moment) -> bool {
+        matches!(self.queue, Queue::Expected(_) | Queue::Due { .. }) && self.look_at.0 <= now
+    }
+
+    /// The next look is at this moment at the latest.
+    fn look_again(&mut self, at: Moment) {
+        if at < self.look_at.0 {
+            self.look_at = (at, Reason::Again);
+        }
     }
 
     /// Takes note of what has happened.
@@ -220,7 +210,7 @@ impl Core {
             }
             Event::Failed(work) => {
                 match work {
-                    Work::Asking => self.queue = Queue::Unknown { claimed: false },
+                    Work::Asking => self.queue = Queue::Unknown { notified: false },
                     Work::Holding => self.hold = Beside::Idle,
                     Work::Releasing => self.release = Beside::Idle,
                 }
@@ -231,9 +221,8 @@ impl Core {
 
     /// Another claim may come to something.
     fn something_happened(&mut self) {
-        self.empty_claims = 0;
-        if !matches!(self.queue, Queue::Expected(_) | Queue::Due) {
-            self.queue = Queue::Unknown { claimed: false };
+        if !matches!(self.queue, Queue::Unknown { .. } | Queue::Expected(_)) {
+            self.queue = Queue::Unknown { notified: false };
         }
     }
 
@@ -243,67 +232,64 @@ impl Core {
             return;
         }
         self.something_happened();
-        if reasons.iter().any(|reason| reason == Reason::Notification) {
-            self.notified = true;
-            if self.notified_of_due && matches!(self.queue, Queue::Unknown { .. }) {
+        if let Queue::Unknown { notified } = &mut self.queue
+            && reasons.iter().any(|reason| reason == Reason::Notification)
+        {
+            *notified = true;
+            if self.notified_of_due {
                 self.queue = Queue::Expected(now);
             }
         }
     }
 
     fn looked(&mut self, now: Moment, asked_at: Moment, look: &Look) {
-        self.mark.seen(look, self.mark.known());
+        self.mark.looked(now, look);
         self.note(asked_at, look);
-        self.queue = match self.queue {
-            _ if !look.outlook.due => Queue::Waiting,
-            // Those rows are the ones that we have just claimed.
-            Queue::Unknown { claimed: true } => Queue::Waiting,
-            _ => Queue::Due,
-        };
-        if !look.outlook.due {
-            (self.empty_claims, self.rest) = (0, None);
-            if self.refused.as_ref().is_some_and(|(at, _)| now > *at + REFUSED_ARE_GONE) {
-                self.refused = None;
-            }
+        if let Queue::Unknown { notified: true } = self.queue {
+            self.notified_of_due = look.outlook.due;
         }
+        self.queue = match self.queue {
+            _ if !look.outlook.due => Queue::Waiting { tries: 0 },
+            Queue::Waiting { tries } => Queue::Due { tries },
+            _ => Queue::Due { tries: 0 },
+        };
     }
 
     /// What a look and a sweep say of the head of the queue.
     fn note(&mut self, asked_at: Moment, look: &Look) {
-        self.polling.looked(look);
-        if !look.held_for_us.is_empty() && self.release == Beside::Idle {
-            self.release = Beside::Wanted(look.held_for_us.clone());
+        let every = self.polling.looked(look);
+        self.look_at = match every.filter(|every| *every < self.sweep) {
+            Some(every) => (asked_at + every, Reason::Polling),
+            None => (asked_at + self.sweep, Reason::Sweep),
+        };
+        if !look.held_for_us.is_empty() {
+            self.release.want(look.held_for_us.clone());
         }
         // However much there is to deliver, paused rows must not stay where each claim steps over them.
         if look.paused_first {
-            self.hold();
+            self.hold.want(());
         }
-        if std::mem::take(&mut self.notified) {
-            self.notified_of_due = look.outlook.due;
+        if !look.outlook.due {
+            self.rest = None;
+            self.refused.take_if(|(at, _)| asked_at > *at + REFUSED_ARE_GONE);
         }
-        self.looked_at = Some(asked_at);
         self.ahead(asked_at, look.outlook);
     }
 
-    fn hold(&mut self) {
-        if self.hold == Beside::Idle {
-            self.hold = Beside::Wanted(());
-        }
-    }
-
     fn ahead(&mut self, asked_at: Moment, outlook: Outlook) {
-        self.asked_at = asked_at;
+        self.pace.outdate();
         self.next_at = outlook.next_in.map(|next_in| asked_at.saturating_add(next_in));
     }
 
     fn claimed(&mut self, now: Moment, claimed: Claimed) {
         let Claimed { turn, asked_at, begin, at, outlook, behind, rows } = claimed;
         self.began = [begin, self.began[0]];
-        self.turns.claimed(turn, Came { at, more: outlook.due, behind });
+        self.turns.claimed(turn, at, outlook.due.then_some(behind));
         if let Some(Batch { xid, large }) = rows {
-            self.mark.sample(Sample { at, xid }, self.mark.known());
+            self.mark.claimed(now, Sample { at, xid });
             self.turns.under_way(Load { turn, large });
-            self.empty_claims = 0;
+            // Others may have become due, or be locked, or of a kind that nobody serves.
+            self.look_again(now + LOCKED.delay(0));
         }
         if turn != Turn::Oldest {
             return;
@@ -315,19 +301,18 @@ impl Core {
         }
         self.queue = match (rows, self.queue) {
             (Some(_), _) if outlook.due => Queue::Expected(now),
-            (Some(_), _) if self.is_look_old(now) => Queue::Unknown { claimed: true },
-            (Some(_), _) => Queue::Waiting,
+            (Some(_), _) => Queue::Waiting { tries: 0 },
             // A look would be in its way; and a clock that is a little behind must not make the loop turn as fast as it can.
             (None, _) if is_early => {
                 let next_at = self.next_at.take().unwrap_or(now);
                 Queue::Expected(next_at.max(now + SHORTEST))
             }
-            (None, Queue::Due) => {
-                self.hold();
-                self.empty_claims = self.empty_claims.saturating_add(1);
-                Queue::Stuck { until: now + LOCKED.delay(self.empty_claims - 1) }
+            (None, Queue::Due { tries }) => {
+                self.hold.want(());
+                self.look_again(now + LOCKED.delay(tries));
+                Queue::Waiting { tries: tries.saturating_add(1) }
             }
-            (None, _) => Queue::Unknown { claimed: false },
+            (None, _) => Queue::Unknown { notified: true },
         };
     }
 
@@ -341,52 +326,66 @@ impl Core {
                 self.rest = None;
                 if some_stay {
                     // When they are due, only a look tells.
-                    self.looked_at = None;
+                    self.want_look(now);
                 }
-                self.something_happened();
-                if self.turns.more() && matches!(self.queue, Queue::Unknown { .. }) {
-                    self.queue = Queue::Expected(now);
+                // What was locked is gone, and nothing else has changed, unless a claim has left something for this moment.
+                if load.large || self.queue != (Queue::Waiting { tries: 0 }) {
+                    self.something_happened();
                 }
             }
             // If the broker is away, its return is a wake. If it is there and confirms nothing, asking it again and again
             // would only make duplicates.
-            End::Unsettled if !self.outside.broker_open => {}
-            End::Unsettled | End::Panicked => self.rest(now),
+            End::Unsettled if !self.outside.broker_open => self.something_happened(),
+            End::Unsettled | End::Panicked => self.rest(now, RECONNECT),
             End::Refused { why, rest } => {
                 self.refused = Some((now, why));
-                self.looked_at = None;
-                self.something_happened();
+                self.want_look(now);
                 // What was sent before waits by itself, and must not keep others from showing that they can be finished.
                 if rest {
-                    self.rest(now);
+                    self.rest(now, FINISH);
                 }
             }
             End::Failed => self.failed(now),
         }
-        if let Queue::Waiting | Queue::Unknown { .. } = self.queue {
-            self.queue = Queue::Unknown { claimed: false };
+    }
+
+    fn want_look(&mut self, now: Moment) {
+        self.pace.outdate();
+        self.look_again(now);
+    }
+
+    /// The database did not do it.
+    fn failed(&mut self, now: Moment) {
+        self.pace.doubt();
+        self.rest(now, RECONNECT);
+    }
+
+    /// Tries nothing for a while, longer each time until a batch succeeds. What fails together fails for the same reason.
+    fn rest(&mut self, now: Moment, backoff: Backoff) {
+        self.something_happened();
+        let failures = self.rest.map_or(0, |rest| rest.failures);
+        if self.rests_until().is_none_or(|until| until <= now) {
+            self.rest = Some(Rest { failures: failures.saturating_add(1), until: now + backoff.delay(failures) });
         }
     }
 
     fn swept(&mut self, now: Moment, swept: Option<(Moment, Look)>) {
-        let known = self.pace.end(now, swept.is_some());
-        let (Some((asked_at, look)), Some(known)) = (swept, known) else { return };
-        let found = look.below.is_some();
-        self.mark.seen(&look, known);
-        self.mark.swept(look.below.filter(|below| below.go_back).map(|below| below.first), known);
-        // The loop may have looked meanwhile.
-        if self.looked_at.is_none_or(|looked_at| looked_at <= asked_at) {
+        let is_newest = self.pace.end(now, swept.is_some());
+        let Some((asked_at, look)) = swept else { return };
+        self.mark.swept(asked_at, &look);
+        if is_newest {
+            let (at, why) = self.look_at;
             self.note(asked_at, &look);
+            if why == Reason::Again {
+                self.look_again(at);
+            }
         }
-        match self.queue {
-            Queue::Waiting if found || look.outlook.due => self.queue = Queue::Expected(now),
-            Queue::Stuck { .. } if found => self.queue = Queue::Expected(now),
-            _ => {}
+        let is_news = look.below.is_some() || look.outlook.due && self.queue == (Queue::Waiting { tries: 0 });
+        if is_news && matches!(self.queue, Queue::Waiting { .. }) {
+            self.queue = Queue::Expected(now);
         }
     }
 }
 
-#[cfg(test)]
-mod model;
 #[cfg(test)]
 mod tests;

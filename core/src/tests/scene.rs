@@ -32,6 +32,7 @@ pub(super) fn look(now: Moment, due: bool, next_in: Option<Duration>) -> Look {
 }
 
 /// A core, and the moment.
+#[derive(Clone)]
 pub(super) struct Scene {
     pub(super) core: Core,
     pub(super) now: Moment,
@@ -107,7 +108,7 @@ impl Scene {
         loop {
             match self.next() {
                 Action::Look => self.looked(true, None),
-                Action::Sweep => self.swept(None),
+                Action::Sweep => self.happens(Event::Swept(Some((self.now, look(self.now, true, None))))),
                 Action::Claim(wanted) => {
                     assert_eq!(wanted.careful, self.core.refusal().is_some());
                     return;

@@ -35,99 +35,85 @@ pub struct Load {
     pub large: bool,
 }
 
-/// What a claim came to.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Came {
-    /// The database's time.
-    pub(super) at: OffsetDateTime,
-    /// More rows are due than were claimed.
-    pub(super) more: bool,
-    /// For how long the first of them had been due.
-    pub(super) behind: Duration,
+/// Rows that are due and were not claimed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+enum Backlog {
+    /// The last claim took all that nobody else had locked.
+    #[default]
+    None,
+    /// It did not.
+    More,
+    /// They have been due for so long that the newest have turns of their own: what became due before `since` has been claimed,
+    /// or is part of the backlog. `next` = they have not had their turn since the last of the oldest.
+    Long { since: OffsetDateTime, next: bool },
 }
 
 /// What the claims so far mean for the next one.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-#[expect(clippy::struct_excessive_bools, reason = "each may be so without the others")]
 pub(super) struct Turns {
-    /// Batches that are on their way.
-    lanes: usize,
-    more: bool,
-    /// There is a backlog: whatever became due before this has been claimed, or is part of it.
-    newest: Option<OffsetDateTime>,
-    /// The newest have not had their turn since the last of the oldest.
-    newest_next: bool,
-    newest_under_way: bool,
-    large_under_way: bool,
+    under_way: Vec<Load>,
+    backlog: Backlog,
 }
 
 impl Turns {
     /// Which rows are next.
     pub(super) fn next(&self) -> Turn {
-        match self.newest {
-            Some(since) if self.newest_next && !self.newest_under_way => Turn::Newest(since),
+        match self.backlog {
+            Backlog::Long { since, next: true } if !self.newest_under_way() => Turn::Newest(since),
             _ => Turn::Oldest,
         }
     }
 
     /// How many batches are on their way.
     pub(super) fn lanes(&self) -> usize {
-        self.lanes
+        self.under_way.len()
     }
 
     /// The lane of the newest, of which there is one, is busy.
     pub(super) fn newest_under_way(&self) -> bool {
-        self.newest_under_way
+        self.under_way.iter().any(|load| load.turn != Turn::Oldest)
     }
 
     /// A large row is on its way: there is memory for one, and the other lanes are for those that are not.
     pub(super) fn large_under_way(&self) -> bool {
-        self.large_under_way
+        self.under_way.iter().any(|load| load.large)
     }
 
     /// Rows are on their way.
     pub(super) fn under_way(&mut self, load: Load) {
-        self.lanes += 1;
-        self.newest_under_way |= load.turn != Turn::Oldest;
-        self.large_under_way |= load.large;
+        self.under_way.push(load);
     }
 
     /// They have arrived or not.
     pub(super) fn ended(&mut self, load: Load) {
-        self.lanes -= 1;
-        self.newest_under_way &= load.turn == Turn::Oldest;
-        self.large_under_way &= !load.large;
+        if let Some(place) = self.under_way.iter().position(|other| *other == load) {
+            self.under_way.remove(place);
+        }
     }
 
     /// At most so many rows.
     pub(super) fn limit(&self, turn: Turn) -> i64 {
-        if turn == Turn::Oldest && self.more { MANY } else { FEW }
+        if turn == Turn::Oldest && self.more() { MANY } else { FEW }
     }
 
     /// More rows are due than were claimed.
     pub(super) fn more(&self) -> bool {
-        self.more
+        self.backlog != Backlog::None
     }
 
-    /// Takes note of a claim.
-    pub(super) fn claimed(&mut self, turn: Turn, Came { at, more, behind }: Came) {
-        match turn {
-            Turn::Oldest => {
-                self.more = more;
-                if !more {
-                    self.newest = None;
-                } else if behind > BEHIND {
-                    self.newest.get_or_insert(at - behind.min(RECENT) + SPIKE);
-                }
-                self.newest_next = self.newest.is_some();
+    /// Takes note of a claim at `at`, by the database's clock. `behind` = there are more; the first has been due for so long.
+    pub(super) fn claimed(&mut self, turn: Turn, at: OffsetDateTime, behind: Option<Duration>) {
+        self.backlog = match (turn, behind, self.backlog) {
+            // A row that was written before `at` may be committed a little later. What is left of the newest, if they were too
+            // many, is part of the backlog from now on.
+            (Turn::Newest(_), ..) => Backlog::Long { since: at - BEHIND, next: false },
+            (Turn::Oldest, None, _) => Backlog::None,
+            (Turn::Oldest, Some(_), Backlog::Long { since, .. }) => Backlog::Long { since, next: true },
+            (Turn::Oldest, Some(behind), _) if behind > BEHIND => {
+                Backlog::Long { since: at - behind.min(RECENT) + SPIKE, next: true }
             }
-            Turn::Newest(_) => {
-                self.newest_next = false;
-                // A row that was written before `at` may be committed a little later. What is left of the newest, if they were too
-                // many, is part of the backlog from now on.
-                self.newest = Some(at - BEHIND);
-            }
-        }
+            (Turn::Oldest, Some(_), _) => Backlog::More,
+        };
     }
 }
 
@@ -143,8 +129,8 @@ mod tests {
         Load { turn, large: false }
     }
 
-    fn came(ms: i64, more: bool, behind_ms: u64) -> Came {
-        Came { at: at(ms), more, behind: Duration::from_millis(behind_ms) }
+    fn came(turns: &mut Turns, turn: Turn, ms: i64, more: bool, behind_ms: u64) {
+        turns.claimed(turn, at(ms), more.then_some(Duration::from_millis(behind_ms)));
     }
 
     #[test]
@@ -153,21 +139,21 @@ mod tests {
         for ms in 0..100 {
             assert_eq!(turns.next(), Turn::Oldest);
             assert_eq!(turns.limit(Turn::Oldest), FEW);
-            turns.claimed(Turn::Oldest, came(ms, false, 3));
+            came(&mut turns, Turn::Oldest, ms, false, 3);
         }
     }
 
     #[test]
     fn a_full_claim_makes_the_next_one_larger_and_not_yet_a_backlog() {
         let mut turns = Turns::default();
-        turns.claimed(Turn::Oldest, came(1_000, true, 50));
+        came(&mut turns, Turn::Oldest, 1_000, true, 50);
         assert_eq!((turns.next(), turns.limit(Turn::Oldest), turns.more()), (Turn::Oldest, MANY, true));
     }
 
     #[test]
     fn in_a_backlog_the_newest_take_turns_with_the_oldest_and_go_on_where_they_were() {
         let mut turns = Turns::default();
-        turns.claimed(Turn::Oldest, came(1_000, true, 70));
+        came(&mut turns, Turn::Oldest, 1_000, true, 70);
         turns.under_way(load(Turn::Newest(at(0))));
         turns.under_way(load(Turn::Oldest));
         assert_eq!(turns.next(), Turn::Oldest, "their lane is busy");
@@ -176,21 +162,21 @@ mod tests {
         turns.ended(load(Turn::Newest(at(0))));
         let newest = turns.next();
         assert_eq!((newest, turns.limit(newest)), (Turn::Newest(at(931)), FEW), "after the spike's own instant");
-        turns.claimed(newest, came(1_010, false, 20));
+        came(&mut turns, newest, 1_010, false, 20);
         assert_eq!(turns.next(), Turn::Oldest);
-        turns.claimed(Turn::Oldest, came(1_020, true, 90));
+        came(&mut turns, Turn::Oldest, 1_020, true, 90);
         assert_eq!(turns.next(), Turn::Newest(at(960)));
-        turns.claimed(Turn::Newest(at(960)), came(1_030, true, 40));
-        turns.claimed(Turn::Oldest, came(1_040, true, 110));
+        came(&mut turns, Turn::Newest(at(960)), 1_030, true, 40);
+        came(&mut turns, Turn::Oldest, 1_040, true, 110);
         assert_eq!(turns.next(), Turn::Newest(at(980)), "they were not all of them, and those are old by now");
-        turns.claimed(Turn::Oldest, came(1_050, false, 0));
+        came(&mut turns, Turn::Oldest, 1_050, false, 0);
         assert_eq!((turns.next(), turns.limit(Turn::Oldest)), (Turn::Oldest, FEW), "it is over");
     }
 
     #[test]
     fn of_a_backlog_that_is_hours_old_the_last_second_is_new() {
         let mut turns = Turns::default();
-        turns.claimed(Turn::Oldest, came(9_000_000, true, 7_200_000));
+        came(&mut turns, Turn::Oldest, 9_000_000, true, 7_200_000);
         assert_eq!(turns.next(), Turn::Newest(at(8_999_001)));
     }
 

@@ -1,10 +1,9 @@
 //! Decisions one by one: what the core does next, after what has happened.
 
+mod at_random;
+mod claims;
 mod scene;
 
-use proptest::prelude::*;
-
-use super::timers::LOOKS_APART;
 use super::*;
 use crate::queue::{Below, Promise};
 use scene::{OPEN, START, SWEEP, Scene, at, look, ms};
@@ -18,6 +17,8 @@ fn an_empty_queue_waits_for_the_sweep_which_is_the_look_as_well() {
         assert_eq!(scene.sleeps(), (SWEEP, Reason::Sweep));
         scene.now += SWEEP;
         assert_eq!(scene.next(), Action::Sweep);
+        scene.woken(Reason::Sweep);
+        assert_eq!(scene.sleeps(), (SWEEP, Reason::Sweep), "no look meanwhile");
         scene.swept(None);
     }
 }
@@ -31,6 +32,71 @@ fn a_sweep_that_is_dear_is_no_look() {
     scene.swept(None);
     scene.now += SWEEP;
     assert_eq!(scene.next(), Action::Look);
+    scene.now += Duration::from_mins(1);
+    assert_eq!(scene.next(), Action::Sweep);
+    assert_eq!(scene.next(), Action::Look, "it may take long again");
+}
+
+#[test]
+fn a_sweep_does_not_postpone_the_look_for_rows_that_are_locked() {
+    let mut scene = Scene::quiet();
+    scene.now += ms(4_950);
+    scene.woken(Reason::Notification);
+    scene.looked(true, None);
+    scene.claims();
+    scene.claimed(false, false, None);
+    assert_eq!(scene.next(), Action::Hold);
+    assert_eq!(scene.sleeps().0, ms(50));
+    scene.now += ms(50);
+    assert_eq!(scene.next(), Action::Sweep);
+    assert_eq!(scene.sleeps(), (ms(50), Reason::Again), "while it is under way");
+    scene.happens(Event::Swept(Some((scene.now, look(scene.now, true, None)))));
+    assert_eq!(scene.sleeps(), (ms(50), Reason::Again), "when it has ended");
+}
+
+#[test]
+fn a_sleep_is_never_so_short_that_the_loop_would_turn_as_fast_as_it_can() {
+    let mut scene = Scene::quiet();
+    scene.woken(Reason::Notification);
+    scene.looked(false, Some(HEAD_START + Duration::from_micros(10)));
+    assert_eq!(scene.sleeps(), (SHORTEST, Reason::Due));
+}
+
+#[test]
+fn in_a_backlog_there_is_one_lane_more_for_the_newest() {
+    let mut scene = Scene::quiet();
+    scene.woken(Reason::Notification);
+    scene.looked(true, None);
+    let mut turns = Vec::new();
+    while let Action::Claim(wanted) = scene.next() {
+        turns.push(wanted.turn != Turn::Oldest);
+        scene.happens(Event::Claimed(Claimed {
+            turn: wanted.turn,
+            asked_at: scene.now,
+            begin: Duration::ZERO,
+            at: at(scene.now),
+            outlook: Outlook { due: true, next_in: None },
+            behind: ms(100),
+            rows: Some(Batch { xid: 1, large: false }),
+        }));
+    }
+    assert_eq!(turns, [false, true, false, false]);
+}
+
+#[test]
+fn while_all_lanes_are_busy_it_looks_every_now_and_then() {
+    let mut scene = Scene::quiet();
+    scene.woken(Reason::Notification);
+    scene.looked(true, None);
+    for _ in 0..LANES {
+        scene.claims();
+        scene.claimed(true, true, None);
+    }
+    assert!(matches!(scene.next(), Action::Sleep(..)));
+    scene.now += ms(100);
+    assert_eq!(scene.next(), Action::Look);
+    scene.looked(true, None);
+    assert!(matches!(scene.next(), Action::Sleep(..)));
 }
 
 #[test]
@@ -128,8 +194,7 @@ fn where_notifications_were_about_due_rows_the_next_is_followed_by_a_claim_and_n
     scene.claimed(true, false, None);
     scene.now += ms(60);
     scene.ended(ALL_LEFT);
-    assert_eq!(scene.next(), Action::Look);
-    scene.looked(false, None);
+    assert_eq!(scene.sleeps(), (ms(40), Reason::Again), "no look is in the way of the next");
     scene.woken(Reason::Notification);
     assert_eq!(scene.claims(), scene.now);
     scene.claimed(false, false, None);
@@ -233,12 +298,32 @@ fn while_postgresql_refuses_to_finish_rows_one_is_tried_ever_less_often() {
 }
 
 #[test]
+fn a_refusal_is_forgotten_when_nothing_was_due_for_a_minute_whether_a_look_says_so_or_a_sweep() {
+    for look in [true, false] {
+        let mut scene = Scene::quiet();
+        scene.ended(End::Refused { why: "disk full".to_owned(), rest: false });
+        for seconds in if look { [1, 59, 1] } else { [1, 58, 2] } {
+            scene.now += Duration::from_secs(seconds);
+            assert_eq!(scene.core.refusal(), Some("disk full"));
+            // What was refused may be due later: a look is wanted.
+            scene.looked(false, None);
+            if look {
+                continue;
+            }
+            scene.now += ms(1);
+            scene.swept(None);
+        }
+        assert_eq!(scene.core.refusal(), None);
+    }
+}
+
+#[test]
 fn after_a_doubt_about_the_connections_the_mark_is_given_up_and_a_sweep_is_due_within_a_second() {
     let mut scene = Scene::quiet();
-    assert!(scene.core.mark().is_some());
+    assert!(scene.core.mark().is_some() && scene.core.is_swept());
     let doubted = Outside { doubt: 1, ..OPEN };
     assert!(matches!(scene.core.next(scene.now, doubted), Action::Sleep(..)));
-    assert_eq!(scene.core.mark(), None);
+    assert!(scene.core.mark().is_none() && !scene.core.is_swept());
     scene.now += Duration::from_secs(1);
     assert_eq!(scene.core.next(scene.now, doubted), Action::Look);
     scene.looked(false, None);
@@ -260,7 +345,7 @@ fn rows_that_a_delivery_let_go_of_before_the_look_that_follows_a_claim_are_claim
     let mut scene = Scene::quiet();
     scene.woken(Reason::Notification);
     scene.looked(true, None);
-    scene.now += LOOKS_APART;
+    scene.now += ms(50);
     scene.claims();
     scene.claimed(true, false, None);
     scene.ended(End::Unsettled);
@@ -281,61 +366,4 @@ fn what_a_sweep_finds_below_the_mark_is_claimed_from_there_on() {
     scene.swept(Some(Below { first, rows: 1, go_back: true }));
     let Action::Claim(wanted) = scene.next() else { panic!("it does not claim") };
     assert_eq!(wanted.since, Some(first));
-}
-
-/// What may happen, and how long after the last.
-fn happening() -> impl Strategy<Value = (u64, u8, bool, bool, Option<u64>)> {
-    (0..3_000_u64, 0..10_u8, any::<bool>(), any::<bool>(), proptest::option::of(0..20_000_u64))
-}
-
-proptest! {
-    #[test]
-    fn whatever_happens_it_never_turns_without_waiting_and_never_sleeps_longer_than_the_sweep(
-        happenings in prop::collection::vec(happening(), 1..60),
-    ) {
-        let mut scene = Scene { core: Core::new(SWEEP), now: START };
-        let (mut lanes, mut hold, mut release, mut sweep) = (0, false, false, false);
-        for (pass, what, first, second, next_in) in happenings {
-            let (mut turns, begun) = (0, scene.now);
-            let until = loop {
-                turns += 1;
-                let passed = scene.now.saturating_sub(begun);
-                prop_assert!(turns < 12 || passed > turns * SHORTEST / 3, "it turns without waiting: {:?}", scene.core);
-                let next_in = next_in.filter(|_| turns < 30).map(ms);
-                match scene.next() {
-                    Action::Look => scene.looked(first && lanes == 0, next_in),
-                    Action::Claim(wanted) => {
-                        // What is due can be claimed, or others have it.
-                        scene.now = scene.now.max(wanted.not_before);
-                        lanes += usize::from(second);
-                        scene.claimed(second, false, next_in);
-                    }
-                    Action::Hold => hold = true,
-                    Action::Release(_) => release = true,
-                    Action::Sweep => sweep = true,
-                    Action::Sleep(until, _) => break until,
-                }
-            };
-            prop_assert!(until > scene.now && until.saturating_sub(scene.now) <= Duration::from_secs(30));
-            prop_assert!(scene.core.rest.is_some() || until.saturating_sub(scene.now) <= SWEEP, "{:?}", scene.core);
-            scene.now = (scene.now + ms(pass)).min(until);
-            match what {
-                0 => scene.woken(Reason::Notification),
-                1 => scene.woken(Reason::Broker),
-                2 | 3 if lanes > 0 => {
-                    lanes -= 1;
-                    scene.ended(End::Settled { some_left: first, some_stay: second });
-                }
-                4 if lanes > 0 => {
-                    lanes -= 1;
-                    scene.ended(if first { End::Unsettled } else { End::Failed });
-                }
-                5 if std::mem::take(&mut hold) => scene.happens(Event::Held(first)),
-                6 if std::mem::take(&mut release) => scene.happens(Event::Released),
-                7 if std::mem::take(&mut sweep) => scene.swept(None),
-                8 => scene.happens(Event::Failed(Work::Asking)),
-                _ => {}
-            }
-        }
-    }
 }

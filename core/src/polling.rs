@@ -23,32 +23,25 @@ const FAR: Duration = Duration::from_secs(2);
 /// Whether to look again without being notified, by the looks so far.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Polling {
-    /// The promise that is over.
-    over: Option<OffsetDateTime>,
-    /// Transactions below this number may have been silent.
-    silent_below: i64,
-    every: Option<Duration>,
+    /// The promise that is over, and the number below which transactions may have been silent.
+    over: Option<(OffsetDateTime, i64)>,
 }
 
 impl Polling {
-    /// The longest time until the next look; `None` = no promise is open.
-    pub(super) fn every(&self) -> Option<Duration> {
-        self.every
-    }
-
-    /// Takes note of a look.
-    pub(super) fn looked(&mut self, &Look { at, oldest_xid, promise: Promise { until, next_xid }, .. }: &Look) {
-        if at < until && until - at < FAR {
-            (self.over, self.every) = (None, Some(EVERY));
-            return;
+    /// Takes note of a look. The longest time until the next; `None` = no promise is open.
+    pub(super) fn looked(
+        &mut self,
+        &Look { at, oldest_xid, promise: Promise { until, next_xid }, .. }: &Look,
+    ) -> Option<Duration> {
+        if at < until {
+            self.over = None;
+            return (until - at <= FAR).then_some(EVERY);
         }
-        if self.over.replace(until) == Some(until) {
-            // Ever less often: a row is not found later, after its commit, than its transaction was open.
-            self.every = self.every.map(|every| every * 2);
-        } else {
-            (self.silent_below, self.every) = (next_xid, Some(EVERY));
-        }
-        self.every = self.every.filter(|every| oldest_xid < self.silent_below && *every < PATIENCE);
+        let known = self.over.filter(|(over, _)| *over == until);
+        let (_, silent_below) = *self.over.insert(known.unwrap_or((until, next_xid)));
+        // Ever less often: a row is not found later, after its commit, than its transaction was open.
+        let every = EVERY.max(Duration::try_from(at - until).unwrap_or(Duration::MAX));
+        (oldest_xid < silent_below && every < PATIENCE).then_some(every)
     }
 }
 
@@ -81,15 +74,16 @@ mod tests {
     fn it_looks_for_as_long_as_was_promised_and_until_all_who_were_silent_have_ended() {
         let mut polling = Polling::default();
         let mut looked = |ms, oldest_xid, next_xid| {
-            polling.looked(&look(ms, 1_000, oldest_xid, next_xid));
-            polling.every().map(|after| after.as_millis())
+            polling.looked(&look(ms, 1_000, oldest_xid, next_xid)).map(|after| after.as_millis())
         };
         assert_eq!(looked(0, 5, 10), Some(5));
         assert_eq!(looked(995, 5, 10), Some(5));
         assert_eq!(looked(1_000, 5, 12), Some(5));
-        assert_eq!(looked(1_005, 11, 20), Some(10), "11 may have been silent");
-        assert_eq!(looked(1_015, 11, 30), Some(20));
-        assert_eq!(looked(1_035, 12, 30), None);
+        assert_eq!(looked(1_005, 11, 20), Some(5), "11 may have been silent");
+        for _ in 0..100 {
+            assert_eq!(looked(1_010, 11, 30), Some(10), "however often it looks for other reasons");
+        }
+        assert_eq!(looked(1_020, 12, 30), None);
         for look in 0..100 {
             assert_eq!(looked(2_000 + look, 12, 40), None);
         }
@@ -98,28 +92,28 @@ mod tests {
     #[test]
     fn a_transaction_that_does_not_end_is_left_to_the_sweep() {
         let mut polling = Polling::default();
-        let look = look(5_000, 1_000, 3, 9);
+        let mut ms = 1_000;
         let waits = std::iter::from_fn(|| {
-            polling.looked(&look);
-            polling.every()
+            let every = polling.looked(&look(ms, 1_000, 3, 9))?;
+            let wait = i64::try_from(every.as_millis()).expect("short");
+            ms += wait;
+            Some(wait)
         });
-        assert_eq!(
-            waits.map(|wait| wait.as_millis()).collect::<Vec<_>>(),
-            [5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560]
-        );
+        assert_eq!(waits.collect::<Vec<_>>(), [5, 5, 10, 20, 40, 80, 160, 320, 640, 1_280, 2_560]);
     }
 
     #[test]
     fn a_promise_of_a_clock_that_was_set_back_is_none() {
         let mut polling = Polling::default();
-        polling.looked(&look(0, 3_600_000, 9, 9));
-        assert_eq!(polling.every(), None);
+        assert_eq!(polling.looked(&look(0, 3_600_000, 9, 9)), None);
+        assert_eq!(polling.looked(&look(0, 2_001, 9, 9)), None);
+        assert_eq!(polling.looked(&look(0, 2_000, 9, 9)), Some(EVERY), "as for the trigger");
     }
 
     proptest! {
         /// Writers take a number, are silent if they find a promise, and commit some time later.
         #[test]
-        fn whoever_was_silent_is_seen_soon_after_the_commit(
+        fn a_row_of_a_silent_transaction_is_seen_soon_after_the_commit(
             writers in proptest::collection::vec((0..4_000_i64, 0..200_i64, 0..2_000_i64), 1..40),
             promises in proptest::collection::vec(0..3_000_i64, 1..4),
         ) {
@@ -135,8 +129,8 @@ mod tests {
                 let running = writers.iter().filter(|(began, ..)| *began <= next);
                 let oldest = running.filter(|(began, thought, open)| began + thought + open > next).map(|(began, ..)| number(*began)).min();
                 let next_xid = number(next + 1);
-                polling.looked(&look(next, promised(next), oldest.unwrap_or(next_xid), next_xid));
-                let after = polling.every().map(|after| i64::try_from(after.as_millis()).expect("short"));
+                let every = polling.looked(&look(next, promised(next), oldest.unwrap_or(next_xid), next_xid));
+                let after = every.map(|after| i64::try_from(after.as_millis()).expect("short"));
                 // A promise wakes, whoever made it.
                 let woken = promises.iter().copied().filter(|made| *made > next).min();
                 next = after.map(|after| next + after).into_iter().chain(woken).min().unwrap_or(i64::MAX);
