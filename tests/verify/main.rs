@@ -1,6 +1,9 @@
 //! `cargo verify`: sets up what the tests need, runs the rig for a while, and passes the tests, on servers that all of them
 //! share. What is given after `--` goes to the tests, a part of a name for instance; then there is no rig.
 //!
+//! `cargo verify -- model`: the model of the scheduler's core alone (`core/README.md`), which needs no server; with `--seed N
+//! --steps M`, so many steps of large worlds; with `--mutants`, faults that it must name.
+//!
 //! `cargo verify -- newest`: the tests of behaviour alone, on PostgreSQL and RabbitMQ out of Docker images. What is given behind
 //! it goes to them.
 
@@ -23,6 +26,9 @@ fn main() -> ExitCode {
 
 fn verify() -> anyhow::Result<bool> {
     let mut words = std::env::args().skip(1).peekable();
+    if words.next_if_eq("model").is_some() {
+        return model(words);
+    }
     let newest = words.next_if_eq("newest").is_some();
     if newest {
         image::unpack()?;
@@ -47,6 +53,9 @@ fn verify() -> anyhow::Result<bool> {
         return Ok(tests.status().context("could not run cargo test")?.success());
     }
     if words.peek().is_none() {
+        if !model(std::iter::empty())? {
+            return Ok(false);
+        }
         eprintln!("breaking things for a while ...");
         let rig = Command::new(&cargo)
             .args(["run", "--package", "tidings-tests", "--bin", "rig", "--"])
@@ -64,4 +73,16 @@ fn verify() -> anyhow::Result<bool> {
     let (name, ports) = servers.environment();
     tests.args(["--workspace", "--"]).args(words).env(name, ports);
     Ok(tests.status().context("could not run cargo test")?.success())
+}
+
+/// Whether the model of the scheduler's core finds nothing wrong.
+fn model(words: impl Iterator<Item = String>) -> anyhow::Result<bool> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let model = Command::new(cargo)
+        .args(["run", "--package", "tidings-model", "--"])
+        .args(words)
+        .current_dir(repository())
+        .status()
+        .context("could not run the model")?;
+    Ok(model.success())
 }
