@@ -1,6 +1,7 @@
 //! The behaviour of Tidings, against real servers. One file per area; the names are what users may rely on.
 
 mod allowed;
+mod assumptions;
 mod author;
 mod breaker;
 mod by_hand;

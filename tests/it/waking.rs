@@ -247,29 +247,19 @@ async fn with_many_rows_pending_every_look_and_claim_uses_the_index() {
 }
 
 #[tokio::test]
-async fn a_due_row_that_somebody_else_has_locked_is_asked_for_ever_less_often_and_not_as_fast_as_can_be() {
+async fn a_due_row_that_somebody_else_has_locked_delays_no_other_and_is_delivered_when_it_is_let_go() {
     let world = World::with(&["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
     let id: uuid::Uuid =
         world.value(r#"SELECT tidings.schedule('message', now(), '{"routing_key":"a","body":1}')"#).await;
     let mut locked = world.db.begin().await.expect("a transaction");
     sqlx::query("SELECT FROM tidings.schedules FOR UPDATE").execute(&mut *locked).await.expect("locked");
-    let transactions = "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = current_database()";
-    let before: i64 = world.value(transactions).await;
-    let daemon = world.daemon().await;
+    let _daemon = world.daemon().await;
 
-    // Long enough for thousands.
-    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
-    // Another row is not delayed by what has been waited for in vain.
     world.sql(&row("other", "now()")).await;
     assert_eq!(inbox.next().await.text(), "other");
     locked.rollback().await.expect("let go");
     assert_eq!(inbox.next().await.id(), id);
-
-    // A session hands in its statistics at its end at the latest.
-    assert!(daemon.stop().await.success());
-    let after: i64 = world.value(transactions).await;
-    assert!(after - before < 300, "{}", after - before);
 }
 
 /// What a link takes in each direction.
