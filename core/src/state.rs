@@ -33,7 +33,7 @@ impl<T> Beside<T> {
         }
     }
 
-    /// What is wanted; it is under way now.
+    /// Takes what is wanted, and marks the work as under way.
     pub(super) fn begin(&mut self) -> Option<T> {
         match std::mem::replace(self, Self::UnderWay) {
             Self::Wanted(what) => Some(what),

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use tidings_core::backoff::RECONNECT;
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -27,7 +28,6 @@ use crate::scheduler::Scheduler;
 use crate::store::{SchemaError, Store};
 use crate::telemetry;
 use crate::wake::Wake;
-use tidings_core::backoff::RECONNECT;
 
 /// How often old history is removed.
 const RETENTION_INTERVAL: Duration = Duration::from_hours(1);

@@ -8,6 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use tidings_core::backoff::RECONNECT;
+use tidings_core::reason::Reason;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -18,8 +20,6 @@ use crate::flood::Flood;
 use crate::health::Health;
 use crate::store::{Store, StoreError, announce, promise_to_poll, withdraw};
 use crate::wake::Wake;
-use tidings_core::backoff::RECONNECT;
-use tidings_core::reason::Reason;
 
 /// The channel of the triggers in `migrations/0003_triggers.sql`.
 const CHANNEL: &str = "tidings";

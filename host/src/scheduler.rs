@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
+use tidings_core::reason::Reason;
 use tidings_core::{Action, Batch, Claimed, Core, End, Event, Load, Moment, Outside, Wanted, Work};
 use time::OffsetDateTime;
 use tokio::task::JoinSet;
@@ -24,7 +25,6 @@ use crate::store::{self, Store, StoreError};
 use crate::telemetry::{count_wakes, note_next_due};
 use crate::unfinished::Unfinished;
 use crate::wake::Wake;
-use tidings_core::reason::Reason;
 
 /// What [`Health::trouble`] is about while PostgreSQL refuses to finish rows.
 const FINISHING: &str = "finishing rows";

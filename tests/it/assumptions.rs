@@ -3,9 +3,10 @@
 //! `what_was_due_long_before_the_start_or_before_a_doubt_is_found_at_once` in `low_water.rs`.
 
 use harness::world::World;
-use sqlx::postgres::PgListener;
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection, Row as _};
 use time::OffsetDateTime;
+
+use crate::polling::{listener, notifications, promise};
 
 /// A row that is due.
 const ROW: &str = "INSERT INTO tidings.schedules (kind, due_at, payload) VALUES ('message', now() - interval '1 hour', '{}') RETURNING slot_at";
@@ -31,22 +32,6 @@ async fn run(session: &mut PgConnection, sql: &str) {
         .execute(session)
         .await
         .unwrap_or_else(|error| panic!("{sql}: {error}"));
-}
-
-/// Notifications until one of our own, which comes after all that were sent before.
-async fn notifications(world: &World, listener: &mut PgListener) -> usize {
-    world.sql("NOTIFY tidings, 'the end'").await;
-    let mut count = 0;
-    while listener.recv().await.expect("a notification").payload() != "the end" {
-        count += 1;
-    }
-    count
-}
-
-async fn listener(world: &World) -> PgListener {
-    let mut listener = PgListener::connect_with(&world.db).await.expect("a listener");
-    listener.listen("tidings").await.expect("listening");
-    listener
 }
 
 #[tokio::test]
@@ -146,11 +131,6 @@ async fn a_notification_is_sent_at_the_commit_to_all_who_listen_then() {
 async fn a_trigger_that_finds_a_promise_is_silent_and_one_that_finds_none_is_not() {
     let world = World::empty().await;
     let mut listener = listener(&world).await;
-    let promise = |ahead: &str| {
-        format!(
-            "SELECT setval('tidings.polling_until', (extract(epoch FROM clock_timestamp() + interval '{ahead}') * 1e6)::bigint)"
-        )
-    };
     for (ahead, notified) in [("1 s", 0), ("-1 ms", 1), ("1 hour", 1)] {
         world.sql(&promise(ahead)).await;
         world.sql(ROW).await;

@@ -17,7 +17,7 @@ const PROMISED: &str = "SELECT to_timestamp(last_value / 1e6::float8) > clock_ti
 const ALL_DELIVERED: &str = "SELECT NOT EXISTS (SELECT FROM tidings.schedules)";
 
 /// Counts notifications until `the end`, which comes after all others.
-async fn notifications(world: &World, listener: &mut PgListener) -> usize {
+pub(crate) async fn notifications(world: &World, listener: &mut PgListener) -> usize {
     world.sql("NOTIFY tidings, 'the end'").await;
     let mut notified = 0;
     while listener.recv().await.expect("a notification").payload() != "the end" {
@@ -26,14 +26,14 @@ async fn notifications(world: &World, listener: &mut PgListener) -> usize {
     notified
 }
 
-async fn listener(world: &World) -> PgListener {
+pub(crate) async fn listener(world: &World) -> PgListener {
     let mut listener = PgListener::connect_with(&world.db).await.expect("a listener");
     listener.listen("tidings").await.expect("listening");
     listener
 }
 
 /// Promises to look by ourselves.
-fn promise(ahead: &str) -> String {
+pub(crate) fn promise(ahead: &str) -> String {
     format!(
         "SELECT setval('tidings.polling_until', (extract(epoch FROM clock_timestamp() + interval '{ahead}') * 1e6)::bigint)"
     )

@@ -322,7 +322,7 @@ impl Daemon {
         false
     }
 
-    /// PostgreSQL ends all its sessions but the one that listens: what is under way fails, and is rolled back.
+    /// PostgreSQL ends all its sessions but the one that listens: its statements fail, and its transactions are rolled back.
     pub(super) fn fail(&mut self, now: u64, server: &mut Server) {
         let Some(life) = &mut self.life else { return };
         life.outside.doubt += 1;

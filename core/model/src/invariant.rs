@@ -43,7 +43,7 @@ impl fmt::Display for Invariant {
             Self::Twice => "no row is settled twice",
             Self::Early => "nothing is claimed before it is due",
             Self::Rest => {
-                "once faults end, what is due is claimed within the sweep, and what is held and served is released"
+                "once faults end, each due row is claimed within a sweep, and each held row is released that a daemon serves"
             }
             Self::Idle => "while nothing happens, hardly anything is asked, and no failure is remembered",
         })

@@ -27,7 +27,7 @@ struct Arguments {
     /// The steps of all large worlds together; with it the small worlds are left out.
     #[arg(long)]
     steps: Option<u64>,
-    /// What is wrong is not shrunk to the fewest steps.
+    /// Does not shrink a failing world to the fewest steps.
     #[arg(long)]
     brief: bool,
     /// Prints the life of one row, as the core sees it, and nothing else.

@@ -1,4 +1,5 @@
-//! Large worlds at random: hundreds of steps, several daemons, every fault. What is wrong is shrunk to the fewest steps.
+//! Large worlds at random: hundreds of steps, several daemons, every fault. If an invariant fails, proptest shrinks the
+//! world to the fewest steps that break it.
 
 use std::cell::Cell;
 

@@ -10,6 +10,8 @@ use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
 use lapin::tcp::{AMQPUriTcpExt as _, AsyncTcpStream};
 use lapin::uri::AMQPUri;
 use lapin::{Connection, ConnectionProperties, Event};
+use tidings_core::backoff::RECONNECT;
+use tidings_core::reason::Reason;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -17,8 +19,6 @@ use super::sieve::{Bodies, Sieve, SievingReactor};
 use super::{Broker, BrokerError, CLOSE_DEADLINE, CONNECT_DEADLINE, PUBLISHING};
 use crate::backoff::jittered;
 use crate::trust;
-use tidings_core::backoff::RECONNECT;
-use tidings_core::reason::Reason;
 
 impl Broker {
     /// Connects as often as it takes, and keeps the connection until `shutdown`. `ready` is called at the first.

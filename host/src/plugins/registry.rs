@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex};
 
 use arc_swap::ArcSwap;
 use futures_util::StreamExt as _;
+use tidings_core::reason::Reason;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
@@ -29,7 +30,6 @@ use super::state::{Memory, StateDir};
 use crate::health::Health;
 use crate::telemetry::{Reload, count_reload, serve};
 use crate::wake::Wake;
-use tidings_core::reason::Reason;
 
 use loading::Prepared;
 

@@ -8,12 +8,12 @@ use std::time::Duration;
 
 use notify::event::{AccessKind, AccessMode};
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher as _};
+use tidings_core::reason::Reason;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::registry::Registry;
 use crate::wake::Wake;
-use tidings_core::reason::Reason;
 
 /// How often the directory is looked at without a hint.
 const RESCAN: Duration = Duration::from_secs(5);

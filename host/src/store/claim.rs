@@ -5,13 +5,13 @@
 
 use std::time::Duration;
 
+use tidings_core::queue::Outlook;
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
 use super::{Connection, Store, StoreError};
 use crate::clock::DatabaseClock;
 use crate::schedule::Schedule;
-use tidings_core::queue::Outlook;
 
 /// The payloads of one claim have at most this many bytes together, as JSON text, or it is a single row. Several claims are on
 /// their way at once, and each holds its payloads, their bodies and the frames of these.

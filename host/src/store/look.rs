@@ -3,11 +3,11 @@
 
 use std::time::Duration;
 
+use tidings_core::queue::{Below, Look, Outlook, Promise};
 use time::OffsetDateTime;
 
 use super::sweep::BACKLOG;
 use super::{Connection, Store, StoreError};
-use tidings_core::queue::{Below, Look, Outlook, Promise};
 
 impl Store {
     /// Looks at the head of the queue, from the low-water mark on, in one statement and no transaction. It must begin after the

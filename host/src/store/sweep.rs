@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
+use tidings_core::queue::Look;
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
 use super::{Store, StoreError};
-use tidings_core::queue::Look;
 
 /// So many rows below the mark are a backlog: claims that go back there are full, and step over little for each row.
 pub(super) const BACKLOG: i64 = 1_000;

@@ -12,12 +12,12 @@ use metrics::{
 };
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use metrics_process::Collector;
+use tidings_core::reason::{Reason, Reasons};
 use tokio_util::sync::CancellationToken;
 
 use super::{hour, kinds};
 use crate::dead_letter::Tally;
 use crate::store::Backlog;
-use tidings_core::reason::{Reason, Reasons};
 
 pub use serving::{Serving, set_serving};
 

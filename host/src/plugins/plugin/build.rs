@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use tidings_core::reason::Reason;
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -17,7 +18,6 @@ use crate::plugins::breaker::{Admission, BreakerState, Failure};
 use crate::plugins::instance::{CallError, Instance, Used};
 use crate::schedule::Schedule;
 use crate::telemetry::CallResult;
-use tidings_core::reason::Reason;
 
 /// As much of what a failed call said is remembered, in characters.
 const SHOWN: usize = 1_000;
