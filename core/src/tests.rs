@@ -43,8 +43,7 @@ fn a_sweep_does_not_postpone_the_look_for_rows_that_are_locked() {
     scene.now += ms(4_950);
     scene.woken(Reason::Notification);
     scene.looked(true, None);
-    scene.claims();
-    scene.claimed(false, false, None);
+    scene.claims_nothing();
     assert_eq!(scene.next(), Action::Hold);
     assert_eq!(scene.sleeps().0, ms(50));
     scene.now += ms(50);
@@ -64,9 +63,7 @@ fn a_sleep_is_never_so_short_that_the_loop_would_turn_as_fast_as_it_can() {
 
 #[test]
 fn in_a_backlog_there_is_one_lane_more_for_the_newest() {
-    let mut scene = Scene::quiet();
-    scene.woken(Reason::Notification);
-    scene.looked(true, None);
+    let mut scene = Scene::with_due_rows();
     let mut turns = Vec::new();
     while let Action::Claim(wanted) = scene.next() {
         turns.push(wanted.turn != Turn::Oldest);
@@ -85,9 +82,7 @@ fn in_a_backlog_there_is_one_lane_more_for_the_newest() {
 
 #[test]
 fn while_all_lanes_are_busy_it_looks_every_now_and_then() {
-    let mut scene = Scene::quiet();
-    scene.woken(Reason::Notification);
-    scene.looked(true, None);
+    let mut scene = Scene::with_due_rows();
     for _ in 0..LANES {
         scene.claims();
         scene.claimed(true, true, None);
@@ -151,8 +146,7 @@ fn due_rows_that_others_hold_are_asked_for_ever_less_often_until_something_happe
     assert_eq!(waits, [100, 200, 400, 800, 1_000, 1_000]);
     scene.woken(Reason::Notification);
     scene.looked(true, None);
-    scene.claims();
-    scene.claimed(false, false, None);
+    scene.claims_nothing();
     assert_eq!(scene.next(), Action::Hold);
     assert_eq!(scene.sleeps().0, ms(100), "it begins anew");
 }
@@ -162,8 +156,7 @@ fn rows_that_others_hold_do_not_hide_the_next_one() {
     let mut scene = Scene::quiet();
     scene.woken(Reason::Notification);
     scene.looked(true, Some(ms(7)));
-    scene.claims();
-    scene.claimed(false, false, None);
+    scene.claims_nothing();
     assert_eq!(scene.next(), Action::Hold);
     assert_eq!(scene.sleeps(), (ms(7).saturating_sub(HEAD_START), Reason::Due));
 }
@@ -187,9 +180,7 @@ fn the_head_start_is_what_transactions_take_to_begin_but_for_one_that_was_slow_b
 
 #[test]
 fn where_notifications_were_about_due_rows_the_next_is_followed_by_a_claim_and_not_by_a_look() {
-    let mut scene = Scene::quiet();
-    scene.woken(Reason::Notification);
-    scene.looked(true, None);
+    let mut scene = Scene::with_due_rows();
     scene.claims();
     scene.claimed(true, false, None);
     scene.now += ms(60);
@@ -206,9 +197,7 @@ fn where_notifications_were_about_due_rows_the_next_is_followed_by_a_claim_and_n
 
 #[test]
 fn while_there_is_more_it_claims_for_every_lane_and_again_at_the_end_of_each() {
-    let mut scene = Scene::quiet();
-    scene.woken(Reason::Notification);
-    scene.looked(true, None);
+    let mut scene = Scene::with_due_rows();
     for _ in 0..LANES {
         scene.claims();
         scene.claimed(true, true, None);
@@ -230,11 +219,8 @@ fn while_the_broker_is_away_nothing_is_claimed_and_at_its_return_it_looks() {
 
 #[test]
 fn no_row_is_held_before_all_kinds_are_known() {
-    let mut scene = Scene::quiet();
-    scene.woken(Reason::Notification);
-    scene.looked(true, None);
-    scene.claims();
-    scene.claimed(false, false, None);
+    let mut scene = Scene::with_due_rows();
+    scene.claims_nothing();
     let starting = Outside { knows_kinds: false, ..OPEN };
     assert!(matches!(scene.core.next(scene.now, starting), Action::Sleep(..)));
     scene.woken(Reason::Plugins);
@@ -342,9 +328,7 @@ fn while_triggers_are_silent_it_looks_again_within_milliseconds() {
 
 #[test]
 fn rows_that_a_delivery_let_go_of_before_the_look_that_follows_a_claim_are_claimed_again() {
-    let mut scene = Scene::quiet();
-    scene.woken(Reason::Notification);
-    scene.looked(true, None);
+    let mut scene = Scene::with_due_rows();
     scene.now += ms(50);
     scene.claims();
     scene.claimed(true, false, None);

@@ -21,7 +21,7 @@ struct Mutant {
     caught_by: &'static [Invariant],
 }
 
-use Invariant::{Asleep, Away, Idle, Lanes, Mark, Rest, Turns};
+use Invariant::{Asleep, Away, Early, Idle, Lanes, Mark, Rest, Turns, Twice};
 
 const MUTANTS: &[Mutant] = &[
     Mutant {
@@ -198,6 +198,20 @@ const MUTANTS: &[Mutant] = &[
         from: "(None, _) => Queue::Unknown { notified: true },",
         to: "(None, _) => Queue::Waiting { tries: 0 },",
         caught_by: &[Asleep],
+    },
+    Mutant {
+        name: "a claim takes rows that will be due in a moment",
+        file: "model/src/server.rs",
+        from: "row.place == Place::Waits && row.slot <= self.now(now)",
+        to: "row.place == Place::Waits && row.slot <= self.now(now) + 2",
+        caught_by: &[Early],
+    },
+    Mutant {
+        name: "a claim takes rows that another has settled since its snapshot",
+        file: "model/src/server.rs",
+        from: "row.place == Place::Waits && row.slot <= self.now(now)",
+        to: "matches!(row.place, Place::Waits | Place::Done) && row.slot <= self.now(now)",
+        caught_by: &[Twice],
     },
 ];
 

@@ -25,9 +25,7 @@ fn a_row_that_is_not_quite_due_by_the_clock_of_the_database_is_claimed_again_at_
 
 #[test]
 fn a_claim_tells_when_the_next_row_is_due() {
-    let mut scene = Scene::quiet();
-    scene.woken(Reason::Notification);
-    scene.looked(true, None);
+    let mut scene = Scene::with_due_rows();
     scene.claims();
     scene.claimed(true, false, Some(ms(7)));
     assert_eq!(scene.sleeps(), (ms(7).saturating_sub(HEAD_START), Reason::Due));

@@ -49,6 +49,14 @@ impl Scene {
         scene
     }
 
+    /// The same daemon, which was then notified, and sees rows that are due.
+    pub(super) fn with_due_rows() -> Self {
+        let mut scene = Self::quiet();
+        scene.woken(Reason::Notification);
+        scene.looked(true, None);
+        scene
+    }
+
     pub(super) fn next(&mut self) -> Action {
         self.core.next(self.now, OPEN)
     }
@@ -101,6 +109,12 @@ impl Scene {
             Action::Claim(wanted) => wanted.not_before,
             other => panic!("{other:?}"),
         }
+    }
+
+    /// It claims, and gets nothing.
+    pub(super) fn claims_nothing(&mut self) {
+        self.claims();
+        self.claimed(false, false, None);
     }
 
     /// Until it claims, with care if PostgreSQL refuses.
