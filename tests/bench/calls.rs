@@ -6,9 +6,9 @@ use std::time::Instant;
 
 use harness::build;
 use harness::world::World;
-use tidings::clock::DatabaseClock;
+use tidings::model::clock::DatabaseClock;
+use tidings::model::schedule::Schedule;
 use tidings::plugins::{Engine, Metering, Plugin, PluginSet};
-use tidings::schedule::Schedule;
 use time::OffsetDateTime;
 use uuid::Uuid;
 

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, bail, ensure};
-use harness::PATIENCE;
-use harness::consumer::{Broker, Inbox, Received};
 use lapin::options::{BasicAckOptions, QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable};
+use testkit::PATIENCE;
+use testkit::consumer::{Broker, Inbox, Received};
 
 use crate::Announced;
 

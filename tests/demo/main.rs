@@ -14,11 +14,12 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{bail, ensure};
-use harness::consumer::Broker;
-use harness::daemon::{Daemon, Launch};
-use harness::servers::Servers;
-use harness::{build, world};
 use sqlx::PgConnection;
+use testkit::consumer::Broker;
+use testkit::containers::{Containers, has_docker};
+use testkit::daemon::{Daemon, Launch};
+use testkit::servers::{Servers, amqp_url, database_url, execute};
+use testkit::{build, setup};
 use uuid::Uuid;
 
 use consumer::Consumer;
@@ -27,8 +28,15 @@ use consumer::Consumer;
 struct Urls {
     database: String,
     amqp: String,
-    /// Ours, if we started them.
-    _servers: Option<Servers>,
+    /// They end with the demo.
+    _servers: Ours,
+}
+
+/// The servers that the demo has started.
+enum Ours {
+    None,
+    Processes { _servers: Servers },
+    Containers { _containers: Containers },
 }
 
 fn main() -> ExitCode {
@@ -51,7 +59,7 @@ fn main() -> ExitCode {
 }
 
 async fn demo(once: bool) -> anyhow::Result<()> {
-    let urls = servers().await?;
+    let urls = find_servers().await?;
     println!("building the daemon and the plugins (the first time takes minutes) ...");
     let binary = build::daemon()?;
     let plugins = build::plugins()?;
@@ -62,13 +70,15 @@ async fn demo(once: bool) -> anyhow::Result<()> {
     let directory = Directory::with(&plugins, &["game-reminder", "game-status"])?;
     let mut daemon = start(&binary, &directory.0, &urls).await;
     println!("the daemon is ready, with the plugins game-reminder and game-status in {}", directory.0.display());
+    let page = format!("http://{}/", daemon.http_addr().await);
+    println!("its page, which shows all of this: {page}");
 
     let mut db = <PgConnection as sqlx::Connection>::connect(&urls.database).await?;
     let broker = Broker::connect(&urls.amqp).await;
     let consumer = Consumer::begin(&broker).await?;
     scenario::create_games_table(&mut db).await?;
     let outcome = tokio::select! {
-        outcome = play(&mut db, consumer, once, &urls, &mut daemon, || directory.add(&plugins, "message")) => outcome,
+        outcome = play(&mut db, consumer, once, (&urls.database, &page), &mut daemon, || directory.add(&plugins, "message")) => outcome,
         _ = tokio::signal::ctrl_c() => Ok(()),
     };
     if outcome.is_err() {
@@ -79,25 +89,30 @@ async fn demo(once: bool) -> anyhow::Result<()> {
     outcome
 }
 
-/// The servers of the user, or our own.
-async fn servers() -> anyhow::Result<Urls> {
+/// The servers of the user, or our own: their programs, or where there are none and they cannot be installed, containers.
+async fn find_servers() -> anyhow::Result<Urls> {
     let given = |name| std::env::var(name).ok().filter(|url| !url.is_empty());
-    match (given("TIDINGS_DATABASE_URL"), given("TIDINGS_AMQP_URL")) {
+    let (postgres_port, rabbitmq_port, ours) = match (given("TIDINGS_DATABASE_URL"), given("TIDINGS_AMQP_URL")) {
         (Some(database), Some(amqp)) => {
             println!("using the servers of TIDINGS_DATABASE_URL and TIDINGS_AMQP_URL");
-            Ok(Urls { database, amqp, _servers: None })
+            return Ok(Urls { database, amqp, _servers: Ours::None });
+        }
+        (None, None) if !setup::has_servers() && has_docker() => {
+            println!("starting a PostgreSQL and a RabbitMQ in Docker: their programs are not on this machine ...");
+            let containers = Containers::start().await?;
+            (containers.postgres_port, containers.rabbitmq_port, Ours::Containers { _containers: containers })
         }
         (None, None) => {
             println!("starting a PostgreSQL and a RabbitMQ of our own ...");
             let servers = Servers::start()?;
-            world::execute(servers.postgres_port, "CREATE DATABASE demo").await;
-            let database = world::database_url(servers.postgres_port, "demo");
-            let amqp = format!("amqp://guest:guest@127.0.0.1:{}/%2f", servers.rabbitmq_port);
-            println!("PostgreSQL: {database}\nRabbitMQ:   {amqp}");
-            Ok(Urls { database, amqp, _servers: Some(servers) })
+            (servers.postgres_port, servers.rabbitmq_port, Ours::Processes { _servers: servers })
         }
         _ => bail!("set both TIDINGS_DATABASE_URL and TIDINGS_AMQP_URL, or none"),
-    }
+    };
+    execute(postgres_port, "CREATE DATABASE demo").await;
+    let (database, amqp) = (database_url(postgres_port, "demo"), amqp_url(rabbitmq_port));
+    println!("PostgreSQL: {database}\nRabbitMQ:   {amqp}");
+    Ok(Urls { database, amqp, _servers: ours })
 }
 
 async fn start(binary: &Path, plugins: &Path, urls: &Urls) -> Daemon {
@@ -105,7 +120,7 @@ async fn start(binary: &Path, plugins: &Path, urls: &Urls) -> Daemon {
         .with("TIDINGS_DATABASE_URL", &urls.database)
         .with("TIDINGS_AMQP_URL", &urls.amqp)
         .with("TIDINGS_PLUGIN_DIR", plugins.display())
-        .with("TIDINGS_STATE_DIR", harness::target().join("demo-state").display())
+        .with("TIDINGS_STATE_DIR", testkit::target().join("demo-state").display())
         .with("TIDINGS_HTTP_ADDR", "127.0.0.1:0")
         // The shortest: nobody wants to watch for a quarter of an hour.
         .with("TIDINGS_REPLAY_INTERVAL_MS", 1_000)
@@ -118,7 +133,7 @@ struct Directory(PathBuf);
 
 impl Directory {
     fn with(built: &Path, plugins: &[&str]) -> anyhow::Result<Self> {
-        let directory = Self(harness::target().join(format!("demo-plugins-{}", std::process::id())));
+        let directory = Self(testkit::target().join(format!("demo-plugins-{}", std::process::id())));
         std::fs::create_dir_all(&directory.0)?;
         for plugin in plugins {
             directory.add(built, plugin)?;
@@ -146,7 +161,7 @@ async fn play(
     db: &mut PgConnection,
     mut consumer: Consumer,
     once: bool,
-    urls: &Urls,
+    (database, page): (&str, &str),
     daemon: &mut Daemon,
     drop_in: impl FnOnce() -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
@@ -170,13 +185,12 @@ async fn play(
         return Ok(());
     }
     println!(
-        "\nNow you. In another terminal:\n\n  psql {}\n\n\
+        "\nNow you. Open {page}, and in another terminal:\n\n  psql {database}\n\n\
          SELECT tidings.schedule('message', now() + interval '5 seconds', '{{\"routing_key\": \"hello\", \"body\": \"Hello!\"}}', key => 'mine');\n\
          SELECT tidings.reschedule('message', 'mine', now() + interval '20 seconds');\n\
          SELECT tidings.cancel('message', 'mine');\n\
          INSERT INTO games (title, starts_at) VALUES ('Yours', now() + interval '10 seconds');\n\n\
-         What becomes due is printed here. Ctrl-C ends it.\n",
-        urls.database
+         What becomes due is printed here. Ctrl-C ends it.\n"
     );
     consumer.go_on().await
 }

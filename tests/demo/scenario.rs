@@ -65,7 +65,7 @@ async fn schedules(db: &mut PgConnection) -> anyhow::Result<Announced> {
 /// The queue is empty, and the history tells what was delivered.
 pub(super) async fn nothing_is_left(db: &mut PgConnection) -> anyhow::Result<()> {
     // A consumer has a message a moment before its row is committed as delivered.
-    harness::eventually("the last commit", async || {
+    testkit::eventually("the last commit", async || {
         let left = db.fetch_one("SELECT count(*) FROM tidings.schedules").await.ok()?;
         (left.get::<i64, _>(0) == 0).then_some(())
     })

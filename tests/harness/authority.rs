@@ -3,19 +3,14 @@
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use time::{Duration, OffsetDateTime};
 
+pub use testkit::place::Identity;
+
 /// Who signs.
 #[derive(Debug)]
 pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
     /// Its own certificate, which whoever trusts it needs.
     pub certificate: String,
-}
-
-/// What a server shows, and the key that proves that it is the server's, both in PEM.
-#[derive(Debug)]
-pub struct Identity {
-    pub(crate) certificate: String,
-    pub(crate) key: String,
 }
 
 impl Authority {

@@ -15,7 +15,6 @@ use std::fs;
 use crate::repository;
 
 pub use reader::Reader;
-pub(crate) use reader::command_line;
 pub use shape::missing;
 
 /// A page.

@@ -6,13 +6,14 @@ use std::sync::OnceLock;
 use lapin::types::{AMQPValue, FieldTable};
 use serde_json::{Value, json};
 use sqlx::postgres::{PgPool, PgPoolOptions};
-use sqlx::{AssertSqlSafe, Connection as _, PgConnection, Row as _};
+use sqlx::{AssertSqlSafe, Row as _};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::consumer::{Broker, Inbox};
 use crate::daemon::{Daemon, Launch};
 use crate::servers::Servers;
+pub use crate::servers::{database_url, execute};
 use crate::{build, eventually};
 
 /// What was built.
@@ -73,27 +74,6 @@ fn template(servers: &Servers, daemon: &Path) {
         let runtime = || tokio::runtime::Runtime::new().expect("a runtime").block_on(create());
         scope.spawn(runtime).join().expect("the template is made");
     });
-}
-
-/// The URL of a database, as its superuser.
-#[must_use]
-pub fn database_url(port: u16, database: &str) -> String {
-    format!("postgres://postgres@127.0.0.1:{port}/{database}")
-}
-
-/// Runs a statement in the server's own database.
-///
-/// # Panics
-///
-/// When it fails within a few tries: two tests that create databases at once wait for each other.
-pub async fn execute(port: u16, sql: &str) {
-    let mut connection = PgConnection::connect(&database_url(port, "postgres")).await.expect("PostgreSQL is there");
-    eventually(sql, async || match sqlx::query(AssertSqlSafe(sql.to_owned())).execute(&mut connection).await {
-        Ok(_) => Some(()),
-        Err(error) if error.to_string().contains("being accessed by other users") => None,
-        Err(error) => panic!("{sql}: {error}"),
-    })
-    .await;
 }
 
 /// One test's own world.

@@ -1,7 +1,7 @@
 //! `cargo verify`: sets up what the tests need, runs the rig for a while, and passes the tests, on servers that all of them
 //! share. What is given after `--` goes to the tests, a part of a name for instance; then there is no rig.
 //!
-//! `cargo verify -- model`: the model of the scheduler's core alone (`core/README.md`), which needs no server; with `--seed N
+//! `cargo verify -- model`: the model of the scheduler's core alone (`host/core/README.md`), which needs no server; with `--seed N
 //! --steps M`, so many steps of large worlds; with `--mutants`, faults that it must name.
 //!
 //! `cargo verify -- newest`: the tests of behaviour alone, on PostgreSQL and RabbitMQ out of Docker images. What is given behind

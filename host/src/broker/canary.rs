@@ -6,7 +6,7 @@ use lapin::types::FieldTable;
 use lapin::{Connection, ConnectionProperties, Consumer};
 use uuid::Uuid;
 
-use super::{Broker, BrokerError, within};
+use crate::broker::{Broker, BrokerError, within};
 
 /// A queue with a consumer on it.
 #[derive(Debug)]

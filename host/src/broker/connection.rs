@@ -15,10 +15,10 @@ use tidings_core::reason::Reason;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::sieve::{Bodies, Sieve, SievingReactor};
-use super::{Broker, BrokerError, CLOSE_DEADLINE, CONNECT_DEADLINE, PUBLISHING};
-use crate::backoff::jittered;
-use crate::trust;
+use crate::broker::frame_guard::{Bodies, FrameGuard, GuardingReactor};
+use crate::broker::{Broker, BrokerError, CLOSE_DEADLINE, CONNECT_DEADLINE, PUBLISHING};
+use crate::model::backoff::jittered;
+use crate::model::tls_error;
 
 impl Broker {
     /// Connects as often as it takes, and keeps the connection until `shutdown`. `ready` is called at the first.
@@ -82,11 +82,11 @@ impl Broker {
     /// A connection that may read what anybody has written.
     pub(super) async fn connect_for_letters(&self, bodies: Bodies) -> Result<Connection, BrokerError> {
         let properties = ConnectionProperties::default().with_connection_name("tidings dead letters".into());
-        let runtime = Runtime::new(RuntimeParts::new(Tokio::current(), SievingReactor(Tokio::current())));
+        let runtime = Runtime::new(RuntimeParts::new(Tokio::current(), GuardingReactor(Tokio::current())));
         let connect = async move |uri: AMQPUri, _| {
             let connected = uri.connect_async(&Runtime::tokio_current()).await;
             let stream = connected.map_err(lapin::Error::from)?;
-            Ok(AsyncTcpStream::Plain(Sieve::new(stream, bodies)))
+            Ok(AsyncTcpStream::Plain(FrameGuard::new(stream, bodies)))
         };
         self.connected(Connection::connector(self.uri.clone(), runtime, connect, properties)).await
     }
@@ -114,7 +114,7 @@ impl Broker {
             let user = &self.uri.authority.userinfo.username;
             BrokerError::Login { place: format!("{} as {user}", self.place()), source }
         } else if let lapin::ErrorKind::IOError(error) = source.kind()
-            && let Some(why) = trust::refusal(error)
+            && let Some(why) = tls_error::refusal(error)
         {
             BrokerError::Certificate { place: self.place(), why, source }
         } else {

@@ -19,8 +19,8 @@ use tokio::time::{Instant, timeout_at};
 use tracing::warn;
 use uuid::Uuid;
 
-use super::{Broker, BrokerError, PUBLISHING, within};
-use crate::message::{HeaderValue, Message};
+use crate::broker::{Broker, BrokerError, PUBLISHING, within};
+use crate::model::message::{HeaderValue, Message};
 
 /// How long the confirms of a batch may take. Whatever is not confirmed then is unknown.
 const CONFIRM_DEADLINE: Duration = Duration::from_secs(10);
@@ -153,10 +153,10 @@ fn is_soft(error: &BrokerError, reason: &AMQPSoftError) -> bool {
         if matches!(error.kind(), AMQPErrorKind::Soft(soft) if soft == reason)))
 }
 
-/// An error and its causes, on one line.
+/// An error and its error_chain, on one line.
 fn chain(error: &BrokerError) -> String {
-    let causes = std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+    let error_chain = std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
+    error_chain.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 async fn publish_on(
@@ -254,8 +254,8 @@ mod tests {
     use time::OffsetDateTime;
 
     use super::*;
-    use crate::event::{BuiltEvent, Event};
-    use crate::schedule::Schedule;
+    use crate::model::event::{BuiltEvent, Event};
+    use crate::model::schedule::Schedule;
 
     /// RabbitMQ's own, and the client library takes what it is offered.
     const FRAME_BYTES: usize = 128 * 1024;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::{Args, Command};
 use clap_complete::{Shell, generate};
 
-use super::output;
+use crate::cli::output;
 
 /// For which shell.
 #[derive(Args, Debug)]

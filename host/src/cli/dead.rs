@@ -12,17 +12,17 @@ use serde::Serialize;
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 
-use super::output::{Output, complain};
-use super::{age, fail, printable, progress, times, usage};
-use crate::broker::{Broker, Looked, Pile};
-use crate::by_hand::{ByHand, LookAlone};
-use crate::config::{Mistakes, ServerArgs};
-use crate::dead_letter::{DeadLetter, Fate, Tally};
-use crate::lifecycle::shutdown_on_signal_or_hangup;
-use crate::replayer::{drop_letters, take_back};
+use crate::broker::{Broker, DeadLetterQueue, Looked};
+use crate::cli::output::{Output, complain};
+use crate::cli::{age, fail, printable, progress, times, usage};
+use crate::config::{ServerArgs, ValidationErrors};
+use crate::daemon::signals::shutdown_on_signal_or_hangup;
+use crate::dead_letters::admin::{DeadLetterAdmin, DeadLetterListing};
+use crate::dead_letters::replayer::{drop_letters, take_back};
+use crate::model::dead_letter::{DeadLetter, Fate, PassCounts};
+use crate::model::wake::Wake;
 use crate::store::Store;
 use crate::telemetry::{TraceSettings, Traces};
-use crate::wake::Wake;
 
 /// A look at so many takes long enough to say so.
 const MANY: u32 = 1000;
@@ -77,7 +77,7 @@ pub(super) struct DropArgs {
     all: bool,
 }
 
-/// Which letters.
+/// RowRef letters.
 #[derive(Args, Debug)]
 struct Filter {
     /// Only of this kind
@@ -179,7 +179,7 @@ pub(super) async fn run(command: Command, output: Output) -> ExitCode {
         }
         Command::Drop(args) if !args.all && args.filter.takes_all() => {
             let sentence = "say which letters to drop for good, with --kind, --queue or --since, or say --all";
-            usage(&Mistakes::from(sentence))
+            usage(&ValidationErrors::from(sentence))
         }
         Command::Drop(DropArgs { servers, filter, .. }) => {
             with_servers(servers, output, async |with| with.work(async |work| drop_them(work, &filter).await).await)
@@ -200,7 +200,7 @@ struct With {
 
 /// The letters, and what is given for the work on them.
 struct Work {
-    by_hand: ByHand,
+    admin: DeadLetterAdmin,
     max: u32,
     /// How many letters lie there.
     waiting: u32,
@@ -232,8 +232,11 @@ async fn with_servers<T: fmt::Display + Serialize>(
 
 impl With {
     /// Looks at the letters, alone, and ends the look whatever came of it.
-    async fn look<T>(self, work: impl AsyncFnOnce(&mut LookAlone, u32) -> anyhow::Result<T>) -> anyhow::Result<T> {
-        let mut look = LookAlone::begin(&self.store, &self.broker).await?;
+    async fn look<T>(
+        self,
+        work: impl AsyncFnOnce(&mut DeadLetterListing, u32) -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
+        let mut look = DeadLetterListing::begin(&self.store, &self.broker).await?;
         let done = work(&mut look, self.max).await;
         look.end().await;
         done
@@ -241,18 +244,18 @@ impl With {
 
     /// Does something with the letters, alone, and closes them whatever came of it.
     async fn work<T>(self, work: impl AsyncFnOnce(&mut Work) -> anyhow::Result<T>) -> anyhow::Result<T> {
-        let by_hand = ByHand::alone(&self.store, &self.broker).await?;
-        let waiting = by_hand.waiting(Pile::Dead).await?;
+        let admin = DeadLetterAdmin::alone(&self.store, &self.broker).await?;
+        let waiting = admin.waiting(DeadLetterQueue::Dead).await?;
         let mut with =
-            Work { by_hand, max: self.max, waiting, stop: shutdown_on_signal_or_hangup()?, traces: self.traces };
+            Work { admin, max: self.max, waiting, stop: shutdown_on_signal_or_hangup()?, traces: self.traces };
         let done = work(&mut with).await;
-        with.by_hand.end().await;
+        with.admin.end().await;
         done
     }
 }
 
-async fn list(look: &mut LookAlone, filter: &Filter, limit: u32) -> anyhow::Result<Listed> {
-    let waiting = look.waiting(Pile::Dead).await?;
+async fn list(look: &mut DeadLetterListing, filter: &Filter, limit: u32) -> anyhow::Result<Listed> {
+    let waiting = look.waiting(DeadLetterQueue::Dead).await?;
     let most = waiting.min(limit);
     let bar = looking_at(most, waiting);
     let (now_seconds, mut looked_at, mut listed) = (now_seconds(), 0, 0);
@@ -269,7 +272,7 @@ async fn list(look: &mut LookAlone, filter: &Filter, limit: u32) -> anyhow::Resu
         *count += 1;
         *oldest = [*oldest, died_at].into_iter().flatten().min();
     };
-    look.at(Pile::Dead, most, see).await?;
+    look.at(DeadLetterQueue::Dead, most, see).await?;
     bar.finish_and_clear();
     let groups = groups.into_iter().map(|([queue, kind, reason], (letters, oldest))| Group {
         queue,
@@ -293,8 +296,8 @@ fn looking_at(most: u32, waiting: u32) -> ProgressBar {
     bar
 }
 
-async fn replay(Work { by_hand, max, waiting, stop, traces }: &mut Work, filter: &Filter) -> anyhow::Result<Replayed> {
-    let ByHand { pass, letters, .. } = by_hand;
+async fn replay(Work { admin, max, waiting, stop, traces }: &mut Work, filter: &Filter) -> anyhow::Result<Replayed> {
+    let DeadLetterAdmin { pass, letters, .. } = admin;
     let traces = Traces::start(traces.as_ref())?;
     let (bar, now) = (progress(u64::from(*waiting), "dealt with"), now_seconds());
     let wanted = |letter: &DeadLetter| filter.takes(letter, now);
@@ -305,10 +308,10 @@ async fn replay(Work { by_hand, max, waiting, stop, traces }: &mut Work, filter:
 }
 
 /// Says letter by letter what a pass would do, and does nothing.
-async fn dry_run(look: &mut LookAlone, filter: &Filter, max: u32) -> anyhow::Result<Replayed> {
-    let waiting = look.waiting(Pile::Dead).await?;
+async fn dry_run(look: &mut DeadLetterListing, filter: &Filter, max: u32) -> anyhow::Result<Replayed> {
+    let waiting = look.waiting(DeadLetterQueue::Dead).await?;
     let (bar, clock, now) = (looking_at(waiting, waiting), look.clock().await?, now_seconds());
-    let (mut tally, mut would) = (Tally::default(), Vec::new());
+    let (mut tally, mut would) = (PassCounts::default(), Vec::new());
     let see = |letter: Looked| {
         bar.inc(1);
         if !filter.takes(&letter.says, now) {
@@ -327,13 +330,13 @@ async fn dry_run(look: &mut LookAlone, filter: &Filter, max: u32) -> anyhow::Res
         *count += 1;
         would.push(Would { id: letter.says.id, fate, says });
     };
-    look.at(Pile::Dead, waiting, see).await?;
+    look.at(DeadLetterQueue::Dead, waiting, see).await?;
     bar.finish_and_clear();
     Ok(Replayed::of(&tally, Some(would)))
 }
 
-async fn drop_them(Work { by_hand, waiting, stop, .. }: &mut Work, filter: &Filter) -> anyhow::Result<Dropped> {
-    let ByHand { pass, letters, .. } = by_hand;
+async fn drop_them(Work { admin, waiting, stop, .. }: &mut Work, filter: &Filter) -> anyhow::Result<Dropped> {
+    let DeadLetterAdmin { pass, letters, .. } = admin;
     let (bar, now) = (progress(u64::from(*waiting), "looked at"), now_seconds());
     let dropped = drop_letters(letters, pass, |letter| filter.takes(letter, now), |seen| bar.inc(seen), stop).await;
     bar.finish_and_clear();
@@ -342,8 +345,8 @@ async fn drop_them(Work { by_hand, waiting, stop, .. }: &mut Work, filter: &Filt
 
 impl Replayed {
     /// `would` is what a dry run found.
-    fn of(tally: &Tally, would: Option<Vec<Would>>) -> Self {
-        let Tally { replayed, expired, parked, left, .. } = *tally;
+    fn of(tally: &PassCounts, would: Option<Vec<Would>>) -> Self {
+        let PassCounts { replayed, expired, parked, left, .. } = *tally;
         Self { dry_run: would.is_some(), replayed, expired, parked, left, letters: would.unwrap_or_default() }
     }
 }

@@ -5,14 +5,15 @@ use std::process::ExitCode;
 
 use clap::Args;
 
-use super::output::{Output, complain};
-use super::{NOT_FOUND, answered, printable, times};
+use crate::cli::output::{Output, complain};
+use crate::cli::{NOT_FOUND, answered, printable, times};
 use crate::config::DatabaseArgs;
+use crate::model::display;
+use crate::model::display::Explanation;
+use crate::model::row_status::{FoundRow, RowRef};
 use crate::store::Store;
-use crate::whereabouts::{Found, Which};
-use crate::words::{self, Explanation};
 
-/// Which row.
+/// RowRef row.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  tidings explain 0199a6b2-1c2d-7000-8000-000000000001\n  \
                         tidings explain 'game-reminder/game 7/60'")]
@@ -21,13 +22,13 @@ pub(super) struct ExplainArgs {
     database: DatabaseArgs,
     /// The id of a row (which is the id of its message), or its kind and key
     #[arg(value_name = "ID|KIND/KEY")]
-    which: Which,
+    which: RowRef,
 }
 
 pub(super) async fn explain(args: ExplainArgs, output: Output) -> ExitCode {
     answered(args.database, async |store: Store| {
         let Some(found) = store.find(&args.which, None).await? else {
-            complain(format_args!("tidings: {}", words::never_heard_of(&args.which)));
+            complain(format_args!("tidings: {}", display::unknown_row(&args.which)));
             return Ok(ExitCode::from(NOT_FOUND));
         };
         output.answer(&Explanation::of(found));
@@ -38,7 +39,7 @@ pub(super) async fn explain(args: ExplainArgs, output: Output) -> ExitCode {
 
 impl fmt::Display for Explanation {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Found { id, kind, key, subject, due_at, expires_at, .. } = &self.found;
+        let FoundRow { id, kind, key, subject, due_at, expires_at, .. } = &self.found;
         let mut field = |name: &str, value: &str| writeln!(formatter, "{name:<8} {}", printable(value));
         field("id", &id.to_string())?;
         field("kind", kind)?;

@@ -5,9 +5,9 @@ use std::process::ExitCode;
 
 use serde::Serialize;
 
-use super::output::Output;
-use super::{SCHEMA, fail};
-use crate::secret_url::SecretUrl;
+use crate::cli::output::Output;
+use crate::cli::{SCHEMA, fail};
+use crate::model::secret_url::SecretUrl;
 use crate::store::{SchemaError, Store};
 
 /// What `tidings migrate` answers.

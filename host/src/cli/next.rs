@@ -8,11 +8,11 @@ use clap::Args;
 use serde::Serialize;
 use time::OffsetDateTime;
 
-use super::output::Output;
-use super::{answered, pause_sentence, printable, times};
+use crate::cli::output::Output;
+use crate::cli::{answered, pause_sentence, printable, times};
 use crate::config::DatabaseArgs;
+use crate::model::row_status::Pause;
 use crate::store::{ENOUGH, Store, UpcomingRow};
-use crate::whereabouts::Pause;
 
 /// What to show.
 #[derive(Args, Debug)]

@@ -11,14 +11,14 @@ use serde::Serialize;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::output::{Output, complain};
-use super::{NOT_FOUND, age, fail, printable, progress, usage};
-use crate::broker::{Broker, Looked, Pile};
-use crate::by_hand::{ByHand, LookAlone, Stays, Wanted, drop_rows, retry_rows};
-use crate::config::{Mistakes, ServerArgs};
-use crate::lifecycle::shutdown_on_signal_or_hangup;
+use crate::broker::{Broker, DeadLetterQueue, Looked};
+use crate::cli::output::{Output, complain};
+use crate::cli::{NOT_FOUND, age, fail, printable, progress, usage};
+use crate::config::{ServerArgs, ValidationErrors};
+use crate::daemon::signals::shutdown_on_signal_or_hangup;
+use crate::dead_letters::admin::{DeadLetterAdmin, DeadLetterListing, NotDone, Selection, drop_rows, retry_rows};
+use crate::model::wake::Wake;
 use crate::store::{ParkedRow, Store};
-use crate::wake::Wake;
 
 /// What can be done with what is parked.
 #[derive(Debug, Subcommand)]
@@ -28,15 +28,15 @@ pub(super) enum Command {
     List(ServerArgs),
     /// Puts rows back into the queue, due now, and letters back into the queues they died in
     #[command(after_help = "Example:\n  tidings parked retry 0199a6b2-1c2d-7000-8000-000000000001")]
-    Retry(Which),
+    Retry(RowRef),
     /// Removes them for good
     #[command(after_help = "Example:\n  tidings parked drop --all")]
-    Drop(Which),
+    Drop(RowRef),
 }
 
-/// Which of them.
+/// RowRef of them.
 #[derive(Args, Debug)]
-pub(super) struct Which {
+pub(super) struct RowRef {
     #[command(flatten)]
     servers: ServerArgs,
     /// Their ids
@@ -59,7 +59,7 @@ enum Deed {
 struct Done {
     rows: usize,
     letters: usize,
-    stay: Vec<Stays>,
+    stay: Vec<NotDone>,
 }
 
 /// What is parked.
@@ -91,7 +91,7 @@ impl From<Looked> for ParkedLetter {
 struct Retried {
     rows: usize,
     letters: usize,
-    stay: Vec<Stays>,
+    stay: Vec<NotDone>,
 }
 
 /// How many are gone.
@@ -126,7 +126,7 @@ pub(super) async fn run(command: Command, output: Output) -> ExitCode {
     code
 }
 
-fn both(servers: ServerArgs) -> Result<(Store, Broker), Mistakes> {
+fn both(servers: ServerArgs) -> Result<(Store, Broker), ValidationErrors> {
     let servers = servers.check()?;
     Ok((Store::new(&servers.database_url, 1), Broker::new(&servers.broker, Arc::new(Wake::default()))))
 }
@@ -137,16 +137,16 @@ async fn list(servers: ServerArgs, output: Output) -> ExitCode {
         Err(mistakes) => return usage(&mistakes),
     };
     let listed = async {
-        let look = LookAlone::begin(&store, &broker).await?;
+        let look = DeadLetterListing::begin(&store, &broker).await?;
         let looked = async {
             let (rows, mut letters) = (store.parked().await?, Vec::new());
-            let waiting = look.waiting(Pile::Parked).await?;
+            let waiting = look.waiting(DeadLetterQueue::Parked).await?;
             let bar = progress(waiting.into(), "letters");
             let see = |letter: Looked| {
                 bar.inc(1);
                 letters.push(letter.into());
             };
-            look.at(Pile::Parked, waiting, see).await?;
+            look.at(DeadLetterQueue::Parked, waiting, see).await?;
             bar.finish_and_clear();
             anyhow::Ok(Listed { rows, letters })
         };
@@ -163,25 +163,25 @@ async fn list(servers: ServerArgs, output: Output) -> ExitCode {
     }
 }
 
-async fn run_on(Which { servers, ids, all }: Which, deed: Deed) -> anyhow::Result<Result<Done, Mistakes>> {
+async fn run_on(RowRef { servers, ids, all }: RowRef, deed: Deed) -> anyhow::Result<Result<Done, ValidationErrors>> {
     let (store, broker) = match both(servers) {
         Ok(both) => both,
         Err(mistakes) => return Ok(Err(mistakes)),
     };
     // Both servers before anything is done on one of them.
-    let mut by_hand = ByHand::alone(&store, &broker).await?;
-    let wanted = if all { Wanted::All } else { Wanted::Ids(ids.into_iter().collect()) };
+    let mut admin = DeadLetterAdmin::alone(&store, &broker).await?;
+    let wanted = if all { Selection::All } else { Selection::Ids(ids.into_iter().collect()) };
     let mut done = Done::default();
     let worked = async {
         on_rows(&store, &wanted, deed, &mut done).await?;
-        on_letters(&mut by_hand, &wanted, deed, &mut done).await
+        on_letters(&mut admin, &wanted, deed, &mut done).await
     };
     let worked = worked.await;
-    by_hand.end().await;
+    admin.end().await;
     worked.map(|()| Ok(done))
 }
 
-async fn on_rows(store: &Store, wanted: &Wanted, deed: Deed, done: &mut Done) -> anyhow::Result<()> {
+async fn on_rows(store: &Store, wanted: &Selection, deed: Deed, done: &mut Done) -> anyhow::Result<()> {
     let mut rows = store.parked().await?;
     rows.retain(|row| wanted.takes(Some(&row.id.to_string())));
     let ids: Vec<Uuid> = rows.iter().map(|row| row.id).collect();
@@ -199,13 +199,18 @@ async fn on_rows(store: &Store, wanted: &Wanted, deed: Deed, done: &mut Done) ->
 }
 
 /// Goes once through the parked letters.
-async fn on_letters(by_hand: &mut ByHand, wanted: &Wanted, deed: Deed, done: &mut Done) -> anyhow::Result<()> {
-    let bar = progress(by_hand.waiting(Pile::Parked).await?.into(), "letters");
+async fn on_letters(
+    admin: &mut DeadLetterAdmin,
+    wanted: &Selection,
+    deed: Deed,
+    done: &mut Done,
+) -> anyhow::Result<()> {
+    let bar = progress(admin.waiting(DeadLetterQueue::Parked).await?.into(), "letters");
     // Broken off between what is sent and what is acknowledged, it would leave copies.
     let (more, stop) = (|letters| bar.inc(letters as u64), shutdown_on_signal_or_hangup()?);
     let worked = match deed {
-        Deed::Drop => by_hand.drop_parked(wanted, more, &stop).await,
-        Deed::Retry => by_hand.retry_parked(wanted, more, &stop).await,
+        Deed::Drop => admin.drop_parked(wanted, more, &stop).await,
+        Deed::Retry => admin.retry_parked(wanted, more, &stop).await,
     };
     bar.finish_and_clear();
     let worked = worked?;
@@ -214,8 +219,8 @@ async fn on_letters(by_hand: &mut ByHand, wanted: &Wanted, deed: Deed, done: &mu
     Ok(())
 }
 
-fn stay(stay: Vec<Stays>, done: &mut Done) {
-    for Stays { id, why } in &stay {
+fn stay(stay: Vec<NotDone>, done: &mut Done) {
+    for NotDone { id, why } in &stay {
         complain(format_args!("tidings: {} stays: {}", name(id.as_ref()), printable(why)));
     }
     done.stay.extend(stay);

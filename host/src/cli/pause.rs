@@ -8,11 +8,11 @@ use clap::Args;
 use serde::Serialize;
 use time::OffsetDateTime;
 
-use super::output::{Output, complain};
-use super::{NOT_FOUND, answered, pause_sentence, printable, times};
+use crate::cli::output::{Output, complain};
+use crate::cli::{NOT_FOUND, answered, pause_sentence, printable, times};
 use crate::config::DatabaseArgs;
+use crate::model::row_status::Pause;
 use crate::store::{Store, Until};
-use crate::whereabouts::Pause;
 
 /// What to pause, and until when.
 #[derive(Args, Debug)]

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::output::{Output, complain};
-use super::usage;
+use crate::cli::output::{Output, complain};
+use crate::cli::usage;
 use crate::config::HttpArgs;
 
 /// How long the daemon may take to answer: it gives the database 3 s.

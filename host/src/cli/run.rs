@@ -2,17 +2,18 @@
 
 use std::process::ExitCode;
 
-use super::{SCHEMA, fail};
+use crate::cli::{SCHEMA, fail};
 use crate::config::Config;
+use crate::daemon;
+use crate::daemon::signals;
 use crate::telemetry::Traces;
-use crate::{daemon, lifecycle};
 
 pub(super) async fn run(config: Config) -> ExitCode {
     let traces = match Traces::start(config.servers.traces.as_ref()) {
         Ok(traces) => traces,
         Err(error) => return fail(1, &anyhow::Error::from(error).context("could not start the traces")),
     };
-    let signals = lifecycle::shutdown_on_signal().and_then(|shutdown| Ok((shutdown, lifecycle::Signals::to_go_on()?)));
+    let signals = signals::shutdown_on_signal().and_then(|shutdown| Ok((shutdown, signals::Signals::to_go_on()?)));
     let ended = match signals {
         Ok((shutdown, hangups)) => daemon::run(config, hangups, shutdown).await,
         Err(error) => Err(anyhow::Error::from(error).context("could not listen for signals")),

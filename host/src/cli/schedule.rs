@@ -12,8 +12,8 @@ use serde_json::value::RawValue;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::output::Output;
-use super::{NOT_FOUND, answered, times, usage};
+use crate::cli::output::Output;
+use crate::cli::{NOT_FOUND, answered, times, usage};
 use crate::config::DatabaseArgs;
 use crate::store::{NewSchedule, Store};
 

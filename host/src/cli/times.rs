@@ -5,7 +5,7 @@ use std::time::Duration;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-pub(super) use crate::words::show;
+pub(super) use crate::model::display::show;
 
 /// No span is longer: the calendar ends with the year 9999.
 const LONGEST: Duration = Duration::from_hours(24 * 365 * 7_900);
@@ -28,7 +28,7 @@ pub(super) fn span(text: &str) -> Result<Duration, String> {
 /// How far `instant` is from `now`, in words, to the second.
 pub(super) fn relative(instant: OffsetDateTime, now: OffsetDateTime) -> String {
     let away = instant - now;
-    let words = super::age(away.unsigned_abs());
+    let words = crate::cli::age(away.unsigned_abs());
     if away.is_negative() { format!("{words} ago") } else { format!("in {words}") }
 }
 

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use clap::Args;
 
-use super::{output, usage};
 use crate::broker::Broker;
+use crate::cli::{output, usage};
 use crate::config::BrokerArgs;
-use crate::wake::Wake;
+use crate::model::wake::Wake;
 
 /// For which settings, and which user.
 #[derive(Args, Debug)]

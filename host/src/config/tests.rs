@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 
-use super::*;
 use crate::broker::Broker;
+use crate::config::*;
+use crate::model::wake::Wake;
 use crate::store::Store;
-use crate::wake::Wake;
 
 const DATABASE_URL: &str = "postgres://user:password@localhost/database";
 const AMQP_URL: &str = "amqp://user:password@localhost/vhost";
@@ -86,7 +86,7 @@ proptest! {
                 prop_assert!((Duration::from_secs(1)..=Duration::from_hours(24)).contains(&replay_interval));
                 prop_assert!((Duration::from_hours(24)..=Duration::from_hours(24 * 36_500)).contains(&history));
             }
-            Err(Mistakes(sentences)) => {
+            Err(ValidationErrors(sentences)) => {
                 prop_assert!(unknown > 0 || odd.iter().any(|(at, value)| values[*at] == value));
                 for sentence in &sentences[unknown..] {
                     let named = sentence.split(' ').next().unwrap_or_default();

@@ -3,8 +3,8 @@
 
 use std::time::Duration;
 
-use super::mistakes::{number, url};
-use crate::secret_url::SecretUrl;
+use crate::config::validation::{number, url};
+use crate::model::secret_url::SecretUrl;
 use crate::telemetry::{TraceSettings, check_endpoint};
 
 const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";

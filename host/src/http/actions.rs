@@ -17,12 +17,13 @@ use serde::{Deserialize, Serialize};
 use tracing::info;
 use uuid::Uuid;
 
-use super::Site;
-use super::refusal::Refusal;
-use crate::by_hand::{self, ByHand, Done, Stays, Wanted};
-use crate::dead_letter::Tally;
+use crate::dead_letters::admin;
+use crate::dead_letters::admin::{DeadLetterAdmin, Done, NotDone, Selection};
+use crate::http::AppState;
+use crate::http::error::ErrorResponse;
+use crate::model::dead_letter::PassCounts;
+use crate::model::display::pause_sentence;
 use crate::store::Until;
-use crate::words::pause_sentence;
 
 /// Of a request, in bytes.
 pub(super) const LARGEST_BODY: usize = 64 * 1024;
@@ -37,13 +38,13 @@ pub(super) struct Answer {
     says: String,
     /// What could not be done, and why.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    stay: Vec<Stays>,
+    stay: Vec<NotDone>,
 }
 
-/// Which rows or letters.
+/// RowRef rows or letters.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Which {
+struct RowRef {
     ids: Option<Vec<String>>,
     #[serde(default)]
     all: bool,
@@ -62,10 +63,10 @@ struct Pausing {
 #[serde(deny_unknown_fields)]
 struct Nothing {}
 
-type Answered = Result<Json<Answer>, Refusal>;
+type Answered = Result<Json<Answer>, ErrorResponse>;
 type Body = Result<Bytes, BytesRejection>;
 type Name = Result<Path<String>, PathRejection>;
-type Here = State<Arc<Site>>;
+type Here = State<Arc<AppState>>;
 type Peer = ConnectInfo<SocketAddr>;
 
 /// What is done with rows.
@@ -112,7 +113,7 @@ pub(super) async fn resume(State(site): Here, from: Peer, kind: Name, headers: H
         if store.resume(&kind).await? {
             Ok(Answer::new(format!("the kind {kind} goes on")))
         } else {
-            Err(Refusal::new(StatusCode::NOT_FOUND, format!("the kind {:?} is not paused", cut(&kind))))
+            Err(ErrorResponse::new(StatusCode::NOT_FOUND, format!("the kind {:?} is not paused", cut(&kind))))
         }
     })
     .await
@@ -121,13 +122,13 @@ pub(super) async fn resume(State(site): Here, from: Peer, kind: Name, headers: H
 /// `POST /api/parked/{id}/retry`
 pub(super) async fn retry_row(State(site): Here, from: Peer, id: Name, headers: HeaderMap, body: Body) -> Answered {
     let (id, Nothing {}) = (name(id)?, read(&headers, body)?);
-    rows(site, from, Rows::Retry, Wanted::Ids(HashSet::from([id]))).await
+    rows(site, from, Rows::Retry, Selection::Ids(HashSet::from([id]))).await
 }
 
 /// `POST /api/parked/{id}/drop`
 pub(super) async fn drop_row(State(site): Here, from: Peer, id: Name, headers: HeaderMap, body: Body) -> Answered {
     let (id, Nothing {}) = (name(id)?, read(&headers, body)?);
-    rows(site, from, Rows::Drop, Wanted::Ids(HashSet::from([id]))).await
+    rows(site, from, Rows::Drop, Selection::Ids(HashSet::from([id]))).await
 }
 
 /// `POST /api/parked/retry`
@@ -160,10 +161,10 @@ pub(super) async fn drop_parked(State(site): Here, from: Peer, headers: HeaderMa
     letters(site, from, Letters::DropParked, wanted(&headers, body)?).await
 }
 
-async fn rows(site: Arc<Site>, from: Peer, deed: Rows, wanted: Wanted) -> Answered {
+async fn rows(site: Arc<AppState>, from: Peer, deed: Rows, wanted: Selection) -> Answered {
     let given = match &wanted {
-        Wanted::All => None,
-        Wanted::Ids(ids) => Some(ids.iter().map(|id| uuid(id)).collect::<Result<Vec<_>, _>>()?),
+        Selection::All => None,
+        Selection::Ids(ids) => Some(ids.iter().map(|id| uuid(id)).collect::<Result<Vec<_>, _>>()?),
     };
     let (store, of_here) = (site.shown.store.clone(), Arc::clone(&site));
     act(site, from, async move {
@@ -174,8 +175,8 @@ async fn rows(site: Arc<Site>, from: Peer, deed: Rows, wanted: Wanted) -> Answer
             None => store.parked_ids(ROWS).await?,
         };
         let (what, done) = match deed {
-            Rows::Retry => ("put back into the queue", by_hand::retry_rows(&store, &ids, drop).await?),
-            Rows::Drop => ("dropped for good", by_hand::drop_rows(&store, &ids, drop).await?),
+            Rows::Retry => ("put back into the queue", admin::retry_rows(&store, &ids, drop).await?),
+            Rows::Drop => ("dropped for good", admin::drop_rows(&store, &ids, drop).await?),
         };
         let mut answer = Answer::of("row", what, done, &wanted)?;
         if i64::try_from(ids.len()).is_ok_and(|count| count >= ROWS) {
@@ -186,42 +187,47 @@ async fn rows(site: Arc<Site>, from: Peer, deed: Rows, wanted: Wanted) -> Answer
     .await
 }
 
-async fn letters(site: Arc<Site>, from: Peer, deed: Letters, wanted: Wanted) -> Answered {
+async fn letters(site: Arc<AppState>, from: Peer, deed: Letters, wanted: Selection) -> Answered {
     let of_here = Arc::clone(&site);
     act(site, from, async move {
         // Not while this daemon looks at them for the page: it would be told that somebody else is at them.
         let mut kept = of_here.letters.lock().await;
         *kept = None;
-        let mut by_hand = ByHand::alone(&of_here.shown.store, &of_here.shown.broker).await?;
-        let done = on_letters(&of_here, &mut by_hand, deed, &wanted).await;
-        by_hand.end().await;
+        let mut admin = DeadLetterAdmin::alone(&of_here.shown.store, &of_here.shown.broker).await?;
+        let done = on_letters(&of_here, &mut admin, deed, &wanted).await;
+        admin.end().await;
         done
     })
     .await
 }
 
-async fn on_letters(site: &Site, by_hand: &mut ByHand, deed: Letters, wanted: &Wanted) -> Result<Answer, Refusal> {
+async fn on_letters(
+    site: &AppState,
+    admin: &mut DeadLetterAdmin,
+    deed: Letters,
+    wanted: &Selection,
+) -> Result<Answer, ErrorResponse> {
     let shutdown = &site.shutdown;
     match deed {
         Letters::ReplayDead => {
-            let (tally, missing) = by_hand.replay(site.shown.replay_max, wanted, shutdown).await?;
+            let (tally, missing) = admin.replay(site.shown.replay_max, wanted, shutdown).await?;
             met(wanted, missing)?;
-            let Tally { replayed, expired, parked, left, .. } = tally;
+            let PassCounts { replayed, expired, parked, left, .. } = tally;
             // By their ids, it is others that were left.
-            let left = if *wanted == Wanted::All { format!(", {left} left") } else { String::new() };
+            let left = if *wanted == Selection::All { format!(", {left} left") } else { String::new() };
             Ok(Answer::new(format!("dead letters: {replayed} replayed, {expired} expired, {parked} parked{left}")))
         }
         Letters::DropDead => {
-            let (dropped, missing) = by_hand.drop_dead(wanted, shutdown).await?;
+            let (dropped, missing) = admin.drop_dead(wanted, shutdown).await?;
             met(wanted, missing)?;
             Ok(Answer::new(format!("dead letters: {dropped} dropped for good")))
         }
         Letters::RetryParked => {
-            let done = by_hand.retry_parked(wanted, drop, shutdown).await?;
+            let done = admin.retry_parked(wanted, drop, shutdown).await?;
             Answer::of("letter", "put back", done, wanted)
         }
         Letters::DropParked => {
-            let done = by_hand.drop_parked(wanted, drop, shutdown).await?;
+            let done = admin.drop_parked(wanted, drop, shutdown).await?;
             Answer::of("letter", "dropped for good", done, wanted)
         }
     }
@@ -229,9 +235,9 @@ async fn on_letters(site: &Site, by_hand: &mut ByHand, deed: Letters, wanted: &W
 
 /// Does `work` to its end, whoever still waits for the answer, and writes down what was done.
 async fn act(
-    site: Arc<Site>,
+    site: Arc<AppState>,
     ConnectInfo(from): Peer,
-    work: impl Future<Output = Result<Answer, Refusal>> + Send + 'static,
+    work: impl Future<Output = Result<Answer, ErrorResponse>> + Send + 'static,
 ) -> Answered {
     let of_here = Arc::clone(&site);
     let done = site.at_work.spawn(async move {
@@ -253,10 +259,10 @@ impl Answer {
     }
 
     /// Of work on rows or letters, each a `thing`. If nothing was done with those that somebody named, that is an error.
-    fn of(thing: &str, what: &str, Done { count, mut stay }: Done, wanted: &Wanted) -> Result<Self, Refusal> {
-        if count == 0 && *wanted != Wanted::All {
+    fn of(thing: &str, what: &str, Done { count, mut stay }: Done, wanted: &Selection) -> Result<Self, ErrorResponse> {
+        if count == 0 && *wanted != Selection::All {
             return Err(match stay.first() {
-                Some(Stays { why, .. }) => Refusal::new(StatusCode::CONFLICT, why),
+                Some(NotDone { why, .. }) => ErrorResponse::new(StatusCode::CONFLICT, why),
                 None => gone(thing),
             });
         }
@@ -270,53 +276,53 @@ impl Answer {
 }
 
 /// Whether some of the letters that somebody named were met.
-fn met(wanted: &Wanted, missing: usize) -> Result<(), Refusal> {
+fn met(wanted: &Selection, missing: usize) -> Result<(), ErrorResponse> {
     match wanted {
-        Wanted::Ids(ids) if ids.len() == missing => Err(gone("letter")),
+        Selection::Ids(ids) if ids.len() == missing => Err(gone("letter")),
         _ => Ok(()),
     }
 }
 
-fn gone(what: &str) -> Refusal {
+fn gone(what: &str) -> ErrorResponse {
     let sentence = format!("there is no such {what} any more: somebody has dealt with it, or the daemon has");
-    Refusal::new(StatusCode::NOT_FOUND, sentence)
+    ErrorResponse::new(StatusCode::NOT_FOUND, sentence)
 }
 
-fn name(name: Name) -> Result<String, Refusal> {
-    name.map(|Path(name)| name).map_err(|_| Refusal::bad("the path has a name that is not UTF-8"))
+fn name(name: Name) -> Result<String, ErrorResponse> {
+    name.map(|Path(name)| name).map_err(|_| ErrorResponse::bad("the path has a name that is not UTF-8"))
 }
 
-fn uuid(id: &str) -> Result<Uuid, Refusal> {
-    Uuid::try_parse(id).map_err(|_| Refusal::bad(format!("{:?} is not the id of a row", cut(id))))
+fn uuid(id: &str) -> Result<Uuid, ErrorResponse> {
+    Uuid::try_parse(id).map_err(|_| ErrorResponse::bad(format!("{:?} is not the id of a row", cut(id))))
 }
 
-fn wanted(headers: &HeaderMap, body: Body) -> Result<Wanted, Refusal> {
-    let Which { ids, all } = read(headers, body)?;
+fn wanted(headers: &HeaderMap, body: Body) -> Result<Selection, ErrorResponse> {
+    let RowRef { ids, all } = read(headers, body)?;
     match (ids, all) {
-        (None, true) => Ok(Wanted::All),
-        (Some(ids), false) if !ids.is_empty() => Ok(Wanted::Ids(ids.into_iter().collect())),
-        _ => Err(Refusal::bad(r#"say which: {"ids": ["…"]}, or {"all": true}"#)),
+        (None, true) => Ok(Selection::All),
+        (Some(ids), false) if !ids.is_empty() => Ok(Selection::Ids(ids.into_iter().collect())),
+        _ => Err(ErrorResponse::bad(r#"say which: {"ids": ["…"]}, or {"all": true}"#)),
     }
 }
 
 /// What the body says; nothing at all is said by an empty one.
-fn read<T: DeserializeOwned + Default>(headers: &HeaderMap, body: Body) -> Result<T, Refusal> {
+fn read<T: DeserializeOwned + Default>(headers: &HeaderMap, body: Body) -> Result<T, ErrorResponse> {
     let body = body.map_err(|_| {
         let sentence = format!("the body did not come whole, or is larger than {} KiB", LARGEST_BODY / 1024);
-        Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, sentence)
+        ErrorResponse::new(StatusCode::PAYLOAD_TOO_LARGE, sentence)
     })?;
     if body.is_empty() {
         return Ok(T::default());
     }
     let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     if content_type.split(';').next().unwrap_or_default().trim() != "application/json" {
-        return Err(Refusal::new(
+        return Err(ErrorResponse::new(
             StatusCode::UNSUPPORTED_MEDIA_TYPE,
             "the body must be JSON: send Content-Type: application/json",
         ));
     }
     serde_json::from_slice(&body).map_err(|error| {
-        Refusal::bad(format!("the body is not the JSON that is expected here: {}", cut(&error.to_string())))
+        ErrorResponse::bad(format!("the body is not the JSON that is expected here: {}", cut(&error.to_string())))
     })
 }
 

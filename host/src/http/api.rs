@@ -11,12 +11,13 @@ use axum::response::{IntoResponse as _, Response};
 use serde::Serialize;
 use time::OffsetDateTime;
 
-use super::refusal::Refusal;
-use super::{Site, overview};
-use crate::broker::{Looked, Pile};
-use crate::by_hand::{ByHandError, LookAlone};
-use crate::whereabouts::Which;
-use crate::words::{self, Explanation};
+use crate::broker::{DeadLetterQueue, Looked};
+use crate::dead_letters::admin::{AdminError, DeadLetterListing};
+use crate::http::error::ErrorResponse;
+use crate::http::{AppState, overview};
+use crate::model::display;
+use crate::model::display::Explanation;
+use crate::model::row_status::RowRef;
 
 /// For so long a look at the letters is new enough for whoever asks next.
 const FRESH: Duration = Duration::from_secs(2);
@@ -38,12 +39,12 @@ struct Heap {
     /// How many.
     waiting: u32,
     /// The first of them.
-    letters: Vec<Shown>,
+    letters: Vec<Sources>,
 }
 
 /// A letter, without its body.
 #[derive(Debug, Serialize)]
-struct Shown {
+struct Sources {
     id: Option<String>,
     kind: Option<String>,
     /// Where it died.
@@ -58,7 +59,7 @@ struct Shown {
 }
 
 /// `GET /api/overview`.
-pub(super) async fn overview(State(site): State<Arc<Site>>) -> Result<Response, Refusal> {
+pub(super) async fn overview(State(site): State<Arc<AppState>>) -> Result<Response, ErrorResponse> {
     // A task of its own: it is made to its end, whoever still waits for it.
     let answer = tokio::spawn(async move { overview::overview(&site).await }).await?;
     Ok(json(&answer))
@@ -69,7 +70,7 @@ fn json(text: &str) -> Response {
 }
 
 /// `GET /api/letters`. All of them are where they were afterwards.
-pub(super) async fn letters(State(site): State<Arc<Site>>) -> Result<Response, Refusal> {
+pub(super) async fn letters(State(site): State<Arc<AppState>>) -> Result<Response, ErrorResponse> {
     let looked = tokio::spawn(async move {
         // Whoever comes meanwhile waits, and has the same.
         let mut kept = site.letters.lock().await;
@@ -80,34 +81,38 @@ pub(super) async fn letters(State(site): State<Arc<Site>>) -> Result<Response, R
         let letters = serde_json::to_string(&letters).expect("an answer can always be written as JSON");
         let letters: Arc<str> = letters.into();
         *kept = Some((Instant::now(), Arc::clone(&letters)));
-        Ok::<_, ByHandError>(letters)
+        Ok::<_, AdminError>(letters)
     });
     Ok(json(&looked.await??))
 }
 
-async fn look(site: &Site) -> Result<Letters, ByHandError> {
-    let look = LookAlone::begin(&site.shown.store, &site.shown.broker).await?;
-    let looked =
-        async { Ok(Letters { dead: heap(&look, Pile::Dead).await?, parked: heap(&look, Pile::Parked).await? }) };
+async fn look(site: &AppState) -> Result<Letters, AdminError> {
+    let look = DeadLetterListing::begin(&site.shown.store, &site.shown.broker).await?;
+    let looked = async {
+        Ok(Letters {
+            dead: heap(&look, DeadLetterQueue::Dead).await?,
+            parked: heap(&look, DeadLetterQueue::Parked).await?,
+        })
+    };
     let looked = looked.await;
     look.end().await;
     looked
 }
 
-async fn heap(look: &LookAlone, pile: Pile) -> Result<Heap, ByHandError> {
+async fn heap(look: &DeadLetterListing, pile: DeadLetterQueue) -> Result<Heap, AdminError> {
     let mut letters = Vec::new();
     let waiting = look.waiting(pile).await?;
     look.at(pile, waiting.min(LETTERS), |letter| letters.push(shown(letter, pile))).await?;
     Ok(Heap { waiting, letters })
 }
 
-fn shown(Looked { says, parked_reason }: Looked, pile: Pile) -> Shown {
+fn shown(Looked { says, parked_reason }: Looked, pile: DeadLetterQueue) -> Sources {
     let died_at = says.died_at.and_then(|seconds| i64::try_from(seconds).ok());
-    Shown {
+    Sources {
         id: says.id,
         kind: says.kind,
         queue: says.queue,
-        reason: if pile == Pile::Parked { parked_reason } else { says.reason },
+        reason: if pile == DeadLetterQueue::Parked { parked_reason } else { says.reason },
         // RFC 3339 ends with the year 9999, and anybody may have written the time.
         died_at: died_at
             .and_then(|seconds| OffsetDateTime::from_unix_timestamp(seconds).ok())
@@ -117,14 +122,17 @@ fn shown(Looked { says, parked_reason }: Looked, pile: Pile) -> Shown {
 }
 
 /// `GET /api/rows?which=ID` or `KIND/KEY`.
-pub(super) async fn explain(State(site): State<Arc<Site>>, RawQuery(query): RawQuery) -> Result<Response, Refusal> {
+pub(super) async fn explain(
+    State(site): State<Arc<AppState>>,
+    RawQuery(query): RawQuery,
+) -> Result<Response, ErrorResponse> {
     let query = query.unwrap_or_default();
     let mut arguments = form_urlencoded::parse(query.as_bytes());
     let which = match (arguments.next(), arguments.next()) {
         (Some((name, which)), None) if name == "which" => which.into_owned(),
-        _ => return Err(Refusal::bad("say which row: /api/rows?which=ID, or which=KIND/KEY")),
+        _ => return Err(ErrorResponse::bad("say which row: /api/rows?which=ID, or which=KIND/KEY")),
     };
-    let which: Which = which.trim().parse().map_err(Refusal::bad)?;
+    let which: RowRef = which.trim().parse().map_err(ErrorResponse::bad)?;
     let found = tokio::spawn(async move {
         // One question at a time: they are not to take the connections of the loops.
         let _turn = site.turn.lock().await;
@@ -135,10 +143,10 @@ pub(super) async fn explain(State(site): State<Arc<Site>>, RawQuery(query): RawQ
     if let Some(found) = found? {
         return Ok(Json(Explanation::of(found)).into_response());
     }
-    let mut sentence = words::never_heard_of(&which);
-    if matches!(which, Which::Key { .. }) {
+    let mut sentence = display::unknown_row(&which);
+    if matches!(which, RowRef::Key { .. }) {
         sentence +=
             "; among what is finished, the page looks only at the last four hours, and tidings explain at all of it";
     }
-    Err(Refusal::new(StatusCode::NOT_FOUND, sentence))
+    Err(ErrorResponse::new(StatusCode::NOT_FOUND, sentence))
 }

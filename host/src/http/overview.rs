@@ -9,11 +9,11 @@ use time::OffsetDateTime;
 use tokio::time::timeout;
 use tracing::debug;
 
-use super::{PATIENCE, Site, readiness};
+use crate::http::{AppState, PATIENCE, readiness};
+use crate::model::row_status::Pause;
 use crate::plugins::PluginStatus;
 use crate::store::{Backlog, ENOUGH, ParkedRow, Store, StoreError, UpcomingRow};
 use crate::telemetry::{LastHour, last_hour};
-use crate::whereabouts::Pause;
 
 /// For so long an answer is new enough for whoever asks next.
 const FRESH: Duration = Duration::from_secs(1);
@@ -87,7 +87,7 @@ struct Letters {
 }
 
 /// What the page shows, as JSON.
-pub(super) async fn overview(site: &Site) -> Arc<str> {
+pub(super) async fn overview(site: &AppState) -> Arc<str> {
     // Whoever comes meanwhile waits, and has the same.
     let mut kept = site.overview.lock().await;
     if let Some((_, answer)) = kept.as_ref().filter(|(made, _)| made.elapsed() < FRESH) {
@@ -99,7 +99,7 @@ pub(super) async fn overview(site: &Site) -> Arc<str> {
     answer
 }
 
-async fn look(site: &Site) -> Overview {
+async fn look(site: &AppState) -> Overview {
     let shown = &site.shown;
     let (store, broker) = (shown.store.clone(), Arc::clone(&shown.broker));
     // Tasks of their own: what was asked is seen through, however long it takes.

@@ -10,15 +10,15 @@ use axum::response::{IntoResponse as _, Response};
 use tokio::time::timeout;
 use tracing::debug;
 
-use super::{PATIENCE, Shown};
+use crate::http::{PATIENCE, Sources};
 use crate::plugins::{BreakerState, GenerationStatus, Registry};
 use crate::telemetry::{
     Server, Serving, look_at_process, set_backlog, set_blocked, set_connected, set_letters, set_listening, set_serving,
 };
 
 /// `GET /metrics`.
-pub(super) async fn show_metrics(State(shown): State<Shown>) -> Response {
-    let Shown { plugins, store, broker, metrics, health, .. } = shown;
+pub(super) async fn show_metrics(State(shown): State<Sources>) -> Response {
+    let Sources { plugins, store, broker, metrics, health, .. } = shown;
     set_serving(&serving(&plugins));
     set_listening(health.listening.load(Ordering::Relaxed));
     look_at_process();

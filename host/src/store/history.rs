@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use super::claim::headers;
-use super::{Store, StoreError};
-use crate::clock::unix_ms;
-use crate::schedule::Schedule;
+use crate::model::clock::unix_ms;
+use crate::model::schedule::Schedule;
+use crate::store::queue::claim::headers;
+use crate::store::{Store, StoreError};
 
 /// Rows that are removed by one statement: few enough that nobody waits for it.
 const BATCH: i64 = 10_000;

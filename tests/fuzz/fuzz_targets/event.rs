@@ -3,10 +3,10 @@
 #![cfg_attr(fuzzing, no_main)]
 
 use arbitrary::{Arbitrary as _, Unstructured};
-use tidings::event::{BuiltEvent, Event, LONGEST_TTL_MS, deadline_ms};
-use tidings::message::{Expired, Message};
+use tidings::model::event::{BuiltEvent, Event, LONGEST_TTL_MS, deadline_ms};
+use tidings::model::message::{Expired, Message};
+use tidings::model::schedule::Schedule;
 use tidings::plugins::{World, check_description, check_world};
-use tidings::schedule::Schedule;
 use time::OffsetDateTime;
 use uuid::Uuid;
 

@@ -3,7 +3,7 @@
 #![cfg_attr(fuzzing, no_main)]
 
 use game_envelope::{Instant, wrap};
-use tidings::event::Event;
+use tidings::model::event::Event;
 
 // The plugin itself is a component, and no library for others.
 #[path = "../../../plugins/message/src/payload.rs"]

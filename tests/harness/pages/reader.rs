@@ -4,13 +4,13 @@ use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use super::{Block, Elsewhere, Here, Page, missing};
 use crate::daemon::{Daemon, Launch};
 use crate::servers::Servers;
 use crate::world::{World, amqp_url, database_url};
-use crate::{build, eventually, image, setup};
+use crate::{build, command_line, eventually, image, setup};
 
 /// Somebody who follows a page in a world.
 #[derive(Debug)]
@@ -214,18 +214,4 @@ fn program(dir: &Path, name: &str, script: &str) {
     let path = dir.join(name);
     fs::write(&path, script).expect("written");
     fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("allowed");
-}
-
-/// What a shell must be told to do what `command` would.
-pub(crate) fn command_line(command: &Command) -> String {
-    let quoted = |text: &std::ffi::OsStr| format!("'{}'", text.to_string_lossy().replace('\'', r"'\''"));
-    let mut words = vec!["env".to_owned()];
-    // It takes what to forget before what to set.
-    words.extend(
-        command.get_envs().filter(|(_, value)| value.is_none()).map(|(name, _)| format!("-u {}", quoted(name))),
-    );
-    words.extend(command.get_envs().filter_map(|(name, value)| Some(format!("{}={}", name.display(), quoted(value?)))));
-    words.push(quoted(command.get_program()));
-    words.extend(command.get_args().map(quoted));
-    words.join(" ")
 }

@@ -3,8 +3,8 @@
 use std::net::SocketAddr;
 use std::path::Path;
 
-use super::super::ready::{Answer, ask};
-use super::Report;
+use crate::cli::doctor::Report;
+use crate::cli::ready::{Answer, ask};
 use crate::config::Config;
 use crate::plugins::{StateDir, StateError, count_files, try_watch};
 

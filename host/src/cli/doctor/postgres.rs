@@ -1,10 +1,10 @@
 //! What the doctor finds in the database.
 
-use super::super::{age, pause_sentence};
-use super::{Level, Report, count};
-use crate::causes::causes;
+use crate::cli::doctor::{Level, Report, count};
+use crate::cli::{age, pause_sentence};
 use crate::config::Config;
 use crate::http::LATE;
+use crate::model::error_chain::error_chain;
 use crate::store::{Holder, Holding, Skew, Store, StoreError, TOO_LONG};
 
 /// Clocks that differ by less are as good as equal.
@@ -35,7 +35,7 @@ pub(super) async fn check(report: &mut Report, config: &Config) {
         }
         // Each says what to do.
         Err(error) => {
-            report.fail(causes(&error));
+            report.fail(error_chain(&error));
             false
         }
     };
@@ -63,7 +63,7 @@ fn unreached(error: &StoreError) -> String {
         // The others say it.
         _ => "",
     };
-    format!("{}{advice}", causes(error))
+    format!("{}{advice}", error_chain(error))
 }
 
 async fn rights(report: &mut Report, store: &Store) -> bool {

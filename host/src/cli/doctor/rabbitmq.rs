@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use super::Report;
-use crate::broker::{Broker, BrokerError, BrokerSettings, Found, Management, ManagementError, Own};
-use crate::secret_url::SecretUrl;
-use crate::wake::Wake;
+use crate::broker::{Broker, BrokerError, BrokerSettings, Found, Management, ManagementError, OwnEntity};
+use crate::cli::doctor::Report;
+use crate::model::secret_url::SecretUrl;
+use crate::model::wake::Wake;
 
 pub(super) async fn check(report: &mut Report, settings: &BrokerSettings, management: Option<&SecretUrl>) {
     let broker = Broker::new(settings, Arc::new(Wake::default()));
@@ -16,19 +16,19 @@ pub(super) async fn check(report: &mut Report, settings: &BrokerSettings, manage
         );
     };
     let management = Management::of(url);
-    for queue in [Own::Dead, Own::Parking].into_iter().filter(|own| there.contains(own)) {
+    for queue in [OwnEntity::Dead, OwnEntity::Parking].into_iter().filter(|own| there.contains(own)) {
         if !policy(report, &broker, &management, queue).await {
             return;
         }
     }
-    if there.contains(&Own::Dead) && !bound(report, &broker, &management).await {
+    if there.contains(&OwnEntity::Dead) && !bound(report, &broker, &management).await {
         return;
     }
     alarms(report, &management).await;
 }
 
 /// Looks at the four things that are ours, and returns those that are there.
-async fn topology(report: &mut Report, broker: &Broker) -> Option<Vec<Own>> {
+async fn topology(report: &mut Report, broker: &Broker) -> Option<Vec<OwnEntity>> {
     let visit = match broker.visit().await {
         Ok(visit) => visit,
         Err(error) => {
@@ -38,7 +38,7 @@ async fn topology(report: &mut Report, broker: &Broker) -> Option<Vec<Own>> {
     };
     report.ok(format_args!("RabbitMQ answers at {} and lets us in", broker.place()));
     let (mut there, mut letters) = (Vec::new(), [None; 2]);
-    for own in Own::ALL {
+    for own in OwnEntity::ALL {
         let what = own.describe(broker.exchange());
         match visit.look(own).await {
             Ok(found @ (Found::Ours(waiting) | Found::AsItIs(waiting))) => {
@@ -52,9 +52,9 @@ async fn topology(report: &mut Report, broker: &Broker) -> Option<Vec<Own>> {
                 }
                 there.push(own);
                 match own {
-                    Own::Dead => letters[0] = Some(waiting),
-                    Own::Parking => letters[1] = Some(waiting),
-                    Own::Exchange | Own::DeadLetterExchange => {}
+                    OwnEntity::Dead => letters[0] = Some(waiting),
+                    OwnEntity::Parking => letters[1] = Some(waiting),
+                    OwnEntity::Exchange | OwnEntity::DeadLetterExchange => {}
                 }
             }
             Ok(Found::Absent(said)) => {
@@ -94,7 +94,7 @@ fn unreached(error: BrokerError) -> String {
 }
 
 /// Returns whether the management API can be asked again.
-async fn policy(report: &mut Report, broker: &Broker, management: &Management, queue: Own) -> bool {
+async fn policy(report: &mut Report, broker: &Broker, management: &Management, queue: OwnEntity) -> bool {
     let complaints = match management.queue(broker, queue).await {
         Ok(Some(seen)) => broker.complaints(queue, &seen),
         // It went meanwhile.
@@ -115,7 +115,8 @@ async fn policy(report: &mut Report, broker: &Broker, management: &Management, q
 
 /// Returns whether the management API can be asked again.
 async fn bound(report: &mut Report, broker: &Broker, management: &Management) -> bool {
-    let (dead, source) = (Own::Dead.describe(broker.exchange()), Own::DeadLetterExchange.name(broker.exchange()));
+    let (dead, source) =
+        (OwnEntity::Dead.describe(broker.exchange()), OwnEntity::DeadLetterExchange.name(broker.exchange()));
     match management.is_bound(broker).await {
         Ok(true) => report.ok(format_args!("{dead} is bound to {source}")),
         Ok(false) => report.fail(format_args!(

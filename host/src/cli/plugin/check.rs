@@ -6,9 +6,9 @@ use std::process::ExitCode;
 
 use serde::Serialize;
 
-use super::super::output::Output;
-use super::super::printable;
-use super::PluginArgs;
+use crate::cli::output::Output;
+use crate::cli::plugin::PluginArgs;
+use crate::cli::printable;
 use crate::plugins::{Limits, Metering, Plugin};
 
 /// What the daemon would serve.

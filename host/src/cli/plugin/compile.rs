@@ -7,8 +7,8 @@ use std::process::ExitCode;
 
 use clap::Args;
 
-use super::super::output::complain;
-use crate::plugins::{NOT_KEPT, compile_here};
+use crate::cli::output::complain;
+use crate::plugins::{CODE_NOT_CACHED, compile_here};
 
 /// How it is called.
 #[derive(Args, Debug)]
@@ -24,7 +24,7 @@ pub(super) fn compile(args: &CompileArgs) -> anyhow::Result<ExitCode> {
         Ok(None) => Ok(ExitCode::SUCCESS),
         Ok(Some(why)) => {
             complain(why);
-            Ok(ExitCode::from(NOT_KEPT))
+            Ok(ExitCode::from(CODE_NOT_CACHED))
         }
         Err(reason) => {
             complain(reason);

@@ -11,8 +11,8 @@ use similar::{ChangeTag, TextDiff};
 use time::{Duration, OffsetDateTime};
 use uuid::Uuid;
 
-use crate::event::{BuildError, BuiltEvent, Event};
-use crate::schedule::Schedule;
+use crate::model::event::{BuildError, BuiltEvent, Event};
+use crate::model::schedule::Schedule;
 
 /// The time of a row that says none: 2026-01-01 00:00 UTC.
 const NOW_MS: i64 = 1_767_225_600_000;
@@ -122,7 +122,7 @@ fn event(event: &Event) -> Value {
             Ok(Value::String(_)) | Err(_) => json!(text),
             Ok(value) => value,
         },
-        Err(_) => json!({ "hex": crate::event::hex(event.body()) }),
+        Err(_) => json!({ "hex": crate::model::event::hex(event.body()) }),
     };
     let headers: BTreeMap<&str, &str> =
         event.headers().iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();

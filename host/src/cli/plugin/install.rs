@@ -9,10 +9,10 @@ use anyhow::{Context as _, bail, ensure};
 use clap::Args;
 use serde::Serialize;
 
-use super::super::output::Output;
-use super::check::Checked;
-use super::{PluginArgs, engine, open};
-use crate::plugins::{Allowed, Metering};
+use crate::cli::output::Output;
+use crate::cli::plugin::check::Checked;
+use crate::cli::plugin::{PluginArgs, engine, open};
+use crate::plugins::{Allowlist, Metering};
 
 /// What to install, and where.
 #[derive(Args, Debug)]
@@ -73,7 +73,7 @@ pub(super) async fn install(args: &InstallArgs, output: Output) -> anyhow::Resul
         put(&settings, &target.with_extension("toml"))?;
     }
     put(&args.plugin.file, &target)?;
-    let allowed = Allowed::read(dir).and_then(|allowed| allowed.check(plugin.digest(), &format!("{stem}.wasm")));
+    let allowed = Allowlist::read(dir).and_then(|allowed| allowed.check(plugin.digest(), &format!("{stem}.wasm")));
     let problem = allowed.err().map(|error| error.to_string());
     let installed = Installed { checked: Checked::of(&plugin), installed_as: target, problem };
     output.line(format_args!("{}\ninstalled as {}", installed.checked, installed.installed_as.display()));

@@ -7,10 +7,10 @@ use anyhow::Context as _;
 use clap::Args;
 use serde_json::Value;
 
-use super::super::output::{Output, print};
-use super::super::{pause_sentence, printable, usage};
+use crate::cli::output::{Output, print};
+use crate::cli::{pause_sentence, printable, usage};
 use crate::config::HttpArgs;
-use crate::whereabouts::Pause;
+use crate::model::row_status::Pause;
 
 /// Whom to ask.
 #[derive(Args, Debug)]

@@ -9,7 +9,7 @@ use anyhow::{Context as _, bail, ensure};
 use clap::Args;
 use serde::Serialize;
 
-use super::super::output::Output;
+use crate::cli::output::Output;
 
 /// The files, and what is in them, with the name to be filled in.
 const FILES: [(&str, &str); 9] = [

@@ -11,12 +11,12 @@ use serde::Serialize;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::super::output::Output;
-use super::super::{printable, usage};
-use super::fixture::{difference, outcome};
-use super::{PluginArgs, engine, open};
+use crate::cli::output::Output;
+use crate::cli::plugin::fixture::{difference, outcome};
+use crate::cli::plugin::{PluginArgs, engine, open};
+use crate::cli::{printable, usage};
 use crate::config::DatabaseArgs;
-use crate::event::{BuildError, BuiltEvent};
+use crate::model::event::{BuildError, BuiltEvent};
 use crate::plugins::{Engine, Metering, Plugin};
 use crate::store::{Delivered, Store};
 

@@ -10,9 +10,9 @@ use anyhow::{Context as _, bail, ensure};
 use clap::Args;
 use serde::Serialize;
 
-use super::super::output::Output;
-use super::fixture::{Fixture, difference, meets, normal, outcome};
-use super::{PluginArgs, engine, open};
+use crate::cli::output::Output;
+use crate::cli::plugin::fixture::{Fixture, difference, meets, normal, outcome};
+use crate::cli::plugin::{PluginArgs, engine, open};
 use crate::plugins::{Metering, Plugin};
 
 /// What to test.

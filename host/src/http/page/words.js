@@ -58,10 +58,15 @@ export function local(at) {
 // --- Time: that of the database, carried on by the browser's own steady clock ---------------------------------------------
 
 let databaseAhead = null;
+let answeredAt = null;
 
-/** Notes what the database's clock says. */
+/** Notes what the database's clock said when the answer that is shown now was made. */
 export function setClock(text) {
-  databaseAhead = new Date(text).getTime() - performance.now();
+  answeredAt = new Date(text).getTime();
+  const ahead = answeredAt - performance.now();
+  // An answer may be a second old when it comes: the clock is never behind the newest that came. A larger step is the clock's own.
+  const isOld = databaseAhead !== null && ahead < databaseAhead && databaseAhead - ahead < 5000;
+  if (!isOld) databaseAhead = ahead;
 }
 
 const now = () => (databaseAhead === null ? Date.now() : performance.now() + databaseAhead);
@@ -81,13 +86,15 @@ export function setMoment(element, form, text) {
   tick(element);
 }
 
+/** Says anew how far away the instant is. A row is late only by as much as it was when the answer was made: since then it may
+    have been delivered. */
 export function tick(element) {
-  const seconds = (new Date(element.dateTime).getTime() - now()) / 1000;
-  const whole = (value) => (value >= 1 ? span(Math.floor(value)) : "now");
+  const at = new Date(element.dateTime).getTime();
+  const [seconds, late] = [(at - now()) / 1000, answeredAt === null ? 0 : (answeredAt - at) / 1000];
   if (element.dataset.form === "ago") say(element, -seconds < 1 ? "now" : `${span(Math.floor(-seconds))} ago`);
-  else if (seconds > -1) say(element, seconds >= 1 ? `in ${whole(seconds)}` : "now");
-  else say(element, `late by ${whole(-seconds)}`);
-  element.classList.toggle("bad-text", element.dataset.form === "due" && seconds < -30);
+  else if (late >= 1) say(element, `late by ${span(Math.floor(late))}`);
+  else say(element, seconds >= 1 ? `in ${span(Math.floor(seconds))}` : "now");
+  element.classList.toggle("bad-text", element.dataset.form === "due" && late > 30);
 }
 
 export function button(text, style, label, press) {

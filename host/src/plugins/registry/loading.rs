@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use tracing::warn;
 
-use super::Registry;
-use crate::plugins::allowed::Allowed;
-use crate::plugins::check::LoadError;
-use crate::plugins::directory::Seen;
-use crate::plugins::plugin::Plugin;
-use crate::plugins::source::{Identity, Source};
+use crate::plugins::generation::Plugin;
+use crate::plugins::loading::allowlist::Allowlist;
+use crate::plugins::loading::directory::Seen;
+use crate::plugins::loading::load_error::LoadError;
+use crate::plugins::loading::source::{Identity, Source};
+use crate::plugins::registry::Registry;
 
 /// What was made of a file that has changed.
 pub(super) enum Prepared {
@@ -67,7 +67,7 @@ impl Registry {
     /// Whatever lies in `file` now: what serves from it ends if the list does not allow it any more. A list that cannot be
     /// read ends nothing.
     fn end_what_is_not_allowed(&self, file: &str) -> Result<(), LoadError> {
-        let allowed = Allowed::read(&self.dir)?;
+        let allowed = Allowlist::read(&self.dir)?;
         let mut slots = self.slots();
         let Some(slot) = slots.by_file.get_mut(file) else { return Ok(()) };
         if let Some(plugin) = slot.active.take_if(|active| allowed.check(active.digest(), file).is_err()) {
@@ -82,7 +82,7 @@ impl Registry {
     }
 
     pub(super) async fn load(&self, file: &str, source: Source) -> Result<Plugin, LoadError> {
-        Allowed::read(&self.dir)?.check(source.digest(), file)?;
-        Plugin::load(&self.engine, &self.dir.join(file), source, Arc::clone(&self.bell)).await
+        Allowlist::read(&self.dir)?.check(source.digest(), file)?;
+        Plugin::load(&self.engine, &self.dir.join(file), source, Arc::clone(&self.feedback_wake)).await
     }
 }

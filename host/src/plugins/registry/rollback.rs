@@ -5,28 +5,28 @@ use std::sync::Arc;
 
 use tracing::{error, warn};
 
-use super::Registry;
-use crate::plugins::check::LoadError;
-use crate::plugins::plugin::{News, Plugin};
-use crate::plugins::source::Source;
+use crate::plugins::generation::{Feedback, Plugin};
+use crate::plugins::loading::load_error::LoadError;
+use crate::plugins::loading::source::Source;
+use crate::plugins::registry::Registry;
 use crate::telemetry::{Reload, count_reload};
 
 impl Registry {
     /// What serving plugins have to tell: the first row built of a kind, or that nothing works.
-    pub(super) async fn hear_news(&self) {
+    pub(super) async fn apply_feedback(&self) {
         let plugins: Vec<(String, Arc<Plugin>)> = {
             let slots = self.slots();
             slots.by_file.iter().filter_map(|(file, slot)| Some((file.clone(), slot.active.clone()?))).collect()
         };
         for (file, plugin) in plugins {
-            for news in plugin.take_news() {
-                match news {
+            for feedback in plugin.take_feedback() {
+                match feedback {
                     // What cannot be kept now is when it can.
-                    News::Answered(kind) if !self.remember(&kind, &file, &plugin).await => {
-                        plugin.tell(News::Answered(kind));
+                    Feedback::Answered(kind) if !self.remember(&kind, &file, &plugin).await => {
+                        plugin.tell(Feedback::Answered(kind));
                     }
-                    News::Answered(_) => {}
-                    News::FailedFromTheStart(kind, why) => self.roll_back(&kind, &file, &plugin, &why).await,
+                    Feedback::Answered(_) => {}
+                    Feedback::FailedFromTheStart(kind, why) => self.roll_back(&kind, &file, &plugin, &why).await,
                 }
             }
         }

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::{Registry, Slot};
+use crate::plugins::registry::{Registry, Slot};
 use crate::plugins::{BreakerState, Kind, Limits, Plugin};
 
 /// What serves, and what does not, for people.

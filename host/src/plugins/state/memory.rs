@@ -7,9 +7,9 @@ use std::sync::{Mutex, MutexGuard};
 
 use ring::digest::{SHA256, digest};
 
-use super::StateDir;
-use crate::event::hex;
-use crate::plugins::source::{Identity, Source};
+use crate::model::event::hex;
+use crate::plugins::loading::source::{Identity, Source};
+use crate::plugins::state::StateDir;
 
 /// What is remembered of one plugin directory.
 #[derive(Debug)]

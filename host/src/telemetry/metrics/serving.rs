@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use metrics::gauge;
 
-use super::{BREAKER, GENERATION, PLUGIN_CPU, PLUGIN_MEMORY, number};
+use crate::telemetry::metrics::counts::number;
+use crate::telemetry::metrics::names::{BREAKER, GENERATION, PLUGIN_CPU, PLUGIN_MEMORY};
 
 /// The plugins that have been shown: the gauges of those that are gone are set to zero.
 static SHOWN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());

@@ -9,12 +9,12 @@ use opentelemetry_sdk::trace::{SdkTracer, Span};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::{TRACEPARENT, TRACER, TRACESTATE, UNKNOWN, cut, left_in, start, traceparent};
-use crate::clock::DatabaseClock;
-use crate::message::{HeaderValue, Message};
-use crate::schedule::Schedule;
+use crate::model::clock::DatabaseClock;
+use crate::model::message::{HeaderValue, Message};
+use crate::model::schedule::Schedule;
 use crate::store::{Outcome, Settlement};
-use crate::telemetry::kinds;
+use crate::telemetry::metrics::kinds;
+use crate::telemetry::traces::{TRACEPARENT, TRACER, TRACESTATE, UNKNOWN, cut, left_in, start, traceparent};
 
 /// The spans of one batch; none, if nobody wants any. Dropped without [`Spans::commit`], they say that nobody knows what
 /// became of the rows.

@@ -19,9 +19,9 @@ use tracing::{info, warn};
 use ureq::http::Uri;
 use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
-use super::TraceSettings;
-use crate::secret_url::SecretUrl;
+use crate::model::secret_url::SecretUrl;
 use crate::telemetry::count_dropped_spans;
+use crate::telemetry::traces::TraceSettings;
 
 /// An answer says next to nothing. A longer one is none.
 const ANSWER_BYTES: u64 = 64 * 1024;

@@ -8,9 +8,9 @@ use opentelemetry::KeyValue;
 use opentelemetry::trace::{Span as _, Status};
 use opentelemetry_sdk::trace::Span;
 
-use super::{TRACEPARENT, TRACER, TRACESTATE, UNKNOWN, cut, left_in, start};
-use crate::clock::DatabaseClock;
-use crate::dead_letter::DeadLetter;
+use crate::model::clock::DatabaseClock;
+use crate::model::dead_letter::DeadLetter;
+use crate::telemetry::traces::{TRACEPARENT, TRACER, TRACESTATE, UNKNOWN, cut, left_in, start};
 
 /// A kind is no longer; what is may be anything, since anybody may have written the letter.
 const KIND_BYTES: usize = 100;

@@ -1,0 +1,88 @@
+//! What claims, their deliveries and sweeps lead to.
+
+use super::super::*;
+use super::ALL_LEFT;
+use super::scene::{OPEN, SWEEP, Scene, look, ms};
+
+#[test]
+fn a_row_that_is_not_quite_due_by_the_clock_of_the_database_is_claimed_again_at_its_moment() {
+    let mut scene = Scene::quiet();
+    for (next_in, again) in [(300, 300), (100, 200)] {
+        scene.woken(Reason::Notification);
+        scene.looked(true, None);
+        scene.claims();
+        scene.claimed(false, false, Some(Duration::from_micros(next_in)));
+        assert_eq!(scene.claims(), scene.now + Duration::from_micros(again));
+        scene.claimed(true, false, None);
+        scene.ended(ALL_LEFT);
+    }
+    scene.woken(Reason::Plugins);
+    scene.looked(true, None);
+    scene.claims();
+    scene.claimed(false, false, Some(HEAD_START));
+    assert_eq!(scene.next(), Action::Hold, "others may have what is due");
+}
+
+#[test]
+fn a_claim_tells_when_the_next_row_is_due() {
+    let mut scene = Scene::with_due_rows();
+    scene.claims();
+    scene.claimed(true, false, Some(ms(7)));
+    assert_eq!(scene.sleeps(), (ms(7).saturating_sub(HEAD_START), Reason::Due));
+}
+
+#[test]
+fn a_delivery_that_the_broker_did_not_confirm_is_no_reason_to_rest_if_the_broker_is_away() {
+    for broker_open in [false, true] {
+        let mut scene = Scene::quiet();
+        scene.woken(Reason::Notification);
+        scene.looked(true, None);
+        scene.claims();
+        scene.claimed(true, false, None);
+        assert!(matches!(scene.core.next(scene.now, Environment { broker_open, ..OPEN }), Action::Sleep(..)));
+        scene.ended(End::Unsettled);
+        scene.woken(Reason::Broker);
+        assert_eq!(scene.next() == Action::Look, !broker_open);
+    }
+}
+
+#[test]
+fn the_end_of_a_delivery_is_a_reason_to_look_if_it_leaves_something() {
+    let (large, small) = (Load { turn: Turn::Oldest, large: true }, Load { turn: Turn::Oldest, large: false });
+    let left = |some_stay| End::Settled { some_left: true, some_stay };
+    for (load, end, looks) in [(small, left(false), false), (small, left(true), true), (large, left(false), true)] {
+        let mut scene = Scene::quiet();
+        scene.woken(Reason::Notification);
+        scene.looked(true, None);
+        scene.claims();
+        scene.claimed(true, false, None);
+        scene.happens(Event::DeliveryEnded(load, end));
+        assert_eq!(scene.next() == Action::Look, looks, "{load:?}");
+    }
+}
+
+#[test]
+fn what_a_sweep_finds_due_is_claimed() {
+    let mut scene = Scene::quiet();
+    scene.now += SWEEP;
+    assert_eq!(scene.next(), Action::Sweep);
+    scene.happens(Event::Swept(Some((scene.now, look(scene.now, true, None)))));
+    scene.claims();
+}
+
+#[test]
+fn a_sweep_is_news_unless_somebody_has_asked_since_it_began() {
+    for looked in [false, true] {
+        let mut scene = Scene::quiet();
+        scene.now += SWEEP;
+        assert_eq!(scene.next(), Action::Sweep);
+        let asked_at = scene.now;
+        if looked {
+            scene.woken(Reason::Notification);
+            scene.looked(false, Some(ms(700)));
+        }
+        scene.happens(Event::Swept(Some((asked_at, look(asked_at, false, Some(ms(300)))))));
+        let expected = if looked { 700 } else { 300 };
+        assert_eq!(scene.sleeps(), (ms(expected).saturating_sub(HEAD_START), Reason::Due));
+    }
+}

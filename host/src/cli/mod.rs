@@ -1,0 +1,271 @@
+//! The command line: one file per subcommand. Exit codes: 0 done or stopped by a signal; 64 usage and settings; 65 the
+//! schema is not ours; 66 not found; 1 anything else.
+
+// They panic when nobody reads any more; `output` does not.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
+mod completions;
+mod dead;
+mod doctor;
+mod explain;
+mod migrate;
+mod next;
+mod output;
+mod parked;
+mod pause;
+mod plugin;
+mod ready;
+mod run;
+mod schedule;
+mod times;
+mod topology;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{CommandFactory as _, Parser, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::config::{DatabaseArgs, DoctorArgs, HttpArgs, RunArgs, ValidationErrors};
+use crate::model::display::{pause_sentence, printable};
+use crate::model::error_chain::error_chain;
+use crate::store::{Store, StoreError};
+use crate::telemetry;
+use crate::telemetry::LogFormat;
+use output::{Output, complain};
+
+/// Wrong usage or settings (`EX_USAGE` of sysexits.h).
+const USAGE: u8 = 64;
+/// The database's schema is not ours (`EX_DATAERR` of sysexits.h).
+const SCHEMA: u8 = 65;
+/// There is no such thing (`EX_NOINPUT` of sysexits.h).
+const NOT_FOUND: u8 = 66;
+
+/// Turns rows in PostgreSQL into messages in RabbitMQ, on time.
+#[derive(Debug, Parser)]
+#[command(name = "tidings", version, arg_required_else_help = true)]
+#[command(after_help = "Example:\n  tidings next --within 1h")]
+struct Cli {
+    /// Answers in JSON, for programs
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Runs the daemon
+    #[command(after_help = "Example:\n  tidings run --database-url postgres://tidings:secret@db/shop \\\n      \
+                            --amqp-url amqp://tidings:secret@mq/shop --plugin-dir /srv/plugins")]
+    Run(Box<RunArgs>),
+    /// Checks a deployment from outside, with the daemon's settings: what is well, what is not, and what to do
+    #[command(after_help = "Example:\n  tidings doctor --json | jq '.checks[] | select(.level != \"ok\")'")]
+    Doctor(Box<DoctorArgs>),
+    /// Shows what is due next, and what is held or paused
+    Next(next::NextArgs),
+    /// Says where a row is, and why
+    Explain(explain::ExplainArgs),
+    /// Schedules a row, and prints its id
+    Schedule(schedule::ScheduleArgs),
+    /// Removes pending rows
+    #[command(
+        override_usage = "tidings cancel [OPTIONS] <KIND> <KEY>\n       tidings cancel [OPTIONS] --subject <SUBJECT>"
+    )]
+    Cancel(schedule::CancelArgs),
+    /// Stops a kind: its rows wait where they are
+    Pause(pause::PauseArgs),
+    /// Lets a paused kind go on
+    Resume(pause::ResumeArgs),
+    /// Asks the daemon on this host whether it is ready, for a health check: exits with 0 if it is, with 1 otherwise
+    #[command(after_help = "Example:\n  tidings ready --http-addr 127.0.0.1:7070 && echo it works")]
+    Ready(HttpArgs),
+    /// Lists, replays or drops the dead letters
+    #[command(subcommand)]
+    Dead(dead::Command),
+    /// Lists, puts back or drops the rows and dead letters that were set aside for a person
+    #[command(subcommand)]
+    Parked(parked::Command),
+    /// For authors of plugins: new, check, test, list, install, replay
+    #[command(subcommand)]
+    Plugin(plugin::Command),
+    /// Creates or updates the schema `tidings` in the database
+    #[command(after_help = "Example:\n  tidings migrate --database-url postgres://owner:secret@db/shop")]
+    Migrate(DatabaseArgs),
+    /// Prints what the daemon needs in RabbitMQ, as definitions to import: exchanges, queues, the binding, and the fewest
+    /// permissions of its user
+    Topology(topology::TopologyArgs),
+    /// Prints what a shell needs to complete the command line
+    Completions(completions::CompletionsArgs),
+}
+
+/// Runs the command line of this process.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            return if error.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS };
+        }
+    };
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(1, &anyhow::Error::from(error).context("could not start")),
+    };
+    if !matches!(cli.command, Command::Run(_)) {
+        telemetry::start(LogFormat::Text);
+    }
+    let output = if cli.json { Output::Json } else { Output::Text };
+    let code = match cli.command {
+        Command::Run(args) => match args.check() {
+            Ok(config) => {
+                telemetry::start(config.log);
+                runtime.block_on(run::run(config))
+            }
+            Err(mistakes) => usage(&mistakes),
+        },
+        Command::Doctor(args) => runtime.block_on(doctor::run(*args, output)),
+        Command::Ready(args) => ready::ready(args, output),
+        Command::Dead(command) => runtime.block_on(dead::run(command, output)),
+        Command::Parked(command) => runtime.block_on(parked::run(command, output)),
+        Command::Plugin(command) => runtime.block_on(plugin::run(command, output)),
+        Command::Next(args) => runtime.block_on(next::next(args, output)),
+        Command::Explain(args) => runtime.block_on(explain::explain(args, output)),
+        Command::Schedule(args) => runtime.block_on(schedule::schedule(args, output)),
+        Command::Cancel(args) => runtime.block_on(schedule::cancel(args, output)),
+        Command::Pause(args) => runtime.block_on(pause::pause(args, output)),
+        Command::Resume(args) => runtime.block_on(pause::resume(args, output)),
+        Command::Topology(args) => topology::topology(args),
+        Command::Completions(args) => completions::completions(&args, Cli::command()),
+        Command::Migrate(args) => match args.check() {
+            Ok(url) => runtime.block_on(migrate::migrate(&url, output)),
+            Err(mistakes) => usage(&mistakes),
+        },
+    };
+    // What is left in the background has nothing more to say.
+    runtime.shutdown_background();
+    code
+}
+
+fn usage(mistakes: &ValidationErrors) -> ExitCode {
+    for mistake in mistakes.iter() {
+        complain(format_args!("tidings: {mistake}"));
+    }
+    ExitCode::from(USAGE)
+}
+
+/// Answers from the database alone: does `work` with it, and says in words what went wrong.
+async fn answered(database: DatabaseArgs, work: impl AsyncFnOnce(Store) -> Result<ExitCode, StoreError>) -> ExitCode {
+    let url = match database.check() {
+        Ok(url) => url,
+        Err(mistakes) => return usage(&mistakes),
+    };
+    let error = match work(Store::new(&url, 1)).await {
+        Ok(code) => return code,
+        Err(error) => error,
+    };
+    if let Some(rule) = error.broken_rule() {
+        usage(&ValidationErrors::from(named(rule).as_str()))
+    } else if let Some(conflict) = error.conflict() {
+        complain(format_args!("tidings: {}", printable(conflict)));
+        ExitCode::FAILURE
+    } else if error.is_unmigrated() {
+        complain(
+            "tidings: the database has no schema tidings, or one of an older release: run `tidings migrate` first",
+        );
+        ExitCode::from(SCHEMA)
+    } else {
+        fail(1, &error.into())
+    }
+}
+
+/// A rule, behind the argument that broke it: rules begin with a column.
+fn named(rule: &str) -> String {
+    let column = rule.split(' ').next().unwrap_or_default();
+    let argument = match column {
+        "kind" => "KIND",
+        "key" => "the key",
+        "subject" => "--subject",
+        "due_at" => "--at or --in",
+        "expires_at" => "--expires-at or --expires-in",
+        "payload" => "--payload",
+        "headers" => "--header",
+        "until" => "--until or --for",
+        "reason" => "--reason",
+        _ => return rule.to_owned(),
+    };
+    format!("{argument}: {rule}")
+}
+
+/// A bar on a terminal, and nothing elsewhere. `length` 0 = none at all.
+///
+/// # Panics
+///
+/// Never: the template is a constant.
+fn progress(length: u64, what: &'static str) -> ProgressBar {
+    if length == 0 {
+        return ProgressBar::hidden();
+    }
+    let style =
+        ProgressStyle::with_template("{bar:40} {human_pos} of {human_len} {msg}, {eta} left").expect("a template");
+    let bar = ProgressBar::new(length).with_style(style).with_message(what);
+    // At once, since it says how much there is to do.
+    bar.tick();
+    bar
+}
+
+/// A time in words, to the second.
+fn age(time: Duration) -> String {
+    humantime::format_duration(Duration::from_secs(time.as_secs())).to_string()
+}
+
+/// Says what went wrong, with its error_chain, on one line.
+fn fail(code: u8, error: &anyhow::Error) -> ExitCode {
+    complain(format_args!("tidings: {}", error_chain(&**error)));
+    ExitCode::from(code)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The subcommands that can be run, by name, with what their help ends with.
+    fn leaves(command: &clap::Command, path: &str, found: &mut Vec<(String, String)>) {
+        let path = format!("{path} {}", command.get_name());
+        if !command.has_subcommands() && !command.is_hide_set() {
+            let ends = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            found.push((path.clone(), ends));
+        }
+        for subcommand in command.get_subcommands() {
+            leaves(subcommand, &path, found);
+        }
+    }
+
+    #[test]
+    fn the_help_of_every_command_ends_with_an_example_of_it() {
+        let mut found = Vec::new();
+        leaves(&Cli::command(), "", &mut found);
+        assert!(found.len() > 20, "{found:?}");
+        for (path, ends) in found {
+            assert!(
+                ends.starts_with("Example") && ends.contains(&format!(" {path} ")) || ends.ends_with(&path),
+                "{path}: {ends}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_command_line_holds_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_broken_rule_is_told_with_the_argument_that_broke_it() {
+        assert_eq!(
+            named("expires_at must be after due_at"),
+            "--expires-at or --expires-in: expires_at must be after due_at"
+        );
+        assert_eq!(named("timestamp out of range"), "timestamp out of range");
+    }
+}

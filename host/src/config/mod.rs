@@ -1,0 +1,387 @@
+//! The settings: flags or `TIDINGS_*` variables, and `OTEL_*` for traces, read once at the edge. All mistakes are reported
+//! together, and none of the sentences contains a password.
+
+mod traces;
+mod validation;
+mod variables;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+
+use validation::{number, url};
+use variables::unknown_variables;
+
+use crate::broker::{BrokerSettings, Management, QueueType};
+use crate::model::http_token::HttpToken;
+use crate::model::secret_url::SecretUrl;
+use crate::telemetry::{LogFormat, TraceSettings};
+
+pub use validation::ValidationErrors;
+pub(crate) use variables::service_links;
+
+/// Where the database is: all that `tidings migrate` needs.
+#[derive(Args, Clone, Debug)]
+pub struct DatabaseArgs {
+    /// Where PostgreSQL is, such as `postgres://user:password@host/database`
+    #[arg(long, env = "TIDINGS_DATABASE_URL", hide_env_values = true, value_name = "URL")]
+    database_url: Option<String>,
+}
+
+/// Where the daemon keeps what it remembers.
+#[derive(Args, Clone, Debug)]
+pub struct StateArgs {
+    /// A private directory for compiled plugins and the last good version of each [default: `$STATE_DIRECTORY`,
+    /// `$XDG_STATE_HOME/tidings`, or `~/.local/state/tidings`]
+    #[arg(long, env = "TIDINGS_STATE_DIR", value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+}
+
+/// Where the daemon answers over HTTP.
+#[derive(Args, Clone, Debug)]
+pub struct HttpArgs {
+    /// The address and port of the daemon's HTTP interface
+    #[arg(long, env = "TIDINGS_HTTP_ADDR", value_name = "ADDR:PORT", default_value = "127.0.0.1:7070")]
+    http_addr: String,
+}
+
+/// Where RabbitMQ is, and what is the daemon's there: all that `tidings topology` needs.
+#[derive(Args, Clone, Debug)]
+pub struct BrokerArgs {
+    /// Where RabbitMQ is, such as `amqp://user:password@host/vhost`
+    #[arg(long, env = "TIDINGS_AMQP_URL", hide_env_values = true, value_name = "URL")]
+    amqp_url: Option<String>,
+    /// The exchange to publish to; the dead-letter exchange and the daemon's queues are named after it
+    #[arg(long, env = "TIDINGS_EXCHANGE", value_name = "NAME", default_value = "tidings")]
+    exchange: String,
+    /// The type of the daemon's own queues, classic or quorum
+    #[arg(long, env = "TIDINGS_QUEUE_TYPE", value_name = "TYPE", default_value = "classic")]
+    queue_type: String,
+}
+
+/// Where the two servers are: all that work by hand on dead letters and parked rows needs.
+#[derive(Args, Clone, Debug)]
+pub struct ServerArgs {
+    #[command(flatten)]
+    database: DatabaseArgs,
+    #[command(flatten)]
+    broker: BrokerArgs,
+    /// How often a dead letter may be replayed before it is parked; 0 = as often as it takes
+    #[arg(long, env = "TIDINGS_REPLAY_MAX", value_name = "N", default_value = "0")]
+    replay_max: String,
+}
+
+/// The settings of `tidings run`, as they were typed.
+#[derive(Args, Debug)]
+pub struct RunArgs {
+    #[command(flatten)]
+    servers: ServerArgs,
+    /// The directory with the plugins, one .wasm file each
+    #[arg(long, env = "TIDINGS_PLUGIN_DIR", value_name = "DIR")]
+    plugin_dir: Option<String>,
+    #[command(flatten)]
+    state: StateArgs,
+    #[command(flatten)]
+    http: HttpArgs,
+    /// The most connections to PostgreSQL that the daemon keeps, at least 4
+    #[arg(long, env = "TIDINGS_DATABASE_CONNECTIONS", value_name = "N", default_value = "13")]
+    database_connections: String,
+    /// The longest time between two looks at the queue, in milliseconds
+    #[arg(long, env = "TIDINGS_SWEEP_MS", value_name = "MS", default_value = "5000")]
+    sweep_ms: String,
+    /// The time from one pass over the dead letters to the next, in milliseconds
+    #[arg(long, env = "TIDINGS_REPLAY_INTERVAL_MS", value_name = "MS", default_value = "900000")]
+    replay_interval_ms: String,
+    /// Where RabbitMQ's management API is, such as `http://user:password@host:15672`: policies, bindings and alarms are seen
+    /// there
+    #[arg(long, env = "TIDINGS_MANAGEMENT_URL", hide_env_values = true, value_name = "URL")]
+    management_url: Option<String>,
+    /// What a person must know to act on the page: 16 to 256 printable ASCII characters; without it the page only shows
+    #[arg(long, env = "TIDINGS_HTTP_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    http_token: Option<HttpToken>,
+    /// How often a row may make its plugin fail before it is parked
+    #[arg(long, env = "TIDINGS_MAX_ATTEMPTS", value_name = "N", default_value = "20")]
+    max_attempts: String,
+    /// Listen for notifications (on), or only look every sweep (off)
+    #[arg(long, env = "TIDINGS_NOTIFY", value_name = "on|off", default_value = "on")]
+    notify: String,
+    /// The time from one canary to the next, in milliseconds: a row of the daemon's own through the whole path; 0 = none
+    #[arg(long, env = "TIDINGS_CANARY_MS", value_name = "MS", default_value = "0")]
+    canary_ms: String,
+    /// How the log is written: text, or json, an object a line
+    #[arg(long, env = "TIDINGS_LOG", value_name = "text|json", default_value = "text")]
+    log: String,
+    /// How many days of history to keep
+    #[arg(long, env = "TIDINGS_HISTORY_DAYS", value_name = "DAYS", default_value = "7")]
+    history_days: String,
+}
+
+/// The settings of `tidings doctor`, as they were typed: the daemon's, which it checks as well.
+#[derive(Args, Debug)]
+pub struct DoctorArgs {
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+/// Where the two servers are, checked.
+#[derive(Clone, Debug)]
+pub struct ServerSettings {
+    /// `TIDINGS_DATABASE_URL`
+    pub database_url: SecretUrl,
+    /// RabbitMQ, and what is ours there.
+    pub broker: BrokerSettings,
+    /// `TIDINGS_REPLAY_MAX`, 0 to 1,000,000; default 0. How often a dead letter may be replayed; 0 = as often as it takes.
+    pub replay_max: u32,
+    /// `OTEL_EXPORTER_OTLP_ENDPOINT` and others; `None`, the default = no traces.
+    pub traces: Option<TraceSettings>,
+}
+
+/// The settings of `tidings run`, checked.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where the two servers are.
+    pub servers: ServerSettings,
+    /// `TIDINGS_DATABASE_CONNECTIONS`, 4 to 100; default 13: three lanes, one more in a backlog, the look, holding rows,
+    /// releasing them, history, the canary, HTTP, the page, notifications, a pass.
+    pub database_connections: usize,
+    /// `TIDINGS_PLUGIN_DIR`; for the daemon, an existing directory.
+    pub plugin_dir: PathBuf,
+    /// `TIDINGS_STATE_DIR`
+    pub state_dir: PathBuf,
+    /// `TIDINGS_HTTP_ADDR`; port 0 = any that is free.
+    pub http_addr: SocketAddr,
+    /// `TIDINGS_MANAGEMENT_URL`; `None`, the default = what AMQP does not tell is not looked at.
+    pub management_url: Option<SecretUrl>,
+    /// `TIDINGS_HTTP_TOKEN`; `None`, the default = the page only shows.
+    pub http_token: Option<HttpToken>,
+    /// `TIDINGS_SWEEP_MS`, 10 ms to an hour; default 5 s.
+    pub sweep: Duration,
+    /// `TIDINGS_REPLAY_INTERVAL_MS`, 1 s to a day; default 15 minutes.
+    pub replay_interval: Duration,
+    /// `TIDINGS_MAX_ATTEMPTS`, at least 1; default 20. A row whose plugin fails as often is parked.
+    pub max_attempts: u32,
+    /// `TIDINGS_NOTIFY`
+    pub notify: bool,
+    /// `TIDINGS_CANARY_MS`, at most a day; `None`, the default = no canary.
+    pub canary: Option<Duration>,
+    /// `TIDINGS_LOG`
+    pub log: LogFormat,
+    /// `TIDINGS_HISTORY_DAYS`, 1 to 36,500; default 7. Older history is removed.
+    pub history: Duration,
+}
+
+impl DatabaseArgs {
+    /// Checks the setting.
+    ///
+    /// # Errors
+    ///
+    /// With all mistakes.
+    pub fn check(self) -> Result<SecretUrl, ValidationErrors> {
+        let mut mistakes = unknown_variables();
+        let url = self.url(&mut mistakes);
+        url.filter(|_| mistakes.is_empty()).ok_or(ValidationErrors(mistakes))
+    }
+
+    fn url(self, mistakes: &mut Vec<String>) -> Option<SecretUrl> {
+        url("TIDINGS_DATABASE_URL", self.database_url, &["postgres://", "postgresql://"], mistakes, |url| {
+            crate::store::check_url(url)
+        })
+    }
+}
+
+impl BrokerArgs {
+    /// Checks the settings.
+    ///
+    /// # Errors
+    ///
+    /// With all mistakes.
+    pub fn check(self) -> Result<BrokerSettings, ValidationErrors> {
+        let mut mistakes = unknown_variables();
+        let settings = self.settings(&mut mistakes);
+        settings.filter(|_| mistakes.is_empty()).ok_or(ValidationErrors(mistakes))
+    }
+
+    fn settings(self, mistakes: &mut Vec<String>) -> Option<BrokerSettings> {
+        let url = url("TIDINGS_AMQP_URL", self.amqp_url, &["amqp://", "amqps://"], mistakes, |url| {
+            crate::broker::check_url(url)
+        });
+        let exchange = self.exchange;
+        if !(1..=200).contains(&exchange.len()) || exchange.starts_with("amq.") {
+            mistakes.push(format!(
+                "TIDINGS_EXCHANGE is {exchange:?}, which is not a name of 1 to 200 bytes outside RabbitMQ's own amq.*"
+            ));
+        }
+        let queue_type = match self.queue_type.as_str() {
+            "classic" => Some(QueueType::Classic),
+            "quorum" => Some(QueueType::Quorum),
+            other => {
+                mistakes.push(format!("TIDINGS_QUEUE_TYPE is {other:?}, which is neither classic nor quorum"));
+                None
+            }
+        };
+        Some(BrokerSettings { url: url?, exchange, queue_type: queue_type? })
+    }
+}
+
+impl ServerArgs {
+    /// Checks the settings.
+    ///
+    /// # Errors
+    ///
+    /// With all mistakes.
+    pub fn check(self) -> Result<ServerSettings, ValidationErrors> {
+        let mut mistakes = unknown_variables();
+        let settings = self.settings(&mut mistakes);
+        settings.filter(|_| mistakes.is_empty()).ok_or(ValidationErrors(mistakes))
+    }
+
+    fn settings(self, mistakes: &mut Vec<String>) -> Option<ServerSettings> {
+        let database_url = self.database.url(mistakes);
+        let broker = self.broker.settings(mistakes);
+        let replay_max = number("TIDINGS_REPLAY_MAX", &self.replay_max, 0, 1_000_000, mistakes);
+        let traces = traces::traces(|name| std::env::var(name).ok(), mistakes);
+        Some(ServerSettings { database_url: database_url?, broker: broker?, replay_max: replay_max?, traces })
+    }
+}
+
+impl StateArgs {
+    /// The directory, given or by default: that of a systemd unit, else that of the user.
+    #[must_use]
+    pub fn dir(&self) -> PathBuf {
+        let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        (self.state_dir.clone().filter(|dir| !dir.as_os_str().is_empty()))
+            .or_else(|| variable("STATE_DIRECTORY"))
+            .or_else(|| variable("XDG_STATE_HOME").map(|dir| dir.join("tidings")))
+            .or_else(|| variable("HOME").map(|dir| dir.join(".local/state/tidings")))
+            .unwrap_or_else(|| "/var/lib/tidings".into())
+    }
+}
+
+impl HttpArgs {
+    /// Checks the setting.
+    ///
+    /// # Errors
+    ///
+    /// With the mistake.
+    pub fn check(self) -> Result<SocketAddr, ValidationErrors> {
+        let mut mistakes = unknown_variables();
+        let addr = self.addr(&mut mistakes);
+        addr.filter(|_| mistakes.is_empty()).ok_or(ValidationErrors(mistakes))
+    }
+
+    fn addr(self, mistakes: &mut Vec<String>) -> Option<SocketAddr> {
+        let addr = self.http_addr.parse().ok();
+        if addr.is_none() {
+            mistakes.push(format!(
+                "TIDINGS_HTTP_ADDR is {:?}, which is not an address and a port, such as 127.0.0.1:7070 or [::]:7070",
+                self.http_addr
+            ));
+        }
+        addr
+    }
+}
+
+impl RunArgs {
+    /// Checks the settings.
+    ///
+    /// # Errors
+    ///
+    /// With all mistakes.
+    pub fn check(self) -> Result<Config, ValidationErrors> {
+        let mut mistakes = unknown_variables();
+        if let Some(dir) = self.given_plugin_dir().filter(|dir| !dir.is_dir()) {
+            mistakes.push(format!("TIDINGS_PLUGIN_DIR is {}, which is not a directory", dir.display()));
+        }
+        let config = self.settings(&mut mistakes);
+        config.filter(|_| mistakes.is_empty()).ok_or(ValidationErrors(mistakes))
+    }
+
+    fn given_plugin_dir(&self) -> Option<PathBuf> {
+        self.plugin_dir.as_deref().filter(|dir| !dir.is_empty()).map(PathBuf::from)
+    }
+
+    /// The settings, whatever is at the places that they name.
+    fn settings(self, mistakes: &mut Vec<String>) -> Option<Config> {
+        let plugin_dir = self.given_plugin_dir();
+        if plugin_dir.is_none() {
+            mistakes.push("TIDINGS_PLUGIN_DIR is not set: give the directory with the plugins".into());
+        }
+        let servers = self.servers.settings(mistakes);
+        let state_dir = self.state.dir();
+        if plugin_dir.as_deref().is_some_and(|plugins| state_dir.starts_with(plugins)) {
+            mistakes.push(format!(
+                "TIDINGS_STATE_DIR is {}, inside TIDINGS_PLUGIN_DIR, where authors of plugins may write: give another one",
+                state_dir.display()
+            ));
+        }
+        let http_addr = self.http.addr(mistakes);
+        let management_url = self.management_url.filter(|url| !url.is_empty()).and_then(|given| {
+            url("TIDINGS_MANAGEMENT_URL", Some(given), &["http://", "https://"], mistakes, |url| {
+                Management::new(url).map(drop)
+            })
+        });
+        let http_token = self.http_token.filter(|token| !token.is_empty());
+        if let Some(mistake) = http_token.as_ref().and_then(HttpToken::mistake) {
+            mistakes.push(format!("TIDINGS_HTTP_TOKEN {mistake}"));
+        }
+        let notify = match self.notify.as_str() {
+            "on" => Some(true),
+            "off" => Some(false),
+            other => {
+                mistakes.push(format!("TIDINGS_NOTIFY is {other:?}, which is neither on nor off"));
+                None
+            }
+        };
+        let connections = &self.database_connections;
+        let database_connections = number("TIDINGS_DATABASE_CONNECTIONS", connections, 4, 100, mistakes);
+        let sweep_ms = number("TIDINGS_SWEEP_MS", &self.sweep_ms, 10, 3_600_000, mistakes);
+        let interval = &self.replay_interval_ms;
+        let replay_interval_ms = number("TIDINGS_REPLAY_INTERVAL_MS", interval, 1_000, 86_400_000, mistakes);
+        let max_attempts = number("TIDINGS_MAX_ATTEMPTS", &self.max_attempts, 1, 1_000_000, mistakes);
+        let canary_ms = number("TIDINGS_CANARY_MS", &self.canary_ms, 0, 86_400_000, mistakes);
+        let log = match self.log.as_str() {
+            "text" => Some(LogFormat::Text),
+            "json" => Some(LogFormat::Json),
+            other => {
+                mistakes.push(format!("TIDINGS_LOG is {other:?}, which is neither text nor json"));
+                None
+            }
+        };
+        let history_days = number("TIDINGS_HISTORY_DAYS", &self.history_days, 1, 36_500, mistakes);
+
+        Some(Config {
+            servers: servers?,
+            database_connections: database_connections? as usize,
+            plugin_dir: plugin_dir?,
+            state_dir,
+            http_addr: http_addr?,
+            management_url,
+            http_token,
+            sweep: Duration::from_millis(sweep_ms?.into()),
+            replay_interval: Duration::from_millis(replay_interval_ms?.into()),
+            max_attempts: max_attempts?,
+            notify: notify?,
+            canary: Some(Duration::from_millis(canary_ms?.into())).filter(|interval| !interval.is_zero()),
+            log: log?,
+            history: Duration::from_secs(u64::from(history_days?) * 24 * 60 * 60),
+        })
+    }
+}
+
+impl DoctorArgs {
+    /// Checks the settings. That the plugin directory is not there is for the doctor to say.
+    ///
+    /// # Errors
+    ///
+    /// With all mistakes.
+    pub fn check(self) -> Result<Config, ValidationErrors> {
+        let mut mistakes = unknown_variables();
+        let config = self.run.settings(&mut mistakes);
+        config.filter(|_| mistakes.is_empty()).ok_or(ValidationErrors(mistakes))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,286 @@
+//! The composition root of `tidings run`: builds every part, waits until each is ready, and runs the loops until a signal
+//! or the first loop that ends unasked.
+
+pub mod signals;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use tidings_core::backoff::RECONNECT;
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+use tracing::{info, warn};
+
+use crate::broker::topology::watch::TopologyWatch;
+use crate::broker::{Broker, Management};
+use crate::config::{Config, service_links};
+use crate::dead_letters::replayer::Replayer;
+use crate::http::{Http, Sources};
+use crate::model::backoff::jittered;
+use crate::model::health::Health;
+use crate::model::wake::Wake;
+use crate::plugins;
+use crate::plugins::{Engine, Metering, Registry, StateDir};
+use crate::scheduler::Scheduler;
+use crate::scheduler::canary::Canary;
+use crate::scheduler::listener::Listener;
+use crate::store::{SchemaError, Store};
+use crate::telemetry;
+use signals::{Signals, look_again};
+
+/// How often old history is removed.
+const RETENTION_INTERVAL: Duration = Duration::from_hours(1);
+
+/// Runs the daemon until `shutdown`, and looks again at what it was given at each of `hangups`.
+///
+/// # Errors
+///
+/// When it cannot start (the schema is not ours, the broker's topology is another, the plugin directory cannot be read),
+/// or a loop ended unasked. A server that is away is not an error: it is waited for.
+pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let links = service_links();
+    if !links.is_empty() {
+        let names = links.join(", ");
+        info!(names, "ignored variables that Kubernetes or Docker set for a service named tidings");
+    }
+    let wake = Arc::new(Wake::default());
+    let health = Arc::new(Health::new(config.sweep));
+    // But for the listener's and that of a pass.
+    let store = Store::new(&config.servers.database_url, config.database_connections - 2);
+    let metrics = telemetry::start_metrics()?;
+    let http = Http::bind(config.http_addr).await?;
+    let broker = Arc::new(Broker::new(&config.servers.broker, Arc::clone(&wake)));
+    let mut loops: JoinSet<anyhow::Result<()>> = JoinSet::new();
+
+    // What is in flight after the signal still needs its confirms: the broker's connection is closed last.
+    let last = CancellationToken::new();
+    let (broker_ready, connected) = oneshot::channel();
+    loops.spawn({
+        let (broker, last) = (Arc::clone(&broker), last.clone());
+        async move { Ok(broker.run(last, || _ = broker_ready.send(())).await?) }
+    });
+    let state = StateDir::open(&config.state_dir)?;
+    let engine = Engine::new(Some(&state), Metering::Time)?;
+    let (woken, told) = (Arc::clone(&wake), Arc::clone(&health));
+    let registry = Arc::new(Registry::new(engine, &config.plugin_dir, state, woken, told));
+    // From the beginning, so that whoever asks hears what is missing.
+    let shown = Sources {
+        plugins: Arc::clone(&registry),
+        store: store.clone(),
+        broker: Arc::clone(&broker),
+        metrics: metrics.clone(),
+        health: Arc::clone(&health),
+        notify: config.notify,
+        token: config.http_token.clone(),
+        replay_max: config.servers.replay_max,
+    };
+    loops.spawn(http.run(shown, shutdown.clone()));
+    spawn(&mut loops, telemetry::upkeep(metrics, shutdown.clone()));
+    let again = (Arc::clone(&registry), store.clone(), Arc::clone(&broker));
+    spawn(&mut loops, look_again(hangups, again.0, again.1, again.2, shutdown.clone()));
+    if unless_ended(&mut loops, &shutdown, wait_for_database(&store)).await?.transpose()?.is_none() {
+        return drain(loops, &last).await;
+    }
+    loops.spawn(load_and_watch(Arc::clone(&registry), shutdown.clone()));
+    if unless_ended(&mut loops, &shutdown, connected).await?.is_none() {
+        return drain(loops, &last).await;
+    }
+
+    let management = config.management_url.as_ref().map(Management::of);
+    let keeper = TopologyWatch { broker: Arc::clone(&broker), management, health: Arc::clone(&health) };
+    spawn(&mut loops, keeper.run(shutdown.clone()));
+    let (listener_ready, listening) = oneshot::channel();
+    let listener = Listener {
+        store: store.clone(),
+        wake: Arc::clone(&wake),
+        kinds: registry.kinds(),
+        notify: config.notify,
+        health: Arc::clone(&health),
+    };
+    spawn(&mut loops, listener.run(shutdown.clone(), || _ = listener_ready.send(())));
+    spawn(&mut loops, remove_old_history(store.clone(), config.history, shutdown.clone()));
+    // The listener announces our kinds; before that, another daemon might hold their rows.
+    if unless_ended(&mut loops, &shutdown, listening).await?.is_none() {
+        return drain(loops, &last).await;
+    }
+    let replayer = Replayer {
+        store: store.clone(),
+        broker: Arc::clone(&broker),
+        interval: config.replay_interval,
+        max: config.servers.replay_max,
+    };
+    spawn(&mut loops, replayer.run(shutdown.clone()));
+    if let Some(interval) = config.canary {
+        let canary =
+            Canary { store: store.clone(), broker: Arc::clone(&broker), interval, health: Arc::clone(&health) };
+        let (plugins, shutdown) = (Arc::clone(&registry), shutdown.clone());
+        spawn(&mut loops, async move {
+            // It needs one of them.
+            if shutdown.run_until_cancelled(plugins.completed()).await.is_some() {
+                canary.run(shutdown).await;
+            }
+        });
+    }
+    let scheduler = Scheduler {
+        store,
+        broker,
+        wake,
+        plugins: Arc::clone(&registry),
+        sweep: config.sweep,
+        max_attempts: config.max_attempts,
+        health: Arc::clone(&health),
+    };
+    let ready = async {
+        registry.completed().await;
+        health.started.store(true, Ordering::Relaxed);
+        info!(kinds = registry.current().kinds().join(" "), "ready");
+        std::future::pending().await
+    };
+
+    // It ends when it is asked to and nothing is in flight any more.
+    // On a thread of the runtime, where its lanes start without waking another. It ends with us, whatever ends us.
+    let scheduled = AbortOnDropHandle::new(tokio::spawn(scheduler.run(shutdown.clone())));
+    tokio::select! {
+        ended = scheduled => match ended {
+            Ok(()) => drain(loops, &last).await,
+            Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+        },
+        ended = first_to_end(&mut loops, &shutdown) => ended,
+        never = ready => never,
+    }
+}
+
+/// Starts a loop that cannot fail; it may end unasked all the same, by a panic for instance.
+fn spawn(loops: &mut JoinSet<anyhow::Result<()>>, work: impl Future<Output = ()> + Send + 'static) {
+    loops.spawn(async move {
+        work.await;
+        Ok(())
+    });
+}
+
+/// Loads the plugins, beside everything else, and keeps them up to date.
+async fn load_and_watch(registry: Arc<Registry>, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let Some(loaded) = shutdown.run_until_cancelled(registry.load_all()).await else { return Ok(()) };
+    loaded.with_context(|| format!("could not read the plugin directory {}", registry.dir().display()))?;
+    if registry.current().kinds().is_empty() {
+        warn!("no plugin in {}: every row is held until one comes", registry.dir().display());
+    }
+    plugins::watch(registry, shutdown).await;
+    Ok(())
+}
+
+/// Waits until the database can be used, and checks its schema.
+async fn wait_for_database(store: &Store) -> Result<(), SchemaError> {
+    let mut failures = 0;
+    loop {
+        let error = match store.check().await {
+            Err(SchemaError::Store(error)) => error,
+            Err(other) => return Err(other),
+            Ok(()) => break,
+        };
+        warn!(error = &error as &dyn std::error::Error, "PostgreSQL cannot be used, trying again");
+        tokio::time::sleep(jittered(&RECONNECT, failures)).await;
+        failures = failures.saturating_add(1);
+    }
+    info!(database = store.place(), "connected to PostgreSQL");
+    Ok(())
+}
+
+/// What `work` makes, or `None` if it was asked to stop before.
+///
+/// # Errors
+///
+/// When a loop ended unasked before.
+async fn unless_ended<T>(
+    loops: &mut JoinSet<anyhow::Result<()>>,
+    shutdown: &CancellationToken,
+    work: impl Future<Output = T>,
+) -> anyhow::Result<Option<T>> {
+    tokio::select! {
+        biased;
+        () = shutdown.cancelled() => Ok(None),
+        ended = first_to_end(loops, shutdown) => ended.map(|()| None),
+        made = work => Ok(Some(made)),
+    }
+}
+
+/// Waits for the first loop that ends unasked, which is an error whatever it says.
+async fn first_to_end(loops: &mut JoinSet<anyhow::Result<()>>, shutdown: &CancellationToken) -> anyhow::Result<()> {
+    match loops.join_next().await {
+        Some(ended) if !shutdown.is_cancelled() => {
+            ended.context("a loop panicked")??;
+            bail!("a loop ended unasked")
+        }
+        // Asked: the others are about to end as well.
+        _ => std::future::pending().await,
+    }
+}
+
+/// Waits for the loops to end after a signal, the broker's last.
+async fn drain(mut loops: JoinSet<anyhow::Result<()>>, last: &CancellationToken) -> anyhow::Result<()> {
+    last.cancel();
+    while let Some(ended) = loops.join_next().await {
+        ended.context("a loop panicked")??;
+    }
+    info!("stopped");
+    Ok(())
+}
+
+async fn remove_old_history(store: Store, age: Duration, shutdown: CancellationToken) {
+    loop {
+        match store.remove_history(age).await {
+            Ok(0) => {}
+            Ok(removed) => info!(removed, "removed old history"),
+            Err(error) => {
+                warn!(
+                    error = &error as &dyn std::error::Error,
+                    "could not remove old history, trying again in an hour"
+                );
+            }
+        }
+        tokio::select! {
+            biased;
+            () = shutdown.cancelled() => return,
+            () = tokio::time::sleep(RETENTION_INTERVAL) => {}
+        }
+    }
+}
+
+/// Whether an error of [`run`] is about the schema: a code of its own for scripts.
+#[must_use]
+pub fn is_schema_error(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<SchemaError>().is_some_and(|error| !matches!(error, SchemaError::Store(_)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What comes of a loop that ends so, while others go on.
+    async fn ended(with: anyhow::Result<()>) -> String {
+        let mut loops = JoinSet::new();
+        loops.spawn(std::future::pending());
+        loops.spawn(async move { with });
+        let ended = first_to_end(&mut loops, &CancellationToken::new()).await;
+        format!("{:#}", ended.expect_err("it is an error"))
+    }
+
+    #[tokio::test]
+    async fn a_loop_that_ends_unasked_is_an_error_whatever_it_says() {
+        assert_eq!(ended(Ok(())).await, "a loop ended unasked");
+        assert_eq!(ended(Err(anyhow::anyhow!("the reason"))).await, "the reason");
+    }
+
+    #[tokio::test]
+    async fn a_loop_that_panics_is_an_error() {
+        let mut loops = JoinSet::new();
+        spawn(&mut loops, std::future::pending());
+        spawn(&mut loops, async { panic!("on purpose") });
+        let ended = first_to_end(&mut loops, &CancellationToken::new()).await;
+        assert!(format!("{:#}", ended.expect_err("it is an error")).starts_with("a loop panicked"));
+    }
+}

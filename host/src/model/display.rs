@@ -1,0 +1,126 @@
+//! Notices that are told to people, by commands and by the page alike: times, pauses, and where a row is. No I/O.
+
+use serde::Serialize;
+use time::format_description::well_known::Rfc3339;
+use time::{OffsetDateTime, UtcOffset};
+
+use crate::model::row_status::{FoundRow, Pause, RowRef, RowStatus};
+
+/// A row that was found, and where it is in words.
+#[derive(Debug, Serialize)]
+pub struct Explanation {
+    /// The row, for programs.
+    #[serde(flatten)]
+    pub found: FoundRow,
+    /// All of it, for people.
+    pub explanation: String,
+}
+
+impl Explanation {
+    /// Explains it.
+    #[must_use]
+    pub fn of(found: FoundRow) -> Self {
+        let explanation = row_status(&found);
+        Self { found, explanation }
+    }
+}
+
+/// An instant as people and programs read it, in UTC, to the millisecond.
+#[must_use]
+pub fn show(instant: OffsetDateTime) -> String {
+    let instant = instant.to_offset(UtcOffset::UTC);
+    let instant = instant.replace_millisecond(instant.millisecond()).unwrap_or(instant);
+    instant.format(&Rfc3339).unwrap_or_else(|_| instant.to_string())
+}
+
+/// One line that cannot do anything to a terminal: anybody may have written what is shown of a letter or a plugin.
+#[must_use]
+pub fn printable(text: &str) -> String {
+    text.chars().map(|char| if char.is_control() { ' ' } else { char }).collect()
+}
+
+/// That a kind is paused: since when, by whom, until when, and why.
+#[must_use]
+pub fn pause_sentence(Pause { kind, since, until, reason, by }: &Pause) -> String {
+    let until = until.map_or_else(|| "until somebody resumes it".to_owned(), |until| format!("until {}", show(until)));
+    let reason = reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
+    let since = show(*since);
+    printable(&format!("the kind {kind} is paused by {by} since {since}, {until}{reason}"))
+}
+
+/// That a row is nowhere, and why that may be.
+#[must_use]
+pub fn unknown_row(which: &RowRef) -> String {
+    match which {
+        RowRef::Id(id) => format!(
+            "nothing is known of {id}: it was cancelled, or replaced or rescheduled under a new id, or never scheduled here, or finished before the history begins; if it was delivered, its message may lie among the dead letters: tidings dead list"
+        ),
+        RowRef::Key { kind, key } => format!(
+            "nothing is known of the kind {} with the key {}: it was cancelled, or never scheduled here, or finished before the history begins",
+            printable(kind),
+            printable(key)
+        ),
+    }
+}
+
+/// Where it is, and why, in one line.
+#[must_use]
+pub fn row_status(found: &FoundRow) -> String {
+    let FoundRow { kind, attempts, .. } = found;
+    let by = |plugin: &Option<String>| plugin.as_ref().map(|plugin| format!(" by {plugin}")).unwrap_or_default();
+    let because = |reason: &Option<String>| reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
+    let sentence = match &found.row_status {
+        RowStatus::Waiting { until, pause } => {
+            let pause = pause.as_ref().map(|pause| format!("; {}", pause_sentence(pause))).unwrap_or_default();
+            format!("waits until it is due, at {}{pause}", show(*until))
+        }
+        RowStatus::Due { past_deadline: true, daemons, .. } => {
+            format!(
+                "its deadline has come: the next daemon that looks finishes it as expired; {}",
+                serving(kind, *daemons)
+            )
+        }
+        RowStatus::Due { late_seconds, daemons, .. } => {
+            format!("due for {late_seconds:.1} s, and not taken yet; {}", serving(kind, *daemons))
+        }
+        RowStatus::Locked { late_seconds, by } => format!("due for {late_seconds:.1} s, and locked by {by}"),
+        RowStatus::BackingOff { until, last_error } => format!(
+            "backs off after {attempts} attempts, and is tried again at {}{}",
+            show(*until),
+            because(last_error)
+        ),
+        RowStatus::Held { daemons: 0 } => {
+            format!("held: no daemon serves the kind {kind}; put its plugin into the plugin directory of one")
+        }
+        RowStatus::Held { .. } => {
+            format!("held, since no daemon served the kind {kind}; now one does, and is about to release it")
+        }
+        RowStatus::Paused { pause } => format!("due, and held: {}", pause_sentence(pause)),
+        RowStatus::Parked { parked_at, reason, plugin } => format!(
+            "parked at {} after {attempts} attempts{}: {reason}; put it back with `tidings parked retry {}`",
+            show(*parked_at),
+            by(plugin),
+            found.id
+        ),
+        RowStatus::Delivered { finished_at, late_seconds, plugin } => format!(
+            "delivered at {}, {late_seconds:.3} s after it was due{}; if no consumer has it, its message may lie among the dead letters: tidings dead list",
+            show(*finished_at),
+            plugin.as_ref().map(|plugin| format!(", built by {plugin}")).unwrap_or_default()
+        ),
+        RowStatus::Expired { finished_at, reason } => {
+            format!("expired, and never sent; finished at {}{}", show(*finished_at), because(reason))
+        }
+        RowStatus::Skipped { finished_at, reason, plugin } => {
+            format!("skipped at {}{}, and nothing was sent{}", show(*finished_at), by(plugin), because(reason))
+        }
+    };
+    printable(&sentence)
+}
+
+fn serving(kind: &str, daemons: i64) -> String {
+    match daemons {
+        0 => format!("no daemon serves the kind {kind} now"),
+        1 => format!("one daemon serves the kind {kind}"),
+        daemons => format!("{daemons} daemons serve the kind {kind}"),
+    }
+}

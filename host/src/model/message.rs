@@ -1,0 +1,190 @@
+//! What goes on the wire: the public message contract, field by field. No I/O, and nothing of AMQP's client library.
+
+use std::borrow::Cow;
+
+use uuid::Uuid;
+
+use crate::model::event::{BuiltEvent, LONGEST_TTL_MS};
+use crate::model::schedule::Schedule;
+
+/// The value of a header.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HeaderValue {
+    /// A long string.
+    Text(String),
+    /// A signed 64-bit number.
+    Number(i64),
+}
+
+/// One message, ready to be published.
+#[derive(Clone, Debug)]
+pub struct Message {
+    /// The schedule's id.
+    pub id: Uuid,
+    /// The schedule's kind.
+    pub kind: String,
+    /// The event's routing key, 1 to 255 bytes.
+    pub routing_key: String,
+    /// The event's media type, at most 255 bytes; absent if the event's is empty.
+    pub content_type: Option<String>,
+    /// Seconds since the Unix epoch, by the database clock.
+    pub timestamp: u64,
+    /// What is left of its life, in milliseconds, 1 to ten years; `None` = never expires.
+    pub expiration_ms: Option<u64>,
+    /// In the order of the contract: ours, then the row's, then the event's.
+    pub headers: Vec<(Cow<'static, str>, HeaderValue)>,
+    /// The event's body.
+    pub body: Vec<u8>,
+}
+
+/// The event's deadline has come, in milliseconds since the Unix epoch: it must not be published.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Expired(pub i64);
+
+impl Message {
+    /// The message for `built`, published to `exchange` at `now_ms`.
+    ///
+    /// # Errors
+    ///
+    /// [`Expired`] when the row's deadline or the event's has come.
+    pub fn new(schedule: &Schedule, built: BuiltEvent, exchange: &str, now_ms: i64) -> Result<Self, Expired> {
+        let expires_ms = earlier(schedule.expires_ms(), built.expires_ms);
+        let expiration_ms = match expires_ms {
+            None => None,
+            Some(deadline) => match u64::try_from(deadline.saturating_sub(now_ms)) {
+                Ok(0) | Err(_) => return Err(Expired(deadline)),
+                Ok(left) => Some(left.min(LONGEST_TTL_MS)),
+            },
+        };
+        let (routing_key, content_type, body, event_headers) = built.event.into_parts();
+
+        let text = |name: &'static str, value: &str| (name.into(), HeaderValue::Text(value.to_owned()));
+        let number = |name: &'static str, value: i64| (name.into(), HeaderValue::Number(value));
+        let mut headers = vec![text("tidings-kind", &schedule.kind)];
+        headers.extend(schedule.key.iter().map(|key| text("tidings-key", key)));
+        headers.extend(schedule.subject.iter().map(|subject| text("tidings-subject", subject)));
+        headers.push(number("tidings-due-ms", schedule.due_ms()));
+        headers.extend(expires_ms.map(|deadline| number("tidings-expires-ms", deadline)));
+        headers.push(number("tidings-attempt", schedule.attempt().into()));
+        headers.push(number("tidings-replay", 0));
+        headers.push(text("tidings-plugin", &built.plugin));
+        headers.push(text("tidings-exchange", exchange));
+        headers.push(text("tidings-routing-key", &routing_key));
+        let row_headers =
+            schedule.headers.iter().filter(|(name, _)| event_headers.iter().all(|(other, _)| other != name));
+        headers.extend(row_headers.map(|(name, value)| (name.clone().into(), HeaderValue::Text(value.clone()))));
+        headers.extend(event_headers.into_iter().map(|(name, value)| (name.into(), HeaderValue::Text(value))));
+
+        Ok(Self {
+            id: schedule.id,
+            kind: schedule.kind.clone(),
+            routing_key,
+            content_type: Some(content_type).filter(|content_type| !content_type.is_empty()),
+            timestamp: u64::try_from(now_ms / 1000).unwrap_or(0),
+            expiration_ms,
+            headers,
+            body,
+        })
+    }
+}
+
+/// The earlier of two deadlines, where `None` is never.
+fn earlier(one: Option<i64>, other: Option<i64>) -> Option<i64> {
+    match (one, other) {
+        (Some(one), Some(other)) => Some(one.min(other)),
+        (one, other) => one.or(other),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use time::OffsetDateTime;
+
+    use super::*;
+    use crate::model::event::Event;
+
+    const NOW_MS: i64 = 1_795_291_200_123;
+
+    fn schedule(expires_ms: Option<i64>) -> Schedule {
+        let at = |ms: i64| OffsetDateTime::from_unix_timestamp_nanos(i128::from(ms) * 1_000_000).expect("a time");
+        Schedule {
+            id: Uuid::from_u128(7),
+            kind: "game-reminder".into(),
+            key: Some("k".into()),
+            subject: None,
+            due_at: at(NOW_MS - 5),
+            expires_at: expires_ms.map(at),
+            payload: "{}".into(),
+            headers: vec![("traceparent".into(), "00-1".into()), ("both".into(), "row".into())],
+            attempts: 2,
+            failures: 1,
+            refusals: 0,
+        }
+    }
+
+    fn built(expires_ms: Option<i64>) -> BuiltEvent {
+        let headers = vec![("both".to_owned(), "event".to_owned())];
+        let event = Event::new("a.b".into(), "text/plain".into(), b"body".to_vec(), headers).expect("an event");
+        BuiltEvent { event, built_ms: 0, expires_ms, plugin: "p@1+00000000".into() }
+    }
+
+    #[test]
+    fn the_headers_are_those_of_the_contract_and_the_events_win() {
+        let message = Message::new(&schedule(Some(NOW_MS + 9_000)), built(None), "tidings", NOW_MS).expect("a message");
+        let text = |value: &str| HeaderValue::Text(value.into());
+        let expected = [
+            ("tidings-kind", text("game-reminder")),
+            ("tidings-key", text("k")),
+            ("tidings-due-ms", HeaderValue::Number(NOW_MS - 5)),
+            ("tidings-expires-ms", HeaderValue::Number(NOW_MS + 9_000)),
+            ("tidings-attempt", HeaderValue::Number(3)),
+            ("tidings-replay", HeaderValue::Number(0)),
+            ("tidings-plugin", text("p@1+00000000")),
+            ("tidings-exchange", text("tidings")),
+            ("tidings-routing-key", text("a.b")),
+            ("traceparent", text("00-1")),
+            ("both", text("event")),
+        ];
+        assert_eq!(message.headers, expected.map(|(name, value)| (name.into(), value)));
+        assert_eq!(message.timestamp, 1_795_291_200);
+        assert_eq!(message.expiration_ms, Some(9_000));
+    }
+
+    #[test]
+    fn without_a_deadline_there_is_no_expiration_and_no_header_of_it() {
+        let message = Message::new(&schedule(None), built(None), "tidings", NOW_MS).expect("a message");
+        assert_eq!(message.expiration_ms, None);
+        assert!(message.headers.iter().all(|(name, _)| name != "tidings-expires-ms"));
+    }
+
+    #[test]
+    fn a_deadline_that_has_come_to_the_millisecond_is_expired() {
+        assert_eq!(Message::new(&schedule(Some(NOW_MS)), built(None), "t", NOW_MS).err(), Some(Expired(NOW_MS)));
+        assert_eq!(Message::new(&schedule(None), built(Some(NOW_MS)), "t", NOW_MS).err(), Some(Expired(NOW_MS)));
+        let last = Message::new(&schedule(None), built(Some(NOW_MS + 1)), "t", NOW_MS).expect("a message");
+        assert_eq!(last.expiration_ms, Some(1));
+    }
+
+    proptest! {
+        #[test]
+        fn the_expiration_is_what_is_left_until_the_earlier_deadline_within_what_the_broker_takes(
+            row in proptest::option::of(0..253_402_300_799_999_i64),
+            event in proptest::option::of(any::<i64>()),
+            now in 0..253_402_300_799_999_i64,
+        ) {
+            let deadline = [row, event].into_iter().flatten().min();
+            match (Message::new(&schedule(row), built(event), "t", now), deadline) {
+                (Ok(message), None) => prop_assert_eq!(message.expiration_ms, None),
+                (Ok(message), Some(deadline)) => {
+                    prop_assert!(deadline > now);
+                    prop_assert_eq!(message.expiration_ms, Some((deadline - now).cast_unsigned().min(LONGEST_TTL_MS)));
+                }
+                (Err(Expired(at)), deadline) => {
+                    prop_assert_eq!(Some(at), deadline);
+                    prop_assert!(at <= now);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,301 @@
+//! Rows that this process has in its hands: those that a lane is sending, and those whose message the broker has confirmed
+//! while PostgreSQL did not commit their end. Such a row is still due and is claimed again; then it is finished, not sent a
+//! second time. What is remembered ends with the process. No I/O.
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+
+use hashlink::LinkedHashMap;
+use ring::digest::{Context, SHA256};
+use uuid::Uuid;
+
+use crate::model::schedule::Schedule;
+
+/// Confirmed rows that are remembered; beyond that the oldest are forgotten, and sent again. Some 20 MiB.
+const MOST: usize = 100_000;
+
+/// The memory, shared by all lanes. A `Receipt` is what it takes to finish a row whose message was confirmed.
+#[derive(Debug)]
+pub struct SentRows<Receipt>(Mutex<State<Receipt>>);
+
+#[derive(Debug)]
+struct State<Receipt> {
+    /// A lane is sending them. Their session may be gone, and then PostgreSQL hands them out a second time.
+    under_way: HashMap<Uuid, Digest>,
+    /// In the order of their confirms.
+    confirmed: LinkedHashMap<Uuid, (Digest, Receipt)>,
+}
+
+/// SHA-256 of what the producer wrote.
+type Digest = [u8; 32];
+
+/// The rows of a claim, told apart. While it lives, `send` is under way.
+#[derive(Debug)]
+pub struct Taken<'memory, Receipt> {
+    /// To be sent.
+    pub send: Vec<Schedule>,
+    /// Confirmed before and not changed since: only to be finished.
+    pub finish: Vec<(Schedule, Receipt)>,
+    under_way: Vec<Uuid>,
+    memory: &'memory SentRows<Receipt>,
+}
+
+impl<Receipt> Default for SentRows<Receipt> {
+    fn default() -> Self {
+        Self(Mutex::new(State { under_way: HashMap::new(), confirmed: LinkedHashMap::new() }))
+    }
+}
+
+impl<Receipt: Clone> SentRows<Receipt> {
+    /// Tells the rows of a claim apart; those that another lane is sending are left out. While PostgreSQL refuses to finish
+    /// rows (`careful`), what was confirmed is finished alone, and otherwise one row is sent to find out.
+    pub fn take(&self, rows: Vec<Schedule>, careful: bool) -> Taken<'_, Receipt> {
+        // Before the lock, which other lanes may wait for: payloads may be large.
+        let digests: Vec<Digest> = rows.iter().map(digest).collect();
+        let mut state = self.state();
+        let (mut send, mut finish) = (Vec::with_capacity(rows.len()), Vec::new());
+        let mut under_way = Vec::with_capacity(rows.len());
+        for (row, written) in rows.into_iter().zip(digests) {
+            match state.confirmed.get(&row.id) {
+                _ if state.under_way.contains_key(&row.id) => continue,
+                Some((before, receipt)) if *before == written => {
+                    finish.push((row, receipt.clone()));
+                    continue;
+                }
+                // Somebody has changed it since, so its message is another one.
+                Some(_) => drop(state.confirmed.remove(&row.id)),
+                None => {}
+            }
+            under_way.push((row.id, written));
+            send.push(row);
+        }
+        if careful {
+            let most = usize::from(finish.is_empty());
+            send.truncate(most);
+            under_way.truncate(most);
+        }
+        state.under_way.extend(under_way.iter().copied());
+        let under_way = under_way.into_iter().map(|(id, _)| id).collect();
+        Taken { send, finish, under_way, memory: self }
+    }
+
+    /// Remembers a row that is under way, since its message was confirmed and its end is not committed.
+    pub fn remember(&self, id: Uuid, receipt: Receipt) {
+        let mut state = self.state();
+        // What was only to be finished is remembered already.
+        let Some(written) = state.under_way.get(&id).copied() else { return };
+        state.confirmed.insert(id, (written, receipt));
+        if state.confirmed.len() > MOST {
+            state.confirmed.pop_front();
+        }
+    }
+
+    /// Forgets rows whose end is committed.
+    pub fn forget(&self, ids: impl Iterator<Item = Uuid>) {
+        let mut state = self.state();
+        // Nearly always there is nothing to forget.
+        if !state.confirmed.is_empty() {
+            ids.for_each(|id| drop(state.confirmed.remove(&id)));
+        }
+    }
+}
+
+impl<Receipt> SentRows<Receipt> {
+    fn state(&self) -> std::sync::MutexGuard<'_, State<Receipt>> {
+        self.0.lock().expect("nothing panics that holds it")
+    }
+}
+
+impl<Receipt> Drop for Taken<'_, Receipt> {
+    fn drop(&mut self) {
+        let mut state = self.memory.state();
+        for id in &self.under_way {
+            state.under_way.remove(id);
+        }
+    }
+}
+
+/// Equal exactly when a row would make the same message.
+fn digest(row: &Schedule) -> Digest {
+    let Schedule { id, kind, key, subject, due_at, expires_at, payload, headers, .. } = row;
+    let mut hash = Context::new(&SHA256);
+    // Each part behind its length, so that no two rows run together to the same bytes.
+    let mut add = |part: Option<&[u8]>| {
+        hash.update(&part.map_or(u64::MAX, |part| part.len() as u64).to_le_bytes());
+        hash.update(part.unwrap_or_default());
+    };
+    add(Some(id.as_bytes()));
+    add(Some(kind.as_bytes()));
+    add(key.as_deref().map(str::as_bytes));
+    add(subject.as_deref().map(str::as_bytes));
+    add(Some(&due_at.unix_timestamp_nanos().to_le_bytes()));
+    add(expires_at.map(|at| at.unix_timestamp_nanos().to_le_bytes()).as_ref().map(<[u8; 16]>::as_slice));
+    add(Some(payload.as_bytes()));
+    for (name, value) in headers {
+        add(Some(name.as_bytes()));
+        add(Some(value.as_bytes()));
+    }
+    hash.finish().as_ref().try_into().expect("SHA-256 has 32 bytes")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use proptest::prelude::*;
+    use time::OffsetDateTime;
+
+    use super::*;
+
+    fn row(number: u128) -> Schedule {
+        Schedule {
+            id: Uuid::from_u128(number),
+            kind: "k".into(),
+            key: None,
+            subject: None,
+            due_at: OffsetDateTime::UNIX_EPOCH,
+            expires_at: None,
+            payload: "{}".into(),
+            headers: Vec::new(),
+            attempts: 0,
+            failures: 0,
+            refusals: 0,
+        }
+    }
+
+    fn ids(rows: &[Schedule]) -> Vec<u128> {
+        rows.iter().map(|row| row.id.as_u128()).collect()
+    }
+
+    /// A memory of a row that was confirmed and not finished.
+    fn with<Receipt: Clone>(number: u128, receipt: Receipt) -> SentRows<Receipt> {
+        let memory = SentRows::default();
+        confirm(&memory, number, receipt);
+        memory
+    }
+
+    fn confirm<Receipt: Clone>(memory: &SentRows<Receipt>, number: u128, receipt: Receipt) {
+        let _lane = memory.take(vec![row(number)], false);
+        memory.remember(Uuid::from_u128(number), receipt);
+    }
+
+    #[test]
+    fn a_row_that_was_confirmed_is_only_finished_until_it_is_forgotten() {
+        let memory = with(1, "receipt");
+        let taken = memory.take(vec![row(1), row(2)], false);
+        assert_eq!((ids(&taken.send), taken.finish[0].1), (vec![2], "receipt"));
+        drop(taken);
+        memory.forget([Uuid::from_u128(1)].into_iter());
+        assert_eq!(ids(&memory.take(vec![row(1)], false).send), [1]);
+    }
+
+    #[test]
+    fn whatever_the_producer_changes_makes_it_another_message_and_what_the_daemon_writes_does_not() {
+        let changes: [fn(&mut Schedule); 7] = [
+            |row| row.kind.push('x'),
+            |row| row.key = Some(String::new()),
+            |row| row.subject = Some("{}".into()),
+            |row| row.due_at += time::Duration::microseconds(1),
+            |row| row.expires_at = Some(OffsetDateTime::UNIX_EPOCH),
+            |row| row.payload = "{ }".into(),
+            |row| row.headers.push(("a".into(), "b".into())),
+        ];
+        for change in changes {
+            let memory = with(1, ());
+            let mut changed = row(1);
+            change(&mut changed);
+            let sent = memory.take(vec![changed], false);
+            assert_eq!((sent.send.len(), sent.finish.len()), (1, 0));
+        }
+        let memory = with(1, ());
+        let tried = Schedule { attempts: 1, failures: 1, refusals: 1, ..row(1) };
+        assert_eq!(memory.take(vec![tried], false).finish.len(), 1);
+    }
+
+    #[test]
+    fn what_another_lane_is_sending_is_left_to_it() {
+        let memory: SentRows<()> = SentRows::default();
+        let lane = memory.take(vec![row(1), row(2)], false);
+        assert_eq!(ids(&memory.take(vec![row(2), row(3)], false).send), [3]);
+        drop(lane);
+        assert_eq!(ids(&memory.take(vec![row(2)], false).send), [2]);
+    }
+
+    #[test]
+    fn carefully_one_row_is_sent_to_find_out_and_none_while_there_is_one_to_finish() {
+        let memory = SentRows::default();
+        assert_eq!(ids(&memory.take(vec![row(1), row(2)], true).send), [1]);
+        confirm(&memory, 2, ());
+        let taken = memory.take(vec![row(1), row(2)], true);
+        assert_eq!((taken.send.len(), taken.finish.len()), (0, 1));
+    }
+
+    #[test]
+    fn what_is_remembered_is_bounded_and_the_oldest_goes_first() {
+        let memory = SentRows::default();
+        for number in 0..=MOST as u128 {
+            confirm(&memory, number, ());
+        }
+        let taken = memory.take(vec![row(0), row(1)], false);
+        assert_eq!((ids(&taken.send), taken.finish.len()), (vec![0], 1));
+    }
+
+    /// What may happen to one of a few rows.
+    #[derive(Clone, Debug)]
+    enum Event {
+        /// A lane claims these; the sessions of the others may be gone, so that it gets what they have.
+        Claim(Vec<u128>),
+        /// A lane hears its confirms.
+        Confirm(usize),
+        /// A lane's transaction is committed, or not, and the lane ends.
+        End(usize, bool),
+    }
+
+    fn event() -> impl Strategy<Value = Event> {
+        prop_oneof![
+            prop::collection::btree_set(0..6_u128, 1..4).prop_map(|rows| Event::Claim(rows.into_iter().collect())),
+            (0..4_usize).prop_map(Event::Confirm),
+            (0..4_usize, any::<bool>()).prop_map(|(lane, committed)| Event::End(lane, committed)),
+        ]
+    }
+
+    proptest! {
+        /// Sessions end at any moment, so a row may be claimed while another lane has it.
+        #[test]
+        fn no_row_is_sent_again_once_its_confirm_is_here(events in prop::collection::vec(event(), 1..200)) {
+            let memory = SentRows::default();
+            let mut lanes: Vec<Option<(Taken<'_, ()>, bool)>> = (0..4).map(|_| None).collect();
+            let (mut confirmed, mut finished) = (HashSet::new(), HashSet::new());
+            for event in events {
+                match event {
+                    Event::Claim(rows) => {
+                        let Some(free) = lanes.iter().position(Option::is_none) else { continue };
+                        let due = rows.into_iter().filter(|number| !finished.contains(&Uuid::from_u128(*number)));
+                        let taken = memory.take(due.map(row).collect(), false);
+                        for row in &taken.send {
+                            prop_assert!(!confirmed.contains(&row.id), "{} is sent again", row.id);
+                        }
+                        lanes[free] = Some((taken, false));
+                    }
+                    Event::Confirm(lane) => {
+                        if let Some((taken, heard)) = &mut lanes[lane] {
+                            *heard = true;
+                            confirmed.extend(taken.send.iter().map(|row| row.id));
+                        }
+                    }
+                    Event::End(lane, committed) => {
+                        let Some((taken, heard)) = lanes[lane].take() else { continue };
+                        let sent = taken.send.iter().filter(|_| heard);
+                        if committed {
+                            let ended: Vec<Uuid> = sent.chain(taken.finish.iter().map(|(row, ())| row)).map(|row| row.id).collect();
+                            finished.extend(ended.iter().copied());
+                            memory.forget(ended.into_iter());
+                        } else {
+                            sent.for_each(|row| memory.remember(row.id, ()));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

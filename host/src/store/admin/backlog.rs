@@ -1,0 +1,215 @@
+//! Rows that wait, and rows that nobody takes: late, held and parked ones, counted for `tidings doctor` and for the metrics
+//! without reading many of them.
+
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use crate::store::{Store, StoreError};
+
+/// Nothing is counted beyond this: few enough that an index is read and not the table, however many rows there are.
+pub const ENOUGH: i64 = 1_000;
+/// Kinds that are named at most.
+const KINDS: i64 = 20;
+
+/// Rows that are late.
+#[derive(Clone, Debug)]
+pub struct Late {
+    /// How many, up to one more than [`ENOUGH`].
+    pub rows: i64,
+    /// The oldest of them.
+    pub oldest: Uuid,
+    /// Its kind.
+    pub kind: String,
+    /// For how long it has been due.
+    pub overdue: Duration,
+    /// Why it is still there, if anybody knows.
+    pub last_error: Option<String>,
+}
+
+/// What waits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Backlog {
+    /// Rows: counted up to [`ENOUGH`], more as PostgreSQL's statistics estimate it.
+    pub pending: u64,
+    /// Those of them that are held, up to one more than [`ENOUGH`].
+    pub held: u64,
+    /// Rows that are parked, up to one more than [`ENOUGH`].
+    pub parked: u64,
+    /// For how long the row at the head of the queue has been due, as in [`Store::overdue`].
+    pub overdue: Duration,
+}
+
+impl Store {
+    /// What waits, without counting a million rows, from the low-water mark on, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// When the database cannot be asked.
+    pub async fn backlog(&self) -> Result<Backlog, StoreError> {
+        let mark = self.mark();
+        let mut connection = self.connection().await?;
+        let row = connection
+            .run("look at what waits", async |connection| {
+                sqlx::query!(
+                    r#"
+                    WITH head AS MATERIALIZED (
+                        SELECT slot_at
+                        FROM tidings.schedules
+                        WHERE slot_at >= coalesce($2, '-infinity'::timestamptz)
+                        ORDER BY slot_at
+                        LIMIT $1
+                    )
+                    SELECT
+                        CASE
+                            WHEN (SELECT count(*) FROM head) < $1 THEN (SELECT count(*) FROM head)
+                            -- The count of the statistics follows within seconds, and is never far off. A crash of the
+                            -- server sets it to zero; then what the last vacuum found has to do.
+                            WHEN pg_stat_get_live_tuples(class.oid) > 0
+                                THEN greatest(pg_stat_get_live_tuples(class.oid), $1)
+                            ELSE greatest(class.reltuples, $1)::bigint
+                        END AS "pending!",
+                        -- In the order of its index, or the planner may take it into its head to read the table.
+                        (
+                            SELECT count(*)
+                            FROM (SELECT FROM tidings.schedules WHERE held ORDER BY kind LIMIT $1) AS counted
+                        ) AS "held!",
+                        (SELECT count(*) FROM (SELECT FROM tidings.parked LIMIT $1) AS counted) AS "parked!",
+                        coalesce(
+                            (
+                                SELECT extract(epoch FROM statement_timestamp() - min(slot_at))::float8
+                                FROM head
+                                WHERE slot_at <= statement_timestamp()
+                            ),
+                            0
+                        ) AS "overdue!"
+                    FROM pg_class AS class
+                    WHERE class.oid = 'tidings.schedules'::regclass
+                    "#,
+                    ENOUGH + 1,
+                    mark,
+                )
+                .fetch_one(connection)
+                .await
+            })
+            .await?;
+        Ok(Backlog {
+            pending: row.pending.unsigned_abs(),
+            held: row.held.unsigned_abs(),
+            parked: row.parked.unsigned_abs(),
+            overdue: Duration::try_from_secs_f64(row.overdue).unwrap_or_default(),
+        })
+    }
+
+    /// The rows that nothing holds back and that have been due for longer than `time`, if there are any. As in
+    /// [`Store::overdue`], a row that is held is among them when its deadline has come: it waits for nobody but a daemon.
+    ///
+    /// # Errors
+    ///
+    /// When the database cannot be asked.
+    pub async fn late(&self, time: Duration) -> Result<Option<Late>, StoreError> {
+        let mut connection = self.connection().await?;
+        let row = connection
+            .run("look for late rows", async |connection| {
+                sqlx::query!(
+                    r#"
+                    WITH late AS MATERIALIZED (
+                        SELECT id, kind, last_error, slot_at
+                        FROM tidings.schedules
+                        WHERE slot_at <= statement_timestamp() - $1 * interval '1 second'
+                        ORDER BY slot_at
+                        LIMIT $2
+                    )
+                    SELECT
+                        (SELECT count(*) FROM late) AS "rows!",
+                        id,
+                        kind,
+                        extract(epoch FROM statement_timestamp() - slot_at)::float8 AS "seconds!",
+                        last_error
+                    FROM late
+                    ORDER BY slot_at
+                    LIMIT 1
+                    "#,
+                    time.as_secs_f64(),
+                    ENOUGH + 1,
+                )
+                .fetch_optional(connection)
+                .await
+            })
+            .await?;
+        Ok(row.map(|row| Late {
+            rows: row.rows,
+            oldest: row.id,
+            kind: row.kind,
+            overdue: Duration::try_from_secs_f64(row.seconds).unwrap_or_default(),
+            last_error: row.last_error,
+        }))
+    }
+
+    /// How many rows are held, since nobody serves them or they are paused, by kind, of the first few kinds, each up to one
+    /// more than [`ENOUGH`].
+    ///
+    /// # Errors
+    ///
+    /// When the database cannot be asked.
+    pub async fn some_held(&self) -> Result<Vec<(String, i64)>, StoreError> {
+        let mut connection = self.connection().await?;
+        let rows = connection
+            .run("look for held rows", async |connection| {
+                sqlx::query!(
+                    r#"
+                    -- From one kind to the next by the index, since a kind may have millions.
+                    WITH RECURSIVE kinds AS (
+                        (SELECT kind FROM tidings.schedules WHERE held ORDER BY kind LIMIT 1)
+                        UNION ALL
+                        SELECT (
+                            SELECT next.kind
+                            FROM tidings.schedules AS next
+                            WHERE next.held AND next.kind > kinds.kind
+                            ORDER BY next.kind
+                            LIMIT 1
+                        )
+                        FROM kinds
+                        WHERE kinds.kind IS NOT NULL
+                    )
+                    SELECT kinds.kind AS "kind!", (
+                        SELECT count(*)
+                        FROM (
+                            SELECT FROM tidings.schedules AS waiting
+                            WHERE waiting.held AND waiting.kind = kinds.kind
+                            LIMIT $1
+                        ) AS counted
+                    ) AS "rows!"
+                    FROM kinds
+                    WHERE kinds.kind IS NOT NULL
+                    LIMIT $2
+                    "#,
+                    ENOUGH + 1,
+                    KINDS,
+                )
+                .fetch_all(connection)
+                .await
+            })
+            .await?;
+        Ok(rows.into_iter().map(|row| (row.kind, row.rows)).collect())
+    }
+
+    /// How many rows are parked, up to one more than [`ENOUGH`].
+    ///
+    /// # Errors
+    ///
+    /// When the database cannot be asked.
+    pub async fn count_parked(&self) -> Result<i64, StoreError> {
+        let mut connection = self.connection().await?;
+        connection
+            .run("count parked rows", async |connection| {
+                sqlx::query_scalar!(
+                    r#"SELECT count(*) AS "rows!" FROM (SELECT FROM tidings.parked LIMIT $1) AS counted"#,
+                    ENOUGH + 1
+                )
+                .fetch_one(connection)
+                .await
+            })
+            .await
+    }
+}

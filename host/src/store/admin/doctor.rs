@@ -1,0 +1,318 @@
+//! What `tidings doctor` asks of the database. It reads, and sends itself one notification on a channel of its own; no
+//! row is written, and however many there are, few are read.
+
+use std::time::Duration;
+
+use time::OffsetDateTime;
+use tokio::time::Instant;
+
+use crate::store::dead_letter_pass::ask;
+use crate::store::{Store, StoreError};
+
+/// The oldest release that the migrations and the statements work with, as `server_version_num`.
+const OLDEST_SUPPORTED: i32 = 150_000;
+/// The channel that the doctor alone uses: nothing is woken by it.
+const CHANNEL: &str = "tidings_doctor";
+/// A notification takes a millisecond; one that takes this long does not come.
+const NOTIFY_DEADLINE: Duration = Duration::from_secs(5);
+/// Times that the clocks are compared: the shortest round trip tells most.
+const READINGS: usize = 5;
+/// Whoever holds back the horizon of VACUUM for longer is named.
+pub const TOO_LONG: Duration = Duration::from_mins(5);
+/// Of a replication slot or a standby the server does not tell since when it holds back the horizon, only by how many
+/// transactions; so many are more than any server makes in passing.
+const TOO_FAR: i32 = 1_000_000;
+/// RowRef release a server is.
+#[derive(Clone, Debug)]
+pub struct ServerVersion {
+    number: i32,
+    /// For people.
+    pub text: String,
+}
+
+/// How two clocks differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Skew {
+    /// How far this host's clock is ahead of the database's; negative = behind.
+    pub ahead: time::Duration,
+    /// Half the round trip: more cannot be told.
+    pub give_or_take: Duration,
+}
+
+/// What it is that holds back the horizon of VACUUM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holding {
+    /// A session, in a transaction.
+    Session,
+    /// A standby that reports its queries, without a slot.
+    Standby,
+    /// A transaction that was prepared and neither committed nor rolled back.
+    Prepared,
+    /// A replication slot that is in use.
+    Slot,
+    /// A replication slot that nobody uses.
+    IdleSlot,
+}
+
+/// Somebody because of whom rows that are finished cannot be cleaned away.
+#[derive(Clone, Debug)]
+pub struct Holder {
+    /// What it is.
+    pub holding: Holding,
+    /// A session's pid, or its name.
+    pub name: String,
+    /// What it calls itself.
+    pub application: String,
+    /// Whose it is.
+    pub user: String,
+    /// For how long; `None` = the server does not tell, or does not tell our role.
+    pub age: Option<Duration>,
+    /// By how many transactions.
+    pub behind: i32,
+}
+
+impl ServerVersion {
+    /// Whether Tidings works with it.
+    #[must_use]
+    pub fn is_supported(&self) -> bool {
+        self.number >= OLDEST_SUPPORTED
+    }
+}
+
+impl Holder {
+    /// Whether a person ought to see to it.
+    #[must_use]
+    pub fn is_too_long(&self) -> bool {
+        match self.holding {
+            Holding::Session | Holding::Prepared => self.age.is_some_and(|age| age > TOO_LONG),
+            Holding::Standby | Holding::Slot => self.behind > TOO_FAR,
+            // It holds until somebody uses it again or drops it.
+            Holding::IdleSlot => true,
+        }
+    }
+}
+
+impl Store {
+    /// RowRef release the server is.
+    ///
+    /// # Errors
+    ///
+    /// When it does not answer.
+    pub async fn server_version(&self) -> Result<ServerVersion, StoreError> {
+        let mut connection = self.connection().await?;
+        connection
+            .run("tell its version", async |connection| {
+                sqlx::query_as!(
+                    ServerVersion,
+                    r#"
+                    SELECT
+                        current_setting('server_version_num')::int4 AS "number!",
+                        current_setting('server_version') AS "text!"
+                    "#
+                )
+                .fetch_one(connection)
+                .await
+            })
+            .await
+    }
+
+    /// How long a notification takes from one connection to another; `None` if it does not come.
+    ///
+    /// # Errors
+    ///
+    /// When the database does not answer.
+    pub async fn time_notification(&self) -> Result<Option<Duration>, StoreError> {
+        let mut listener = self.listener(NOTIFY_DEADLINE).await?;
+        ask("listen for notifications", listener.listen(CHANNEL)).await?;
+        // Another doctor may be at work.
+        let mark = format!("{:016x}", fastrand::u64(..));
+        let sent_at = Instant::now();
+        let mut connection = self.connection().await?;
+        connection
+            .run("send a notification", async |connection| {
+                sqlx::query!("SELECT pg_notify($1, $2)", CHANNEL, mark).execute(connection).await
+            })
+            .await?;
+        let arrived = tokio::time::timeout(NOTIFY_DEADLINE, async {
+            loop {
+                match listener.try_recv().await? {
+                    Some(notification) if notification.payload() == mark => return Ok(sent_at.elapsed()),
+                    Some(_) => {}
+                    None => return Err(sqlx::Error::Io(std::io::ErrorKind::ConnectionAborted.into())),
+                }
+            }
+        });
+        match arrived.await {
+            Ok(arrived) => {
+                arrived.map(Some).map_err(|source| StoreError::Statement { doing: "wait for a notification", source })
+            }
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// How this host's clock and the database's differ.
+    ///
+    /// # Errors
+    ///
+    /// When the database cannot be asked.
+    pub async fn clock_skew(&self) -> Result<Skew, StoreError> {
+        let mut connection = self.connection().await?;
+        let mut best: Option<Skew> = None;
+        for _ in 0..READINGS {
+            let (asked_at, sent) = (Instant::now(), OffsetDateTime::now_utc());
+            let read = connection
+                .run("tell the time", async |connection| {
+                    sqlx::query_scalar!(r#"SELECT clock_timestamp() AS "now!""#).fetch_one(connection).await
+                })
+                .await?;
+            let skew = skew(sent, asked_at.elapsed(), read);
+            best = Some(best.map_or(skew, |best| if skew.give_or_take < best.give_or_take { skew } else { best }));
+        }
+        Ok(best.expect("there is at least one reading"))
+    }
+
+    /// Who holds back the horizon of VACUUM in this database at this moment, however short, the longest first.
+    ///
+    /// # Errors
+    ///
+    /// When the database cannot be asked.
+    pub async fn holders(&self) -> Result<Vec<Holder>, StoreError> {
+        let mut connection = self.connection().await?;
+        let rows = connection
+            .run("list who holds back VACUUM", async |connection| {
+                sqlx::query!(
+                    r#"
+                    SELECT
+                        CASE WHEN backend_type = 'walsender' THEN 'standby' ELSE 'session' END AS "holding!",
+                        pid::text AS "name!",
+                        coalesce(application_name, '') AS "application!",
+                        coalesce(usename::text, '') AS "user!",
+                        extract(epoch FROM clock_timestamp() - xact_start)::float8 AS "seconds?",
+                        greatest(age(backend_xmin), age(backend_xid)) AS "behind!"
+                    FROM pg_stat_activity
+                    WHERE (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL)
+                        -- Snapshots of other databases hold nothing back here.
+                        AND (datname = current_database() OR backend_type = 'walsender')
+                        AND pid <> pg_backend_pid()
+                        AND leader_pid IS NULL
+                        -- VACUUM looks past itself.
+                        AND pid NOT IN (SELECT pid FROM pg_stat_progress_vacuum)
+                    UNION ALL
+                    SELECT 'prepared', gid, '', owner::text,
+                        extract(epoch FROM clock_timestamp() - prepared)::float8, age(transaction)
+                    FROM pg_prepared_xacts
+                    WHERE database = current_database()
+                    UNION ALL
+                    SELECT CASE WHEN active THEN 'slot' ELSE 'idle slot' END, slot_name::text, '', '', NULL, age(xmin)
+                    FROM pg_replication_slots
+                    WHERE xmin IS NOT NULL
+                    ORDER BY 5 DESC NULLS LAST, 6 DESC
+                    LIMIT 1000
+                    "#
+                )
+                .fetch_all(connection)
+                .await
+            })
+            .await?;
+        let holders = rows.into_iter().map(|row| Holder {
+            holding: match row.holding.as_str() {
+                "standby" => Holding::Standby,
+                "prepared" => Holding::Prepared,
+                "slot" => Holding::Slot,
+                "idle slot" => Holding::IdleSlot,
+                _ => Holding::Session,
+            },
+            name: row.name,
+            application: row.application,
+            user: row.user,
+            age: row.seconds.map(|seconds| Duration::try_from_secs_f64(seconds).unwrap_or_default()),
+            behind: row.behind,
+        });
+        Ok(holders.collect())
+    }
+
+    /// How full the server's queue of notifications is, from 0 to 1; and, from one half on, the session with the oldest
+    /// transaction. Who listens is not told, but whoever keeps the queue from getting shorter is in a transaction.
+    ///
+    /// # Errors
+    ///
+    /// When the database cannot be asked.
+    pub async fn notification_queue(&self) -> Result<(f64, Option<String>), StoreError> {
+        let mut connection = self.connection().await?;
+        let row = connection
+            .run("measure the queue of notifications", async |connection| {
+                sqlx::query!(
+                    r#"
+                    SELECT used AS "used!", (
+                        SELECT format('pid %s (%s, user %s, database %s)', pid, application_name, usename, datname)
+                        FROM pg_stat_activity
+                        -- The queue is the whole server's.
+                        WHERE used > 0.5 AND xact_start IS NOT NULL AND backend_type = 'client backend'
+                            AND pid <> pg_backend_pid()
+                        ORDER BY xact_start
+                        LIMIT 1
+                    ) AS "oldest?"
+                    FROM pg_notification_queue_usage() AS used
+                    "#
+                )
+                .fetch_one(connection)
+                .await
+            })
+            .await?;
+        Ok((row.used, row.oldest))
+    }
+}
+
+/// What a reading of the database's clock, asked for at `sent` and here after `round_trip`, tells of ours.
+fn skew(sent: OffsetDateTime, round_trip: Duration, read: OffsetDateTime) -> Skew {
+    let half = round_trip / 2;
+    Skew { ahead: sent + half - read, give_or_take: half }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn holder(holding: Holding, age_seconds: Option<u64>, behind: i32) -> Holder {
+        let age = age_seconds.map(Duration::from_secs);
+        Holder { holding, name: "7".into(), application: String::new(), user: String::new(), age, behind }
+    }
+
+    #[test]
+    fn half_the_round_trip_is_taken_for_the_way_there() {
+        let sent = OffsetDateTime::UNIX_EPOCH + Duration::from_secs(10);
+        let ahead = |read_ms| {
+            let read = OffsetDateTime::UNIX_EPOCH + Duration::from_millis(read_ms);
+            skew(sent, Duration::from_millis(40), read).ahead
+        };
+        assert_eq!(ahead(10_020), time::Duration::ZERO);
+        assert_eq!(ahead(8_020), time::Duration::seconds(2));
+        assert_eq!(ahead(11_020), time::Duration::seconds(-1));
+        assert_eq!(skew(sent, Duration::from_millis(40), sent).give_or_take, Duration::from_millis(20));
+    }
+
+    #[test]
+    fn a_snapshot_is_held_too_long_after_five_minutes_if_anybody_knows_since_when() {
+        for holding in [Holding::Session, Holding::Prepared] {
+            assert!(!holder(holding, Some(300), i32::MAX).is_too_long());
+            assert!(holder(holding, Some(301), 0).is_too_long());
+            assert!(!holder(holding, None, i32::MAX).is_too_long());
+        }
+    }
+
+    #[test]
+    fn a_slot_holds_too_long_if_nobody_uses_it_or_it_is_far_behind() {
+        for holding in [Holding::Slot, Holding::Standby] {
+            assert!(!holder(holding, None, 1_000_000).is_too_long());
+            assert!(holder(holding, None, 1_000_001).is_too_long());
+        }
+        assert!(holder(Holding::IdleSlot, None, 0).is_too_long());
+    }
+
+    #[test]
+    fn releases_from_15_on_are_supported() {
+        let version = |number| ServerVersion { number, text: String::new() };
+        assert!(!version(140_020).is_supported());
+        assert!(version(150_000).is_supported() && version(180_001).is_supported());
+    }
+}

@@ -1,0 +1,150 @@
+//! The log as JSON, an object a line: `timestamp`, `level`, `target`, `message`, and whatever fields the line has. The
+//! formatter of tracing-subscriber leaves out the error_chain of an error, which are the half of it that helps.
+
+use std::fmt;
+
+use serde_json::{Map, Value, json};
+use tracing::field::{Field, Visit};
+use tracing::{Event, Subscriber};
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::time::{FormatTime as _, SystemTime};
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::registry::LookupSpan;
+
+use crate::model::error_chain::error_chain;
+
+/// The format.
+#[derive(Debug)]
+pub(in crate::telemetry) struct Json;
+
+/// The line that says how many lines were left out.
+pub(in crate::telemetry) fn left_out(lines: u64) -> String {
+    json!({
+        "timestamp": timestamp(),
+        "level": "WARN",
+        "target": module_path!(),
+        "message": "lines like the one before this were left out before it",
+        "left_out": lines,
+    })
+    .to_string()
+}
+
+impl<S, N> FormatEvent<S, N> for Json
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(&self, _ctx: &FmtContext<'_, S, N>, mut writer: Writer<'_>, event: &Event<'_>) -> fmt::Result {
+        let mut fields = Fields(Map::new());
+        event.record(&mut fields);
+        let Fields(mut line) = fields;
+        // Last, so that no field can pass for one of these.
+        line.insert("timestamp".into(), timestamp().into());
+        line.insert("level".into(), event.metadata().level().as_str().into());
+        line.insert("target".into(), event.metadata().target().into());
+        writeln!(writer, "{}", Value::from(line))
+    }
+}
+
+fn timestamp() -> String {
+    let mut text = String::new();
+    SystemTime.format_time(&mut Writer::new(&mut text)).expect("a String takes everything");
+    text
+}
+
+/// The fields of one line.
+struct Fields(Map<String, Value>);
+
+impl Fields {
+    fn put(&mut self, field: &Field, value: impl Into<Value>) {
+        self.0.insert(field.name().to_owned(), value.into());
+    }
+}
+
+impl Visit for Fields {
+    fn record_f64(&mut self, field: &Field, value: f64) {
+        self.put(field, value);
+    }
+
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        self.put(field, value);
+    }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.put(field, value);
+    }
+
+    fn record_bool(&mut self, field: &Field, value: bool) {
+        self.put(field, value);
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.put(field, value);
+    }
+
+    fn record_error(&mut self, field: &Field, value: &(dyn std::error::Error + 'static)) {
+        self.put(field, error_chain(value));
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.put(field, format!("{value:?}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Error, Write};
+    use std::sync::{Arc, Mutex};
+
+    use anyhow::Context as _;
+
+    use super::*;
+    use crate::telemetry::log::rate_limit::Bounded;
+
+    /// What was logged.
+    #[derive(Clone, Debug, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().expect("nobody panics with it").write(bytes)
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_line_is_an_object_with_its_fields_and_an_error_with_its_causes() {
+        let lines = Lines::default();
+        let writer = lines.clone();
+        let log = tracing_subscriber::fmt()
+            .event_format(Bounded::new(Json, left_out))
+            .with_writer(move || writer.clone())
+            .finish();
+
+        tracing::subscriber::with_default(log, || {
+            let failed: Result<(), _> = Err(Error::other("the disk\nis \"full\""));
+            let error = failed.context("could not write").expect_err("it is one");
+            tracing::warn!(schedule.id = %uuid::Uuid::nil(), generation = 3_u64, level = "x", error = &*error as &dyn std::error::Error, "a {} line", "bad");
+        });
+
+        let written = lines.0.lock().expect("nobody panics with it").clone();
+        let written = String::from_utf8(written).expect("text");
+        assert_eq!(written.lines().count(), 1, "{written}");
+        let line: Value = serde_json::from_str(&written).expect("one object");
+        assert_eq!(line["message"], "a bad line");
+        assert_eq!(line["level"], "WARN");
+        assert_eq!(line["generation"], 3);
+        assert_eq!(line["schedule.id"], uuid::Uuid::nil().to_string());
+        assert_eq!(line["error"], "could not write: the disk\nis \"full\"");
+        assert!(line["timestamp"].as_str().is_some_and(|at| at.ends_with('Z')), "{line}");
+    }
+
+    #[test]
+    fn what_was_left_out_is_told_in_an_object_as_well() {
+        let line: Value = serde_json::from_str(&left_out(7)).expect("an object");
+        assert_eq!(line["left_out"], 7);
+    }
+}

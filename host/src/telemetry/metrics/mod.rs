@@ -1,0 +1,83 @@
+//! The metrics: their names, what they tell, and one function for each thing that is counted. All of them are there from
+//! the start, at zero; those with the label `kind` or `plugin` since a plugin was loaded.
+
+pub(super) mod counts;
+pub(super) mod kinds;
+pub(super) mod last_hour;
+mod names;
+pub(super) mod serving;
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tokio_util::sync::CancellationToken;
+
+use crate::model::dead_letter::PassCounts;
+use crate::store::Backlog;
+use counts::{
+    Expired, PROCESS, Reload, Server, count_dropped_spans, count_expired, count_replays, note_next_due, set_backlog,
+    set_blocked, set_connected, set_letters, set_listening, set_oldest_dead_letter,
+};
+use names::{BUILD_INFO, CANARY, COUNTERS, DROPPED_LINES, GAUGES, HISTOGRAMS, LOST_CANARIES, RELOADS};
+
+/// How often what was recorded is taken into the histograms: until then it is a list that grows.
+const UPKEEP: Duration = Duration::from_secs(5);
+
+/// Starts the metrics: before this, and in a process that never calls it, counting does nothing.
+///
+/// # Errors
+///
+/// When they were started before.
+pub fn start_metrics() -> anyhow::Result<PrometheusHandle> {
+    let mut builder = PrometheusBuilder::new();
+    for (name, _, classes) in HISTOGRAMS {
+        let matcher = Matcher::Full(name.to_owned());
+        builder = builder.set_buckets_for_metric(matcher, classes).context("could not set the buckets")?;
+    }
+    let handle = builder.install_recorder().context("could not start the metrics")?;
+    for (name, help, _) in HISTOGRAMS {
+        describe_histogram!(name, help);
+    }
+    for (name, help) in COUNTERS {
+        describe_counter!(name, help);
+    }
+    for (name, help) in GAUGES {
+        describe_gauge!(name, help);
+    }
+    PROCESS.describe();
+
+    counts::begin();
+    kinds::serve(&[]);
+    last_hour::begin();
+    note_next_due(None);
+    for place in Expired::ALL {
+        count_expired(place, 0);
+    }
+    for result in Reload::ALL {
+        counter!(RELOADS, "result" => result.label()).increment(0);
+    }
+    count_replays(&PassCounts::default());
+    counter!(LOST_CANARIES).increment(0);
+    count_dropped_spans(0);
+    counter!(DROPPED_LINES).increment(0);
+    // So that it can be seen before the first came.
+    drop(histogram!(CANARY));
+    set_backlog(&Backlog::default());
+    set_connected(Server::Postgresql, false);
+    set_connected(Server::Rabbitmq, false);
+    set_blocked(false);
+    set_listening(false);
+    set_letters(0, 0);
+    set_oldest_dead_letter(Duration::ZERO);
+    gauge!(BUILD_INFO, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+    Ok(handle)
+}
+
+/// Keeps what is recorded small until `shutdown`, whether anybody scrapes or not.
+pub async fn upkeep(metrics: PrometheusHandle, shutdown: CancellationToken) {
+    while shutdown.run_until_cancelled(tokio::time::sleep(UPKEEP)).await.is_some() {
+        metrics.run_upkeep();
+    }
+}

@@ -1,0 +1,87 @@
+//! The name of every metric, what it tells, and the classes of the histograms. Public: alerts and dashboards use them.
+
+pub(in crate::telemetry) const LATENESS: &str = "tidings_lateness_seconds";
+pub(in crate::telemetry) const DELIVERIES: &str = "tidings_deliveries_total";
+pub(in crate::telemetry) const CALLS: &str = "tidings_plugin_calls_total";
+pub(in crate::telemetry) const CALL_SECONDS: &str = "tidings_plugin_call_seconds";
+pub(in crate::telemetry) const BREAKER: &str = "tidings_breaker_open";
+pub(in crate::telemetry) const WAKES: &str = "tidings_wakes_total";
+pub(in crate::telemetry) const CLAIMS: &str = "tidings_claims_total";
+pub(in crate::telemetry) const CLAIMED_ROWS: &str = "tidings_claimed_rows_total";
+pub(in crate::telemetry) const CONFIRM: &str = "tidings_confirm_seconds";
+pub(in crate::telemetry) const NEXT_DUE: &str = "tidings_next_due_seconds";
+pub(in crate::telemetry) const PENDING: &str = "tidings_pending";
+pub(in crate::telemetry) const OLDEST_DUE: &str = "tidings_oldest_due_age_seconds";
+pub(in crate::telemetry) const HELD: &str = "tidings_held";
+pub(in crate::telemetry) const PARKED: &str = "tidings_parked";
+pub(in crate::telemetry) const GENERATION: &str = "tidings_plugin_generation";
+pub(in crate::telemetry) const PLUGIN_MEMORY: &str = "tidings_plugin_memory_bytes";
+pub(in crate::telemetry) const PLUGIN_CPU: &str = "tidings_plugin_cpu_seconds";
+pub(in crate::telemetry) const RELOADS: &str = "tidings_reloads_total";
+pub(in crate::telemetry) const CONNECTED: &str = "tidings_connected";
+pub(in crate::telemetry) const BLOCKED: &str = "tidings_broker_blocked";
+pub(in crate::telemetry) const LISTENING: &str = "tidings_listening";
+pub(in crate::telemetry) const BUILD_INFO: &str = "tidings_build_info";
+pub(in crate::telemetry) const EXPIRED: &str = "tidings_expired_total";
+pub(in crate::telemetry) const REPLAYS: &str = "tidings_replays_total";
+pub(in crate::telemetry) const DEAD_LETTERS: &str = "tidings_dead_letters";
+pub(in crate::telemetry) const PARKED_LETTERS: &str = "tidings_parked_letters";
+pub(in crate::telemetry) const OLDEST_LETTER: &str = "tidings_dead_letters_oldest_age_seconds";
+pub(in crate::telemetry) const CANARY: &str = "tidings_canary_lateness_seconds";
+pub(in crate::telemetry) const LOST_CANARIES: &str = "tidings_canaries_lost_total";
+pub(in crate::telemetry) const DROPPED_SPANS: &str = "tidings_spans_dropped_total";
+pub(in crate::telemetry) const DROPPED_LINES: &str = "tidings_log_lines_dropped_total";
+
+pub(in crate::telemetry) const HISTOGRAMS: [(&str, &str, &[f64]); 4] = [
+    (LATENESS, "From the due time to the confirm, by the database clock, of delivered rows.", &LATENESS_CLASSES),
+    (CANARY, "How late canaries came, from their due time to a consumer.", &LATENESS_CLASSES),
+    (CONFIRM, "From the first publish of a batch to its last confirm.", &WORK_CLASSES),
+    (
+        CALL_SECONDS,
+        "One call of a plugin, by the clock on the wall, with its start if it was not running.",
+        &WORK_CLASSES,
+    ),
+];
+
+/// Upper bounds of the classes of lateness, in seconds.
+pub(in crate::telemetry) const LATENESS_CLASSES: [f64; 15] =
+    [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0, 5.0, 15.0, 30.0, 120.0, 600.0, 3600.0];
+/// Upper bounds of the classes of what takes microseconds to seconds, in seconds.
+pub(in crate::telemetry) const WORK_CLASSES: [f64; 12] =
+    [0.000_1, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 10.0];
+
+pub(in crate::telemetry) const COUNTERS: [(&str, &str); 11] = [
+    (DELIVERIES, "What attempts at rows came to, by kind and outcome."),
+    (WAKES, "Looks at the queue, by what woke the dispatcher."),
+    (CLAIMS, "Claims that locked rows."),
+    (CLAIMED_ROWS, "Rows that claims locked."),
+    (CALLS, "Calls of plugins, by plugin, kind and result."),
+    (RELOADS, "Changes of what serves, by result: loaded, refused, removed or rolled_back."),
+    (EXPIRED, "Deadlines that had come, by where that was found: row, event or dead_letter."),
+    (REPLAYS, "Dead letters that a pass dealt with, by outcome: replayed, expired, parked or left."),
+    (LOST_CANARIES, "Canaries that did not come within 30 s, or could not be sent."),
+    (DROPPED_SPANS, "Spans that the collector did not take, or that were too many to wait for it."),
+    (DROPPED_LINES, "Lines of the log that could not be written to standard error."),
+];
+
+pub(in crate::telemetry) const GAUGES: [(&str, &str); 16] = [
+    (PENDING, "Rows that wait: counted up to 1000, more as PostgreSQL's statistics estimate it."),
+    (NEXT_DUE, "Until the next row is due that is not yet, at the last look; +Inf = there is none."),
+    (OLDEST_DUE, "How long the oldest row has been due that nothing holds back; 0 = there is none."),
+    (HELD, "Rows that wait for a plugin of their kind or for the end of a pause; 1001 = more than a thousand."),
+    (PARKED, "Rows that were set aside for a person; 1001 = more than a thousand."),
+    (GENERATION, "RowRef loaded version of a plugin serves, counted over all plugins; 0 = none any more."),
+    (PLUGIN_MEMORY, "The most memory that the generation has used."),
+    (PLUGIN_CPU, "The most CPU time that one call of the generation has used, in steps of 10 ms."),
+    (BREAKER, "1 = the kind's breaker is open: its rows wait until one succeeds."),
+    (CONNECTED, "Whether the server answers: postgresql or rabbitmq."),
+    (BLOCKED, "Whether RabbitMQ blocks publishing, for want of memory or disk."),
+    (LISTENING, "Whether the connection for notifications is there."),
+    (BUILD_INFO, "The version."),
+    (DEAD_LETTERS, "Dead letters that wait for the next pass."),
+    (PARKED_LETTERS, "Dead letters that were set aside for a person."),
+    (
+        OLDEST_LETTER,
+        "How long the oldest dead letter that this daemon's last pass found had been due; 0 = there was none, or another daemon made the pass.",
+    ),
+];

@@ -1,0 +1,10 @@
+//! No row is lost, whatever is killed, cut off, frozen or refused; a second copy needs a fault and has the same id.
+
+pub(crate) mod crash;
+pub(crate) mod faults;
+pub(crate) mod outcomes;
+pub(crate) mod scenario;
+pub(crate) mod sent_rows;
+pub(crate) mod signals;
+pub(crate) mod sizes;
+pub(crate) mod soak;

@@ -1,0 +1,15 @@
+//! What an operator sees and does: commands, health, metrics, logs, traces, the page, pauses, TLS, starting and stopping.
+
+pub(crate) mod collectors;
+pub(crate) mod commands;
+pub(crate) mod doctor;
+pub(crate) mod explain;
+pub(crate) mod health;
+pub(crate) mod metrics;
+pub(crate) mod page;
+pub(crate) mod page_api;
+pub(crate) mod pause;
+pub(crate) mod process;
+pub(crate) mod tls;
+pub(crate) mod traces;
+pub(crate) mod unread_log;

@@ -1,0 +1,304 @@
+//! Builds the daemon and the plugins, as a user would with cargo. Where there is no WebAssembly target, the ways to one
+//! are tried in order: the target as it is installed; `rustup target add`; Debian's own compiler, whose standard library
+//! is built from source on the way.
+
+mod consumers;
+mod languages;
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+
+use crate::{command_line, profile_dir, repository, setup, target};
+
+pub use consumers::{python_consumer, rust_consumer};
+pub use languages::{cargo_component, javascript, python};
+
+/// Debian's packages: a current compiler under names of its own, the source of its standard library, linkers.
+const DEBIAN_PACKAGES: [&str; 5] = ["rustc-web", "cargo-web", "rust-web-src", "rust-web-llvm", "lld-22"];
+/// Where they put the linker that makes components.
+const DEBIAN_LINKERS: &str = "/usr/lib/rustlib/x86_64-unknown-linux-gnu/bin";
+
+/// Builds `tidings` in the profile of this program, and returns the path of the binary.
+///
+/// # Errors
+///
+/// When cargo fails; it has said why.
+pub fn daemon() -> anyhow::Result<PathBuf> {
+    let profile = profile_dir();
+    let mut cargo = cargo();
+    // Together with the package that runs, so that features are resolved as when that was built, and nothing is built twice.
+    let running = std::env::var("CARGO_PKG_NAME").unwrap_or_else(|_| "tidings-tests".to_owned());
+    cargo.args(["build", "--quiet", "--package", "tidings", "--package", &running, "--bin", "tidings"]);
+    if profile.ends_with("release") {
+        cargo.arg("--release");
+    }
+    run(cargo)?;
+    Ok(profile.join("tidings"))
+}
+
+/// Builds the plugins of the repository into `target/plugins`, and returns that directory.
+///
+/// # Errors
+///
+/// When there is no way to build WebAssembly here, or cargo fails.
+pub fn plugins() -> anyhow::Result<PathBuf> {
+    let packages: Vec<String> = cdylibs(&repository().join("plugins"))?;
+    let dir = target().join("plugins");
+    wasm(&packages, &dir)?;
+    Ok(dir)
+}
+
+/// Builds the guests of the tests into `target/fixtures`, and returns that directory.
+///
+/// # Errors
+///
+/// As [`plugins`].
+pub fn fixtures() -> anyhow::Result<PathBuf> {
+    let packages: Vec<String> = cdylibs(&repository().join("tests/fixtures"))?;
+    let dir = target().join("fixtures");
+    wasm(&packages, &dir)?;
+    Ok(dir)
+}
+
+/// The packages in `dir` that become WebAssembly.
+fn cdylibs(dir: &Path) -> anyhow::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        let manifest = fs::read_to_string(path.join("Cargo.toml")).unwrap_or_default();
+        if manifest.contains("cdylib") {
+            names.push(path.file_name().context("a directory has a name")?.to_string_lossy().into_owned());
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// The targets whose build is a component at once.
+const TARGETS: [&str; 2] = ["wasm32-wasip2", "wasm32-unknown-unknown"];
+
+/// A way to build WebAssembly components.
+enum Toolchain {
+    /// The compiler at hand has this target.
+    Installed(&'static str),
+    /// Debian's compiler, from the source of its standard library.
+    Debian,
+}
+
+/// What a call of a plugin's function with `payload` costs without WebAssembly: its test `measure`, in release mode.
+///
+/// # Panics
+///
+/// When it does not say it.
+#[must_use]
+pub fn measured(plugin: &str, payload: &str) -> Duration {
+    let mut cargo = cargo();
+    cargo.args(["test", "--quiet", "--release", "--package", plugin, "--", "--ignored", "--nocapture", "measure"]);
+    let output = cargo.env("MEASURED_PAYLOAD", payload).output().expect("cargo runs");
+    let said = String::from_utf8_lossy(&output.stdout);
+    let nanoseconds = said.lines().find_map(|line| line.strip_prefix("measured ")?.parse().ok());
+    Duration::from_nanos(nanoseconds.unwrap_or_else(|| panic!("{said}{}", String::from_utf8_lossy(&output.stderr))))
+}
+
+impl Toolchain {
+    fn triple(&self) -> &'static str {
+        match self {
+            Self::Installed(triple) => triple,
+            Self::Debian => "wasm32-unknown-unknown",
+        }
+    }
+
+    /// Its cargo, ready to build a component.
+    fn cargo(&self) -> Command {
+        let mut cargo = match self {
+            Self::Installed(_) => cargo(),
+            Self::Debian => debian_cargo(),
+        };
+        if self.triple() == "wasm32-unknown-unknown" {
+            cargo.env("RUSTFLAGS", "-C linker=wasm-component-ld");
+        }
+        cargo
+    }
+}
+
+/// Builds one of the repository's plugins for every target there is, and returns the components by the names of the
+/// targets. Debian's compiler has one; a rustup gets what it lacks, if it can be had.
+///
+/// # Errors
+///
+/// As [`plugins`].
+pub fn every_target(plugin: &str) -> anyhow::Result<Vec<(&'static str, PathBuf)>> {
+    let toolchains = match toolchain()? {
+        Toolchain::Debian => vec![Toolchain::Debian],
+        Toolchain::Installed(_) => {
+            let _ = Command::new("rustup").args(["target", "add"]).args(TARGETS).stdin(Stdio::null()).output();
+            TARGETS.into_iter().filter(|triple| is_installed(triple)).map(Toolchain::Installed).collect()
+        }
+    };
+    let mut built = Vec::new();
+    for toolchain in toolchains {
+        let (triple, mut cargo, dir) = (toolchain.triple(), toolchain.cargo(), target().join("wasm"));
+        cargo.env("CARGO_TARGET_DIR", &dir);
+        cargo.args(["build", "--quiet", "--profile", "plugin", "--target", triple, "--package", plugin]);
+        run(cargo)?;
+        built.push((triple, dir.join(triple).join("plugin").join(format!("{plugin}.wasm"))));
+    }
+    Ok(built)
+}
+
+/// Builds `packages` and puts each as `NAME.wasm` into `dir`.
+fn wasm(packages: &[String], dir: &Path) -> anyhow::Result<()> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _guard = ONE_AT_A_TIME.lock().expect("no builder panicked");
+    let toolchain = toolchain()?;
+    let triple = toolchain.triple();
+    let mut cargo = toolchain.cargo();
+    cargo.env("CARGO_TARGET_DIR", target().join("wasm"));
+    cargo.args(["build", "--quiet", "--profile", "plugin", "--target", triple]);
+    for package in packages {
+        cargo.args(["--package", package]);
+    }
+    run(cargo)?;
+    fs::create_dir_all(dir)?;
+    for package in packages {
+        let built =
+            target().join("wasm").join(triple).join("plugin").join(format!("{}.wasm", package.replace('-', "_")));
+        // Copied aside and renamed: a daemon that reads the directory never sees half a file.
+        let aside = dir.join(format!(".{package}.{}", std::process::id()));
+        fs::copy(&built, &aside).with_context(|| format!("{} was not built", built.display()))?;
+        fs::rename(&aside, dir.join(format!("{package}.wasm")))?;
+    }
+    Ok(())
+}
+
+/// Builds the crate in `dir`, which has no dependencies, without a network, and returns the component.
+///
+/// # Errors
+///
+/// As [`plugins`].
+pub fn component(dir: &Path, name: &str) -> anyhow::Result<PathBuf> {
+    let toolchain = toolchain()?;
+    let triple = toolchain.triple();
+    let mut cargo = toolchain.cargo();
+    cargo.env("CARGO_NET_OFFLINE", "true").env_remove("CARGO_TARGET_DIR").current_dir(dir);
+    cargo.args(["build", "--quiet", "--release", "--target", triple]);
+    run(cargo)?;
+    Ok(dir.join("target").join(triple).join("release").join(format!("{}.wasm", name.replace('-', "_"))))
+}
+
+/// A script that is `cargo` for who builds a component for `wasm32-wasip2`: where that target is not installed, the component is
+/// built as it can be, and put where it is expected.
+///
+/// # Errors
+///
+/// As [`plugins`].
+pub fn cargo_script() -> anyhow::Result<String> {
+    let toolchain = toolchain()?;
+    let triple = toolchain.triple();
+    let mut build = toolchain.cargo();
+    build.args(["build", "--release", "--target", triple]);
+    let (any, component) = (command_line(&cargo()), command_line(&build));
+    Ok(format!(
+        "#!/bin/sh\nset -e\n[ \"$*\" = 'build --release --target wasm32-wasip2' ] || exec {any} \"$@\"\n{component}\n\
+         [ {triple} = wasm32-wasip2 ] || install -D target/{triple}/release/*.wasm -t target/wasm32-wasip2/release\n"
+    ))
+}
+
+/// Runs the tests of the crate in `dir`, without a network, and returns what they said.
+///
+/// # Panics
+///
+/// When they fail.
+#[must_use]
+pub fn cargo_test(dir: &Path) -> String {
+    let mut cargo = cargo();
+    cargo.current_dir(dir).env_remove("CARGO_TARGET_DIR").args(["test", "--offline"]);
+    let output = cargo.output().expect("cargo runs");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
+    said
+}
+
+fn toolchain() -> anyhow::Result<Toolchain> {
+    let installed = || TARGETS.into_iter().find(|triple| is_installed(triple));
+    if let Some(triple) = installed() {
+        return Ok(Toolchain::Installed(triple));
+    }
+    let debian = Path::new("/usr/lib/rustlib/src/rust/library").exists()
+        && Path::new(DEBIAN_LINKERS).join("wasm-component-ld").exists();
+    if debian {
+        return Ok(Toolchain::Debian);
+    }
+    eprintln!("there is no WebAssembly target; trying: rustup target add {}", TARGETS[0]);
+    let added = Command::new("rustup").args(["target", "add", TARGETS[0]]).stdin(Stdio::null()).output();
+    if added.is_ok_and(|output| output.status.success())
+        && let Some(triple) = installed()
+    {
+        return Ok(Toolchain::Installed(triple));
+    }
+    eprintln!("rustup could not add it; trying Debian's own compiler");
+    setup::install(&DEBIAN_PACKAGES).with_context(|| {
+        format!(
+            "plugins cannot be built: add a target (rustup target add {}), or install Debian's compiler (apt-get install {})",
+            TARGETS[0],
+            DEBIAN_PACKAGES.join(" ")
+        )
+    })?;
+    Ok(Toolchain::Debian)
+}
+
+/// Whether the compiler at hand has the standard library for `triple`.
+fn is_installed(triple: &str) -> bool {
+    let dir = Command::new(program("RUSTC", "rustc")).args(["--print", "target-libdir", "--target", triple]).output();
+    dir.is_ok_and(|dir| dir.status.success() && Path::new(String::from_utf8_lossy(&dir.stdout).trim()).exists())
+}
+
+fn program(variable: &str, name: &str) -> OsString {
+    std::env::var_os(variable).unwrap_or_else(|| name.into())
+}
+
+/// The cargo that built us.
+fn cargo() -> Command {
+    let mut command = Command::new(program("CARGO", "cargo"));
+    command.current_dir(repository());
+    command
+}
+
+/// Debian's cargo, told to build the standard library as well: Debian has none for WebAssembly.
+fn debian_cargo() -> Command {
+    let mut command = Command::new("/usr/bin/cargo");
+    command.current_dir(repository());
+    // What rustup put into our environment is about another compiler.
+    for variable in ["RUSTUP_TOOLCHAIN", "RUSTUP_HOME", "CARGO", "RUSTC_WRAPPER", "LD_LIBRARY_PATH"] {
+        command.env_remove(variable);
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let paths = [PathBuf::from(DEBIAN_LINKERS), "/usr/bin".into()].into_iter().chain(std::env::split_paths(&path));
+    command.env("PATH", std::env::join_paths(paths).expect("they were joined before"));
+    command.env("RUSTC", "/usr/bin/rustc").env("RUSTC_BOOTSTRAP", "1").args(["-Z", "build-std=std,panic_abort"]);
+    command
+}
+
+fn run(mut command: Command) -> anyhow::Result<()> {
+    // Of a cargo that runs us, these are about the package that we are, not about what we build.
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("CARGO_PKG_") || name == "CARGO_MANIFEST_DIR" {
+            command.env_remove(name);
+        }
+    }
+    let status = command
+        .stdin(Stdio::null())
+        .status()
+        .with_context(|| format!("could not run {}", command.get_program().display()))?;
+    if !status.success() {
+        let arguments: Vec<_> = command.get_args().map(std::ffi::OsStr::to_string_lossy).collect();
+        bail!("{} {} failed", command.get_program().display(), arguments.join(" "));
+    }
+    Ok(())
+}

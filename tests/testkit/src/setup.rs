@@ -1,0 +1,189 @@
+//! Finds the programs that are needed, and on Debian as root installs what is missing, and says so.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+
+use anyhow::{Context as _, bail};
+
+use crate::image;
+
+/// Where PostgreSQL's and RabbitMQ's own programs lie.
+#[derive(Debug)]
+pub struct Programs {
+    /// The directory with `initdb` and `postgres`.
+    pub postgres: PathBuf,
+    /// The directory with `rabbitmq-server`: RabbitMQ's own script, not a distribution's wrapper that changes user.
+    pub rabbitmq: PathBuf,
+    /// Erlang's own, if it is there.
+    pub epmd: Option<PathBuf>,
+}
+
+/// Finds PostgreSQL and RabbitMQ: the newest, if they are wanted, or those of the machine, or installs them.
+///
+/// # Errors
+///
+/// When one is missing and cannot be installed; the message says what to install.
+pub fn servers() -> anyhow::Result<Programs> {
+    if let (Some(one), Some(other)) = (image::root("postgres"), image::root("rabbitmq")) {
+        let missing = |what| format!("there is no {what} under target/images; begin with cargo verify -- newest");
+        return Ok(Programs {
+            postgres: postgres(&one, None).with_context(|| missing("PostgreSQL"))?,
+            rabbitmq: rabbitmq(&other).with_context(|| missing("RabbitMQ"))?,
+            epmd: epmd(&other),
+        });
+    }
+    let root = Path::new("/");
+    let postgres = || postgres(root, Some(search_path()));
+    let rabbitmq = || rabbitmq(root);
+    let mut missing = Vec::new();
+    if postgres().is_none() {
+        missing.push("postgresql");
+    }
+    if rabbitmq().is_none() {
+        missing.push("rabbitmq-server");
+    }
+    if !missing.is_empty() {
+        install(&missing)
+            .context("PostgreSQL 15 or later and RabbitMQ 3.10 or later are needed; install them and try again (the demo alone takes them from Docker, too)")?;
+    }
+    Ok(Programs {
+        postgres: postgres().context("initdb and postgres are in none of the usual places")?,
+        rabbitmq: rabbitmq().context("rabbitmq-server is in none of the usual places")?,
+        epmd: epmd(root),
+    })
+}
+
+/// Whether [`servers`] finds both servers or may install what is missing.
+#[must_use]
+pub fn has_servers() -> bool {
+    let root = Path::new("/");
+    (postgres(root, Some(search_path())).is_some() && rabbitmq(root).is_some()) || may_install()
+}
+
+/// Finds PgBouncer, or installs it.
+///
+/// # Errors
+///
+/// As [`servers`].
+pub fn pgbouncer() -> anyhow::Result<PathBuf> {
+    let find = || {
+        let usual = ["/usr/sbin", "/usr/local/bin", "/opt/homebrew/bin"].map(PathBuf::from);
+        usual.into_iter().chain(search_path()).map(|dir| dir.join("pgbouncer")).find(|path| path.exists())
+    };
+    if find().is_none() {
+        install(&["pgbouncer"]).context("PgBouncer is needed; install it and try again")?;
+    }
+    find().context("pgbouncer is in none of the usual places")
+}
+
+/// A browser, and what drives it.
+#[derive(Debug)]
+pub struct Chromium {
+    /// Chromium, or Chrome.
+    pub browser: PathBuf,
+    /// Its `chromedriver`.
+    pub driver: PathBuf,
+}
+
+/// Finds Chromium and its driver, or installs them.
+///
+/// # Errors
+///
+/// As [`servers`].
+pub fn chromium() -> anyhow::Result<Chromium> {
+    // Many tests want it at once.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _one = ONE_AT_A_TIME.lock().expect("nobody panics with it");
+    let find = |names: &[&str]| {
+        names.iter().find_map(|name| search_path().into_iter().map(|dir| dir.join(name)).find(|path| path.exists()))
+    };
+    let browser = || find(&["chromium", "chromium-browser", "google-chrome"]);
+    let driver = || find(&["chromedriver"]);
+    if browser().is_none() || driver().is_none() {
+        install(&["chromium", "chromium-driver"])
+            .context("Chromium and its chromedriver are needed; install them and try again")?;
+    }
+    Ok(Chromium {
+        browser: browser().context("chromium is not in the PATH")?,
+        driver: driver().context("chromedriver is not in the PATH")?,
+    })
+}
+
+fn postgres(root: &Path, elsewhere: Option<Vec<PathBuf>>) -> Option<PathBuf> {
+    let mut versions: Vec<PathBuf> = std::fs::read_dir(root.join("usr/lib/postgresql"))
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path().join("bin")))
+        .collect();
+    versions.sort();
+    versions
+        .into_iter()
+        .rev()
+        .chain(elsewhere.unwrap_or_default())
+        .find(|dir| dir.join("initdb").exists() && dir.join("postgres").exists())
+}
+
+fn rabbitmq(root: &Path) -> Option<PathBuf> {
+    ["usr/lib/rabbitmq/bin", "opt/rabbitmq/sbin", "opt/homebrew/sbin", "usr/local/sbin"]
+        .map(|dir| root.join(dir))
+        .into_iter()
+        .find(|dir| dir.join("rabbitmq-server").exists())
+}
+
+fn epmd(root: &Path) -> Option<PathBuf> {
+    ["usr/bin/epmd", "usr/local/bin/epmd", "opt/erlang/bin/epmd", "opt/homebrew/bin/epmd"]
+        .map(|path| root.join(path))
+        .into_iter()
+        // In an image it may be a link to where it lies in that.
+        .find(|path| path.symlink_metadata().is_ok())
+}
+
+fn search_path() -> Vec<PathBuf> {
+    std::env::var_os("PATH").map(|path| std::env::split_paths(&path).collect()).unwrap_or_default()
+}
+
+fn has_apt() -> bool {
+    Path::new("/usr/bin/apt-get").exists()
+}
+
+fn may_install() -> bool {
+    has_apt() && nix::unistd::geteuid().is_root()
+}
+
+/// Installs Debian packages, and says so.
+///
+/// # Errors
+///
+/// When this is not Debian, we are not root, or apt fails.
+pub fn install(packages: &[&str]) -> anyhow::Result<()> {
+    let names = packages.join(" ");
+    if !has_apt() {
+        bail!("{names} cannot be installed from here: there is no apt-get");
+    }
+    if !may_install() {
+        bail!(
+            "{names} cannot be installed from here without root; run: apt-get install --no-install-recommends {names}"
+        );
+    }
+    eprintln!("installing Debian packages: {names}");
+    apt(&["update"])?;
+    let mut arguments = vec!["install", "--yes", "--no-install-recommends"];
+    arguments.extend(packages);
+    apt(&arguments)
+}
+
+fn apt(arguments: &[&str]) -> anyhow::Result<()> {
+    let output = Command::new("apt-get")
+        .args(arguments)
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        // Packages must not start servers of their own: ours are private.
+        .env("RUNLEVEL", "1")
+        .stdin(Stdio::null())
+        .output()
+        .context("could not run apt-get")?;
+    if !output.status.success() {
+        bail!("apt-get {} failed:\n{}", arguments.join(" "), String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(())
+}
