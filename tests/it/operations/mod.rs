@@ -3,11 +3,14 @@
 pub(crate) mod collectors;
 pub(crate) mod commands;
 pub(crate) mod doctor;
+pub(crate) mod environment;
 pub(crate) mod explain;
 pub(crate) mod health;
+pub(crate) mod loopback;
 pub(crate) mod metrics;
 pub(crate) mod page;
 pub(crate) mod page_api;
+pub(crate) mod page_lateness;
 pub(crate) mod pause;
 pub(crate) mod process;
 pub(crate) mod tls;
