@@ -1,4 +1,4 @@
-//! Makes cargo notice a new migration: the binary carries them.
+//! Makes cargo rebuild the binary when a migration is added: the migrations are compiled into it.
 
 fn main() {
     println!("cargo:rerun-if-changed=../migrations");

@@ -1,6 +1,6 @@
 #![doc = include_str!("../ARCHITECTURE.md")]
 
-// In the order of reading; each uses only what stands below it.
+// In reading order: each module uses only modules that stand below it.
 pub mod cli;
 pub mod daemon;
 pub mod http;

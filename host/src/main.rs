@@ -1,6 +1,6 @@
-//! The binary: everything is in the library.
+//! The binary. All of its code is in the library.
 
-/// Rows become messages on one thread and are freed on another, which glibc's allocator is slow at.
+/// The daemon allocates messages on one thread and frees them on another. glibc's allocator is slow at that.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

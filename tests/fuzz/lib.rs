@@ -1,11 +1,12 @@
-//! What the fuzz targets have in common. A target takes any bytes and panics if an answer breaks a promise.
+//! What the fuzz targets share. A fuzz target is a function that takes arbitrary bytes and panics if the code under
+//! test breaks a promise.
 //!
-//! `cargo fuzz run --fuzz-dir tests/fuzz --sanitizer none --dev letter` looks for such bytes, on stable Rust as well; without
-//! `--dev` it is built as a release is, with thin LTO, which takes long. Without `cargo fuzz` a target is a plain program
-//! that is given the files to try, those that were found for instance:
-//! `cargo run -p tidings-fuzz --bin letter -- tests/fuzz/artifacts/letter/crash-…`.
+//! `cargo fuzz run --fuzz-dir tests/fuzz --sanitizer none --dev dead_letter` searches for such bytes, also on stable
+//! Rust. Without `--dev` the target is built like a release, with thin LTO, which takes long. Without `cargo fuzz` a
+//! target is an ordinary program that tries the files on its command line, for example those that `cargo fuzz` found:
+//! `cargo run -p tidings-fuzz --bin dead_letter -- tests/fuzz/artifacts/dead_letter/crash-…`.
 
-/// Makes a function that takes any bytes a target of libFuzzer's, or a program that tries files.
+/// Makes a libFuzzer target of the function, or, without `cargo fuzz`, a program that tries files.
 #[macro_export]
 macro_rules! target {
     ($function:ident) => {
@@ -19,14 +20,14 @@ macro_rules! target {
     };
 }
 
-/// Tries each file that is named on the command line.
+/// Calls `target` with the bytes of each file on the command line.
 ///
 /// # Panics
 ///
-/// When one cannot be read, or breaks a promise.
+/// When a file cannot be read, or `target` panics.
 pub fn try_files(target: fn(&[u8])) {
     for file in std::env::args_os().skip(1) {
         target(&std::fs::read(&file).expect("a file that can be read"));
-        println!("{}: well", file.display());
+        println!("{}: no panic", file.display());
     }
 }

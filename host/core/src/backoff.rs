@@ -1,4 +1,4 @@
-//! How long to wait before trying again.
+//! How long to wait before the next attempt after a failure.
 
 use std::time::Duration;
 
@@ -9,15 +9,15 @@ pub struct Backoff {
     cap: Duration,
 }
 
-/// A server that is away: soon, and then at most every few seconds, as someone is waiting for it to come back.
+/// For a server that is away: soon at first, and never more than a few seconds apart, since rows wait for its return.
 pub const RECONNECT: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
-/// PostgreSQL refuses to finish what was sent: the first time at once, since one row alone may be the reason.
+/// For rows that PostgreSQL refuses to finish: almost at once the first time, since a single row may be the cause.
 pub(crate) const FINISH: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(30));
-/// A due row that somebody else has locked.
+/// For due rows that other sessions have locked.
 pub(crate) const LOCKED: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(1));
 
 impl Backoff {
-    /// The delay after the first failure, and the longest.
+    /// A backoff with this delay after the first failure, and this longest delay.
     #[must_use]
     pub const fn new(first: Duration, cap: Duration) -> Self {
         Self { first, cap }
@@ -37,14 +37,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_delay_doubles_from_the_first_to_the_cap() {
+    fn the_delay_doubles_from_the_first_up_to_the_cap() {
         let delays: Vec<u64> = (0..10).map(|failures| FINISH.delay(failures).as_secs()).collect();
         assert_eq!(delays, [0, 0, 0, 0, 1, 3, 6, 12, 25, 30]);
     }
 
     proptest! {
         #[test]
-        fn the_delay_never_falls_never_passes_the_cap_and_never_overflows(failures in any::<u32>()) {
+        fn the_delay_never_decreases_exceeds_the_cap_or_overflows(failures in any::<u32>()) {
             for backoff in [RECONNECT, FINISH, LOCKED] {
                 prop_assert!(backoff.delay(failures) <= backoff.delay(failures.saturating_add(1)));
                 prop_assert!((backoff.first..=backoff.cap).contains(&backoff.delay(failures)));

@@ -1,118 +1,125 @@
-//! Which rows the next claim takes. Those that have been due for longest, as a rule. While there are more than go out at once,
-//! a spike of some kind for instance, every now and then those that have just become due, or they would wait until the spike
-//! is over. No I/O.
+//! Which rows the next claim takes, and which lanes are busy. No I/O.
+//!
+//! As a rule a claim takes the rows that have been due for longest. During a backlog, such as a spike of one kind, every now
+//! and then a claim takes only the rows that have just become due, or these would wait until the backlog is gone.
+//!
+//! A spike: 50,000 rows of one kind are due in the same millisecond, and rows of other kinds go on becoming due behind them.
+//! Once full claims are 50 ms late, each of them is followed by a claim of the rows that became due after the spike, in a
+//! fourth lane. The spike takes no longer by that, and the other rows do not wait for its end.
 
 use std::time::Duration;
 
 use time::OffsetDateTime;
 
-/// Rows of a claim: few, as long as that is enough. What is in flight when a daemon is killed comes twice.
-const FEW: i64 = 200;
+/// Rows of a claim as long as there is no backlog. Few, since the messages in flight are sent again if the daemon is killed.
+const SMALL_CLAIM: i64 = 200;
 /// Rows of a claim after a full one: PostgreSQL and RabbitMQ do more in the same time.
-const MANY: i64 = 500;
-/// Rows that have been due for longer have a backlog before them.
+const LARGE_CLAIM: i64 = 500;
+/// If the oldest row of a full claim has been due for longer than this, the newest rows get claims of their own.
 const BEHIND: Duration = Duration::from_millis(50);
-/// The rows of a spike are due within so much, and what is due later is not part of it.
+/// Rows that became due within this time of the oldest row belong to the same spike.
 const SPIKE: Duration = Duration::from_millis(1);
-/// A backlog that is older is not one spike: of its rows only those of the last second are new.
+/// A backlog that is older than this is more than one spike: of its rows, only those of this last time count as new.
 const RECENT: Duration = Duration::from_secs(1);
 
-/// Which rows to claim.
+/// Which of the due rows a claim takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Turn {
-    /// Those that have been due for longest.
+pub enum ClaimRange {
+    /// The rows that have been due for longest.
     Oldest,
-    /// Those that have become due since.
+    /// Only rows that became due at this time or later.
     Newest(OffsetDateTime),
 }
 
-/// What a lane is busy with.
+/// A busy lane, by the batch that it delivers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Load {
-    /// Whose turn it was.
-    pub turn: Turn,
-    /// A single row that is larger than a claim of several may be.
+pub struct Lane {
+    /// What the claim asked for.
+    pub range: ClaimRange,
+    /// The batch is a single row that is larger than a claim of several rows may be.
     pub large: bool,
 }
 
-/// Rows that are due and were not claimed.
+/// Due rows that were not claimed yet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 enum Backlog {
-    /// The last claim took all that nobody else had locked.
+    /// The last claim took all due rows that were not locked by others.
     #[default]
     None,
-    /// It did not.
+    /// The last claim was full.
     More,
-    /// They have been due for so long that the newest have claim_policy of their own: what became due before `since` has been claimed,
-    /// or is part of the backlog. `next` = they have not had their turn since the last of the oldest.
-    Long { since: OffsetDateTime, next: bool },
+    /// Rows have been due for so long that the newest rows get claims of their own. Rows that became due before `since` were
+    /// claimed, or belong to the backlog. `newest_next`: the newest rows have had no claim since the last claim of the
+    /// oldest.
+    Long { since: OffsetDateTime, newest_next: bool },
 }
 
 /// What the claims so far mean for the next one.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct ClaimPolicy {
-    under_way: Vec<Load>,
+    busy_lanes: Vec<Lane>,
     backlog: Backlog,
 }
 
 impl ClaimPolicy {
-    /// Which rows are next.
-    pub(super) fn next(&self) -> Turn {
+    /// Which rows the next claim takes.
+    pub(super) fn next_range(&self) -> ClaimRange {
         match self.backlog {
-            Backlog::Long { since, next: true } if !self.newest_under_way() => Turn::Newest(since),
-            _ => Turn::Oldest,
+            Backlog::Long { since, newest_next: true } if !self.is_newest_lane_busy() => ClaimRange::Newest(since),
+            _ => ClaimRange::Oldest,
         }
     }
 
-    /// How many batches are on their way.
-    pub(super) fn lanes(&self) -> usize {
-        self.under_way.len()
+    /// How many lanes are busy.
+    pub(super) fn busy_lanes(&self) -> usize {
+        self.busy_lanes.len()
     }
 
-    /// The lane of the newest, of which there is one, is busy.
-    pub(super) fn newest_under_way(&self) -> bool {
-        self.under_way.iter().any(|load| load.turn != Turn::Oldest)
+    /// Whether the lane for the newest rows is busy. There is one such lane.
+    pub(super) fn is_newest_lane_busy(&self) -> bool {
+        self.busy_lanes.iter().any(|lane| lane.range != ClaimRange::Oldest)
     }
 
-    /// A large row is on its way: there is memory for one, and the other lanes are for those that are not.
-    pub(super) fn large_under_way(&self) -> bool {
-        self.under_way.iter().any(|load| load.large)
+    /// Whether a large row is being delivered. There is memory for one, so the other lanes take only rows that are not large.
+    pub(super) fn is_large_row_in_delivery(&self) -> bool {
+        self.busy_lanes.iter().any(|lane| lane.large)
     }
 
-    /// Rows are on their way.
-    pub(super) fn under_way(&mut self, load: Load) {
-        self.under_way.push(load);
+    /// Notes that a lane is busy.
+    pub(super) fn start_lane(&mut self, lane: Lane) {
+        self.busy_lanes.push(lane);
     }
 
-    /// They have arrived or not.
-    pub(super) fn ended(&mut self, load: Load) {
-        if let Some(place) = self.under_way.iter().position(|other| *other == load) {
-            self.under_way.remove(place);
+    /// Notes that a lane is free again.
+    pub(super) fn end_lane(&mut self, lane: Lane) {
+        if let Some(place) = self.busy_lanes.iter().position(|other| *other == lane) {
+            self.busy_lanes.remove(place);
         }
     }
 
-    /// At most so many rows.
-    pub(super) fn limit(&self, turn: Turn) -> i64 {
-        if turn == Turn::Oldest && self.more() { MANY } else { FEW }
+    /// The largest number of rows for a claim.
+    pub(super) fn limit(&self, range: ClaimRange) -> i64 {
+        if range == ClaimRange::Oldest && self.has_backlog() { LARGE_CLAIM } else { SMALL_CLAIM }
     }
 
-    /// More rows are due than were claimed.
-    pub(super) fn more(&self) -> bool {
+    /// Whether more rows are due than were claimed.
+    pub(super) fn has_backlog(&self) -> bool {
         self.backlog != Backlog::None
     }
 
-    /// Takes note of a claim at `at`, by the database's clock. `behind` = there are more; the first has been due for so long.
-    pub(super) fn claimed(&mut self, turn: Turn, at: OffsetDateTime, behind: Option<Duration>) {
-        self.backlog = match (turn, behind, self.backlog) {
-            // A row that was written before `at` may be committed a little later. What is left of the newest, if they were too
-            // many, is part of the backlog from now on.
-            (Turn::Newest(_), ..) => Backlog::Long { since: at - BEHIND, next: false },
-            (Turn::Oldest, None, _) => Backlog::None,
-            (Turn::Oldest, Some(_), Backlog::Long { since, .. }) => Backlog::Long { since, next: true },
-            (Turn::Oldest, Some(behind), _) if behind > BEHIND => {
-                Backlog::Long { since: at - behind.min(RECENT) + SPIKE, next: true }
+    /// Notes a claim at `at`, by the database's clock. `behind`: for how long the first row had been due; `None` = no more
+    /// rows are due.
+    pub(super) fn note_claim(&mut self, range: ClaimRange, at: OffsetDateTime, behind: Option<Duration>) {
+        self.backlog = match (range, behind, self.backlog) {
+            // A row that was written before `at` may be committed a little later, so `since` is earlier than `at`. If the
+            // claim was full, the rest of the newest rows belongs to the backlog from now on.
+            (ClaimRange::Newest(_), ..) => Backlog::Long { since: at - BEHIND, newest_next: false },
+            (ClaimRange::Oldest, None, _) => Backlog::None,
+            (ClaimRange::Oldest, Some(_), Backlog::Long { since, .. }) => Backlog::Long { since, newest_next: true },
+            (ClaimRange::Oldest, Some(behind), _) if behind > BEHIND => {
+                Backlog::Long { since: at - behind.min(RECENT) + SPIKE, newest_next: true }
             }
-            (Turn::Oldest, Some(_), _) => Backlog::More,
+            (ClaimRange::Oldest, Some(_), _) => Backlog::More,
         };
     }
 }
@@ -125,73 +132,85 @@ mod tests {
         OffsetDateTime::UNIX_EPOCH + time::Duration::milliseconds(ms)
     }
 
-    fn load(turn: Turn) -> Load {
-        Load { turn, large: false }
+    fn lane(range: ClaimRange) -> Lane {
+        Lane { range, large: false }
     }
 
-    fn came(claim_policy: &mut ClaimPolicy, turn: Turn, ms: i64, more: bool, behind_ms: u64) {
-        claim_policy.claimed(turn, at(ms), more.then_some(Duration::from_millis(behind_ms)));
+    fn claim(claim_policy: &mut ClaimPolicy, range: ClaimRange, ms: i64, full: bool, behind_ms: u64) {
+        claim_policy.note_claim(range, at(ms), full.then_some(Duration::from_millis(behind_ms)));
     }
 
     #[test]
-    fn without_a_backlog_the_oldest_go_first_and_few_at_a_time() {
+    fn without_a_backlog_claims_are_small_and_take_the_oldest_rows() {
         let mut claim_policy = ClaimPolicy::default();
         for ms in 0..100 {
-            assert_eq!(claim_policy.next(), Turn::Oldest);
-            assert_eq!(claim_policy.limit(Turn::Oldest), FEW);
-            came(&mut claim_policy, Turn::Oldest, ms, false, 3);
+            assert_eq!(claim_policy.next_range(), ClaimRange::Oldest);
+            assert_eq!(claim_policy.limit(ClaimRange::Oldest), SMALL_CLAIM);
+            claim(&mut claim_policy, ClaimRange::Oldest, ms, false, 3);
         }
     }
 
     #[test]
-    fn a_full_claim_makes_the_next_one_larger_and_not_yet_a_backlog() {
+    fn after_a_full_claim_the_next_is_larger_but_still_takes_the_oldest_rows() {
         let mut claim_policy = ClaimPolicy::default();
-        came(&mut claim_policy, Turn::Oldest, 1_000, true, 50);
+        claim(&mut claim_policy, ClaimRange::Oldest, 1_000, true, 50);
         assert_eq!(
-            (claim_policy.next(), claim_policy.limit(Turn::Oldest), claim_policy.more()),
-            (Turn::Oldest, MANY, true)
+            (claim_policy.next_range(), claim_policy.limit(ClaimRange::Oldest), claim_policy.has_backlog()),
+            (ClaimRange::Oldest, LARGE_CLAIM, true)
         );
     }
 
     #[test]
-    fn in_a_backlog_the_newest_take_turns_with_the_oldest_and_go_on_where_they_were() {
+    fn in_a_long_backlog_claims_of_the_newest_rows_alternate_with_claims_of_the_oldest() {
         let mut claim_policy = ClaimPolicy::default();
-        came(&mut claim_policy, Turn::Oldest, 1_000, true, 70);
-        claim_policy.under_way(load(Turn::Newest(at(0))));
-        claim_policy.under_way(load(Turn::Oldest));
-        assert_eq!(claim_policy.next(), Turn::Oldest, "their lane is busy");
-        claim_policy.ended(load(Turn::Oldest));
-        assert_eq!(claim_policy.next(), Turn::Oldest);
-        claim_policy.ended(load(Turn::Newest(at(0))));
-        let newest = claim_policy.next();
-        assert_eq!((newest, claim_policy.limit(newest)), (Turn::Newest(at(931)), FEW), "after the spike's own instant");
-        came(&mut claim_policy, newest, 1_010, false, 20);
-        assert_eq!(claim_policy.next(), Turn::Oldest);
-        came(&mut claim_policy, Turn::Oldest, 1_020, true, 90);
-        assert_eq!(claim_policy.next(), Turn::Newest(at(960)));
-        came(&mut claim_policy, Turn::Newest(at(960)), 1_030, true, 40);
-        came(&mut claim_policy, Turn::Oldest, 1_040, true, 110);
-        assert_eq!(claim_policy.next(), Turn::Newest(at(980)), "they were not all of them, and those are old by now");
-        came(&mut claim_policy, Turn::Oldest, 1_050, false, 0);
-        assert_eq!((claim_policy.next(), claim_policy.limit(Turn::Oldest)), (Turn::Oldest, FEW), "it is over");
+        claim(&mut claim_policy, ClaimRange::Oldest, 1_000, true, 70);
+        claim_policy.start_lane(lane(ClaimRange::Newest(at(0))));
+        claim_policy.start_lane(lane(ClaimRange::Oldest));
+        assert_eq!(claim_policy.next_range(), ClaimRange::Oldest, "the lane of the newest rows is busy");
+        claim_policy.end_lane(lane(ClaimRange::Oldest));
+        assert_eq!(claim_policy.next_range(), ClaimRange::Oldest);
+        claim_policy.end_lane(lane(ClaimRange::Newest(at(0))));
+        let newest = claim_policy.next_range();
+        assert_eq!(
+            (newest, claim_policy.limit(newest)),
+            (ClaimRange::Newest(at(931)), SMALL_CLAIM),
+            "1 ms after the spike"
+        );
+        claim(&mut claim_policy, newest, 1_010, false, 20);
+        assert_eq!(claim_policy.next_range(), ClaimRange::Oldest);
+        claim(&mut claim_policy, ClaimRange::Oldest, 1_020, true, 90);
+        assert_eq!(claim_policy.next_range(), ClaimRange::Newest(at(960)));
+        claim(&mut claim_policy, ClaimRange::Newest(at(960)), 1_030, true, 40);
+        claim(&mut claim_policy, ClaimRange::Oldest, 1_040, true, 110);
+        assert_eq!(
+            claim_policy.next_range(),
+            ClaimRange::Newest(at(980)),
+            "the last claim was full, and its remaining rows belong to the backlog now"
+        );
+        claim(&mut claim_policy, ClaimRange::Oldest, 1_050, false, 0);
+        assert_eq!(
+            (claim_policy.next_range(), claim_policy.limit(ClaimRange::Oldest)),
+            (ClaimRange::Oldest, SMALL_CLAIM),
+            "the backlog is gone"
+        );
     }
 
     #[test]
-    fn of_a_backlog_that_is_hours_old_the_last_second_is_new() {
+    fn in_a_backlog_that_is_hours_old_the_rows_of_the_last_second_are_new() {
         let mut claim_policy = ClaimPolicy::default();
-        came(&mut claim_policy, Turn::Oldest, 9_000_000, true, 7_200_000);
-        assert_eq!(claim_policy.next(), Turn::Newest(at(8_999_001)));
+        claim(&mut claim_policy, ClaimRange::Oldest, 9_000_000, true, 7_200_000);
+        assert_eq!(claim_policy.next_range(), ClaimRange::Newest(at(8_999_001)));
     }
 
     #[test]
-    fn one_large_row_is_on_its_way_at_a_time_until_its_own_lane_ends() {
-        let large = Load { turn: Turn::Oldest, large: true };
+    fn a_large_row_is_in_delivery_until_its_own_lane_ends() {
+        let large = Lane { range: ClaimRange::Oldest, large: true };
         let mut claim_policy = ClaimPolicy::default();
-        claim_policy.under_way(large);
-        claim_policy.under_way(load(Turn::Oldest));
-        claim_policy.ended(load(Turn::Oldest));
-        assert!(claim_policy.large_under_way());
-        claim_policy.ended(large);
-        assert!(!claim_policy.large_under_way());
+        claim_policy.start_lane(large);
+        claim_policy.start_lane(lane(ClaimRange::Oldest));
+        claim_policy.end_lane(lane(ClaimRange::Oldest));
+        assert!(claim_policy.is_large_row_in_delivery());
+        claim_policy.end_lane(large);
+        assert!(!claim_policy.is_large_row_in_delivery());
     }
 }

@@ -1,20 +1,21 @@
-//! The low-water mark: a time below which no slot waits, so that looks and claims begin there.
+//! The low-water mark: looks and claims begin there, since no row waits below it.
 //!
-//! What is delivered leaves its entry at the low end of the index, and there it stays until no transaction of the whole
-//! server is so old that it might still see it. While one such is open, a dump or a forgotten session, each look from the
-//! very beginning would step over everything that was delivered meanwhile.
+//! Why it exists: a delivered row leaves its entry at the low end of the index until no transaction of the whole server is so
+//! old that it might still see the row. While one such transaction is open (a dump, a forgotten session), each look from the
+//! beginning of the index would step over everything that was delivered meanwhile.
 //!
-//! The mark is proved, not guessed. Each claim samples the clock and then, after that, takes a transaction number. Whatever
-//! a look cannot see yet has a number that is not below the oldest one that is running; if that is higher than the number
-//! of a sample, it was taken after the sample's clock was read. And a row's slot is read from the clock after its
-//! transaction took its number ([`tidings.arrival()`](../../migrations/0002_schedules.sql)), so it is not below the
-//! sample's time. What the look can see is not below the first slot that it found.
+//! How it is proved: each claim reads the database's clock and then takes a transaction number; the pair is a [`Sample`]. A
+//! row that a look cannot see yet belongs to a transaction whose number is not below the lowest running number. If the lowest
+//! running number is higher than the sample's, that transaction took its number after the sample's clock was read. A row's
+//! slot is read from the clock after its transaction took its number
+//! ([`tidings.arrival()`](../../../migrations/0002_schedules.sql)), so it is not below the sample's time. Rows that the look
+//! can see are not below the first slot that it found.
 //!
-//! A transaction that has written and stays open holds the mark back; after a minute it goes on without the proof. So does
-//! what nobody can prove: rows that were written with the triggers off, a clock that was set back. And while there is no mark,
-//! at the start and after a doubt, looks and claims begin a minute ago, or the first of them would step over all of it. A row
-//! that is missed for such a reason is found by the next sweep, which looks below the mark, beside the loop; where there is no
-//! mark one is due at once.
+//! Where the proof ends: a transaction that has written and stays open holds the mark back for a minute; then the mark moves
+//! on without proof. Rows written with the triggers off and clocks that were set back cannot be proved either. And without a
+//! mark, at the start and after a doubt, looks and claims begin a minute ago, or the first of them would step over all old
+//! entries. A row that is missed for such a reason is found by the next sweep, which looks below the mark, beside the loop.
+//! Without a mark a sweep is due at once.
 
 use std::collections::VecDeque;
 
@@ -23,52 +24,52 @@ use time::{Duration, OffsetDateTime};
 use super::Moment;
 use crate::queue::{Below, Look};
 
-/// The longest time for which an open transaction holds the mark back.
-const PATIENCE: Duration = Duration::MINUTE;
+/// An open transaction holds the mark back for at most this long. Without a mark, looks and claims begin this long ago.
+const MAX_AGE: Duration = Duration::MINUTE;
 /// Samples are at least this far apart: there are many claims in a second.
-const APART: Duration = Duration::milliseconds(50);
-/// If a clock runs back by more than this, it was set.
+const SAMPLE_DISTANCE: Duration = Duration::milliseconds(50);
+/// A clock that runs back by more than this was set.
 const SET_BACK: Duration = Duration::SECOND;
 
-/// The mark, and what the next one will stand on.
+/// The mark, and the samples that will prove the next one.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct LowWater {
-    /// Nothing waits below, once it has been swept; `None` = looks and claims begin as long ago as our patience.
+    /// Once a sweep has looked below it, no row waits below; `None` = looks and claims begin a minute ago.
     mark: Option<OffsetDateTime>,
-    /// A sweep has looked below the mark, which has only been moved by proof and patience since.
+    /// A sweep has looked below the mark, which has only been moved by proof or after a minute since.
     swept: bool,
-    /// Oldest first, all of them newer than what the mark stands on; a minute's worth at most.
+    /// Oldest first, all newer than the sample that proved the mark; a minute's worth at most.
     samples: VecDeque<Sample>,
-    /// What began before says nothing about the mark that there is now.
+    /// A sweep that began before this moment says nothing about the present mark.
     given_up_at: Moment,
 }
 
 /// What a claim tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Sample {
-    /// The database's time, read before the number was taken.
+    /// The database's time, read before the claim's transaction took its number.
     pub(super) at: OffsetDateTime,
     /// The number of the claim's transaction.
     pub(super) xid: i64,
 }
 
 impl LowWater {
-    /// The mark; `None` = looks and claims begin as long ago as our patience.
+    /// The mark; `None` = looks and claims begin a minute ago.
     pub(super) fn mark(&self) -> Option<OffsetDateTime> {
         self.mark
     }
 
-    /// Whether somebody has looked below the mark since it was last given up.
+    /// Whether a sweep has looked below the mark since the mark was last given up.
     pub(super) fn is_swept(&self) -> bool {
         self.swept
     }
 
-    /// The server may be another, or its clock.
+    /// Gives up the mark: the server may be another one, or its clock was set.
     pub(super) fn give_up(&mut self, now: Moment) {
         *self = Self { given_up_at: now, ..Self::default() };
     }
 
-    /// If the database's time is older than one that it told before, its clock was set back, and the mark is given up.
+    /// Gives up the mark if the database's clock was set back, that is, shows a time well before one that it showed earlier.
     fn check_clock(&mut self, now: Moment, at: OffsetDateTime) {
         let newest = self.samples.back().map(|sample| sample.at).max(self.mark);
         if newest.is_some_and(|newest| at < newest - SET_BACK) {
@@ -76,25 +77,25 @@ impl LowWater {
         }
     }
 
-    /// After a claim.
-    pub(super) fn claimed(&mut self, now: Moment, sample: Sample) {
+    /// Keeps the sample of a claim.
+    pub(super) fn note_claim(&mut self, now: Moment, sample: Sample) {
         self.check_clock(now, sample.at);
-        // Lanes claim side by side; one of them is enough.
-        let is_new = |last: &Sample| sample.at >= last.at + APART && sample.xid > last.xid;
+        // Lanes claim at the same time; the sample of one is enough.
+        let is_new = |last: &Sample| sample.at >= last.at + SAMPLE_DISTANCE && sample.xid > last.xid;
         if self.samples.back().is_none_or(is_new) {
             self.samples.push_back(sample);
         }
     }
 
-    /// After a look.
-    pub(super) fn looked(&mut self, now: Moment, look: &Look) {
+    /// Moves the mark up as far as a look proves.
+    pub(super) fn note_look(&mut self, now: Moment, look: &Look) {
         self.check_clock(now, look.at);
         self.move_up(look);
     }
 
-    /// After a sweep that was asked for at a moment. Looks have gone on meanwhile, and may have moved the mark: what they saw is
-    /// not below what it was.
-    pub(super) fn swept(&mut self, asked_at: Moment, look: &Look) {
+    /// Notes a sweep that was asked for at `asked_at`. Looks may have moved the mark meanwhile; the rows that they saw are
+    /// not below the mark that the sweep began with.
+    pub(super) fn note_sweep(&mut self, asked_at: Moment, look: &Look) {
         if asked_at <= self.given_up_at {
             return;
         }
@@ -106,15 +107,15 @@ impl LowWater {
     }
 
     fn move_up(&mut self, look: &Look) {
-        // The newest that counts, and nothing older, may be asked for again.
-        let long_ago = look.at - PATIENCE;
-        while self.samples.get(1).is_some_and(|next| next.xid < look.oldest_xid || next.at < long_ago) {
+        // The newest sample that proves something stays, since the next look may need it; older samples go.
+        let oldest_mark = look.at - MAX_AGE;
+        while self.samples.get(1).is_some_and(|next| next.xid < look.oldest_xid || next.at < oldest_mark) {
             self.samples.pop_front();
         }
         let proved = self.samples.front().filter(|sample| sample.xid < look.oldest_xid).map(|sample| sample.at);
-        let below = proved.max(Some(long_ago));
+        let below = proved.max(Some(oldest_mark));
         let found = look.first.into_iter().chain(below).min();
-        // It has not seen what lies below the mark.
+        // The look has not seen what lies below the present mark, so the mark never moves down here.
         self.mark = self.mark.max(found);
     }
 }

@@ -1,144 +1,145 @@
-//! What the loop and its core say to each other: plain values.
+//! The values that the loop and the core exchange: what to do next, and what came of it.
 
 use std::time::Duration;
 
 use time::OffsetDateTime;
 
-use super::{Load, Turn};
+use super::{ClaimRange, Lane};
 use crate::queue::{Look, Outlook};
 use crate::reason::{Reason, Reasons};
 
 /// A moment, as the time since the loop began.
 pub type Moment = Duration;
 
-/// What the loop tells the core of the servers and the plugins, each time it asks what to do.
+/// What the core must know of the servers and the plugins. The loop tells it each time it asks what to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Environment {
     /// Messages can be published.
     pub broker_open: bool,
     /// How many connections claims may keep, at least 1.
     pub connections: usize,
-    /// Which doubt about the connections was the last: after a new one the server may be another.
+    /// The number of the last doubt about the connections. After a new one, the server may be another.
     pub doubt: u64,
-    /// Every plugin that was there at the start serves or was refused: rows of other kinds may be held.
+    /// Every plugin that was there at the start serves or was refused, so rows of other kinds may be held.
     pub knows_kinds: bool,
 }
 
-/// What the loop is to do next.
+/// What the loop must do next.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Action {
-    /// Look at the queue, from the mark on; then [`Event::Looked`].
+    /// Look at the queue, from the mark on. Ends with [`Event::Looked`].
     Look,
-    /// Claim due rows and, if there are some, have them delivered; then [`Event::Claimed`].
-    Claim(Wanted),
-    /// Begin to hold what is due and cannot be claimed, beside the loop; [`Event::Held`] at its end.
+    /// Claim due rows and, if there are any, begin to deliver them. Ends with [`Event::Claimed`].
+    Claim(ClaimRequest),
+    /// Begin to hold due rows that cannot be claimed, beside the loop. Ends with [`Event::Held`].
     Hold,
-    /// Begin to release held rows of these kinds, beside the loop; [`Event::Released`] at its end.
+    /// Begin to release held rows of these kinds, beside the loop. Ends with [`Event::Released`].
     Release(Vec<String>),
-    /// Begin to look below the mark as well, beside the loop; [`Event::Swept`] at its end.
+    /// Begin a look that includes what lies below the mark, beside the loop. Ends with [`Event::Swept`].
     Sweep,
-    /// Wait until this moment or until something happens; then [`Event::Woken`], or the event of the work that has ended.
+    /// Sleep until this moment or until something happens. Ends with [`Event::Woken`], or with the event of work that has
+    /// ended.
     Sleep(Moment, Reason),
 }
 
 /// Which rows to claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Wanted {
-    /// Whose turn it is.
-    pub turn: Turn,
-    /// At most so many.
+pub struct ClaimRequest {
+    /// The oldest due rows, or only the newest of a backlog.
+    pub range: ClaimRange,
+    /// The largest number of rows.
     pub limit: i64,
-    /// Of those whose slot is at this time or later; `None` = of those of the last minute.
+    /// Only rows whose slot is at this time or later; `None` = only those of the last minute.
     pub since: Option<OffsetDateTime>,
-    /// None that would have to go alone.
+    /// No row that would have to go alone.
     pub no_large: bool,
-    /// Nothing is asked before this moment, at which a row is expected to be due.
+    /// The claim is not sent before this moment, at which a row should become due.
     pub not_before: Moment,
-    /// PostgreSQL refuses to finish rows: one is sent, and only if there is none to finish.
+    /// PostgreSQL refuses to finish rows: one message is sent to try, and only if no sent row is there to be finished.
     pub careful: bool,
 }
 
 /// What has happened.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Event {
-    /// Somebody woke the loop, or the sleep is over.
+    /// Another part of the daemon woke the loop, or the sleep is over.
     Woken(Reasons),
-    /// A look that was asked for at this moment saw this.
+    /// The result of a look that was asked for at this moment.
     Looked(Moment, Look),
-    /// A claim came to this.
-    Claimed(Claimed),
-    /// A batch that was claimed has ended.
-    DeliveryEnded(Load, End),
-    /// What could not be claimed is held; whether that were any rows.
+    /// The result of a claim.
+    Claimed(ClaimResult),
+    /// The delivery of a claimed batch has ended.
+    DeliveryEnded(Lane, DeliveryEnd),
+    /// Holding has ended; whether any rows were held.
     Held(bool),
     /// Held rows of a kind that is served are back in the queue.
     Released,
-    /// A sweep that was asked for at this moment saw this; `None` = it failed, and a look will find out why.
+    /// The result of a sweep that was asked for at this moment; `None` = it failed, and a look will find out why.
     Swept(Option<(Moment, Look)>),
-    /// PostgreSQL did not see a look, a claim, or work beside the loop through.
-    Failed(Work),
+    /// PostgreSQL did not complete this operation.
+    Failed(Operation),
 }
 
-/// Work that may fail.
+/// An operation that may fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Work {
+pub enum Operation {
     /// A look or a claim.
-    Asking,
-    /// Rows are held.
-    Holding,
-    /// Rows are released.
-    Releasing,
+    LookOrClaim,
+    /// Holding rows.
+    Hold,
+    /// Releasing rows.
+    Release,
 }
 
-/// What a claim came to.
+/// The result of a claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Claimed {
-    /// Whose turn it was.
-    pub turn: Turn,
-    /// When it was asked for.
+pub struct ClaimResult {
+    /// As requested.
+    pub range: ClaimRange,
+    /// When the claim was sent.
     pub asked_at: Moment,
-    /// How long it took until it could be asked.
+    /// How long the transaction took to begin.
     pub begin: Duration,
-    /// The database's time, before the number was taken.
+    /// The database's time, read before the transaction took its number.
     pub at: OffsetDateTime,
-    /// More rows are due than were claimed; and when the next is.
+    /// Whether more rows are due than were claimed, and when the next row is due.
     pub outlook: Outlook,
     /// For how long the first row had been due.
     pub behind: Duration,
-    /// What is on its way now; `None` = there was nothing that nobody else has locked.
-    pub rows: Option<Batch>,
+    /// The claimed rows, which are being delivered now; `None` = no row could be locked.
+    pub batch: Option<Batch>,
 }
 
-/// Rows that are on their way.
+/// Claimed rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Batch {
     /// The number of the claim's transaction.
     pub xid: i64,
-    /// A single row that is larger than a claim of several may be.
+    /// The batch is a single row that is larger than a claim of several rows may be.
     pub large: bool,
 }
 
 /// How a delivery ended.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum End {
-    /// Rows were settled; of these some have left the queue, and some are still in it.
+pub enum DeliveryEnd {
+    /// Rows were settled.
     Settled {
-        /// Some have left the queue.
+        /// Some of them have left the queue.
         some_left: bool,
-        /// Some are still in the queue.
+        /// Some of them are still in the queue.
         some_stay: bool,
     },
     /// Nothing was settled: the broker did not confirm.
     Unsettled,
     /// PostgreSQL refuses to finish the rows.
     Refused {
-        /// Its words.
-        why: String,
-        /// Something was sent to find that out: the next is not tried at once.
-        rest: bool,
+        /// PostgreSQL's error.
+        error: String,
+        /// A message was sent to find that out, so the next attempt waits.
+        back_off: bool,
     },
-    /// PostgreSQL did not see it through.
+    /// PostgreSQL failed or did not answer.
     Failed,
-    /// It ended in a way that nobody expects.
+    /// The delivery panicked.
     Panicked,
 }

@@ -1,28 +1,28 @@
-//! What the store says of the queue, and the scheduler decides by: plain values. No I/O.
+//! What the store reports about the queue, and the scheduler decides by: plain values. No I/O.
 
 use std::time::Duration;
 
 use time::OffsetDateTime;
 
-/// How long one promise to look without being notified lasts. Between two, a few transactions notify again, which tells
-/// whether it is worth another.
+/// How long one promise to poll lasts. Between two promises a few transactions notify again, which shows whether another is
+/// worth it.
 pub const PROMISE: Duration = Duration::from_secs(1);
 
-/// What lies ahead, by the database's clock.
+/// What is due now and next, by the database's clock.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Outlook {
     /// Rows are due. Some of them may be locked.
     pub due: bool,
-    /// Time until the first row that is not due yet, or until the end of a pause; `None` = there is none.
+    /// Time until the first row that is not due yet becomes due, or until a pause ends; `None` = neither will happen.
     pub next_in: Option<Duration>,
 }
 
-/// Whether somebody promised that all daemons look without being notified.
+/// The last promise that all daemons poll, so that triggers need not notify.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Promise {
-    /// Until when.
+    /// When it ends.
     pub until: OffsetDateTime,
-    /// No transaction had this number or a higher one.
+    /// No transaction had this number or a higher one at the look.
     pub next_xid: i64,
 }
 
@@ -31,21 +31,21 @@ pub struct Promise {
 pub struct Look {
     /// The database's time, before the look.
     pub at: OffsetDateTime,
-    /// Where it began: at the low-water mark or, where there is none, a minute ago.
+    /// Where the look began: at the low-water mark or, without one, a minute ago.
     pub from: OffsetDateTime,
     /// The first slot from there on.
     pub first: Option<OffsetDateTime>,
-    /// The lowest number of a transaction that was running.
+    /// The lowest number of a running transaction.
     pub oldest_xid: i64,
-    /// Rows due now, and when to look again: at the next row's time, or when a pause ends.
+    /// Whether rows are due now, and when to look again.
     pub outlook: Outlook,
-    /// Kinds that we serve and nobody has paused, of which rows are held: they were waiting for us.
+    /// Kinds that this daemon serves, that are not paused and that have held rows: the daemon must release these.
     pub held_for_us: Vec<String>,
-    /// The first row of the queue is of a kind of ours that is paused, and in the way of the others.
+    /// The first row is of a paused kind that this daemon serves, so claims would step over it.
     pub paused_first: bool,
-    /// Whether somebody promised that we look without being notified.
+    /// Whether, and until when, triggers are silent.
     pub promise: Promise,
-    /// What waits below `from`; only a sweep sees it.
+    /// Rows below `from`; only a sweep sees them.
     pub below: Option<Below>,
 }
 
@@ -54,8 +54,8 @@ pub struct Look {
 pub struct Below {
     /// The slot of the first.
     pub first: OffsetDateTime,
-    /// How many, up to what makes them a backlog.
+    /// How many there are; counted only up to the number that makes a backlog.
     pub rows: i64,
-    /// Claims must go back to the first; otherwise the rows were moved up to where their slot is now.
+    /// The mark must go back to the first; otherwise the rows were moved up to where their slot is now.
     pub go_back: bool,
 }

@@ -1,34 +1,34 @@
-//! Why the scheduler looks again.
+//! Why the scheduler wakes. The names are labels of a metric and stand in the trace of the model.
 
-/// Why the scheduler looks again.
+/// Why the scheduler wakes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reason {
-    /// PostgreSQL notified us.
+    /// A notification arrived from PostgreSQL.
     Notification,
     /// A notification may have been lost.
     Doubt,
-    /// Other plugins serve than before, or they have news.
+    /// The set of plugins that serve has changed, or a plugin has feedback for the registry.
     Plugins,
     /// Messages can be published again.
     Broker,
     /// Held rows were released.
     Released,
-    /// A lane has ended.
+    /// A delivery has ended.
     Lane,
     /// Rows that cannot be claimed were held.
     Held,
     /// The next row is due.
     Due,
-    /// Many notify, and were told that we look by ourselves.
+    /// Triggers are silent, so the queue is polled.
     Polling,
-    /// Others held the rows that are due, or a server did not see something through: asked again.
+    /// Due rows were locked by other sessions, or a server failed: it is time to try again.
     Again,
-    /// It has not looked for a while.
+    /// There was no look for as long as a sweep interval.
     Sweep,
 }
 
 impl Reason {
-    /// All of them, each at the place of its number.
+    /// All reasons, each at the index of its number.
     pub const ALL: [Self; 11] = [
         Self::Notification,
         Self::Doubt,
@@ -43,13 +43,14 @@ impl Reason {
         Self::Sweep,
     ];
 
-    /// Whether somebody else told us that something may have changed. The others are the scheduler's own doing.
+    /// Whether another part of the daemon reports a change that may concern the queue. The other reasons are the scheduler's
+    /// own timers and work.
     #[must_use]
     pub fn is_from_others(self) -> bool {
         matches!(self, Self::Notification | Self::Doubt | Self::Plugins | Self::Broker | Self::Released)
     }
 
-    /// One word.
+    /// The name of the reason, in one word.
     #[must_use]
     pub fn label(self) -> &'static str {
         match self {
@@ -68,7 +69,7 @@ impl Reason {
     }
 }
 
-/// The reasons of wakes that became one.
+/// A set of reasons: several wakes may become one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Reasons(u16);
 
@@ -79,25 +80,25 @@ impl From<Reason> for Reasons {
 }
 
 impl Reasons {
-    /// These and those.
+    /// The reasons of both sets.
     #[must_use]
     pub fn and(self, others: Self) -> Self {
         Self(self.0 | others.0)
     }
 
-    /// To keep them in an atomic number.
+    /// The set as a number, to be kept in an atomic.
     #[must_use]
     pub fn bits(self) -> u16 {
         self.0
     }
 
-    /// What [`Reasons::bits`] gave.
+    /// The set that [`Reasons::bits`] turned into this number.
     #[must_use]
     pub fn from_bits(bits: u16) -> Self {
         Self(bits)
     }
 
-    /// Each of them once.
+    /// Each reason once.
     pub fn iter(self) -> impl Iterator<Item = Reason> {
         Reason::ALL.into_iter().filter(move |reason| self.0 & Self::from(*reason).0 != 0)
     }
@@ -108,7 +109,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reasons_that_became_one_can_be_told_apart_however_they_are_kept() {
+    fn a_set_of_reasons_keeps_each_reason_also_as_a_number() {
         let some = [Reason::Notification, Reason::Due, Reason::Sweep];
         let together =
             some.into_iter().fold(Reasons::default(), |all, reason| all.and(reason.into()).and(reason.into()));
@@ -117,9 +118,9 @@ mod tests {
     }
 
     #[test]
-    fn each_reason_has_a_word_of_its_own() {
-        let words: std::collections::BTreeSet<&str> = Reason::ALL.into_iter().map(Reason::label).collect();
-        assert_eq!(words.len(), Reason::ALL.len());
-        assert!(words.contains("notification"));
+    fn each_reason_has_its_own_label() {
+        let labels: std::collections::BTreeSet<&str> = Reason::ALL.into_iter().map(Reason::label).collect();
+        assert_eq!(labels.len(), Reason::ALL.len());
+        assert!(labels.contains("notification"));
     }
 }

@@ -1,73 +1,74 @@
-//! When sweeps are due. What one costs grows with what was delivered or cancelled below the low-water mark and cannot be
-//! cleaned away yet, so there is one as rarely as it is dear.
+//! When sweeps are due. A sweep steps over all index entries below the low-water mark that were delivered or cancelled and
+//! cannot be vacuumed yet, so the longer the last sweep took, the later the next one is due.
 
 use std::time::Duration;
 
 use super::Moment;
 
-/// Sweeps take at most one part of so many of all time, so a row that only a sweep can find is found within one interval, or
-/// within so many times what it takes to look for it.
-const SHARE: u32 = 100;
-/// But they are no further apart than this, since one that was slow may have been so for another reason.
-const FURTHEST: Duration = Duration::from_mins(10);
-/// Where one is wanted at once, they are this far apart all the same.
-const NEAREST: Duration = Duration::from_secs(1);
-/// One that takes no longer is as good as a look.
+/// Sweeps begin at least this many times the last one's duration apart, so they take at most a hundredth of all time. A row
+/// that only a sweep can find is found within one interval, or within this many times the duration of a sweep.
+const COST_FACTOR: u32 = 100;
+/// Sweeps are never further apart than this, since the last one may have been slow for another reason.
+const LONGEST_INTERVAL: Duration = Duration::from_mins(10);
+/// Sweeps are at least this far apart, even where one is due at once.
+const SHORTEST_INTERVAL: Duration = Duration::from_secs(1);
+/// A sweep that takes no longer than this also takes the place of a look.
 const QUICK: Duration = Duration::from_millis(20);
 
-/// When the next is due, of which there is one at a time.
+/// The last sweep, by which the next is due. One sweep runs at a time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) enum SweepSchedule {
-    /// There was none.
+    /// There was no sweep yet.
     #[default]
-    First,
-    /// It began then; `doubted` = the database did not answer meanwhile; `outdated` = it was asked for before what is known now.
-    UnderWay { began: Moment, doubted: bool, outdated: bool },
-    /// It began then, and took so long; `None` = what it took says nothing.
-    Ended { began: Moment, took: Option<Duration>, well: bool },
+    NeverSwept,
+    /// A sweep runs. `doubted`: the database has failed meanwhile. `outdated`: a look or a claim has answered since, or a
+    /// look is requested.
+    Running { began: Moment, doubted: bool, outdated: bool },
+    /// The last sweep. `took`: its duration; `None` = unknown, since the database failed meanwhile.
+    Ended { began: Moment, took: Option<Duration>, succeeded: bool },
 }
 
 impl SweepSchedule {
-    /// One begins. Whether it will be as quick as a look, by the last.
+    /// Begins a sweep. Returns whether it should be as quick as a look, by the duration of the last.
     pub(super) fn begin(&mut self, now: Moment) -> bool {
         let is_quick = matches!(self, Self::Ended { took: Some(took), .. } if *took <= QUICK);
-        *self = Self::UnderWay { began: now, doubted: false, outdated: false };
+        *self = Self::Running { began: now, doubted: false, outdated: false };
         is_quick
     }
 
-    /// Somebody else has asked the database meanwhile, or wants to.
-    pub(super) fn outdate(&mut self) {
-        if let Self::UnderWay { outdated, .. } = self {
+    /// Marks a running sweep as outdated: a look or a claim has answered meanwhile, or a look is requested.
+    pub(super) fn mark_outdated(&mut self) {
+        if let Self::Running { outdated, .. } = self {
             *outdated = true;
         }
     }
 
-    /// It has ended, well or not. Whether nobody has asked the database since it began.
-    pub(super) fn end(&mut self, now: Moment, well: bool) -> bool {
-        let Self::UnderWay { began, doubted, outdated } = *self else { return false };
-        *self = Self::Ended { began, took: (!doubted).then_some(now.saturating_sub(began)), well };
+    /// Ends a sweep. Returns whether what it saw is the latest news of the queue.
+    pub(super) fn end(&mut self, now: Moment, succeeded: bool) -> bool {
+        let Self::Running { began, doubted, outdated } = *self else { return false };
+        *self = Self::Ended { began, took: (!doubted).then_some(now.saturating_sub(began)), succeeded };
         !outdated
     }
 
-    /// The database did not answer: what the last took says nothing, nor what this one takes.
-    pub(super) fn doubt(&mut self) {
+    /// Discards the duration of the last or the running sweep, since the database has failed.
+    pub(super) fn discard_duration(&mut self) {
         match self {
-            Self::First => {}
-            Self::UnderWay { doubted, .. } => *doubted = true,
+            Self::NeverSwept => {}
+            Self::Running { doubted, .. } => *doubted = true,
             Self::Ended { took, .. } => *took = None,
         }
     }
 
-    /// How long until the next is due, where one is every `interval`. `overdue` = nobody has looked below the mark since it was
-    /// last given up. One that cannot be seen through does not become more frequent by that.
-    pub(super) fn until(&self, now: Moment, interval: Duration, overdue: bool) -> Duration {
+    /// How long until the next sweep is due, where quick sweeps are an `interval` apart. `overdue`: no sweep has looked below
+    /// the mark since it was last given up. A sweep that failed does not become more frequent for that reason.
+    pub(super) fn time_until_next(&self, now: Moment, interval: Duration, overdue: bool) -> Duration {
         match *self {
-            Self::First => Duration::ZERO,
-            Self::UnderWay { .. } => Duration::MAX,
-            Self::Ended { began, took, well } => {
+            Self::NeverSwept => Duration::ZERO,
+            Self::Running { .. } => Duration::MAX,
+            Self::Ended { began, took, succeeded } => {
                 let apart = match took {
-                    Some(took) if !well || !overdue => interval.max(FURTHEST.min(took * SHARE)),
-                    _ => NEAREST,
+                    Some(took) if !succeeded || !overdue => interval.max(LONGEST_INTERVAL.min(took * COST_FACTOR)),
+                    _ => SHORTEST_INTERVAL,
                 };
                 apart.saturating_sub(now.saturating_sub(began))
             }
@@ -84,47 +85,53 @@ mod tests {
     const INTERVAL: Duration = Duration::from_secs(5);
     const NOW: Moment = Moment::from_hours(1);
 
-    fn swept(began: Moment, took: Duration, well: bool) -> SweepSchedule {
+    fn after_sweep(began: Moment, took: Duration, succeeded: bool) -> SweepSchedule {
         let mut sweep_schedule = SweepSchedule::default();
         sweep_schedule.begin(began);
-        sweep_schedule.end(began + took, well);
+        sweep_schedule.end(began + took, succeeded);
         sweep_schedule
     }
 
     #[test]
-    fn the_first_is_due_at_once_and_while_one_is_under_way_no_other_is() {
+    fn the_first_sweep_is_due_at_once_and_none_is_due_while_one_runs() {
         let mut sweep_schedule = SweepSchedule::default();
-        assert_eq!(sweep_schedule.until(NOW, INTERVAL, true), Duration::ZERO);
+        assert_eq!(sweep_schedule.time_until_next(NOW, INTERVAL, true), Duration::ZERO);
         sweep_schedule.begin(NOW);
-        assert!(sweep_schedule.until(NOW + 10 * INTERVAL, INTERVAL, true) > FURTHEST);
+        assert!(sweep_schedule.time_until_next(NOW + 10 * INTERVAL, INTERVAL, true) > LONGEST_INTERVAL);
     }
 
     #[test]
-    fn those_that_are_cheap_are_an_interval_apart_and_those_that_are_dear_a_hundred_times_what_one_takes() {
-        let until = |took, after| swept(NOW, took, true).until(NOW + after, INTERVAL, false);
+    fn cheap_sweeps_are_an_interval_apart_and_expensive_ones_a_hundred_times_their_duration() {
+        let until = |took, after| after_sweep(NOW, took, true).time_until_next(NOW + after, INTERVAL, false);
         assert_eq!(until(Duration::from_millis(1), Duration::from_secs(2)), Duration::from_secs(3));
         assert_eq!(until(Duration::from_millis(600), Duration::from_secs(2)), Duration::from_secs(58));
-        assert_eq!(until(Duration::from_mins(1), Duration::ZERO), FURTHEST);
+        assert_eq!(until(Duration::from_mins(1), Duration::ZERO), LONGEST_INTERVAL);
     }
 
     #[test]
-    fn when_the_mark_was_given_up_one_is_due_at_once() {
-        let sweep_schedule = swept(NOW, Duration::from_millis(600), true);
-        assert_eq!(sweep_schedule.until(NOW + Duration::from_secs(2), INTERVAL, true), Duration::ZERO);
-        assert_eq!(sweep_schedule.until(NOW + Duration::from_millis(700), INTERVAL, true), Duration::from_millis(300));
+    fn a_sweep_is_due_at_once_when_the_mark_was_given_up() {
+        let sweep_schedule = after_sweep(NOW, Duration::from_millis(600), true);
+        assert_eq!(sweep_schedule.time_until_next(NOW + Duration::from_secs(2), INTERVAL, true), Duration::ZERO);
+        assert_eq!(
+            sweep_schedule.time_until_next(NOW + Duration::from_millis(700), INTERVAL, true),
+            Duration::from_millis(300)
+        );
     }
 
     #[test]
-    fn one_that_failed_is_as_dear_as_if_it_had_not_unless_the_database_was_away() {
-        let mut sweep_schedule = swept(NOW, Duration::from_secs(20), false);
-        assert_eq!(sweep_schedule.until(NOW + Duration::from_secs(20), INTERVAL, true), Duration::from_secs(580));
-        sweep_schedule.doubt();
-        assert_eq!(sweep_schedule.until(NOW + Duration::from_secs(20), INTERVAL, true), Duration::ZERO);
+    fn a_failed_sweep_counts_with_its_duration_unless_the_database_was_away() {
+        let mut sweep_schedule = after_sweep(NOW, Duration::from_secs(20), false);
+        assert_eq!(
+            sweep_schedule.time_until_next(NOW + Duration::from_secs(20), INTERVAL, true),
+            Duration::from_secs(580)
+        );
+        sweep_schedule.discard_duration();
+        assert_eq!(sweep_schedule.time_until_next(NOW + Duration::from_secs(20), INTERVAL, true), Duration::ZERO);
     }
 
     proptest! {
         #[test]
-        fn sweeps_take_a_hundredth_of_all_time_and_a_row_is_found_within_a_hundred_times_what_one_takes(
+        fn sweeps_take_at_most_a_hundredth_of_all_time_and_find_a_row_within_a_hundred_times_their_duration(
             took in proptest::collection::vec(0..6_000_u64, 1..50),
         ) {
             let (mut sweep_schedule, mut now, mut spent) = (SweepSchedule::default(), NOW, Duration::ZERO);
@@ -132,11 +139,11 @@ mod tests {
                 sweep_schedule.begin(now);
                 sweep_schedule.end(now + took, true);
                 spent += took;
-                let until = sweep_schedule.until(now + took, INTERVAL, false);
-                prop_assert!(took + until <= INTERVAL.max(took * SHARE));
+                let until = sweep_schedule.time_until_next(now + took, INTERVAL, false);
+                prop_assert!(took + until <= INTERVAL.max(took * COST_FACTOR));
                 now += took + until;
             }
-            prop_assert!(NOW + spent * SHARE <= now);
+            prop_assert!(NOW + spent * COST_FACTOR <= now);
         }
     }
 }

@@ -1,4 +1,4 @@
--- Schedules a message, due in five seconds, every second: for `docker compose --profile demo up`.
+-- Every second, schedules a message that is due in five seconds. For `docker compose --profile demo up`.
 SELECT tidings.schedule(
     'message',
     now() + interval '5 seconds',

@@ -1,4 +1,6 @@
-//! Keeps one connection to RabbitMQ, for ever: connects, declares what is ours, watches, and begins again.
+//! Keeps one connection to RabbitMQ until the shutdown: connects, repairs the topology, waits until the connection
+//! breaks, and connects again with backoff. Also opens the other connections: for dead letters, the canary and
+//! `tidings doctor`.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -21,11 +23,13 @@ use crate::model::backoff::jittered;
 use crate::model::tls_error;
 
 impl Broker {
-    /// Connects as often as it takes, and keeps the connection until `shutdown`. `ready` is called at the first.
+    /// Connects, and connects again whenever the connection breaks, until `shutdown`. Calls `ready` after the first
+    /// connect.
     ///
     /// # Errors
     ///
-    /// When, at the first connection, what exists is not what we need: a person must see to that.
+    /// When, before the first connect succeeded, an exchange or queue exists with other properties than the daemon
+    /// needs. A person must resolve that.
     pub async fn run(&self, shutdown: CancellationToken, ready: impl FnOnce() + Send) -> Result<(), BrokerError> {
         let mut ready = Some(ready);
         let mut failures = 0;
@@ -38,19 +42,19 @@ impl Broker {
             match connected {
                 Ok(connection) => {
                     failures = 0;
-                    self.failed(None);
+                    self.set_failure(None);
                     info!(broker = self.place(), exchange = self.exchange, "connected to RabbitMQ");
                     if let Some(ready) = ready.take() {
                         ready();
                     }
-                    if self.watch(connection, &shutdown).await {
+                    if self.use_until_closed(connection, &shutdown).await {
                         return Ok(());
                     }
                 }
                 Err(error @ BrokerError::Mismatch { .. }) if ready.is_some() => return Err(error),
                 Err(error) => {
                     warn!(error = &error as &dyn std::error::Error, "RabbitMQ cannot be used, trying again");
-                    self.failed(Some(format!("{:#}", anyhow::Error::from(error))));
+                    self.set_failure(Some(format!("{:#}", anyhow::Error::from(error))));
                 }
             }
             let delay = jittered(&RECONNECT, failures);
@@ -64,23 +68,24 @@ impl Broker {
     }
 
     async fn connect(&self) -> Result<Connection, BrokerError> {
-        let connection = self.connect_only("tidings").await?;
-        self.keep_on(&connection, true).await?;
+        let connection = self.connect_without_declaring("tidings").await?;
+        self.repair_topology_on(&connection, true).await?;
         Ok(connection)
     }
 
-    fn failed(&self, why: Option<String>) {
-        *self.failure.lock().expect("nobody panics with it") = why;
+    fn set_failure(&self, why: Option<String>) {
+        *self.failure.lock().expect("no code panics while it holds the lock") = why;
     }
 
-    /// A connection on which nothing has been declared.
-    pub(super) async fn connect_only(&self, name: &str) -> Result<Connection, BrokerError> {
+    /// Opens a connection, and declares nothing on it.
+    pub(super) async fn connect_without_declaring(&self, name: &str) -> Result<Connection, BrokerError> {
         let properties = ConnectionProperties::default().with_connection_name(name.into());
-        self.connected(Connection::connect_uri(self.uri.clone(), properties)).await
+        self.await_connection(Connection::connect_uri(self.uri.clone(), properties)).await
     }
 
-    /// A connection that may read what anybody has written.
-    pub(super) async fn connect_for_letters(&self, bodies: Bodies) -> Result<Connection, BrokerError> {
+    /// Opens a connection behind the frame guard, because anyone who may publish can have written a dead letter's
+    /// headers.
+    pub(super) async fn connect_for_dead_letters(&self, bodies: Bodies) -> Result<Connection, BrokerError> {
         let properties = ConnectionProperties::default().with_connection_name("tidings dead letters".into());
         let runtime = Runtime::new(RuntimeParts::new(Tokio::current(), GuardingReactor(Tokio::current())));
         let connect = async move |uri: AMQPUri, _| {
@@ -88,10 +93,11 @@ impl Broker {
             let stream = connected.map_err(lapin::Error::from)?;
             Ok(AsyncTcpStream::Plain(FrameGuard::new(stream, bodies)))
         };
-        self.connected(Connection::connector(self.uri.clone(), runtime, connect, properties)).await
+        self.await_connection(Connection::connector(self.uri.clone(), runtime, connect, properties)).await
     }
 
-    pub(super) async fn connected(
+    /// Waits for `connecting`, at most [`CONNECT_DEADLINE`], and tells what went wrong.
+    pub(super) async fn await_connection(
         &self,
         connecting: impl Future<Output = lapin::Result<Connection>>,
     ) -> Result<Connection, BrokerError> {
@@ -122,13 +128,14 @@ impl Broker {
         }
     }
 
-    /// Lets the connection be used until it breaks, or until `shutdown`, for which it returns `true`.
-    async fn watch(&self, connection: Connection, shutdown: &CancellationToken) -> bool {
+    /// Lets the daemon publish on `connection` until it breaks or `shutdown` is cancelled, and returns whether it was
+    /// the shutdown.
+    async fn use_until_closed(&self, connection: Connection, shutdown: &CancellationToken) -> bool {
         let mut events = connection.events_listener();
         self.refusals.say(PUBLISHING, None);
         let connection = Arc::new(connection);
         *self.connection.lock().await = Some(Arc::clone(&connection));
-        // The event of a break before we listened is lost; the status is not.
+        // A break before `events_listener` was called makes no event, but the status shows it.
         let mut usable = connection.status().connected();
         let stopping = loop {
             self.open.store(usable, Ordering::Release);
@@ -152,7 +159,7 @@ impl Broker {
                     info!("RabbitMQ takes messages again");
                     true
                 }
-                // A channel's error is an event as well; it concerns those who publish on it.
+                // The error of a single channel is an event as well, and is handled where the channel is used.
                 Some(Event::Error(error)) if !connection.status().connected() => {
                     warn!(
                         error = &error as &dyn std::error::Error,

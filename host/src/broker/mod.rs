@@ -1,4 +1,5 @@
-//! The only place with AMQP's client library. One connection publishes, another takes back dead letters while a pass lasts:
+//! The only place with the AMQP client library (lapin). One connection publishes; each pass and each listing opens
+//! another to the dead letters:
 //!
 //! ```text
 //!   scheduler ───publish──▶ exchange `tidings` (topic) ──bindings of the consumers──▶ their queues
@@ -8,8 +9,22 @@
 //!      └──▶ queue `tidings.parking`  (dead letters set aside for a person)
 //! ```
 //!
-//! The four names follow `TIDINGS_EXCHANGE`. The client library's own recovery is not used: what was in flight when a
-//! connection broke is unknown, and only the rows in the database say what to do about it.
+//! The four names follow `TIDINGS_EXCHANGE`.
+//!
+//! Must never take an ack for a confirm before the returned messages are matched: RabbitMQ acks an unroutable message
+//! as well.
+//!
+//! To change this folder, know that:
+//!
+//! - **The client library recovers nothing.** After an error the channel or connection is dropped. What was in flight
+//!   is unknown, and only the rows in the database say what to do about it.
+//! - **No row is claimed while RabbitMQ is away or blocks publishing:** the scheduler asks [`Broker::is_open`] first.
+//!   Each time that publishing becomes possible again, the scheduler is woken.
+//!
+//! When RabbitMQ restarts, the event of the broken connection makes [`Broker::is_open`] false, so the scheduler claims
+//! nothing. Lanes that were publishing get errors or no confirms; they settle the messages whose fate they know, and
+//! leave the other rows due. `connection.rs` connects again with backoff, declares the topology, makes
+//! [`Broker::is_open`] true and wakes the scheduler.
 
 mod admin;
 mod canary;
@@ -32,145 +47,146 @@ use crate::model::secret_url::SecretUrl;
 use crate::model::wake::Wake;
 
 pub use admin::doctor::{Found, Visit};
-pub use admin::management::{Management, ManagementError, Seen};
+pub use admin::management::{Management, ManagementError, QueueInfo};
 pub use canary::CanaryInbox;
-pub use dead_letters::headers::SendTo;
-pub use dead_letters::list::{Look, Looked};
-pub use dead_letters::{DeadLetterQueue, DeadLetters, FetchedLetter, SendResult};
+pub use dead_letters::headers::Destination;
+pub use dead_letters::list::{BrowseSession, Looked};
+pub use dead_letters::{DeadLetterQueue, DeadLetterSession, FetchedDeadLetter, SendResult};
 pub use publisher::{Confirmed, Verdict};
-pub use topology::OwnEntity;
+pub use topology::DeclaredEntity;
 
-/// For a connection, logging in included.
+/// How long opening a connection may take, including the login.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
-/// For each declaration and each new channel.
+/// How long RabbitMQ may take to answer one request, such as a declaration or a new channel.
 const RPC_DEADLINE: Duration = Duration::from_secs(5);
-/// What the broker's refusals are about.
+/// The key in `Broker::refusals` under which the publisher keeps why RabbitMQ takes no messages.
 const PUBLISHING: &str = "publishing";
-/// How long we say good-bye.
+/// How long closing a connection may take.
 const CLOSE_DEADLINE: Duration = Duration::from_secs(1);
 
 /// The type of the queues that the daemon declares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QueueType {
-    /// One node keeps it.
+    /// A queue on one node.
     Classic,
-    /// A majority of the cluster keeps it.
+    /// A queue with replicas on several nodes, a majority of which must have a message before it is confirmed.
     Quorum,
 }
 
-/// Where RabbitMQ is, and what is ours there.
+/// Where RabbitMQ is, and the names and the type of what the daemon declares there.
 #[derive(Clone, Debug)]
 pub struct BrokerSettings {
     /// `TIDINGS_AMQP_URL`
     pub url: SecretUrl,
-    /// `TIDINGS_EXCHANGE`, 1 to 200 bytes, so that the names after it fit as well.
+    /// `TIDINGS_EXCHANGE`, 1 to 200 bytes, so that names derived from it, such as `tidings.parking`, fit into 255
+    /// bytes.
     pub exchange: String,
     /// `TIDINGS_QUEUE_TYPE`
     pub queue_type: QueueType,
 }
 
-/// What went wrong between us and RabbitMQ. Always the infrastructure's fault, never a row's.
+/// What went wrong between the daemon and RabbitMQ. Always a failure of the infrastructure, never of a row.
 #[derive(Debug, Error)]
 pub enum BrokerError {
-    /// It does not answer.
+    /// No connection could be made.
     #[error("could not reach RabbitMQ at {place}")]
     Connect {
         /// Host, port and virtual host.
         place: String,
-        /// Why.
+        /// The client library's error.
         #[source]
         source: lapin::Error,
     },
-    /// It answers, and its certificate says that it may be somebody else.
+    /// The server's certificate was refused: it may be another server.
     #[error("the certificate of RabbitMQ at {place} is refused: {why}")]
     Certificate {
         /// Host, port and virtual host.
         place: String,
-        /// What is wrong with it, and what to do.
+        /// What is wrong with the certificate, and what to do.
         why: &'static str,
-        /// In the words of TLS.
+        /// The error of the TLS library.
         #[source]
         source: lapin::Error,
     },
-    /// It answers, and does not let us in.
+    /// RabbitMQ refused the login.
     #[error(
         "RabbitMQ at {place} refused the login; check the user, the password and the virtual host in TIDINGS_AMQP_URL"
     )]
     Login {
         /// User, host, port and virtual host.
         place: String,
-        /// What it said.
+        /// RabbitMQ's answer.
         #[source]
         source: lapin::Error,
     },
-    /// What exists is not what we need.
+    /// An exchange or queue exists with other properties than the daemon needs.
     #[error(
         "could not declare {what}: it exists with other arguments; rename it with TIDINGS_EXCHANGE, or stop the daemons, empty it (`tidings dead replay`, `tidings parked retry --all`) and delete it: the daemon declares it again"
     )]
     Mismatch {
-        /// The exchange or queue, and what it ought to be.
+        /// The exchange or queue, with the properties that it must have.
         what: String,
-        /// What it said, which names the argument.
+        /// RabbitMQ's answer, which names the argument that differs.
         #[source]
         source: lapin::Error,
     },
-    /// Something of ours is not there, and we may not make it.
+    /// An exchange or queue of the daemon is missing, and its user may not declare it.
     #[error(
-        "our user may not declare what is missing: {what}; declare it (`tidings topology` prints all of it as definitions for RabbitMQ), or let the user configure it"
+        "the daemon's user of RabbitMQ may not declare what is missing: {what}; import the definitions that `tidings topology` prints, or give the user the permission to configure it"
     )]
     Missing {
-        /// What is missing, and what each must be.
+        /// Each missing exchange and queue, with the properties that it must have.
         what: String,
     },
-    /// It could not do what we asked.
-    #[error("could not {doing}")]
+    /// A request failed.
+    #[error("RabbitMQ could not {doing}")]
     Operation {
-        /// What we asked.
+        /// What RabbitMQ was asked to do, as a verb phrase.
         doing: String,
-        /// Why.
+        /// The client library's error.
         #[source]
         source: lapin::Error,
     },
-    /// It does not answer any more.
+    /// RabbitMQ did not answer a request in time.
     #[error("gave up after {} s waiting for RabbitMQ to {doing}", .after.as_secs())]
     Deadline {
-        /// What we asked.
+        /// What RabbitMQ was asked to do, as a verb phrase.
         doing: String,
-        /// How long we waited.
+        /// How long the daemon waited.
         after: Duration,
     },
 }
 
-/// How the connection that publishes is.
+/// The state of the connection that publishes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Link {
-    /// It is there.
+    /// It is open.
     pub connected: bool,
-    /// RabbitMQ takes nothing on it, for want of memory or disk.
+    /// RabbitMQ takes no messages on it, because it is short of memory or disk.
     pub blocked: bool,
 }
 
-/// RabbitMQ.
+/// The connection to RabbitMQ, and everything that the daemon does there.
 #[derive(Debug)]
 pub struct Broker {
     uri: AMQPUri,
     exchange: String,
     queue_type: QueueType,
-    /// The connection of the moment, while it can be used.
+    /// The connection that publishes, while there is one.
     connection: Mutex<Option<Arc<lapin::Connection>>>,
-    /// Open channels that nobody is using. All belong to `connection`, or are closed.
+    /// Channels in confirm mode that no batch is using. Each belongs to `connection`, or is closed.
     idle_channels: Mutex<Vec<lapin::Channel>>,
+    /// See [`Broker::is_open`].
     open: AtomicBool,
-    /// Why it takes no message although it is open.
+    /// Why RabbitMQ takes no messages although the connection is open.
     refusals: Notices,
-    /// Why the last attempt to connect failed, while there is no connection.
+    /// Why the last attempt to connect failed; `None` since a connection was made.
     failure: std::sync::Mutex<Option<String>>,
-    /// What is known of what is ours.
-    ledger: Mutex<topology::repair::Ledger>,
+    topology_state: Mutex<topology::repair::TopologyState>,
     wake: Arc<Wake>,
 }
 
-/// Whether `url` can be understood, without the password in the answer.
+/// Checks that `url` is an AMQP URL. The error does not contain the password.
 pub(crate) fn check_url(url: &SecretUrl) -> Result<(), String> {
     parse(url).map(drop)
 }
@@ -180,15 +196,16 @@ fn parse(url: &SecretUrl) -> Result<AMQPUri, String> {
 }
 
 impl Broker {
-    /// A broker that is not connected yet; `wake` is woken when it can be used.
+    /// A broker that is not connected yet. [`Broker::run`] connects it, and wakes `wake` when messages can be
+    /// published.
     ///
     /// # Panics
     ///
-    /// If `url` was not checked by the configuration.
+    /// If the URL in `settings` is not an AMQP URL; the configuration checks it before.
     #[must_use]
     pub fn new(settings: &BrokerSettings, wake: Arc<Wake>) -> Self {
         let mut uri = parse(&settings.url).expect("the configuration accepts only URLs that can be understood");
-        // RabbitMQ's own 60 s would let a dead link look alive for two minutes.
+        // With RabbitMQ's default of 60 s, a dead link would look alive for two minutes.
         uri.query.heartbeat.get_or_insert(10);
         uri.query.connection_timeout.get_or_insert(5_000);
         Self {
@@ -200,12 +217,12 @@ impl Broker {
             open: AtomicBool::new(false),
             refusals: Notices::default(),
             failure: std::sync::Mutex::default(),
-            ledger: Mutex::default(),
+            topology_state: Mutex::default(),
             wake,
         }
     }
 
-    /// The exchange that is published to.
+    /// The exchange that the daemon publishes to.
     #[must_use]
     pub fn exchange(&self) -> &str {
         &self.exchange
@@ -217,28 +234,30 @@ impl Broker {
         self.open.load(Ordering::Acquire)
     }
 
-    /// Why no message was taken lately, in the broker's words, although it is open; `None` = the last was, or nothing waits.
+    /// Why RabbitMQ took no message lately although the connection is open, in its words; `None` = the last batch was
+    /// taken, or no row waits.
     #[must_use]
     pub fn refusal(&self) -> Option<String> {
         self.refusals.all().pop()
     }
 
-    /// No row waits for a message of its own: whether one would be taken is not known any more.
+    /// Clears [`Broker::refusal`] because no row waits: without an attempt to publish it is unknown whether RabbitMQ
+    /// still takes no messages.
     pub fn nothing_waits(&self) {
         self.refusals.say(PUBLISHING, None);
     }
 
-    /// Why there is no connection, in the words of the last attempt to make one.
+    /// Why the last attempt to connect failed; `None` since a connection was made.
     ///
     /// # Panics
     ///
-    /// Never: nobody panics with it.
+    /// Never: no code panics while it holds the lock.
     #[must_use]
     pub fn failure(&self) -> Option<String> {
-        self.failure.lock().expect("nobody panics with it").clone()
+        self.failure.lock().expect("no code panics while it holds the lock").clone()
     }
 
-    /// Whether there is a connection, and whether RabbitMQ blocks it.
+    /// Whether there is a connection that publishes, and whether RabbitMQ blocks it.
     pub async fn link(&self) -> Link {
         let connection = self.connection.lock().await.clone();
         let status = connection.map(|connection| connection.status().clone());
@@ -248,7 +267,7 @@ impl Broker {
         }
     }
 
-    /// Host, port and virtual host, for people.
+    /// Host, port and virtual host, for logs and errors.
     #[must_use]
     pub fn place(&self) -> String {
         let authority = &self.uri.authority;
@@ -256,8 +275,8 @@ impl Broker {
     }
 }
 
-/// Waits for the broker, at most [`RPC_DEADLINE`].
-async fn within<T>(doing: &str, work: impl Future<Output = lapin::Result<T>>) -> Result<T, BrokerError> {
+/// Waits for `work`, at most [`RPC_DEADLINE`]. `doing` says what RabbitMQ is asked to do, for the error.
+async fn with_deadline<T>(doing: &str, work: impl Future<Output = lapin::Result<T>>) -> Result<T, BrokerError> {
     match tokio::time::timeout(RPC_DEADLINE, work).await {
         Ok(Ok(answer)) => Ok(answer),
         Ok(Err(source)) => Err(BrokerError::Operation { doing: doing.to_owned(), source }),

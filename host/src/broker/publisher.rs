@@ -1,9 +1,16 @@
-//! Publishes batches and tells, message by message, what the broker said. A message is confirmed only by an ack on a
-//! channel in confirm mode, when no return of it came: the ack of an unroutable message is an ack as well.
+//! Publishes batches of messages, and returns RabbitMQ's verdict on each. Only this file makes a [`Confirmed`].
 //!
-//! A channel serves one batch at a time. That keeps publishing in order, and the returns of a batch with it: the client
-//! library hands a returned message to whichever confirm completes next, so all confirms of the batch are collected and
-//! the returns are matched by message id.
+//! Must never count a message as confirmed without an ack on a channel in confirm mode, or after RabbitMQ has returned
+//! it: RabbitMQ acks an unroutable message as well.
+//!
+//! To change it, know that:
+//!
+//! - **A channel serves one batch at a time.** That keeps the messages in order, and each return with its batch. The
+//!   client library attaches a returned message to whichever confirm completes next, so the publisher collects all
+//!   confirms of the batch and matches the returns by message id.
+//! - **A message that makes RabbitMQ close the channel** (a body larger than `max_message_size`, for instance) **takes
+//!   its batch along only once.** The rest of the batch is then published one by one, and the message that closes a
+//!   channel again gets [`Verdict::Poison`]; its row is parked.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -19,72 +26,76 @@ use tokio::time::{Instant, timeout_at};
 use tracing::warn;
 use uuid::Uuid;
 
-use crate::broker::{Broker, BrokerError, PUBLISHING, within};
+use crate::broker::{Broker, BrokerError, PUBLISHING, with_deadline};
 use crate::model::message::{HeaderValue, Message};
 
-/// How long the confirms of a batch may take. Whatever is not confirmed then is unknown.
+/// How long the confirms of a batch may take. A message that is not confirmed by then is [`Verdict::Unknown`].
 const CONFIRM_DEADLINE: Duration = Duration::from_secs(10);
 
-/// The broker has the message, for good. Only the publisher makes one.
+/// RabbitMQ has confirmed a message. Only the publisher makes this.
 #[derive(Clone, Copy, Debug)]
 pub struct Confirmed {
     at: Instant,
 }
 
 impl Confirmed {
-    /// When the confirm came.
+    /// When the confirm arrived.
     #[must_use]
     pub fn at(&self) -> Instant {
         self.at
     }
 }
 
-/// What the broker said of one message.
+/// RabbitMQ's verdict on one message.
 #[derive(Clone, Debug)]
 pub enum Verdict {
-    /// It has it.
+    /// RabbitMQ has it.
     Confirmed(Confirmed),
-    /// It did not take it: no queue is bound to the routing key, or a queue refused it.
+    /// RabbitMQ did not take it, with the reason: no queue is bound to the routing key, or a queue refused it.
     Refused(String),
-    /// It closed the channel over it: it is larger than RabbitMQ's `max_message_size` for instance. The same again would be
-    /// no better.
+    /// RabbitMQ closed the channel because of it, with the reason: it is larger than `max_message_size`, for instance.
+    /// To publish it again would not help.
     Poison(String),
-    /// We do not know. The message may or may not be in a queue.
+    /// Neither confirmed nor refused. The message may be in a queue.
     Unknown,
 }
 
 impl Broker {
-    /// Publishes `messages` and waits for the confirms. Every message gets a verdict, in no order.
+    /// Publishes `messages`, waits for the confirms, and returns a verdict for each message.
     pub async fn publish(&self, messages: &[Message]) -> HashMap<Uuid, Verdict> {
         let deadline = Instant::now() + CONFIRM_DEADLINE;
         let mut verdicts: HashMap<Uuid, Verdict> =
             messages.iter().map(|message| (message.id, Verdict::Unknown)).collect();
-        let Err(error) = self.publish_window(messages, deadline, &mut verdicts).await else {
+        let Err(error) = self.publish_batch(messages, deadline, &mut verdicts).await else {
             self.refusals.say(PUBLISHING, None);
             return verdicts;
         };
         let is_unknown = |verdict: &Verdict| matches!(verdict, Verdict::Unknown);
         let unknown = verdicts.values().filter(|verdict| is_unknown(verdict)).count();
-        let refusal = format!("RabbitMQ takes no message for the exchange {}: {}", self.exchange, chain(&error));
-        if !is_about_all(&error) || self.refusals.say(PUBLISHING, Some(refusal)) {
-            warn!(error = &error as &dyn std::error::Error, unknown, "could not publish, the unconfirmed rows stay");
+        let refusal = format!("RabbitMQ takes no message for the exchange {}: {}", self.exchange, with_causes(&error));
+        if !affects_every_message(&error) || self.refusals.say(PUBLISHING, Some(refusal)) {
+            warn!(
+                error = &error as &dyn std::error::Error,
+                unknown, "could not publish; rows whose messages are not confirmed stay due"
+            );
         }
-        if is_soft(&error, &AMQPSoftError::NOTFOUND) {
-            // Somebody has deleted the exchange. It is ours, so we make it again.
-            self.declare_again().await;
+        if is_channel_error(&error, &AMQPSoftError::NOTFOUND) {
+            // The exchange has been deleted.
+            self.declare_exchange_again().await;
         }
-        if !is_about_a_message(&error) {
+        if !is_caused_by_a_message(&error) {
             return verdicts;
         }
-        // One of them closed the channel, and would take its whole batch with it again: each on its own, until it is found.
+        // One of the messages closed the channel, and would close the next one as well. Published one by one, it takes
+        // no other message along.
         for message in messages {
             if !verdicts.get(&message.id).is_some_and(is_unknown) {
                 continue;
             }
-            match self.publish_window(std::slice::from_ref(message), deadline, &mut verdicts).await {
+            match self.publish_batch(std::slice::from_ref(message), deadline, &mut verdicts).await {
                 Ok(()) => {}
-                Err(error) if is_about_a_message(&error) => {
-                    let reason = format!("RabbitMQ closed the channel over its message: {}", chain(&error));
+                Err(error) if is_caused_by_a_message(&error) => {
+                    let reason = format!("RabbitMQ closed the channel over its message: {}", with_causes(&error));
                     verdicts.insert(message.id, Verdict::Poison(reason));
                 }
                 Err(_) => break,
@@ -93,27 +104,31 @@ impl Broker {
         verdicts
     }
 
-    /// Publishes `messages` on a channel that nobody else uses, and notes what is known of each.
-    async fn publish_window(
+    /// Publishes `messages` on a channel that no other batch uses, and writes their verdicts into `verdicts`.
+    async fn publish_batch(
         &self,
         messages: &[Message],
         deadline: Instant,
         verdicts: &mut HashMap<Uuid, Verdict>,
     ) -> Result<(), BrokerError> {
         let channel = self.channel().await?;
-        publish_on(&channel, &self.exchange, messages, deadline, verdicts).await?;
-        // A channel with doubts is not used again: a late confirm would be taken for that of another message.
+        publish_and_await_confirms(&channel, &self.exchange, messages, deadline, verdicts).await?;
+        // Reached only if every message is confirmed or refused. On any other channel a late confirm could be taken for
+        // that of a later message.
         self.idle_channels.lock().await.push(channel);
         Ok(())
     }
 
-    async fn declare_again(&self) {
-        if let Err(error) = self.keep().await {
-            warn!(error = &error as &dyn std::error::Error, "could not declare what is ours again");
+    async fn declare_exchange_again(&self) {
+        if let Err(error) = self.repair_topology().await {
+            warn!(
+                error = &error as &dyn std::error::Error,
+                "could not declare the daemon's exchanges and queues again"
+            );
         }
     }
 
-    /// An idle channel, or a new one.
+    /// An idle channel, or a new one in confirm mode.
     async fn channel(&self) -> Result<Channel, BrokerError> {
         while let Some(channel) = self.idle_channels.lock().await.pop() {
             if channel.status().connected() {
@@ -124,42 +139,42 @@ impl Broker {
         let Some(connection) = connection else {
             return Err(BrokerError::Deadline { doing: "be connected".into(), after: Duration::ZERO });
         };
-        let channel = within("open a channel", connection.create_channel()).await?;
-        within("turn on publisher confirms", channel.confirm_select(ConfirmSelectOptions::default())).await?;
+        let channel = with_deadline("open a channel", connection.create_channel()).await?;
+        with_deadline("turn on publisher confirms", channel.confirm_select(ConfirmSelectOptions::default())).await?;
         Ok(channel)
     }
 }
 
-/// Whether the broker would not take any other message either, although it is there: a right was withdrawn, for instance, or
-/// it confirms nothing.
-fn is_about_all(error: &BrokerError) -> bool {
+/// Whether RabbitMQ would refuse every other message as well, although it is reachable: a permission was withdrawn, for
+/// instance, or it confirms nothing.
+fn affects_every_message(error: &BrokerError) -> bool {
     match error {
         BrokerError::Operation { source, .. } => {
             matches!(source.kind(), lapin::ErrorKind::ProtocolError(error) if matches!(error.kind(), AMQPErrorKind::Soft(_)))
-                && !is_about_a_message(error)
+                && !is_caused_by_a_message(error)
         }
         error => matches!(error, BrokerError::Deadline { .. }),
     }
 }
 
-/// Whether the broker closed the channel over one of the messages on it, and not because of itself or the exchange.
-fn is_about_a_message(error: &BrokerError) -> bool {
-    is_soft(error, &AMQPSoftError::PRECONDITIONFAILED)
+/// Whether RabbitMQ closed the channel because of one of the messages on it, and not because of itself or the exchange.
+fn is_caused_by_a_message(error: &BrokerError) -> bool {
+    is_channel_error(error, &AMQPSoftError::PRECONDITIONFAILED)
 }
 
-/// Whether the broker closed a channel for this reason.
-fn is_soft(error: &BrokerError, reason: &AMQPSoftError) -> bool {
+/// Whether RabbitMQ closed a channel for this reason.
+fn is_channel_error(error: &BrokerError, reason: &AMQPSoftError) -> bool {
     matches!(error, BrokerError::Operation { source, .. } if matches!(source.kind(), lapin::ErrorKind::ProtocolError(error)
         if matches!(error.kind(), AMQPErrorKind::Soft(soft) if soft == reason)))
 }
 
-/// An error and its error_chain, on one line.
-fn chain(error: &BrokerError) -> String {
-    let error_chain = std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
-    error_chain.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+/// An error and its causes, on one line.
+fn with_causes(error: &BrokerError) -> String {
+    let causes = std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
-async fn publish_on(
+async fn publish_and_await_confirms(
     channel: &Channel,
     exchange: &str,
     messages: &[Message],
@@ -169,11 +184,12 @@ async fn publish_on(
     let exchange = ShortString::from(exchange);
     let doing = || format!("take {} messages", messages.len());
     let options = BasicPublishOptions { mandatory: true, immediate: false };
-    // Each is queued in order when it is first polled; awaiting them together fills the socket.
+    // Each message is queued, in order, when its future is first polled; awaiting all of them together fills the
+    // socket.
     let publishes = messages.iter().map(|message| {
         let exchange = exchange.clone();
         async move {
-            let (routing_key, properties) = wire(message);
+            let (routing_key, properties) = routing_key_and_properties(message);
             channel.basic_publish(exchange, routing_key, options, &message.body, properties).await
         }
     });
@@ -212,16 +228,16 @@ async fn publish_on(
     for (id, reason) in returned {
         verdicts.insert(id, Verdict::Refused(reason));
     }
-    let in_doubt = messages.iter().any(|message| matches!(verdicts.get(&message.id), Some(Verdict::Unknown)));
+    let has_unknown = messages.iter().any(|message| matches!(verdicts.get(&message.id), Some(Verdict::Unknown)));
     match failure {
         Some(source) => Err(BrokerError::Operation { doing: doing(), source }),
-        None if in_doubt => Err(BrokerError::Deadline { doing: doing(), after: CONFIRM_DEADLINE }),
+        None if has_unknown => Err(BrokerError::Deadline { doing: doing(), after: CONFIRM_DEADLINE }),
         None => Ok(()),
     }
 }
 
-/// A message in AMQP's types, but for its body. Lengths were checked where the event and the row came in.
-fn wire(message: &Message) -> (ShortString, BasicProperties) {
+/// What the message is published with, beside its body. The lengths were checked when the event and the row were read.
+fn routing_key_and_properties(message: &Message) -> (ShortString, BasicProperties) {
     let short = |text: &str| ShortString::try_new(text).expect("checked to have at most 255 bytes");
     let mut headers = FieldTable::default();
     for (name, value) in &message.headers {
@@ -257,21 +273,21 @@ mod tests {
     use crate::model::event::{BuiltEvent, Event};
     use crate::model::schedule::Schedule;
 
-    /// RabbitMQ's own, and the client library takes what it is offered.
+    /// RabbitMQ's default, which the client library accepts.
     const FRAME_BYTES: usize = 128 * 1024;
 
     proptest! {
-        // Each is some 50 KiB.
+        // Each case has some 50 KiB.
         #![proptest_config(ProptestConfig::with_cases(64))]
 
         #[test]
-        fn whatever_a_row_and_an_event_may_be_their_headers_fit_into_one_frame(
+        fn the_headers_of_any_row_and_any_event_fit_into_one_frame(
             count in prop_oneof![0..5_usize, 1_000..5_000_usize],
             value_bytes in prop_oneof![Just(0), 0..40_000_usize],
             short_bytes in 1..=255_usize,
         ) {
-            // What the table takes: 16 KiB as JSON text, where each has two quotes for its name and for its value, a colon, a
-            // comma, and two spaces.
+            // The table's CHECK allows 16 KiB of JSON text, in which each header has four quotes, a colon, a comma and
+            // two spaces beside its name and its value.
             let mut left = 16 * 1024;
             let mut headers = Vec::new();
             for number in 0..count {
@@ -282,9 +298,9 @@ mod tests {
                 }
                 headers.push((name, value));
             }
-            let own = (0..count).map(|number| (format!("e{number:x}"), "v".repeat(value_bytes / count.max(1))));
+            let event_headers = (0..count).map(|number| (format!("e{number:x}"), "v".repeat(value_bytes / count.max(1))));
             let text = || "k".repeat(short_bytes);
-            let Ok(event) = Event::new(text(), text(), Vec::new(), own.collect()) else { return Ok(()) };
+            let Ok(event) = Event::new(text(), text(), Vec::new(), event_headers.collect()) else { return Ok(()) };
             let schedule = Schedule {
                 id: Uuid::max(),
                 kind: "k".repeat(100),
@@ -300,7 +316,7 @@ mod tests {
             };
             let built = BuiltEvent { event, built_ms: 0, expires_ms: Some(i64::MAX), plugin: "p".repeat(210).into() };
             let message = Message::new(&schedule, built, &"e".repeat(200), 1).expect("in time");
-            let (routing_key, properties) = wire(&message);
+            let (routing_key, properties) = routing_key_and_properties(&message);
             prop_assert_eq!(routing_key.as_str(), text());
             let frame = AMQPFrame::Header(1, AMQPContentHeader { class_id: 60, body_size: 0, properties });
             let (frame, _) = gen_frame(&frame)(WriteContext::from(Vec::new())).expect("a frame").into_inner();

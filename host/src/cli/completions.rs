@@ -7,7 +7,7 @@ use clap_complete::{Shell, generate};
 
 use crate::cli::output;
 
-/// For which shell.
+/// The shell to complete for.
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  tidings completions bash > ~/.local/share/bash-completion/completions/tidings")]
 pub(super) struct CompletionsArgs {

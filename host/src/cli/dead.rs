@@ -1,4 +1,5 @@
-//! `tidings dead …`: the dead letters, by hand. Whoever works on them is alone with them, as a pass of the daemon is.
+//! `tidings dead …`: an operator lists, replays or drops dead letters. Each command takes the lock of a pass in
+//! PostgreSQL, so that no daemon and no other command works on the dead letters at the same time.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::broker::{Broker, DeadLetterQueue, Looked};
 use crate::cli::output::{Output, complain};
-use crate::cli::{age, fail, printable, progress, times, usage};
+use crate::cli::{fail, fail_usage, format_age, printable, progress_bar, times};
 use crate::config::{ServerArgs, ValidationErrors};
 use crate::daemon::signals::shutdown_on_signal_or_hangup;
 use crate::dead_letters::admin::{DeadLetterAdmin, DeadLetterListing};
@@ -24,19 +25,18 @@ use crate::model::wake::Wake;
 use crate::store::Store;
 use crate::telemetry::{TraceSettings, Traces};
 
-/// A look at so many takes long enough to say so.
+/// Looking at this many dead letters takes long enough to be announced.
 const MANY: u32 = 1000;
 
-/// What can be done with dead letters.
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Counts what lies there, by queue, kind and reason, with the age of the oldest
+    /// Counts the dead letters by queue, kind and reason, with the age of the oldest
     #[command(after_help = "Example:\n  tidings dead list --kind game-status --since 2h --limit 1000")]
     List(ListArgs),
-    /// Makes a pass now: sends letters back into the queues they died in
+    /// Makes a pass now: sends dead letters back into the queues they died in
     #[command(after_help = "Example:\n  tidings dead replay --queue mails --dry-run")]
     Replay(ReplayArgs),
-    /// Removes letters for good
+    /// Removes dead letters for good
     #[command(after_help = "Example:\n  tidings dead drop --queue old")]
     Drop(DropArgs),
 }
@@ -48,7 +48,7 @@ pub(super) struct ListArgs {
     servers: ServerArgs,
     #[command(flatten)]
     filter: Filter,
-    /// Only the first so many that lie there, from the oldest on; 0 only counts them
+    /// Looks only at the first COUNT dead letters, from the oldest on; 0 only counts them
     #[arg(long, value_name = "COUNT")]
     limit: Option<u32>,
 }
@@ -77,7 +77,7 @@ pub(super) struct DropArgs {
     all: bool,
 }
 
-/// RowRef letters.
+/// The dead letters to work on.
 #[derive(Args, Debug)]
 struct Filter {
     /// Only of this kind
@@ -87,52 +87,52 @@ struct Filter {
     #[arg(long, value_name = "QUEUE")]
     queue: Option<String>,
     /// Only those that died within this time, such as 90s, 15min or 2h
-    #[arg(long, value_name = "TIME", value_parser = times::span)]
+    #[arg(long, value_name = "TIME", value_parser = times::parse_span)]
     since: Option<Duration>,
 }
 
 impl Filter {
-    fn takes(&self, letter: &DeadLetter, now_seconds: u64) -> bool {
-        let since =
+    fn matches(&self, letter: &DeadLetter, now_seconds: u64) -> bool {
+        let died_within =
             |since: Duration| letter.died_at.is_some_and(|at| at >= now_seconds.saturating_sub(since.as_secs()));
         self.kind.as_ref().is_none_or(|kind| letter.kind.as_ref() == Some(kind))
             && self.queue.as_ref().is_none_or(|queue| letter.queue.as_ref() == Some(queue))
-            && self.since.is_none_or(since)
+            && self.since.is_none_or(died_within)
     }
 
-    fn takes_all(&self) -> bool {
+    fn is_empty(&self) -> bool {
         self.kind.is_none() && self.queue.is_none() && self.since.is_none()
     }
 }
 
-/// What lies there.
+/// What `tidings dead list` answers.
 #[derive(Debug, Serialize)]
 struct Listed {
-    /// How many letters there are in all.
+    /// How many dead letters there are in all.
     waiting: u32,
     /// How many of them were looked at.
     looked_at: u32,
-    /// How many of those were asked for.
+    /// How many of those match the filter.
     listed: u32,
     groups: Vec<Group>,
-    /// To tell how old the oldest are.
+    /// The wall clock when the list was made, from which the ages of the oldest follow.
     #[serde(skip)]
     now_seconds: u64,
 }
 
-/// Letters that died in one queue, of one kind and for one reason.
+/// Dead letters that died in one queue, of one kind and for one reason.
 #[derive(Debug, Serialize)]
 struct Group {
     queue: Option<String>,
     kind: Option<String>,
     reason: Option<String>,
     letters: u32,
-    /// By the broker's clock, to the second.
+    /// By RabbitMQ's clock, to the second.
     #[serde(with = "time::serde::rfc3339::option")]
     oldest_died_at: Option<OffsetDateTime>,
 }
 
-/// What was done, or would be.
+/// What `tidings dead replay` answers: what was done, or would be done.
 #[derive(Debug, Serialize)]
 struct Replayed {
     dry_run: bool,
@@ -140,21 +140,20 @@ struct Replayed {
     expired: u64,
     parked: u64,
     left: u64,
-    /// With `--dry-run`, letter by letter.
-    letters: Vec<Would>,
+    /// With `--dry-run`, each dead letter.
+    letters: Vec<Plan>,
 }
 
-/// What would become of one letter.
+/// What a pass would do with one dead letter.
 #[derive(Debug, Serialize)]
-struct Would {
+struct Plan {
     id: Option<String>,
     /// `replay`, `expire`, `park` or `leave`.
     fate: &'static str,
-    /// In words.
     says: String,
 }
 
-/// What is gone.
+/// What `tidings dead drop` answers.
 #[derive(Debug, Serialize)]
 struct Dropped {
     dropped: u64,
@@ -163,65 +162,68 @@ struct Dropped {
 pub(super) async fn run(command: Command, output: Output) -> ExitCode {
     match command {
         Command::List(ListArgs { servers, filter, limit }) => {
-            with_servers(servers, output, async |with| {
-                with.look(async |look, _| list(look, &filter, limit.unwrap_or(u32::MAX)).await).await
+            with_servers(servers, output, async |servers| {
+                servers.list(async |listing, _| list(listing, &filter, limit.unwrap_or(u32::MAX)).await).await
             })
             .await
         }
         Command::Replay(ReplayArgs { servers, filter, dry_run: true }) => {
-            with_servers(servers, output, async |with| {
-                with.look(async |look, max| dry_run(look, &filter, max).await).await
+            with_servers(servers, output, async |servers| {
+                servers.list(async |listing, max| dry_run(listing, &filter, max).await).await
             })
             .await
         }
         Command::Replay(ReplayArgs { servers, filter, dry_run: false }) => {
-            with_servers(servers, output, async |with| with.work(async |work| replay(work, &filter).await).await).await
+            with_servers(servers, output, async |servers| {
+                servers.administer(async |session| replay(session, &filter).await).await
+            })
+            .await
         }
-        Command::Drop(args) if !args.all && args.filter.takes_all() => {
-            let sentence = "say which letters to drop for good, with --kind, --queue or --since, or say --all";
-            usage(&ValidationErrors::from(sentence))
+        Command::Drop(args) if !args.all && args.filter.is_empty() => {
+            let sentence = "choose the dead letters to drop for good with --kind, --queue or --since, or give --all";
+            fail_usage(&ValidationErrors::from(sentence))
         }
         Command::Drop(DropArgs { servers, filter, .. }) => {
-            with_servers(servers, output, async |with| with.work(async |work| drop_them(work, &filter).await).await)
-                .await
+            with_servers(servers, output, async |servers| {
+                servers.administer(async |session| drop_matching(session, &filter).await).await
+            })
+            .await
         }
     }
 }
 
-/// The servers, checked, for one piece of work on the letters.
-struct With {
+/// Both servers and the settings for one command.
+struct Servers {
     store: Store,
     broker: Broker,
-    /// How often a letter may be replayed.
+    /// How often a dead letter may be replayed.
     max: u32,
-    /// Where traces go.
     traces: Option<TraceSettings>,
 }
 
-/// The letters, and what is given for the work on them.
-struct Work {
+/// A connection to the dead letters, and what the work on them needs.
+struct Session {
     admin: DeadLetterAdmin,
     max: u32,
-    /// How many letters lie there.
     waiting: u32,
-    /// A signal: what is in flight is finished.
+    /// Cancelled by a signal; what is in flight is finished first.
     stop: CancellationToken,
     traces: Option<TraceSettings>,
 }
 
-/// Does something with the servers, and answers.
+/// Runs `work` with the servers and prints the answer, or the error.
 async fn with_servers<T: fmt::Display + Serialize>(
     servers: ServerArgs,
     output: Output,
-    work: impl AsyncFnOnce(With) -> anyhow::Result<T>,
+    work: impl AsyncFnOnce(Servers) -> anyhow::Result<T>,
 ) -> ExitCode {
     let servers = match servers.check() {
         Ok(servers) => servers,
-        Err(mistakes) => return usage(&mistakes),
+        Err(errors) => return fail_usage(&errors),
     };
     let store = Store::new(&servers.database_url, 1);
     let broker = Broker::new(&servers.broker, Arc::new(Wake::default()));
-    match work(With { store, broker, max: servers.replay_max, traces: servers.traces }).await {
+    match work(Servers { store, broker, max: servers.replay_max, traces: servers.traces }).await {
         Ok(answer) => {
             output.answer(&answer);
             ExitCode::SUCCESS
@@ -230,40 +232,40 @@ async fn with_servers<T: fmt::Display + Serialize>(
     }
 }
 
-impl With {
-    /// Looks at the letters, alone, and ends the look whatever came of it.
-    async fn look<T>(
+impl Servers {
+    /// Runs `work` with a listing of the dead letters, and ends the listing however the work ended.
+    async fn list<T>(
         self,
         work: impl AsyncFnOnce(&mut DeadLetterListing, u32) -> anyhow::Result<T>,
     ) -> anyhow::Result<T> {
-        let mut look = DeadLetterListing::begin(&self.store, &self.broker).await?;
-        let done = work(&mut look, self.max).await;
-        look.end().await;
-        done
+        let mut listing = DeadLetterListing::begin(&self.store, &self.broker).await?;
+        let result = work(&mut listing, self.max).await;
+        listing.end().await;
+        result
     }
 
-    /// Does something with the letters, alone, and closes them whatever came of it.
-    async fn work<T>(self, work: impl AsyncFnOnce(&mut Work) -> anyhow::Result<T>) -> anyhow::Result<T> {
+    /// Runs `work` with a session that changes the dead letters, and closes the session however the work ended.
+    async fn administer<T>(self, work: impl AsyncFnOnce(&mut Session) -> anyhow::Result<T>) -> anyhow::Result<T> {
         let admin = DeadLetterAdmin::alone(&self.store, &self.broker).await?;
         let waiting = admin.waiting(DeadLetterQueue::Dead).await?;
-        let mut with =
-            Work { admin, max: self.max, waiting, stop: shutdown_on_signal_or_hangup()?, traces: self.traces };
-        let done = work(&mut with).await;
-        with.admin.end().await;
-        done
+        let mut session =
+            Session { admin, max: self.max, waiting, stop: shutdown_on_signal_or_hangup()?, traces: self.traces };
+        let result = work(&mut session).await;
+        session.admin.end().await;
+        result
     }
 }
 
-async fn list(look: &mut DeadLetterListing, filter: &Filter, limit: u32) -> anyhow::Result<Listed> {
-    let waiting = look.waiting(DeadLetterQueue::Dead).await?;
+async fn list(listing: &mut DeadLetterListing, filter: &Filter, limit: u32) -> anyhow::Result<Listed> {
+    let waiting = listing.waiting(DeadLetterQueue::Dead).await?;
     let most = waiting.min(limit);
-    let bar = looking_at(most, waiting);
+    let bar = announce_look(most, waiting);
     let (now_seconds, mut looked_at, mut listed) = (now_seconds(), 0, 0);
     let mut groups: BTreeMap<[Option<String>; 3], (u32, Option<u64>)> = BTreeMap::new();
-    let see = |letter: Looked| {
+    let group = |letter: Looked| {
         bar.inc(1);
         looked_at += 1;
-        if !filter.takes(&letter.says, now_seconds) {
+        if !filter.matches(&letter.says, now_seconds) {
             return;
         }
         let DeadLetter { queue, kind, reason, died_at, .. } = letter.says;
@@ -272,82 +274,83 @@ async fn list(look: &mut DeadLetterListing, filter: &Filter, limit: u32) -> anyh
         *count += 1;
         *oldest = [*oldest, died_at].into_iter().flatten().min();
     };
-    look.at(DeadLetterQueue::Dead, most, see).await?;
+    listing.at(DeadLetterQueue::Dead, most, group).await?;
     bar.finish_and_clear();
     let groups = groups.into_iter().map(|([queue, kind, reason], (letters, oldest))| Group {
         queue,
         kind,
         reason,
         letters,
-        oldest_died_at: oldest
-            .and_then(|at| i64::try_from(at).ok())
-            .and_then(|at| OffsetDateTime::from_unix_timestamp(at).ok()),
+        oldest_died_at: oldest.and_then(|at| OffsetDateTime::from_unix_timestamp(i64::try_from(at).ok()?).ok()),
     });
     Ok(Listed { waiting, looked_at, listed, groups: groups.collect(), now_seconds })
 }
 
-/// Says how many lie there before the look, which takes a second for some thousands: on a terminal by a bar, elsewhere by a line
+/// Announces a look, which takes a second for some thousands: on a terminal with a progress bar, elsewhere with a line
 /// if they are many.
-fn looking_at(most: u32, waiting: u32) -> ProgressBar {
-    let bar = progress(most.into(), "looked at");
+fn announce_look(most: u32, waiting: u32) -> ProgressBar {
+    let bar = progress_bar(most.into(), "looked at");
     if bar.is_hidden() && most >= MANY {
         complain(format_args!("tidings: looking at {most} of {waiting} dead letters"));
     }
     bar
 }
 
-async fn replay(Work { admin, max, waiting, stop, traces }: &mut Work, filter: &Filter) -> anyhow::Result<Replayed> {
+async fn replay(
+    Session { admin, max, waiting, stop, traces }: &mut Session,
+    filter: &Filter,
+) -> anyhow::Result<Replayed> {
     let DeadLetterAdmin { pass, letters, .. } = admin;
     let traces = Traces::start(traces.as_ref())?;
-    let (bar, now) = (progress(u64::from(*waiting), "dealt with"), now_seconds());
-    let wanted = |letter: &DeadLetter| filter.takes(letter, now);
-    let tally = take_back(letters, pass, *max, wanted, |window| bar.inc(window.letters()), stop).await;
+    let (bar, now) = (progress_bar(u64::from(*waiting), "dealt with"), now_seconds());
+    let is_wanted = |letter: &DeadLetter| filter.matches(letter, now);
+    let counts = take_back(letters, pass, *max, is_wanted, |window| bar.inc(window.letters()), stop).await;
     bar.finish_and_clear();
     traces.stop().await;
-    Ok(Replayed::of(&tally?, None))
+    Ok(Replayed::of(&counts?, None))
 }
 
-/// Says letter by letter what a pass would do, and does nothing.
-async fn dry_run(look: &mut DeadLetterListing, filter: &Filter, max: u32) -> anyhow::Result<Replayed> {
-    let waiting = look.waiting(DeadLetterQueue::Dead).await?;
-    let (bar, clock, now) = (looking_at(waiting, waiting), look.clock().await?, now_seconds());
-    let (mut tally, mut would) = (PassCounts::default(), Vec::new());
-    let see = |letter: Looked| {
+/// Says what a pass would do with each dead letter, and changes nothing.
+async fn dry_run(listing: &mut DeadLetterListing, filter: &Filter, max: u32) -> anyhow::Result<Replayed> {
+    let waiting = listing.waiting(DeadLetterQueue::Dead).await?;
+    let (bar, clock, now) = (announce_look(waiting, waiting), listing.clock().await?, now_seconds());
+    let (mut counts, mut plans) = (PassCounts::default(), Vec::new());
+    let plan = |letter: Looked| {
         bar.inc(1);
-        if !filter.takes(&letter.says, now) {
-            tally.left += 1;
+        if !filter.matches(&letter.says, now) {
+            counts.left += 1;
             return;
         }
         let (count, fate, says) = match letter.says.fate(clock.now_ms(), max) {
-            Fate::Expired => (&mut tally.expired, "expire", "would be removed: its deadline has come".to_owned()),
+            Fate::Expired => (&mut counts.expired, "expire", "would be removed: its deadline has come".to_owned()),
             Fate::Replay { queue, replays, .. } => {
                 let says = format!("would go back into {queue}; replayed {} times before", replays - 1);
-                (&mut tally.replayed, "replay", says)
+                (&mut counts.replayed, "replay", says)
             }
-            Fate::Leave(reason) => (&mut tally.left, "leave", format!("would stay: {reason}")),
-            Fate::Park(reason) => (&mut tally.parked, "park", format!("would be parked: {reason}")),
+            Fate::Leave(reason) => (&mut counts.left, "leave", format!("would stay: {reason}")),
+            Fate::Park(reason) => (&mut counts.parked, "park", format!("would be parked: {reason}")),
         };
         *count += 1;
-        would.push(Would { id: letter.says.id, fate, says });
+        plans.push(Plan { id: letter.says.id, fate, says });
     };
-    look.at(DeadLetterQueue::Dead, waiting, see).await?;
+    listing.at(DeadLetterQueue::Dead, waiting, plan).await?;
     bar.finish_and_clear();
-    Ok(Replayed::of(&tally, Some(would)))
+    Ok(Replayed::of(&counts, Some(plans)))
 }
 
-async fn drop_them(Work { admin, waiting, stop, .. }: &mut Work, filter: &Filter) -> anyhow::Result<Dropped> {
+async fn drop_matching(Session { admin, waiting, stop, .. }: &mut Session, filter: &Filter) -> anyhow::Result<Dropped> {
     let DeadLetterAdmin { pass, letters, .. } = admin;
-    let (bar, now) = (progress(u64::from(*waiting), "looked at"), now_seconds());
-    let dropped = drop_letters(letters, pass, |letter| filter.takes(letter, now), |seen| bar.inc(seen), stop).await;
+    let (bar, now) = (progress_bar(u64::from(*waiting), "looked at"), now_seconds());
+    let dropped = drop_letters(letters, pass, |letter| filter.matches(letter, now), |seen| bar.inc(seen), stop).await;
     bar.finish_and_clear();
     Ok(Dropped { dropped: dropped? })
 }
 
 impl Replayed {
-    /// `would` is what a dry run found.
-    fn of(tally: &PassCounts, would: Option<Vec<Would>>) -> Self {
-        let PassCounts { replayed, expired, parked, left, .. } = *tally;
-        Self { dry_run: would.is_some(), replayed, expired, parked, left, letters: would.unwrap_or_default() }
+    /// `plans` are those of a dry run.
+    fn of(counts: &PassCounts, plans: Option<Vec<Plan>>) -> Self {
+        let PassCounts { replayed, expired, parked, left, .. } = *counts;
+        Self { dry_run: plans.is_some(), replayed, expired, parked, left, letters: plans.unwrap_or_default() }
     }
 }
 
@@ -360,8 +363,8 @@ impl fmt::Display for Listed {
             let name = |name: &Option<String>| name.as_deref().map_or_else(|| "-".to_owned(), printable);
             let (queue, kind, reason) = (name(queue), name(kind), name(reason));
             let oldest = oldest_died_at.and_then(|at| u64::try_from(at.unix_timestamp()).ok());
-            let age =
-                oldest.map_or_else(|| "?".into(), |at| age(Duration::from_secs(self.now_seconds.saturating_sub(at))));
+            let age = oldest
+                .map_or_else(|| "?".into(), |at| format_age(Duration::from_secs(self.now_seconds.saturating_sub(at))));
             writeln!(formatter, "{letters:>8}  {queue:<30} {kind:<24} {reason:<14} {age}")?;
         }
         let Self { listed, looked_at, waiting, .. } = self;
@@ -375,7 +378,7 @@ impl fmt::Display for Listed {
 
 impl fmt::Display for Replayed {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for Would { id, says, .. } in &self.letters {
+        for Plan { id, says, .. } in &self.letters {
             writeln!(formatter, "{}  {}", printable(id.as_deref().unwrap_or("-")), printable(says))?;
         }
         let Self { dry_run, replayed, expired, parked, left, .. } = self;
@@ -390,7 +393,7 @@ impl fmt::Display for Dropped {
     }
 }
 
-/// The broker notes the time of a death by a wall clock, and no other will do to compare with it.
+/// This host's wall clock: RabbitMQ notes the time of a death by its own, so only a wall clock can be compared with it.
 fn now_seconds() -> u64 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

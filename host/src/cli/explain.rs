@@ -6,14 +6,14 @@ use std::process::ExitCode;
 use clap::Args;
 
 use crate::cli::output::{Output, complain};
-use crate::cli::{NOT_FOUND, answered, printable, times};
+use crate::cli::{NOT_FOUND, printable, times, with_store};
 use crate::config::DatabaseArgs;
 use crate::model::display;
 use crate::model::display::Explanation;
 use crate::model::row_status::{FoundRow, RowRef};
 use crate::store::Store;
 
-/// RowRef row.
+/// The row to explain.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  tidings explain 0199a6b2-1c2d-7000-8000-000000000001\n  \
                         tidings explain 'game-reminder/game 7/60'")]
@@ -22,13 +22,13 @@ pub(super) struct ExplainArgs {
     database: DatabaseArgs,
     /// The id of a row (which is the id of its message), or its kind and key
     #[arg(value_name = "ID|KIND/KEY")]
-    which: RowRef,
+    row: RowRef,
 }
 
 pub(super) async fn explain(args: ExplainArgs, output: Output) -> ExitCode {
-    answered(args.database, async |store: Store| {
-        let Some(found) = store.find(&args.which, None).await? else {
-            complain(format_args!("tidings: {}", display::unknown_row(&args.which)));
+    with_store(args.database, async |store: Store| {
+        let Some(found) = store.find(&args.row, None).await? else {
+            complain(format_args!("tidings: {}", display::unknown_row(&args.row)));
             return Ok(ExitCode::from(NOT_FOUND));
         };
         output.answer(&Explanation::of(found));

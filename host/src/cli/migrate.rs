@@ -13,7 +13,7 @@ use crate::store::{SchemaError, Store};
 /// What `tidings migrate` answers.
 #[derive(Debug, Serialize)]
 struct Migrated {
-    /// Host, port and name.
+    /// Host, port and name of the database.
     database: String,
     /// How many migrations ran.
     ran: usize,

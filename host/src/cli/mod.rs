@@ -1,7 +1,14 @@
-//! The command line: one file per subcommand. Exit codes: 0 done or stopped by a signal; 64 usage and settings; 65 the
-//! schema is not ours; 66 not found; 1 anything else.
+//! The command line: one file per subcommand.
+//!
+//! Must never decide anything: a command checks its arguments, calls the part of the library that does the work, and
+//! prints the answer.
+//!
+//! To change it, know: every answer goes through `output`, as lines or, with `--json`, as one document. The exit codes
+//! are part of the contract: 0 done or stopped by a signal; 64 usage and settings; 65 the schema is not the one that
+//! this release works with; 66 not found; 1 anything else. The help of every command ends with an example; a test
+//! checks that.
 
-// They panic when nobody reads any more; `output` does not.
+// `print!` and `eprint!` panic when the reader has closed the pipe; the functions of `output` do not.
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
 mod completions;
@@ -36,9 +43,9 @@ use output::{Output, complain};
 
 /// Wrong usage or settings (`EX_USAGE` of sysexits.h).
 const USAGE: u8 = 64;
-/// The database's schema is not ours (`EX_DATAERR` of sysexits.h).
+/// The database's schema is not the one that this release works with (`EX_DATAERR` of sysexits.h).
 const SCHEMA: u8 = 65;
-/// There is no such thing (`EX_NOINPUT` of sysexits.h).
+/// The row or kind that was named does not exist (`EX_NOINPUT` of sysexits.h).
 const NOT_FOUND: u8 = 66;
 
 /// Turns rows in PostgreSQL into messages in RabbitMQ, on time.
@@ -92,8 +99,8 @@ enum Command {
     /// Creates or updates the schema `tidings` in the database
     #[command(after_help = "Example:\n  tidings migrate --database-url postgres://owner:secret@db/shop")]
     Migrate(DatabaseArgs),
-    /// Prints what the daemon needs in RabbitMQ, as definitions to import: exchanges, queues, the binding, and the fewest
-    /// permissions of its user
+    /// Prints what the daemon needs in RabbitMQ, as definitions to import: exchanges, queues, the binding, and the
+    /// fewest permissions of its user
     Topology(topology::TopologyArgs),
     /// Prints what a shell needs to complete the command line
     Completions(completions::CompletionsArgs),
@@ -123,7 +130,7 @@ pub fn main() -> ExitCode {
                 telemetry::start(config.log);
                 runtime.block_on(run::run(config))
             }
-            Err(mistakes) => usage(&mistakes),
+            Err(errors) => fail_usage(&errors),
         },
         Command::Doctor(args) => runtime.block_on(doctor::run(*args, output)),
         Command::Ready(args) => ready::ready(args, output),
@@ -140,33 +147,35 @@ pub fn main() -> ExitCode {
         Command::Completions(args) => completions::completions(&args, Cli::command()),
         Command::Migrate(args) => match args.check() {
             Ok(url) => runtime.block_on(migrate::migrate(&url, output)),
-            Err(mistakes) => usage(&mistakes),
+            Err(errors) => fail_usage(&errors),
         },
     };
-    // What is left in the background has nothing more to say.
+    // Tasks that still run in the background must not delay the exit.
     runtime.shutdown_background();
     code
 }
 
-fn usage(mistakes: &ValidationErrors) -> ExitCode {
-    for mistake in mistakes.iter() {
-        complain(format_args!("tidings: {mistake}"));
+/// Prints each error on standard error, and returns the exit code of wrong usage.
+fn fail_usage(errors: &ValidationErrors) -> ExitCode {
+    for error in errors.iter() {
+        complain(format_args!("tidings: {error}"));
     }
     ExitCode::from(USAGE)
 }
 
-/// Answers from the database alone: does `work` with it, and says in words what went wrong.
-async fn answered(database: DatabaseArgs, work: impl AsyncFnOnce(Store) -> Result<ExitCode, StoreError>) -> ExitCode {
+/// Runs `work` with a store of one connection. Prints an error on standard error, and returns the exit code that fits
+/// it.
+async fn with_store(database: DatabaseArgs, work: impl AsyncFnOnce(Store) -> Result<ExitCode, StoreError>) -> ExitCode {
     let url = match database.check() {
         Ok(url) => url,
-        Err(mistakes) => return usage(&mistakes),
+        Err(errors) => return fail_usage(&errors),
     };
     let error = match work(Store::new(&url, 1)).await {
         Ok(code) => return code,
         Err(error) => error,
     };
     if let Some(rule) = error.broken_rule() {
-        usage(&ValidationErrors::from(named(rule).as_str()))
+        fail_usage(&ValidationErrors::from(name_argument(rule).as_str()))
     } else if let Some(conflict) = error.conflict() {
         complain(format_args!("tidings: {}", printable(conflict)));
         ExitCode::FAILURE
@@ -180,8 +189,8 @@ async fn answered(database: DatabaseArgs, work: impl AsyncFnOnce(Store) -> Resul
     }
 }
 
-/// A rule, behind the argument that broke it: rules begin with a column.
-fn named(rule: &str) -> String {
+/// Puts the argument that broke a rule of the schema before the rule, whose text begins with the column.
+fn name_argument(rule: &str) -> String {
     let column = rule.split(' ').next().unwrap_or_default();
     let argument = match column {
         "kind" => "KIND",
@@ -198,29 +207,29 @@ fn named(rule: &str) -> String {
     format!("{argument}: {rule}")
 }
 
-/// A bar on a terminal, and nothing elsewhere. `length` 0 = none at all.
+/// A progress bar: drawn on a terminal, hidden elsewhere and if `length` is 0.
 ///
 /// # Panics
 ///
 /// Never: the template is a constant.
-fn progress(length: u64, what: &'static str) -> ProgressBar {
+fn progress_bar(length: u64, message: &'static str) -> ProgressBar {
     if length == 0 {
         return ProgressBar::hidden();
     }
     let style =
         ProgressStyle::with_template("{bar:40} {human_pos} of {human_len} {msg}, {eta} left").expect("a template");
-    let bar = ProgressBar::new(length).with_style(style).with_message(what);
-    // At once, since it says how much there is to do.
+    let bar = ProgressBar::new(length).with_style(style).with_message(message);
+    // Drawn at once: it shows how much there is to do.
     bar.tick();
     bar
 }
 
-/// A time in words, to the second.
-fn age(time: Duration) -> String {
+/// Writes a duration in words, to the second.
+fn format_age(time: Duration) -> String {
     humantime::format_duration(Duration::from_secs(time.as_secs())).to_string()
 }
 
-/// Says what went wrong, with its error_chain, on one line.
+/// Prints an error with its causes on one line of standard error, and returns the exit code.
 fn fail(code: u8, error: &anyhow::Error) -> ExitCode {
     complain(format_args!("tidings: {}", error_chain(&**error)));
     ExitCode::from(code)
@@ -230,42 +239,42 @@ fn fail(code: u8, error: &anyhow::Error) -> ExitCode {
 mod tests {
     use super::*;
 
-    /// The subcommands that can be run, by name, with what their help ends with.
-    fn leaves(command: &clap::Command, path: &str, found: &mut Vec<(String, String)>) {
+    /// Adds the subcommands that can be run to `found`, each with the end of its help.
+    fn collect_commands(command: &clap::Command, path: &str, found: &mut Vec<(String, String)>) {
         let path = format!("{path} {}", command.get_name());
         if !command.has_subcommands() && !command.is_hide_set() {
-            let ends = command.get_after_help().map(ToString::to_string).unwrap_or_default();
-            found.push((path.clone(), ends));
+            let help_end = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            found.push((path.clone(), help_end));
         }
         for subcommand in command.get_subcommands() {
-            leaves(subcommand, &path, found);
+            collect_commands(subcommand, &path, found);
         }
     }
 
     #[test]
     fn the_help_of_every_command_ends_with_an_example_of_it() {
         let mut found = Vec::new();
-        leaves(&Cli::command(), "", &mut found);
+        collect_commands(&Cli::command(), "", &mut found);
         assert!(found.len() > 20, "{found:?}");
-        for (path, ends) in found {
+        for (path, help_end) in found {
             assert!(
-                ends.starts_with("Example") && ends.contains(&format!(" {path} ")) || ends.ends_with(&path),
-                "{path}: {ends}"
+                help_end.starts_with("Example") && help_end.contains(&format!(" {path} ")) || help_end.ends_with(&path),
+                "{path}: {help_end}"
             );
         }
     }
 
     #[test]
-    fn the_command_line_holds_together() {
+    fn clap_accepts_the_command_line() {
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn a_broken_rule_is_told_with_the_argument_that_broke_it() {
+    fn a_broken_rule_is_shown_with_the_argument_that_broke_it() {
         assert_eq!(
-            named("expires_at must be after due_at"),
+            name_argument("expires_at must be after due_at"),
             "--expires-at or --expires-in: expires_at must be after due_at"
         );
-        assert_eq!(named("timestamp out of range"), "timestamp out of range");
+        assert_eq!(name_argument("timestamp out of range"), "timestamp out of range");
     }
 }

@@ -1,4 +1,4 @@
-//! `tidings next`: what is due next, and what waits without a time.
+//! `tidings next`: the rows that are due next, and what is held or paused.
 
 use std::fmt;
 use std::process::ExitCode;
@@ -9,7 +9,7 @@ use serde::Serialize;
 use time::OffsetDateTime;
 
 use crate::cli::output::Output;
-use crate::cli::{answered, pause_sentence, printable, times};
+use crate::cli::{pause_sentence, printable, times, with_store};
 use crate::config::DatabaseArgs;
 use crate::model::row_status::Pause;
 use crate::store::{ENOUGH, Store, UpcomingRow};
@@ -21,7 +21,7 @@ pub(super) struct NextArgs {
     #[command(flatten)]
     database: DatabaseArgs,
     /// Only what is due within this time, such as 15min or 1h
-    #[arg(long, value_name = "SPAN", allow_hyphen_values = true, value_parser = times::span)]
+    #[arg(long, value_name = "SPAN", allow_hyphen_values = true, value_parser = times::parse_span)]
     within: Option<Duration>,
     /// Only of this kind
     #[arg(long, value_name = "KIND")]
@@ -49,16 +49,16 @@ struct Next {
 struct Held {
     kind: String,
     rows: i64,
-    /// There are more than that.
+    /// Whether there are more than `rows`.
     or_more: bool,
 }
 
 pub(super) async fn next(args: NextArgs, output: Output) -> ExitCode {
     let NextArgs { database, within, kind, limit } = args;
-    answered(database, async |store: Store| {
+    with_store(database, async |store: Store| {
         let upcoming = store.upcoming(within, kind.as_deref(), limit).await?;
-        let wanted = |other: &str| kind.as_deref().is_none_or(|kind| kind == other);
-        let held = store.some_held().await?.into_iter().filter(|(kind, _)| wanted(kind));
+        let is_wanted = |other: &str| kind.as_deref().is_none_or(|kind| kind == other);
+        let held = store.some_held().await?.into_iter().filter(|(kind, _)| is_wanted(kind));
         let held = held.map(|(kind, rows)| Held { kind, rows: rows.min(ENOUGH), or_more: rows > ENOUGH });
         output.answer(&Next {
             now: upcoming.now,
@@ -66,7 +66,7 @@ pub(super) async fn next(args: NextArgs, output: Output) -> ExitCode {
             more: upcoming.more,
             more_is_estimate: upcoming.more_is_estimate,
             held: held.collect(),
-            paused: store.pauses().await?.into_iter().filter(|pause| wanted(&pause.kind)).collect(),
+            paused: store.pauses().await?.into_iter().filter(|pause| is_wanted(&pause.kind)).collect(),
         });
         Ok(ExitCode::SUCCESS)
     })
@@ -80,13 +80,13 @@ impl fmt::Display for Next {
         }
         for row in &self.rows {
             let name = |name: &Option<String>| name.as_deref().map_or_else(|| "-".to_owned(), printable);
-            let away = match times::relative(row.at, self.now) {
-                away if row.held => format!("{away}, held"),
-                away if row.attempts > 0 => format!("{away}, again"),
-                away => away,
+            let when = match times::format_relative(row.at, self.now) {
+                when if row.held => format!("{when}, held"),
+                when if row.attempts > 0 => format!("{when}, again"),
+                when => when,
             };
             let (at, kind, key, subject) = (times::show(row.at), &row.kind, name(&row.key), name(&row.subject));
-            writeln!(formatter, "{at:<24} {away:<16} {kind:<24} {key:<24} {subject}")?;
+            writeln!(formatter, "{at:<24} {when:<16} {kind:<24} {key:<24} {subject}")?;
         }
         match (self.rows.len(), self.more) {
             (0, _) => write!(formatter, "nothing is due")?,
@@ -96,12 +96,12 @@ impl fmt::Display for Next {
         }
         for Held { kind, rows, or_more } in &self.held {
             let rows = if *or_more { format!("more than {rows}") } else { rows.to_string() };
-            let why = if self.paused.iter().any(|pause| pause.kind == *kind) {
-                "until it goes on"
+            let until = if self.paused.iter().any(|pause| pause.kind == *kind) {
+                "until the kind is resumed"
             } else {
                 "until a plugin serves it"
             };
-            write!(formatter, "\nheld: {rows} rows of the kind {kind}, {why}")?;
+            write!(formatter, "\nheld: {rows} rows of the kind {kind}, {until}")?;
         }
         for pause in &self.paused {
             write!(formatter, "\npaused: {}", pause_sentence(pause))?;

@@ -1,5 +1,5 @@
-//! `tidings parked …`: what was set aside for a person. Rows that no plugin could build lie in the database, dead letters
-//! that could not go back in a queue; here they are one list.
+//! `tidings parked …`: what was set aside for a person, as one list: rows that no plugin could build, which are in the
+//! database, and dead letters that could not be replayed, which are in a queue of RabbitMQ.
 
 use std::fmt;
 use std::process::ExitCode;
@@ -13,70 +13,70 @@ use uuid::Uuid;
 
 use crate::broker::{Broker, DeadLetterQueue, Looked};
 use crate::cli::output::{Output, complain};
-use crate::cli::{NOT_FOUND, age, fail, printable, progress, usage};
+use crate::cli::{NOT_FOUND, fail, fail_usage, format_age, printable, progress_bar};
 use crate::config::{ServerArgs, ValidationErrors};
 use crate::daemon::signals::shutdown_on_signal_or_hangup;
 use crate::dead_letters::admin::{DeadLetterAdmin, DeadLetterListing, NotDone, Selection, drop_rows, retry_rows};
 use crate::model::wake::Wake;
 use crate::store::{ParkedRow, Store};
 
-/// What can be done with what is parked.
+/// The subcommands.
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Lists rows and letters, with the reasons
+    /// Lists parked rows and dead letters, with the reasons
     #[command(after_help = "Example:\n  tidings parked list")]
     List(ServerArgs),
-    /// Puts rows back into the queue, due now, and letters back into the queues they died in
+    /// Puts rows back into the queue, due now, and dead letters back into the queues they died in
     #[command(after_help = "Example:\n  tidings parked retry 0199a6b2-1c2d-7000-8000-000000000001")]
-    Retry(RowRef),
-    /// Removes them for good
+    Retry(SelectionArgs),
+    /// Removes parked rows and dead letters for good
     #[command(after_help = "Example:\n  tidings parked drop --all")]
-    Drop(RowRef),
+    Drop(SelectionArgs),
 }
 
-/// RowRef of them.
+/// The parked rows and dead letters to work on.
 #[derive(Args, Debug)]
-pub(super) struct RowRef {
+pub(super) struct SelectionArgs {
     #[command(flatten)]
     servers: ServerArgs,
-    /// Their ids
+    /// The ids of rows or messages
     #[arg(value_name = "ID", required_unless_present = "all")]
     ids: Vec<String>,
-    /// All of them
+    /// All parked rows and dead letters
     #[arg(long, conflicts_with = "ids")]
     all: bool,
 }
 
-/// What is done.
+/// What a command does with them.
 #[derive(Clone, Copy)]
-enum Deed {
+enum Action {
     Retry,
     Drop,
 }
 
-/// What it was done with, and what stays.
+/// How many rows and dead letters the action was done with, and which ones stay parked.
 #[derive(Debug, Default)]
-struct Done {
+struct Outcome {
     rows: usize,
     letters: usize,
     stay: Vec<NotDone>,
 }
 
-/// What is parked.
+/// What `tidings parked list` answers.
 #[derive(Debug, Serialize)]
 struct Listed {
     rows: Vec<ParkedRow>,
     letters: Vec<ParkedLetter>,
 }
 
-/// A parked letter.
+/// A parked dead letter.
 #[derive(Debug, Serialize)]
 struct ParkedLetter {
     id: Option<String>,
     kind: Option<String>,
-    /// Where it died.
+    /// The queue in which it died.
     queue: Option<String>,
-    /// Why it is parked.
+    /// Why it was parked.
     reason: Option<String>,
 }
 
@@ -86,7 +86,7 @@ impl From<Looked> for ParkedLetter {
     }
 }
 
-/// How many were put back, and what was not.
+/// What `tidings parked retry` answers.
 #[derive(Debug, Serialize)]
 struct Retried {
     rows: usize,
@@ -94,7 +94,7 @@ struct Retried {
     stay: Vec<NotDone>,
 }
 
-/// How many are gone.
+/// What `tidings parked drop` answers.
 #[derive(Debug, Serialize)]
 struct Dropped {
     rows: usize,
@@ -102,16 +102,16 @@ struct Dropped {
 }
 
 pub(super) async fn run(command: Command, output: Output) -> ExitCode {
-    let (which, deed) = match command {
+    let (selection, action) = match command {
         Command::List(servers) => return list(servers, output).await,
-        Command::Retry(which) => (which, Deed::Retry),
-        Command::Drop(which) => (which, Deed::Drop),
+        Command::Retry(selection) => (selection, Action::Retry),
+        Command::Drop(selection) => (selection, Action::Drop),
     };
-    // Nothing among all is an answer; an id that nothing has is a mistake.
-    let all = which.all;
-    let Done { rows, letters, stay } = match run_on(which, deed).await {
+    // With --all, nothing to do is a success. An id that does not exist is an error.
+    let all = selection.all;
+    let Outcome { rows, letters, stay } = match run_action(selection, action).await {
         Ok(Ok(done)) => done,
-        Ok(Err(mistakes)) => return usage(&mistakes),
+        Ok(Err(errors)) => return fail_usage(&errors),
         Err(error) => return fail(1, &error),
     };
     let code = match rows + letters {
@@ -119,40 +119,41 @@ pub(super) async fn run(command: Command, output: Output) -> ExitCode {
         0 if !all => ExitCode::from(NOT_FOUND),
         _ => ExitCode::SUCCESS,
     };
-    match deed {
-        Deed::Retry => output.answer(&Retried { rows, letters, stay }),
-        Deed::Drop => output.answer(&Dropped { rows, letters }),
+    match action {
+        Action::Retry => output.answer(&Retried { rows, letters, stay }),
+        Action::Drop => output.answer(&Dropped { rows, letters }),
     }
     code
 }
 
-fn both(servers: ServerArgs) -> Result<(Store, Broker), ValidationErrors> {
+/// Returns both servers, without connecting to them.
+fn open_servers(servers: ServerArgs) -> Result<(Store, Broker), ValidationErrors> {
     let servers = servers.check()?;
     Ok((Store::new(&servers.database_url, 1), Broker::new(&servers.broker, Arc::new(Wake::default()))))
 }
 
 async fn list(servers: ServerArgs, output: Output) -> ExitCode {
-    let (store, broker) = match both(servers) {
-        Ok(both) => both,
-        Err(mistakes) => return usage(&mistakes),
+    let (store, broker) = match open_servers(servers) {
+        Ok(servers) => servers,
+        Err(errors) => return fail_usage(&errors),
     };
     let listed = async {
-        let look = DeadLetterListing::begin(&store, &broker).await?;
-        let looked = async {
+        let listing = DeadLetterListing::begin(&store, &broker).await?;
+        let listed = async {
             let (rows, mut letters) = (store.parked().await?, Vec::new());
-            let waiting = look.waiting(DeadLetterQueue::Parked).await?;
-            let bar = progress(waiting.into(), "letters");
-            let see = |letter: Looked| {
+            let waiting = listing.waiting(DeadLetterQueue::Parked).await?;
+            let bar = progress_bar(waiting.into(), "dead letters");
+            let collect = |letter: Looked| {
                 bar.inc(1);
                 letters.push(letter.into());
             };
-            look.at(DeadLetterQueue::Parked, waiting, see).await?;
+            listing.at(DeadLetterQueue::Parked, waiting, collect).await?;
             bar.finish_and_clear();
             anyhow::Ok(Listed { rows, letters })
         };
-        let looked = looked.await;
-        look.end().await;
-        looked
+        let listed = listed.await;
+        listing.end().await;
+        listed
     };
     match listed.await {
         Ok(listed) => {
@@ -163,70 +164,78 @@ async fn list(servers: ServerArgs, output: Output) -> ExitCode {
     }
 }
 
-async fn run_on(RowRef { servers, ids, all }: RowRef, deed: Deed) -> anyhow::Result<Result<Done, ValidationErrors>> {
-    let (store, broker) = match both(servers) {
-        Ok(both) => both,
-        Err(mistakes) => return Ok(Err(mistakes)),
+async fn run_action(
+    SelectionArgs { servers, ids, all }: SelectionArgs,
+    action: Action,
+) -> anyhow::Result<Result<Outcome, ValidationErrors>> {
+    let (store, broker) = match open_servers(servers) {
+        Ok(servers) => servers,
+        Err(errors) => return Ok(Err(errors)),
     };
-    // Both servers before anything is done on one of them.
+    // Connects to both servers before anything is done on one of them.
     let mut admin = DeadLetterAdmin::alone(&store, &broker).await?;
-    let wanted = if all { Selection::All } else { Selection::Ids(ids.into_iter().collect()) };
-    let mut done = Done::default();
-    let worked = async {
-        on_rows(&store, &wanted, deed, &mut done).await?;
-        on_letters(&mut admin, &wanted, deed, &mut done).await
+    let selection = if all { Selection::All } else { Selection::Ids(ids.into_iter().collect()) };
+    let mut outcome = Outcome::default();
+    let result = async {
+        act_on_rows(&store, &selection, action, &mut outcome).await?;
+        act_on_dead_letters(&mut admin, &selection, action, &mut outcome).await
     };
-    let worked = worked.await;
+    let result = result.await;
     admin.end().await;
-    worked.map(|()| Ok(done))
+    result.map(|()| Ok(outcome))
 }
 
-async fn on_rows(store: &Store, wanted: &Selection, deed: Deed, done: &mut Done) -> anyhow::Result<()> {
-    let mut rows = store.parked().await?;
-    rows.retain(|row| wanted.takes(Some(&row.id.to_string())));
-    let ids: Vec<Uuid> = rows.iter().map(|row| row.id).collect();
-    let bar = progress(ids.len() as u64, "rows");
-    let more = |rows| bar.inc(rows as u64);
-    let worked = match deed {
-        Deed::Drop => drop_rows(store, &ids, more).await,
-        Deed::Retry => retry_rows(store, &ids, more).await,
-    };
-    bar.finish_and_clear();
-    let worked = worked?;
-    done.rows = worked.count;
-    stay(worked.stay, done);
-    Ok(())
-}
-
-/// Goes once through the parked letters.
-async fn on_letters(
-    admin: &mut DeadLetterAdmin,
-    wanted: &Selection,
-    deed: Deed,
-    done: &mut Done,
+async fn act_on_rows(
+    store: &Store,
+    selection: &Selection,
+    action: Action,
+    outcome: &mut Outcome,
 ) -> anyhow::Result<()> {
-    let bar = progress(admin.waiting(DeadLetterQueue::Parked).await?.into(), "letters");
-    // Broken off between what is sent and what is acknowledged, it would leave copies.
-    let (more, stop) = (|letters| bar.inc(letters as u64), shutdown_on_signal_or_hangup()?);
-    let worked = match deed {
-        Deed::Drop => admin.drop_parked(wanted, more, &stop).await,
-        Deed::Retry => admin.retry_parked(wanted, more, &stop).await,
+    let mut rows = store.parked().await?;
+    rows.retain(|row| selection.takes(Some(&row.id.to_string())));
+    let ids: Vec<Uuid> = rows.iter().map(|row| row.id).collect();
+    let bar = progress_bar(ids.len() as u64, "rows");
+    let advance = |rows| bar.inc(rows as u64);
+    let result = match action {
+        Action::Drop => drop_rows(store, &ids, advance).await,
+        Action::Retry => retry_rows(store, &ids, advance).await,
     };
     bar.finish_and_clear();
-    let worked = worked?;
-    done.letters = worked.count;
-    stay(worked.stay, done);
+    let done = result?;
+    outcome.rows = done.count;
+    report_unchanged(done.stay, outcome);
     Ok(())
 }
 
-fn stay(stay: Vec<NotDone>, done: &mut Done) {
-    for NotDone { id, why } in &stay {
-        complain(format_args!("tidings: {} stays: {}", name(id.as_ref()), printable(why)));
-    }
-    done.stay.extend(stay);
+/// Goes through the parked dead letters once.
+async fn act_on_dead_letters(
+    admin: &mut DeadLetterAdmin,
+    selection: &Selection,
+    action: Action,
+    outcome: &mut Outcome,
+) -> anyhow::Result<()> {
+    let bar = progress_bar(admin.waiting(DeadLetterQueue::Parked).await?.into(), "dead letters");
+    // A signal must not end the process between publishing a dead letter and acknowledging it: that would leave a copy.
+    let (advance, stop) = (|letters| bar.inc(letters as u64), shutdown_on_signal_or_hangup()?);
+    let result = match action {
+        Action::Drop => admin.drop_parked(selection, advance, &stop).await,
+        Action::Retry => admin.retry_parked(selection, advance, &stop).await,
+    };
+    bar.finish_and_clear();
+    let done = result?;
+    outcome.letters = done.count;
+    report_unchanged(done.stay, outcome);
+    Ok(())
 }
 
-fn name(id: Option<&String>) -> String {
+fn report_unchanged(stay: Vec<NotDone>, outcome: &mut Outcome) {
+    for NotDone { id, why } in &stay {
+        complain(format_args!("tidings: {} stays: {}", show_id(id.as_ref()), printable(why)));
+    }
+    outcome.stay.extend(stay);
+}
+
+fn show_id(id: Option<&String>) -> String {
     id.map_or_else(|| "-".to_owned(), |id| printable(id))
 }
 
@@ -234,14 +243,14 @@ impl fmt::Display for Listed {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let now = OffsetDateTime::now_utc();
         for ParkedRow { id, kind, parked_at, reason, .. } in &self.rows {
-            let age = age(Duration::try_from(now - *parked_at).unwrap_or_default());
+            let age = format_age(Duration::try_from(now - *parked_at).unwrap_or_default());
             writeln!(formatter, "row     {id}  {kind:<24} {age} ago: {}", printable(reason))?;
         }
         for ParkedLetter { id, kind, queue, reason } in &self.letters {
             let kind = printable(kind.as_deref().unwrap_or("-"));
             let queue = printable(queue.as_deref().unwrap_or("?"));
             let reason = printable(reason.as_deref().unwrap_or("no reason was noted"));
-            writeln!(formatter, "letter  {}  {kind:<24} died in {queue}: {reason}", name(id.as_ref()))?;
+            writeln!(formatter, "letter  {}  {kind:<24} died in {queue}: {reason}", show_id(id.as_ref()))?;
         }
         write!(formatter, "{} rows and {} letters are parked", self.rows.len(), self.letters.len())
     }

@@ -1,4 +1,5 @@
-//! `tidings pause` and `tidings resume`: a person stops a kind, and lets it go on. Its rows stay where they are.
+//! `tidings pause` and `tidings resume`: an operator stops a kind and lets it go on. The rows of the kind stay in the
+//! queue.
 
 use std::fmt;
 use std::process::ExitCode;
@@ -9,7 +10,7 @@ use serde::Serialize;
 use time::OffsetDateTime;
 
 use crate::cli::output::{Output, complain};
-use crate::cli::{NOT_FOUND, answered, pause_sentence, printable, times};
+use crate::cli::{NOT_FOUND, pause_sentence, printable, times, with_store};
 use crate::config::DatabaseArgs;
 use crate::model::row_status::Pause;
 use crate::store::{Store, Until};
@@ -23,12 +24,12 @@ pub(super) struct PauseArgs {
     /// The kind
     kind: String,
     /// When the pause ends by itself, in RFC 3339; without --until and --for only `tidings resume` ends it
-    #[arg(long, value_name = "TIME", value_parser = times::instant, conflicts_with = "span")]
+    #[arg(long, value_name = "TIME", value_parser = times::parse_instant, conflicts_with = "span")]
     until: Option<OffsetDateTime>,
     /// How long it lasts, such as 15min or 2h
-    #[arg(long = "for", id = "span", value_name = "SPAN", allow_hyphen_values = true, value_parser = times::span)]
+    #[arg(long = "for", id = "span", value_name = "SPAN", allow_hyphen_values = true, value_parser = times::parse_span)]
     span: Option<Duration>,
-    /// Why, for whoever finds it paused
+    /// The reason, shown wherever the pause is shown
     #[arg(long, value_name = "TEXT")]
     reason: Option<String>,
 }
@@ -66,7 +67,7 @@ pub(super) async fn pause(args: PauseArgs, output: Output) -> ExitCode {
         (None, Some(span)) => Until::After(span),
         (None, None) => Until::Resumed,
     };
-    answered(database, async |store: Store| {
+    with_store(database, async |store: Store| {
         let pause = store.pause(&kind, until, reason.as_deref()).await?;
         let daemons = store.count_daemons(&kind).await?;
         if daemons == 0 {
@@ -80,7 +81,7 @@ pub(super) async fn pause(args: PauseArgs, output: Output) -> ExitCode {
 
 pub(super) async fn resume(args: ResumeArgs, output: Output) -> ExitCode {
     let ResumeArgs { database, kind } = args;
-    answered(database, async |store: Store| {
+    with_store(database, async |store: Store| {
         let resumed = store.resume(&kind).await?;
         output.answer(&Resumed { kind, resumed });
         Ok(if resumed { ExitCode::SUCCESS } else { ExitCode::from(NOT_FOUND) })

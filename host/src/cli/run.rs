@@ -13,12 +13,12 @@ pub(super) async fn run(config: Config) -> ExitCode {
         Ok(traces) => traces,
         Err(error) => return fail(1, &anyhow::Error::from(error).context("could not start the traces")),
     };
-    let signals = signals::shutdown_on_signal().and_then(|shutdown| Ok((shutdown, signals::Signals::to_go_on()?)));
+    let signals = signals::shutdown_on_signal().and_then(|shutdown| Ok((shutdown, signals::Signals::non_fatal()?)));
     let ended = match signals {
         Ok((shutdown, hangups)) => daemon::run(config, hangups, shutdown).await,
         Err(error) => Err(anyhow::Error::from(error).context("could not listen for signals")),
     };
-    // However it ended, and last: what was in flight made spans.
+    // Last, however the daemon ended: work that was in flight at its end made spans as well.
     traces.stop().await;
     match ended {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,4 +1,4 @@
-//! `tidings schedule` and `tidings cancel`: by hand what an application does in SQL, through the same functions.
+//! `tidings schedule` and `tidings cancel`: do what an application does in SQL, with the same SQL functions.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,7 +13,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::cli::output::Output;
-use crate::cli::{NOT_FOUND, answered, times, usage};
+use crate::cli::{NOT_FOUND, fail_usage, times, with_store};
 use crate::config::DatabaseArgs;
 use crate::store::{NewSchedule, Store};
 
@@ -27,10 +27,10 @@ pub(super) struct ScheduleArgs {
     /// The kind, which selects the plugin
     kind: String,
     /// When it is due, in RFC 3339
-    #[arg(long, value_name = "TIME", value_parser = times::instant, required_unless_present = "due_in", conflicts_with = "due_in")]
+    #[arg(long, value_name = "TIME", value_parser = times::parse_instant, required_unless_present = "due_in", conflicts_with = "due_in")]
     at: Option<OffsetDateTime>,
     /// How long from now it is due, such as 90s, 15min, 2h or 3days
-    #[arg(long = "in", id = "due_in", value_name = "SPAN", allow_hyphen_values = true, value_parser = times::span)]
+    #[arg(long = "in", id = "due_in", value_name = "SPAN", allow_hyphen_values = true, value_parser = times::parse_span)]
     due_in: Option<Duration>,
     /// Its natural name within the kind: at most one pending row has it
     #[arg(long, value_name = "KEY")]
@@ -39,10 +39,10 @@ pub(super) struct ScheduleArgs {
     #[arg(long, value_name = "SUBJECT")]
     subject: Option<String>,
     /// Its deadline, in RFC 3339: never published after that
-    #[arg(long, value_name = "TIME", value_parser = times::instant, conflicts_with = "expires_in")]
+    #[arg(long, value_name = "TIME", value_parser = times::parse_instant, conflicts_with = "expires_in")]
     expires_at: Option<OffsetDateTime>,
     /// Its deadline, as a time span from when it is due
-    #[arg(long, value_name = "SPAN", allow_hyphen_values = true, value_parser = times::span)]
+    #[arg(long, value_name = "SPAN", allow_hyphen_values = true, value_parser = times::parse_span)]
     expires_in: Option<Duration>,
     /// What the plugin is given: JSON, @FILE with JSON in it, or - for standard input
     #[arg(long, value_name = "JSON|@FILE|-", default_value = "{}")]
@@ -92,11 +92,11 @@ struct Cancelled {
 }
 
 pub(super) async fn schedule(args: ScheduleArgs, output: Output) -> ExitCode {
-    let (payload, headers) = match (payload(&args.payload), headers(&args.headers)) {
+    let (payload, headers) = match (read_payload(&args.payload), parse_headers(&args.headers)) {
         (Ok(payload), Ok(headers)) => (payload, headers),
         (payload, headers) => {
             let sentences = [payload.err(), headers.err()].into_iter().flatten();
-            return usage(&sentences.collect());
+            return fail_usage(&sentences.collect());
         }
     };
     let new = NewSchedule {
@@ -120,7 +120,7 @@ pub(super) async fn schedule(args: ScheduleArgs, output: Output) -> ExitCode {
             OnConflict::Error => "error",
         },
     };
-    answered(args.database, async |store: Store| {
+    with_store(args.database, async |store: Store| {
         let id = store.schedule(&new).await?;
         output.answer(&Scheduled { id });
         Ok(ExitCode::SUCCESS)
@@ -130,7 +130,7 @@ pub(super) async fn schedule(args: ScheduleArgs, output: Output) -> ExitCode {
 
 pub(super) async fn cancel(args: CancelArgs, output: Output) -> ExitCode {
     let CancelArgs { database, kind, key, subject } = args;
-    answered(database, async |store: Store| {
+    with_store(database, async |store: Store| {
         let cancelled = match (kind, key, subject) {
             (_, _, Some(subject)) => store.cancel_subject(&subject).await?,
             (kind, key, None) => i64::from(store.cancel(&kind.unwrap_or_default(), &key.unwrap_or_default()).await?),
@@ -141,8 +141,8 @@ pub(super) async fn cancel(args: CancelArgs, output: Output) -> ExitCode {
     .await
 }
 
-/// The JSON text that was given, in one way or another.
-fn payload(given: &str) -> Result<String, String> {
+/// Reads the payload from the argument, from a file or from standard input, and checks that it is JSON.
+fn read_payload(given: &str) -> Result<String, String> {
     let text = match given.strip_prefix('@') {
         Some(file) => {
             std::fs::read_to_string(file).map_err(|error| format!("--payload: cannot read {file}: {error}"))?
@@ -159,8 +159,8 @@ fn payload(given: &str) -> Result<String, String> {
     json.map(|json| json.get().to_owned()).map_err(|error| format!("--payload is not JSON: {error}"))
 }
 
-/// A JSON object of what was given.
-fn headers(given: &[String]) -> Result<String, String> {
+/// Turns the NAME=VALUE arguments into the text of a JSON object.
+fn parse_headers(given: &[String]) -> Result<String, String> {
     let mut headers = BTreeMap::new();
     for header in given {
         let Some((name, value)) = header.split_once('=') else {
@@ -193,18 +193,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_payload_is_json_however_it_is_given() {
-        assert_eq!(payload(r#" {"a": 1.10} "#), Ok(r#"{"a": 1.10}"#.into()));
-        assert!(payload("{").expect_err("broken").starts_with("--payload is not JSON: "));
-        assert!(payload("{} {}").is_err() && payload("").is_err());
-        assert!(payload("@/nonexistent").expect_err("no file").contains("/nonexistent"));
+    fn a_payload_must_be_json() {
+        assert_eq!(read_payload(r#" {"a": 1.10} "#), Ok(r#"{"a": 1.10}"#.into()));
+        assert!(read_payload("{").expect_err("broken").starts_with("--payload is not JSON: "));
+        assert!(read_payload("{} {}").is_err() && read_payload("").is_err());
+        assert!(read_payload("@/nonexistent").expect_err("no file").contains("/nonexistent"));
     }
 
     #[test]
-    fn headers_are_names_and_values_each_once() {
-        let given = |given: &[&str]| headers(&given.iter().map(|&header| header.to_owned()).collect::<Vec<_>>());
-        assert_eq!(given(&["b=1=2", "a="]), Ok(r#"{"a":"","b":"1=2"}"#.into()));
-        assert!(given(&["a"]).expect_err("no value").starts_with("--header is \"a\""));
-        assert!(given(&["a=1", "a=2"]).is_err());
+    fn a_header_is_a_name_and_a_value_and_is_given_once() {
+        let parse = |given: &[&str]| parse_headers(&given.iter().map(|&header| header.to_owned()).collect::<Vec<_>>());
+        assert_eq!(parse(&["b=1=2", "a="]), Ok(r#"{"a":"","b":"1=2"}"#.into()));
+        assert!(parse(&["a"]).expect_err("no value").starts_with("--header is \"a\""));
+        assert!(parse(&["a=1", "a=2"]).is_err());
     }
 }

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use clap::Args;
 
 use crate::broker::Broker;
-use crate::cli::{output, usage};
+use crate::cli::{fail_usage, output};
 use crate::config::BrokerArgs;
 use crate::model::wake::Wake;
 
-/// For which settings, and which user.
+/// The settings and the user that the definitions are for.
 #[derive(Args, Debug)]
 #[command(
     after_help = "Example:\n  tidings topology --queue-type quorum > tidings.json && rabbitmqctl import_definitions tidings.json"
@@ -23,11 +23,11 @@ pub(super) struct TopologyArgs {
     declares: bool,
 }
 
-/// Prints it; no server is asked.
+/// Prints the definitions. Asks no server.
 pub(super) fn topology(args: TopologyArgs) -> ExitCode {
     let settings = match args.broker.check() {
         Ok(settings) => settings,
-        Err(mistakes) => return usage(&mistakes),
+        Err(errors) => return fail_usage(&errors),
     };
     let definitions = Broker::new(&settings, Arc::new(Wake::default())).definitions(args.declares);
     output::print(format_args!("{definitions:#}"));

@@ -1,5 +1,11 @@
-//! The settings: flags or `TIDINGS_*` variables, and `OTEL_*` for traces, read once at the edge. All mistakes are reported
-//! together, and none of the sentences contains a password.
+//! The settings: flags or `TIDINGS_*` variables, and `OTEL_*` variables for traces. They are read once, at the start.
+//!
+//! Must never show a password: neither an error nor a `Debug` of the settings contains one.
+//!
+//! To change it, know: a setting is a field of [`RunArgs`] with its variable, a check in `RunArgs::validate`, a field
+//! of [`Config`] and a line in docs/reference.md, which a test compares with the settings. All errors are reported
+//! together, each as a sentence that begins with the variable. A variable that begins with `TIDINGS_` and is not a
+//! setting is an error.
 
 mod traces;
 mod validation;
@@ -11,8 +17,8 @@ use std::time::Duration;
 
 use clap::Args;
 
-use validation::{number, url};
-use variables::unknown_variables;
+use validation::{check_url, parse_number};
+use variables::check_names;
 
 use crate::broker::{BrokerSettings, Management, QueueType};
 use crate::model::http_token::HttpToken;
@@ -20,9 +26,9 @@ use crate::model::secret_url::SecretUrl;
 use crate::telemetry::{LogFormat, TraceSettings};
 
 pub use validation::ValidationErrors;
-pub(crate) use variables::service_links;
+pub(crate) use variables::find_service_links;
 
-/// Where the database is: all that `tidings migrate` needs.
+/// The address of the database: all that `tidings migrate` needs.
 #[derive(Args, Clone, Debug)]
 pub struct DatabaseArgs {
     /// Where PostgreSQL is, such as `postgres://user:password@host/database`
@@ -30,7 +36,7 @@ pub struct DatabaseArgs {
     database_url: Option<String>,
 }
 
-/// Where the daemon keeps what it remembers.
+/// The directory in which the daemon keeps its state.
 #[derive(Args, Clone, Debug)]
 pub struct StateArgs {
     /// A private directory for compiled plugins and the last good version of each [default: `$STATE_DIRECTORY`,
@@ -39,7 +45,7 @@ pub struct StateArgs {
     state_dir: Option<PathBuf>,
 }
 
-/// Where the daemon answers over HTTP.
+/// The address of the daemon's HTTP interface.
 #[derive(Args, Clone, Debug)]
 pub struct HttpArgs {
     /// The address and port of the daemon's HTTP interface
@@ -47,7 +53,7 @@ pub struct HttpArgs {
     http_addr: String,
 }
 
-/// Where RabbitMQ is, and what is the daemon's there: all that `tidings topology` needs.
+/// The address of RabbitMQ and the daemon's exchange and queues: all that `tidings topology` needs.
 #[derive(Args, Clone, Debug)]
 pub struct BrokerArgs {
     /// Where RabbitMQ is, such as `amqp://user:password@host/vhost`
@@ -61,7 +67,7 @@ pub struct BrokerArgs {
     queue_type: String,
 }
 
-/// Where the two servers are: all that work by hand on dead letters and parked rows needs.
+/// The addresses of both servers: all that the commands for dead letters and parked rows need.
 #[derive(Args, Clone, Debug)]
 pub struct ServerArgs {
     #[command(flatten)]
@@ -94,11 +100,12 @@ pub struct RunArgs {
     /// The time from one pass over the dead letters to the next, in milliseconds
     #[arg(long, env = "TIDINGS_REPLAY_INTERVAL_MS", value_name = "MS", default_value = "900000")]
     replay_interval_ms: String,
-    /// Where RabbitMQ's management API is, such as `http://user:password@host:15672`: policies, bindings and alarms are seen
-    /// there
+    /// Where RabbitMQ's management API is, such as `http://user:password@host:15672`: policies, bindings and alarms are
+    /// seen there
     #[arg(long, env = "TIDINGS_MANAGEMENT_URL", hide_env_values = true, value_name = "URL")]
     management_url: Option<String>,
-    /// What a person must know to act on the page: 16 to 256 printable ASCII characters; without it the page only shows
+    /// The token that a person needs to act on the page: 16 to 256 printable ASCII characters; without it the page is
+    /// read-only
     #[arg(long, env = "TIDINGS_HTTP_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     http_token: Option<HttpToken>,
     /// How often a row may make its plugin fail before it is parked
@@ -107,7 +114,8 @@ pub struct RunArgs {
     /// Listen for notifications (on), or only look every sweep (off)
     #[arg(long, env = "TIDINGS_NOTIFY", value_name = "on|off", default_value = "on")]
     notify: String,
-    /// The time from one canary to the next, in milliseconds: a row of the daemon's own through the whole path; 0 = none
+    /// The time from one canary (a row of the daemon's own through the whole path) to the next, in milliseconds; 0 =
+    /// none
     #[arg(long, env = "TIDINGS_CANARY_MS", value_name = "MS", default_value = "0")]
     canary_ms: String,
     /// How the log is written: text, or json, an object a line
@@ -118,21 +126,21 @@ pub struct RunArgs {
     history_days: String,
 }
 
-/// The settings of `tidings doctor`, as they were typed: the daemon's, which it checks as well.
+/// The settings of `tidings doctor`, as they were typed: those of the daemon.
 #[derive(Args, Debug)]
 pub struct DoctorArgs {
     #[command(flatten)]
     run: RunArgs,
 }
 
-/// Where the two servers are, checked.
+/// The settings of both servers, checked.
 #[derive(Clone, Debug)]
 pub struct ServerSettings {
     /// `TIDINGS_DATABASE_URL`
     pub database_url: SecretUrl,
-    /// RabbitMQ, and what is ours there.
+    /// `TIDINGS_AMQP_URL`, `TIDINGS_EXCHANGE` and `TIDINGS_QUEUE_TYPE`.
     pub broker: BrokerSettings,
-    /// `TIDINGS_REPLAY_MAX`, 0 to 1,000,000; default 0. How often a dead letter may be replayed; 0 = as often as it takes.
+    /// `TIDINGS_REPLAY_MAX`, 0 to 1,000,000; default 0. How often a dead letter may be replayed; 0 = no limit.
     pub replay_max: u32,
     /// `OTEL_EXPORTER_OTLP_ENDPOINT` and others; `None`, the default = no traces.
     pub traces: Option<TraceSettings>,
@@ -141,26 +149,27 @@ pub struct ServerSettings {
 /// The settings of `tidings run`, checked.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Where the two servers are.
+    /// The addresses of both servers.
     pub servers: ServerSettings,
-    /// `TIDINGS_DATABASE_CONNECTIONS`, 4 to 100; default 13: three lanes, one more in a backlog, the look, holding rows,
-    /// releasing them, history, the canary, HTTP, the page, notifications, a pass.
+    /// `TIDINGS_DATABASE_CONNECTIONS`, 4 to 100; default 13: three for lanes, and one each for a fourth lane in a
+    /// backlog, the look, holding rows, releasing them, history, the canary, HTTP, the page, notifications and a pass.
     pub database_connections: usize,
     /// `TIDINGS_PLUGIN_DIR`; for the daemon, an existing directory.
     pub plugin_dir: PathBuf,
     /// `TIDINGS_STATE_DIR`
     pub state_dir: PathBuf,
-    /// `TIDINGS_HTTP_ADDR`; port 0 = any that is free.
+    /// `TIDINGS_HTTP_ADDR`; port 0 = any free port.
     pub http_addr: SocketAddr,
-    /// `TIDINGS_MANAGEMENT_URL`; `None`, the default = what AMQP does not tell is not looked at.
+    /// `TIDINGS_MANAGEMENT_URL`; `None`, the default = policies, bindings and alarms, which AMQP does not show, are not
+    /// checked.
     pub management_url: Option<SecretUrl>,
-    /// `TIDINGS_HTTP_TOKEN`; `None`, the default = the page only shows.
+    /// `TIDINGS_HTTP_TOKEN`; `None`, the default = the page is read-only.
     pub http_token: Option<HttpToken>,
     /// `TIDINGS_SWEEP_MS`, 10 ms to an hour; default 5 s.
     pub sweep: Duration,
     /// `TIDINGS_REPLAY_INTERVAL_MS`, 1 s to a day; default 15 minutes.
     pub replay_interval: Duration,
-    /// `TIDINGS_MAX_ATTEMPTS`, at least 1; default 20. A row whose plugin fails as often is parked.
+    /// `TIDINGS_MAX_ATTEMPTS`, at least 1; default 20. A row whose plugin has failed so often is parked.
     pub max_attempts: u32,
     /// `TIDINGS_NOTIFY`
     pub notify: bool,
@@ -177,15 +186,15 @@ impl DatabaseArgs {
     ///
     /// # Errors
     ///
-    /// With all mistakes.
+    /// All errors in the settings.
     pub fn check(self) -> Result<SecretUrl, ValidationErrors> {
-        let mut mistakes = unknown_variables();
-        let url = self.url(&mut mistakes);
-        url.filter(|_| mistakes.is_empty()).ok_or(ValidationErrors(mistakes))
+        let mut errors = check_names();
+        let url = self.validate(&mut errors);
+        url.filter(|_| errors.is_empty()).ok_or(ValidationErrors(errors))
     }
 
-    fn url(self, mistakes: &mut Vec<String>) -> Option<SecretUrl> {
-        url("TIDINGS_DATABASE_URL", self.database_url, &["postgres://", "postgresql://"], mistakes, |url| {
+    fn validate(self, errors: &mut Vec<String>) -> Option<SecretUrl> {
+        check_url("TIDINGS_DATABASE_URL", self.database_url, &["postgres://", "postgresql://"], errors, |url| {
             crate::store::check_url(url)
         })
     }
@@ -196,20 +205,20 @@ impl BrokerArgs {
     ///
     /// # Errors
     ///
-    /// With all mistakes.
+    /// All errors in the settings.
     pub fn check(self) -> Result<BrokerSettings, ValidationErrors> {
-        let mut mistakes = unknown_variables();
-        let settings = self.settings(&mut mistakes);
-        settings.filter(|_| mistakes.is_empty()).ok_or(ValidationErrors(mistakes))
+        let mut errors = check_names();
+        let settings = self.validate(&mut errors);
+        settings.filter(|_| errors.is_empty()).ok_or(ValidationErrors(errors))
     }
 
-    fn settings(self, mistakes: &mut Vec<String>) -> Option<BrokerSettings> {
-        let url = url("TIDINGS_AMQP_URL", self.amqp_url, &["amqp://", "amqps://"], mistakes, |url| {
+    fn validate(self, errors: &mut Vec<String>) -> Option<BrokerSettings> {
+        let url = check_url("TIDINGS_AMQP_URL", self.amqp_url, &["amqp://", "amqps://"], errors, |url| {
             crate::broker::check_url(url)
         });
         let exchange = self.exchange;
         if !(1..=200).contains(&exchange.len()) || exchange.starts_with("amq.") {
-            mistakes.push(format!(
+            errors.push(format!(
                 "TIDINGS_EXCHANGE is {exchange:?}, which is not a name of 1 to 200 bytes outside RabbitMQ's own amq.*"
             ));
         }
@@ -217,7 +226,7 @@ impl BrokerArgs {
             "classic" => Some(QueueType::Classic),
             "quorum" => Some(QueueType::Quorum),
             other => {
-                mistakes.push(format!("TIDINGS_QUEUE_TYPE is {other:?}, which is neither classic nor quorum"));
+                errors.push(format!("TIDINGS_QUEUE_TYPE is {other:?}, which is neither classic nor quorum"));
                 None
             }
         };
@@ -230,24 +239,24 @@ impl ServerArgs {
     ///
     /// # Errors
     ///
-    /// With all mistakes.
+    /// All errors in the settings.
     pub fn check(self) -> Result<ServerSettings, ValidationErrors> {
-        let mut mistakes = unknown_variables();
-        let settings = self.settings(&mut mistakes);
-        settings.filter(|_| mistakes.is_empty()).ok_or(ValidationErrors(mistakes))
+        let mut errors = check_names();
+        let settings = self.validate(&mut errors);
+        settings.filter(|_| errors.is_empty()).ok_or(ValidationErrors(errors))
     }
 
-    fn settings(self, mistakes: &mut Vec<String>) -> Option<ServerSettings> {
-        let database_url = self.database.url(mistakes);
-        let broker = self.broker.settings(mistakes);
-        let replay_max = number("TIDINGS_REPLAY_MAX", &self.replay_max, 0, 1_000_000, mistakes);
-        let traces = traces::traces(|name| std::env::var(name).ok(), mistakes);
+    fn validate(self, errors: &mut Vec<String>) -> Option<ServerSettings> {
+        let database_url = self.database.validate(errors);
+        let broker = self.broker.validate(errors);
+        let replay_max = parse_number("TIDINGS_REPLAY_MAX", &self.replay_max, 0, 1_000_000, errors);
+        let traces = traces::read_settings(|name| std::env::var(name).ok(), errors);
         Some(ServerSettings { database_url: database_url?, broker: broker?, replay_max: replay_max?, traces })
     }
 }
 
 impl StateArgs {
-    /// The directory, given or by default: that of a systemd unit, else that of the user.
+    /// The given directory, or else the default: that of a systemd unit, or else that of the user.
     #[must_use]
     pub fn dir(&self) -> PathBuf {
         let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
@@ -264,17 +273,17 @@ impl HttpArgs {
     ///
     /// # Errors
     ///
-    /// With the mistake.
+    /// All errors in the settings.
     pub fn check(self) -> Result<SocketAddr, ValidationErrors> {
-        let mut mistakes = unknown_variables();
-        let addr = self.addr(&mut mistakes);
-        addr.filter(|_| mistakes.is_empty()).ok_or(ValidationErrors(mistakes))
+        let mut errors = check_names();
+        let addr = self.validate(&mut errors);
+        addr.filter(|_| errors.is_empty()).ok_or(ValidationErrors(errors))
     }
 
-    fn addr(self, mistakes: &mut Vec<String>) -> Option<SocketAddr> {
+    fn validate(self, errors: &mut Vec<String>) -> Option<SocketAddr> {
         let addr = self.http_addr.parse().ok();
         if addr.is_none() {
-            mistakes.push(format!(
+            errors.push(format!(
                 "TIDINGS_HTTP_ADDR is {:?}, which is not an address and a port, such as 127.0.0.1:7070 or [::]:7070",
                 self.http_addr
             ));
@@ -288,68 +297,68 @@ impl RunArgs {
     ///
     /// # Errors
     ///
-    /// With all mistakes.
+    /// All errors in the settings.
     pub fn check(self) -> Result<Config, ValidationErrors> {
-        let mut mistakes = unknown_variables();
+        let mut errors = check_names();
         if let Some(dir) = self.given_plugin_dir().filter(|dir| !dir.is_dir()) {
-            mistakes.push(format!("TIDINGS_PLUGIN_DIR is {}, which is not a directory", dir.display()));
+            errors.push(format!("TIDINGS_PLUGIN_DIR is {}, which is not a directory", dir.display()));
         }
-        let config = self.settings(&mut mistakes);
-        config.filter(|_| mistakes.is_empty()).ok_or(ValidationErrors(mistakes))
+        let config = self.validate(&mut errors);
+        config.filter(|_| errors.is_empty()).ok_or(ValidationErrors(errors))
     }
 
     fn given_plugin_dir(&self) -> Option<PathBuf> {
         self.plugin_dir.as_deref().filter(|dir| !dir.is_empty()).map(PathBuf::from)
     }
 
-    /// The settings, whatever is at the places that they name.
-    fn settings(self, mistakes: &mut Vec<String>) -> Option<Config> {
+    /// Validates the settings, but not whether the directories that they name exist.
+    fn validate(self, errors: &mut Vec<String>) -> Option<Config> {
         let plugin_dir = self.given_plugin_dir();
         if plugin_dir.is_none() {
-            mistakes.push("TIDINGS_PLUGIN_DIR is not set: give the directory with the plugins".into());
+            errors.push("TIDINGS_PLUGIN_DIR is not set: give the directory with the plugins".into());
         }
-        let servers = self.servers.settings(mistakes);
+        let servers = self.servers.validate(errors);
         let state_dir = self.state.dir();
         if plugin_dir.as_deref().is_some_and(|plugins| state_dir.starts_with(plugins)) {
-            mistakes.push(format!(
+            errors.push(format!(
                 "TIDINGS_STATE_DIR is {}, inside TIDINGS_PLUGIN_DIR, where authors of plugins may write: give another one",
                 state_dir.display()
             ));
         }
-        let http_addr = self.http.addr(mistakes);
+        let http_addr = self.http.validate(errors);
         let management_url = self.management_url.filter(|url| !url.is_empty()).and_then(|given| {
-            url("TIDINGS_MANAGEMENT_URL", Some(given), &["http://", "https://"], mistakes, |url| {
+            check_url("TIDINGS_MANAGEMENT_URL", Some(given), &["http://", "https://"], errors, |url| {
                 Management::new(url).map(drop)
             })
         });
         let http_token = self.http_token.filter(|token| !token.is_empty());
-        if let Some(mistake) = http_token.as_ref().and_then(HttpToken::mistake) {
-            mistakes.push(format!("TIDINGS_HTTP_TOKEN {mistake}"));
+        if let Some(error) = http_token.as_ref().and_then(HttpToken::find_error) {
+            errors.push(format!("TIDINGS_HTTP_TOKEN {error}"));
         }
         let notify = match self.notify.as_str() {
             "on" => Some(true),
             "off" => Some(false),
             other => {
-                mistakes.push(format!("TIDINGS_NOTIFY is {other:?}, which is neither on nor off"));
+                errors.push(format!("TIDINGS_NOTIFY is {other:?}, which is neither on nor off"));
                 None
             }
         };
         let connections = &self.database_connections;
-        let database_connections = number("TIDINGS_DATABASE_CONNECTIONS", connections, 4, 100, mistakes);
-        let sweep_ms = number("TIDINGS_SWEEP_MS", &self.sweep_ms, 10, 3_600_000, mistakes);
+        let database_connections = parse_number("TIDINGS_DATABASE_CONNECTIONS", connections, 4, 100, errors);
+        let sweep_ms = parse_number("TIDINGS_SWEEP_MS", &self.sweep_ms, 10, 3_600_000, errors);
         let interval = &self.replay_interval_ms;
-        let replay_interval_ms = number("TIDINGS_REPLAY_INTERVAL_MS", interval, 1_000, 86_400_000, mistakes);
-        let max_attempts = number("TIDINGS_MAX_ATTEMPTS", &self.max_attempts, 1, 1_000_000, mistakes);
-        let canary_ms = number("TIDINGS_CANARY_MS", &self.canary_ms, 0, 86_400_000, mistakes);
+        let replay_interval_ms = parse_number("TIDINGS_REPLAY_INTERVAL_MS", interval, 1_000, 86_400_000, errors);
+        let max_attempts = parse_number("TIDINGS_MAX_ATTEMPTS", &self.max_attempts, 1, 1_000_000, errors);
+        let canary_ms = parse_number("TIDINGS_CANARY_MS", &self.canary_ms, 0, 86_400_000, errors);
         let log = match self.log.as_str() {
             "text" => Some(LogFormat::Text),
             "json" => Some(LogFormat::Json),
             other => {
-                mistakes.push(format!("TIDINGS_LOG is {other:?}, which is neither text nor json"));
+                errors.push(format!("TIDINGS_LOG is {other:?}, which is neither text nor json"));
                 None
             }
         };
-        let history_days = number("TIDINGS_HISTORY_DAYS", &self.history_days, 1, 36_500, mistakes);
+        let history_days = parse_number("TIDINGS_HISTORY_DAYS", &self.history_days, 1, 36_500, errors);
 
         Some(Config {
             servers: servers?,
@@ -371,15 +380,15 @@ impl RunArgs {
 }
 
 impl DoctorArgs {
-    /// Checks the settings. That the plugin directory is not there is for the doctor to say.
+    /// Checks the settings. A missing plugin directory is no error here: the doctor reports it.
     ///
     /// # Errors
     ///
-    /// With all mistakes.
+    /// All errors in the settings.
     pub fn check(self) -> Result<Config, ValidationErrors> {
-        let mut mistakes = unknown_variables();
-        let config = self.run.settings(&mut mistakes);
-        config.filter(|_| mistakes.is_empty()).ok_or(ValidationErrors(mistakes))
+        let mut errors = check_names();
+        let config = self.run.validate(&mut errors);
+        config.filter(|_| errors.is_empty()).ok_or(ValidationErrors(errors))
     }
 }
 

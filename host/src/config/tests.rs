@@ -1,4 +1,4 @@
-//! What the settings accept, and that no mistake shows a secret.
+//! What the settings accept, and that no error shows a secret.
 
 use std::sync::Arc;
 
@@ -12,8 +12,8 @@ use crate::store::Store;
 const DATABASE_URL: &str = "postgres://user:password@localhost/database";
 const AMQP_URL: &str = "amqp://user:password@localhost/vhost";
 
-/// The settings that are typed like this, in the order of the variables below.
-fn typed(values: [&str; VARIABLES.len()]) -> RunArgs {
+/// The settings with these values, in the order of the variables below.
+fn run_args(values: [&str; VARIABLES.len()]) -> RunArgs {
     let [database_url, amqp_url, exchange, queue_type, replay_max, plugin_dir, http_addr, rest @ ..] =
         values.map(str::to_owned);
     let [sweep_ms, replay_interval_ms, max_attempts, notify, canary_ms, log, history_days, http_token] = rest;
@@ -39,7 +39,7 @@ fn typed(values: [&str; VARIABLES.len()]) -> RunArgs {
     }
 }
 
-/// The variables that can be wrong, and a good value of each.
+/// The variables that can be wrong, each with a good value.
 const VARIABLES: [(&str, &str); 15] = [
     ("TIDINGS_DATABASE_URL", DATABASE_URL),
     ("TIDINGS_AMQP_URL", AMQP_URL),
@@ -59,25 +59,25 @@ const VARIABLES: [(&str, &str); 15] = [
 ];
 
 #[test]
-fn all_mistakes_are_told_at_once_each_with_its_variable() {
-    let mistakes = typed(["amq.?"; VARIABLES.len()]).check().expect_err("nothing of it can be used");
+fn all_errors_are_reported_at_once_each_with_its_variable() {
+    let errors = run_args(["amq.?"; VARIABLES.len()]).check().expect_err("no value can be used");
     for (name, _) in VARIABLES {
-        assert!(mistakes.iter().any(|sentence| sentence.starts_with(&format!("{name} "))), "{name}: {mistakes}");
+        assert!(errors.iter().any(|sentence| sentence.starts_with(&format!("{name} "))), "{name}: {errors}");
     }
 }
 
 proptest! {
     #[test]
-    fn whatever_is_typed_gives_settings_within_their_limits_or_sentences_that_name_the_variables(
+    fn any_values_give_settings_within_their_limits_or_errors_that_name_the_variables(
         odd in proptest::collection::vec((0..VARIABLES.len(), ".{0,40}|[0-9]{0,11}|(postgres|amqp)://\\PC{0,40}"), 0..4),
     ) {
         let mut values = VARIABLES.map(|(_, value)| value);
         for (at, value) in &odd {
             values[*at] = value;
         }
-        // What is no setting, and is in the environment of the tests, is told as well.
-        let unknown = unknown_variables().len();
-        match typed(values).check() {
+        // Unknown variables in the environment of the tests are reported as well.
+        let unknown = check_names().len();
+        match run_args(values).check() {
             Ok(config) => {
                 let Config { servers, sweep, replay_interval, max_attempts, history, .. } = config;
                 prop_assert!((1..=200).contains(&servers.broker.exchange.len()));
@@ -98,7 +98,7 @@ proptest! {
     }
 
     #[test]
-    fn nothing_that_is_shown_contains_a_password(
+    fn no_output_contains_a_password(
         before in "[a-z0-9/?#@:%&=+ .\\[\\]-]{0,4}",
         after in "[a-z0-9/?#@:%&=+ .\\[\\]-]{0,4}",
         rest in "|/|/vhost|/vhost\\?heartbeat=5|:5/d|:99999/d",
@@ -110,13 +110,13 @@ proptest! {
         let mut values = VARIABLES.map(|(_, value)| value);
         for (at, value) in [(0, &database_url), (1, &amqp_url), (14, &token)] {
             values[at] = value;
-            let shown = match typed(values).check() {
+            let shown = match run_args(values).check() {
                 Ok(config) => {
                     let store = Store::new(&config.servers.database_url, 1);
                     let broker = Broker::new(&config.servers.broker, Arc::new(Wake::default()));
                     format!("{config:?} {} {}", store.place(), broker.place())
                 }
-                Err(mistakes) => mistakes.to_string(),
+                Err(errors) => errors.to_string(),
             };
             prop_assert!(!shown.contains("SECRET"), "{}", shown);
             values[at] = VARIABLES[at].1;

@@ -1,9 +1,9 @@
-//! The settings of the traces. Their names are not ours but those that every program knows them by, so what is set for the
-//! others is set for this one; those that are not checked here are read by the library.
+//! The settings of the traces. Their names are OpenTelemetry's, so the same variables configure this program and
+//! others. The OpenTelemetry library reads the variables that are not checked here.
 
 use std::time::Duration;
 
-use crate::config::validation::{number, url};
+use crate::config::validation::{check_url, parse_number};
 use crate::model::secret_url::SecretUrl;
 use crate::telemetry::{TraceSettings, check_endpoint};
 
@@ -12,7 +12,7 @@ const TRACES_ENDPOINT: &str = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT";
 const SAMPLER: &str = "OTEL_TRACES_SAMPLER";
 const SAMPLER_ARG: &str = "OTEL_TRACES_SAMPLER_ARG";
 
-/// Those that the library has. Another one would be taken for the default without a word.
+/// The samplers of the library. It would silently replace any other by the default.
 const SAMPLERS: [&str; 6] = [
     "always_on",
     "always_off",
@@ -22,9 +22,12 @@ const SAMPLERS: [&str; 6] = [
     "parentbased_traceidratio",
 ];
 
-/// Where traces go, if they do. `variable` is the value of a variable, if it has one.
-pub(super) fn traces(variable: impl Fn(&str) -> Option<String>, mistakes: &mut Vec<String>) -> Option<TraceSettings> {
-    // An empty one is none, as OpenTelemetry has it.
+/// Reads the settings; `None` = no traces. `variable` returns the value of a variable, if it is set.
+pub(super) fn read_settings(
+    variable: impl Fn(&str) -> Option<String>,
+    errors: &mut Vec<String>,
+) -> Option<TraceSettings> {
+    // OpenTelemetry treats an empty variable as one that is not set.
     let variable = |name: &str| variable(name).filter(|value| !value.is_empty());
     let is = |name: &str, value: &str| variable(name).is_some_and(|set| set.eq_ignore_ascii_case(value));
     if is("OTEL_SDK_DISABLED", "true") || is("OTEL_TRACES_EXPORTER", "none") {
@@ -33,31 +36,31 @@ pub(super) fn traces(variable: impl Fn(&str) -> Option<String>, mistakes: &mut V
     let (name, path) =
         if variable(TRACES_ENDPOINT).is_some() { (TRACES_ENDPOINT, "") } else { (ENDPOINT, "v1/traces") };
     let given = variable(name)?;
-    let endpoint = url(name, Some(given), &["http://", "https://"], mistakes, check_endpoint);
+    let endpoint = check_url(name, Some(given), &["http://", "https://"], errors, check_endpoint);
 
-    // The first that is set.
+    // The first of two variables that is set.
     let either =
         |names: [&'static str; 2]| names.into_iter().find_map(|name| variable(name).map(|value| (name, value)));
     if let Some((name, protocol)) = either(["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"])
         && protocol != "http/protobuf"
     {
-        mistakes.push(format!(
-            "{name} is {protocol:?}, and only http/protobuf is spoken here; the collector has a port of its own for it, 4318 as a rule"
+        errors.push(format!(
+            "{name} is {protocol:?}, but only http/protobuf is supported; the collector has its own port for it, usually 4318"
         ));
     }
     let timeout = either(["OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "OTEL_EXPORTER_OTLP_TIMEOUT"]);
     let (name, timeout) = timeout.unwrap_or(("OTEL_EXPORTER_OTLP_TIMEOUT", "10000".into()));
-    let timeout_ms = number(name, &timeout, 1, 600_000, mistakes);
+    let timeout_ms = parse_number(name, &timeout, 1, 600_000, errors);
     let queue = variable("OTEL_BSP_MAX_QUEUE_SIZE").unwrap_or_else(|| "2048".into());
-    let queue = number("OTEL_BSP_MAX_QUEUE_SIZE", &queue, 1, 1_000_000, mistakes);
+    let queue = parse_number("OTEL_BSP_MAX_QUEUE_SIZE", &queue, 1, 1_000_000, errors);
     let sampler = variable(SAMPLER).unwrap_or_default();
     if !sampler.is_empty() && !SAMPLERS.contains(&sampler.as_str()) {
-        mistakes.push(format!("{SAMPLER} is {sampler:?}, which is none of {}", SAMPLERS.join(", ")));
+        errors.push(format!("{SAMPLER} is {sampler:?}, which is none of {}", SAMPLERS.join(", ")));
     }
     if sampler.ends_with("traceidratio") {
         let ratio = variable(SAMPLER_ARG).unwrap_or_default();
         if !ratio.parse().is_ok_and(|ratio: f64| (0.0..=1.0).contains(&ratio)) {
-            mistakes.push(format!("{SAMPLER_ARG} is {ratio:?}, which is not a number from 0 to 1"));
+            errors.push(format!("{SAMPLER_ARG} is {ratio:?}, which is not a number from 0 to 1"));
         }
     }
 
@@ -74,22 +77,22 @@ mod tests {
 
     use super::*;
 
-    /// What comes of these variables.
-    fn set(variables: &[(&str, &str)]) -> Result<Option<TraceSettings>, Vec<String>> {
+    /// Reads the settings from these variables.
+    fn read(variables: &[(&str, &str)]) -> Result<Option<TraceSettings>, Vec<String>> {
         let value =
             |name: &str| variables.iter().find(|(other, _)| *other == name).map(|(_, value)| (*value).to_owned());
-        let mut mistakes = Vec::new();
-        let settings = traces(value, &mut mistakes);
-        if mistakes.is_empty() { Ok(settings) } else { Err(mistakes) }
+        let mut errors = Vec::new();
+        let settings = read_settings(value, &mut errors);
+        if errors.is_empty() { Ok(settings) } else { Err(errors) }
     }
 
-    /// Where they go.
+    /// The endpoint of the traces.
     fn endpoint(variables: &[(&str, &str)]) -> Option<String> {
-        set(variables).expect("no mistake").map(|settings| settings.endpoint.expose().to_owned())
+        read(variables).expect("no error").map(|settings| settings.endpoint.expose().to_owned())
     }
 
     #[test]
-    fn they_are_off_unless_somebody_says_where_they_go_and_nobody_that_they_do_not() {
+    fn traces_are_off_unless_an_endpoint_is_set_and_nothing_disables_them() {
         assert_eq!(endpoint(&[]), None);
         assert_eq!(endpoint(&[(ENDPOINT, ""), ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")]), None);
         let there = (ENDPOINT, "http://collector:4318");
@@ -102,16 +105,13 @@ mod tests {
     }
 
     #[test]
-    fn every_mistake_is_told_with_its_variable_and_without_a_secret() {
+    fn every_error_names_its_variable_and_shows_no_secret() {
         for name in [ENDPOINT, TRACES_ENDPOINT] {
             for value in
                 ["collector:4318", "http://", "http://c:port", "http://u:secret@c", "http://c/u:secret@d", "ftp://c"]
             {
-                let mistakes = set(&[(name, value)]).expect_err(value);
-                assert!(
-                    matches!(&*mistakes, [one] if one.starts_with(name) && !one.contains("secret")),
-                    "{mistakes:?}"
-                );
+                let errors = read(&[(name, value)]).expect_err(value);
+                assert!(matches!(&*errors, [one] if one.starts_with(name) && !one.contains("secret")), "{errors:?}");
             }
         }
         let wrong = [
@@ -122,20 +122,21 @@ mod tests {
         ];
         let mut variables = vec![(ENDPOINT, "http://c")];
         variables.extend(wrong);
-        let mistakes = set(&variables).expect_err("four of them");
-        let told = |name: &str| mistakes.iter().any(|mistake| mistake.starts_with(&format!("{name} is ")));
-        assert!(mistakes.len() == wrong.len() && wrong.iter().all(|(name, _)| told(name)), "{mistakes:?}");
+        let errors = read(&variables).expect_err("four of them");
+        let is_named = |name: &str| errors.iter().any(|error| error.starts_with(&format!("{name} is ")));
+        assert!(errors.len() == wrong.len() && wrong.iter().all(|(name, _)| is_named(name)), "{errors:?}");
 
-        let ratio = |ratio| set(&[(ENDPOINT, "http://c"), (SAMPLER, "parentbased_traceidratio"), (SAMPLER_ARG, ratio)]);
+        let ratio =
+            |ratio| read(&[(ENDPOINT, "http://c"), (SAMPLER, "parentbased_traceidratio"), (SAMPLER_ARG, ratio)]);
         assert!(ratio("0.25").is_ok() && ratio("").is_err() && ratio("2").is_err());
     }
 
     proptest! {
         #[test]
-        fn whatever_is_set_can_be_used_or_is_a_mistake(value in "(https?://)?\\PC{0,20}|https?://[a-z0-9.:\\[\\]@/%]{0,20}") {
-            match set(&[(ENDPOINT, &value)]) {
+        fn any_endpoint_can_be_used_or_is_an_error(value in "(https?://)?\\PC{0,20}|https?://[a-z0-9.:\\[\\]@/%]{0,20}") {
+            match read(&[(ENDPOINT, &value)]) {
                 Ok(settings) => prop_assert!(settings.is_none() == value.is_empty()),
-                Err(mistakes) => prop_assert!(mistakes.len() == 1 && mistakes[0].starts_with(ENDPOINT)),
+                Err(errors) => prop_assert!(errors.len() == 1 && errors[0].starts_with(ENDPOINT)),
             }
         }
     }

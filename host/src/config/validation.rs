@@ -1,10 +1,10 @@
-//! What is wrong with the settings: every mistake is a sentence that names the variable, and none of them shows a password.
+//! Errors in the settings: each is a sentence that begins with the variable, and none contains a password.
 
 use std::fmt;
 
 use crate::model::secret_url::SecretUrl;
 
-/// What is wrong with the settings, a sentence each.
+/// All errors in the settings, one sentence each.
 #[derive(Debug)]
 pub struct ValidationErrors(pub(super) Vec<String>);
 
@@ -35,26 +35,26 @@ impl fmt::Display for ValidationErrors {
 
 impl std::error::Error for ValidationErrors {}
 
-/// The URL in `value`, if it is there, and one that `check` takes.
-pub(super) fn url(
+/// Returns the URL in `value`. Adds an error if there is none, or `check` refuses it.
+pub(super) fn check_url(
     name: &str,
     value: Option<String>,
     schemes: &[&str],
-    mistakes: &mut Vec<String>,
+    errors: &mut Vec<String>,
     check: impl Fn(&SecretUrl) -> Result<(), String>,
 ) -> Option<SecretUrl> {
     let Some(value) = value.filter(|value| !value.is_empty()) else {
-        mistakes.push(format!("{name} is not set: give a URL that begins with {}", schemes[0]));
+        errors.push(format!("{name} is not set: give a URL that begins with {}", schemes[0]));
         return None;
     };
     if !schemes.iter().any(|scheme| value.starts_with(scheme)) {
-        mistakes.push(format!("{name} does not begin with {}", schemes.join(" or ")));
+        errors.push(format!("{name} does not begin with {}", schemes.join(" or ")));
         return None;
     }
-    // Taken as it is, it would be another URL, and a part of the password the name of its database or virtual host.
+    // A parser would read it as another URL, with a part of the password as the name of the database or virtual host.
     if value.split_once("://").is_some_and(|(_, rest)| after_authority(rest).contains('@')) {
-        mistakes.push(format!(
-            "{name} has an @ behind the first /, ? or #: in a user, a password and whatever is not to separate, write %2F, %3F, %23 and %40 for these"
+        errors.push(format!(
+            "{name} has an @ after the first /, ? or #: in a user name or a password, write %2F, %3F, %23 and %40 for these characters"
         ));
         return None;
     }
@@ -62,22 +62,22 @@ pub(super) fn url(
     match check(&url) {
         Ok(()) => Some(url),
         Err(error) => {
-            mistakes.push(format!("{name} is not a URL that can be used: {error}"));
+            errors.push(format!("{name} is not a URL that can be used: {error}"));
             None
         }
     }
 }
 
-/// The whole number in `value`, if it is one from `least` to `most`.
-pub(super) fn number(name: &str, value: &str, least: u32, most: u32, mistakes: &mut Vec<String>) -> Option<u32> {
+/// Returns the number in `value`. Adds an error if it is not a whole number from `least` to `most`.
+pub(super) fn parse_number(name: &str, value: &str, least: u32, most: u32, errors: &mut Vec<String>) -> Option<u32> {
     let number = value.parse().ok().filter(|number| (least..=most).contains(number));
     if number.is_none() {
-        mistakes.push(format!("{name} is {value:?}, which is not a whole number from {least} to {most}"));
+        errors.push(format!("{name} is {value:?}, which is not a whole number from {least} to {most}"));
     }
     number
 }
 
-/// What is behind user, password, host and port.
+/// The part of a URL after user, password, host and port.
 fn after_authority(rest: &str) -> &str {
     rest.find(['/', '?', '#']).map_or("", |end| &rest[end..])
 }
@@ -88,35 +88,36 @@ mod tests {
 
     use super::*;
 
-    /// Takes a URL of PostgreSQL's, or says what is wrong with it.
-    fn taken(text: &str) -> Result<SecretUrl, String> {
-        let mut mistakes = Vec::new();
-        let url = url("TIDINGS_URL", Some(text.to_owned()), &["postgres://"], &mut mistakes, crate::store::check_url);
-        url.ok_or_else(|| mistakes.concat())
+    /// Checks a URL of PostgreSQL.
+    fn check_postgres_url(text: &str) -> Result<SecretUrl, String> {
+        let mut errors = Vec::new();
+        let url =
+            check_url("TIDINGS_URL", Some(text.to_owned()), &["postgres://"], &mut errors, crate::store::check_url);
+        url.ok_or_else(|| errors.concat())
     }
 
     #[test]
-    fn a_url_whose_password_would_be_taken_for_something_else_is_refused() {
+    fn a_url_with_a_separator_in_its_password_is_refused() {
         for password in ["12/secret", "12?secret", "12#secret", "/"] {
-            let mistake = taken(&format!("postgres://user:{password}@host/database")).expect_err(password);
-            assert!(mistake.contains("write %2F") && !mistake.contains("secret"), "{mistake}");
+            let error = check_postgres_url(&format!("postgres://user:{password}@host/database")).expect_err(password);
+            assert!(error.contains("write %2F") && !error.contains("secret"), "{error}");
         }
         for text in ["postgres://u:1%2F2@host/d?sslmode=disable", "postgres://u:a@b@host", "postgres:///d?host=/run"] {
-            assert_eq!(taken(text).as_ref().map(SecretUrl::expose), Ok(text));
+            assert_eq!(check_postgres_url(text).as_ref().map(SecretUrl::expose), Ok(text));
         }
     }
 
     proptest! {
         #[test]
-        fn a_number_is_one_within_its_limits_or_a_sentence_that_names_the_place(
+        fn a_value_is_a_number_within_the_limits_or_an_error_that_names_the_variable(
             value in ".{0,12}|[+-]?[0-9]{1,12}",
             least in 0..1_000_u32,
             more in any::<u16>(),
         ) {
-            let (most, mut mistakes) = (least + u32::from(more), Vec::new());
-            match number("TIDINGS_NUMBER", &value, least, most, &mut mistakes) {
-                Some(number) => prop_assert!((least..=most).contains(&number) && mistakes.is_empty()),
-                None => prop_assert!(mistakes.len() == 1 && mistakes[0].starts_with("TIDINGS_NUMBER is \"")),
+            let (most, mut errors) = (least + u32::from(more), Vec::new());
+            match parse_number("TIDINGS_NUMBER", &value, least, most, &mut errors) {
+                Some(number) => prop_assert!((least..=most).contains(&number) && errors.is_empty()),
+                None => prop_assert!(errors.len() == 1 && errors[0].starts_with("TIDINGS_NUMBER is \"")),
             }
         }
     }

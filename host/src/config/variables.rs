@@ -1,15 +1,16 @@
-//! RowRef variables of the environment are settings, which are mistakes, and which are set by others and ignored.
+//! Decides for each variable of the environment that begins with `TIDINGS_` whether it is a setting, an error, or set
+//! by another program and ignored.
 
 use clap::Args as _;
 
 use crate::config::DoctorArgs;
 
-/// What the names of all settings begin with.
+/// The prefix of all settings.
 const PREFIX: &str = "TIDINGS_";
-/// Variables of users' own, in the same file or shell as the settings. The daemon never reads them.
+/// The prefix of variables that users define for themselves beside the settings. The daemon never reads them.
 const USERS_PREFIX: &str = "TIDINGS_X_";
 
-/// What a variable whose name begins with [`PREFIX`] is.
+/// What a variable with the [`PREFIX`] is.
 #[derive(Debug, PartialEq, Eq)]
 enum Variable {
     Setting,
@@ -19,10 +20,10 @@ enum Variable {
     Unknown,
 }
 
-/// A sentence for each variable that begins like a setting and is none: a misspelt one must not be ignored.
-pub(super) fn unknown_variables() -> Vec<String> {
-    let settings = settings();
-    let unknown = names(&settings, &Variable::Unknown).into_iter();
+/// Returns an error for each variable with the prefix that is not a setting: a misspelt setting must not be ignored.
+pub(super) fn check_names() -> Vec<String> {
+    let settings = setting_names();
+    let unknown = find_variables(&settings, &Variable::Unknown).into_iter();
     let sentence = |name: String| {
         let own = name.replacen(PREFIX, USERS_PREFIX, 1);
         format!("{name} is not a setting; there are {}. A variable of your own may be named {own}", settings.join(", "))
@@ -31,29 +32,30 @@ pub(super) fn unknown_variables() -> Vec<String> {
 }
 
 /// The variables that Kubernetes or Docker set for a service named `tidings…`, in alphabetical order. They are ignored.
-pub(crate) fn service_links() -> Vec<String> {
-    names(&settings(), &Variable::ServiceLink)
+pub(crate) fn find_service_links() -> Vec<String> {
+    find_variables(&setting_names(), &Variable::ServiceLink)
 }
 
 /// The names of all settings.
-fn settings() -> Vec<String> {
-    // Those of the doctor are those of the daemon, and one more.
+fn setting_names() -> Vec<String> {
+    // The doctor has all settings of the daemon.
     let command = DoctorArgs::augment_args(clap::Command::new("doctor"));
     command.get_arguments().filter_map(|arg| Some(arg.get_env()?.to_string_lossy().into_owned())).collect()
 }
 
-fn names(settings: &[String], wanted: &Variable) -> Vec<String> {
+/// The names of the variables of one sort, in alphabetical order.
+fn find_variables(settings: &[String], wanted: &Variable) -> Vec<String> {
     let all = std::env::vars_os().map(|(name, value)| (name.to_string_lossy().into_owned(), value));
     let mut names: Vec<String> = all
         .filter(|(name, _)| name.starts_with(PREFIX))
-        .filter(|(name, value)| variable(settings, name, &value.to_string_lossy()) == *wanted)
+        .filter(|(name, value)| classify(settings, name, &value.to_string_lossy()) == *wanted)
         .map(|(name, _)| name)
         .collect();
     names.sort();
     names
 }
 
-fn variable(settings: &[String], name: &str, value: &str) -> Variable {
+fn classify(settings: &[String], name: &str, value: &str) -> Variable {
     if settings.iter().any(|setting| setting == name) {
         Variable::Setting
     } else if name.starts_with(USERS_PREFIX) {
@@ -67,8 +69,8 @@ fn variable(settings: &[String], name: &str, value: &str) -> Variable {
 
 /// Whether Kubernetes sets such a variable for a Service
 /// (<https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables>), or Docker for a link
-/// (<https://docs.docker.com/engine/network/links/>). The value counts as well: `TIDINGS_HTTP_PORT=8080` is a mistake of a user,
-/// and `TIDINGS_HTTP_PORT=tcp://10.0.0.11:8080` is the Service `tidings-http`.
+/// (<https://docs.docker.com/engine/network/links/>). The value counts as well: `TIDINGS_HTTP_PORT=8080` is an error of
+/// the user, and `TIDINGS_HTTP_PORT=tcp://10.0.0.11:8080` is the Service `tidings-http`.
 fn is_service_link(name: &str, value: &str) -> bool {
     let is_address = || ["tcp://", "udp://", "sctp://"].iter().any(|scheme| value.starts_with(scheme));
     let is_port = |text: &str| text.parse::<u16>().is_ok();
@@ -78,11 +80,11 @@ fn is_service_link(name: &str, value: &str) -> bool {
     if name.contains("_SERVICE_PORT") {
         return is_port(value);
     }
-    // Of Docker's links alone.
+    // Only Docker sets these.
     if name.ends_with("_NAME") && value.starts_with('/') || name.contains("_ENV_") {
         return true;
     }
-    // TIDINGS_PORT_7070_TCP, and with _PROTO, _PORT or _ADDR behind it.
+    // TIDINGS_PORT_7070_TCP, alone or followed by _PROTO, _PORT or _ADDR.
     name.split_once("_PORT_").is_some_and(|(_, rest)| {
         let mut parts = rest.split('_');
         parts.next().is_some_and(is_port)
@@ -97,9 +99,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_kubernetes_and_docker_set_for_a_service_is_told_from_a_misspelt_setting() {
-        let settings = settings();
-        let of = |name, value| variable(&settings, name, value);
+    fn variables_of_kubernetes_and_docker_are_distinguished_from_misspelt_settings() {
+        let settings = setting_names();
+        let of = |name, value| classify(&settings, name, value);
         for (name, value) in [
             ("TIDINGS_SERVICE_HOST", "10.0.0.11"),
             ("TIDINGS_SERVICE_PORT", "7070"),

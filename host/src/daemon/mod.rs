@@ -1,5 +1,15 @@
-//! The composition root of `tidings run`: builds every part, waits until each is ready, and runs the loops until a signal
-//! or the first loop that ends unasked.
+//! The composition root of `tidings run`: builds every part, waits until each is ready, and runs the loops until a
+//! signal arrives or a loop ends although no signal asked it to.
+//!
+//! Must never contain a loop of its own, except the removal of old history, nor decide what the loops decide.
+//!
+//! To change it, know the order. It starts HTTP first, so that `/readyz` can say what is missing; then it waits for
+//! PostgreSQL, RabbitMQ and the listener. The listener announces our kinds before the scheduler and the replayer start.
+//!
+//! On SIGTERM the token `shutdown` is cancelled. Every loop stops starting new work; the scheduler waits for the claims
+//! that its lanes are delivering, and HTTP for actions that a person has begun. The connection to RabbitMQ, whose
+//! confirms they still need, is closed last. After 15 s, or at a second signal, the process ends (see [`signals`]), and
+//! PostgreSQL rolls back the transactions that were open: their rows are due again.
 
 pub mod signals;
 
@@ -17,7 +27,7 @@ use tracing::{info, warn};
 
 use crate::broker::topology::watch::TopologyWatch;
 use crate::broker::{Broker, Management};
-use crate::config::{Config, service_links};
+use crate::config::{Config, find_service_links};
 use crate::dead_letters::replayer::Replayer;
 use crate::http::{Http, Sources};
 use crate::model::backoff::jittered;
@@ -30,45 +40,47 @@ use crate::scheduler::canary::Canary;
 use crate::scheduler::listener::Listener;
 use crate::store::{SchemaError, Store};
 use crate::telemetry;
-use signals::{Signals, look_again};
+use signals::{Signals, check_on_hangup};
 
 /// How often old history is removed.
 const RETENTION_INTERVAL: Duration = Duration::from_hours(1);
 
-/// Runs the daemon until `shutdown`, and looks again at what it was given at each of `hangups`.
+/// Runs the daemon until `shutdown` is cancelled. At each of `hangups` it checks the plugin directory and the servers
+/// again.
 ///
 /// # Errors
 ///
-/// When it cannot start (the schema is not ours, the broker's topology is another, the plugin directory cannot be read),
-/// or a loop ended unasked. A server that is away is not an error: it is waited for.
+/// When it cannot start (the schema is not the one of this release, a queue or exchange has other arguments, the plugin
+/// directory cannot be read), or a loop ended without `shutdown`. A server that does not answer is not an error: the
+/// daemon waits for it.
 pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) -> anyhow::Result<()> {
-    let links = service_links();
+    let links = find_service_links();
     if !links.is_empty() {
         let names = links.join(", ");
         info!(names, "ignored variables that Kubernetes or Docker set for a service named tidings");
     }
     let wake = Arc::new(Wake::default());
     let health = Arc::new(Health::new(config.sweep));
-    // But for the listener's and that of a pass.
+    // The listener and a pass over the dead letters have one connection each outside the pool.
     let store = Store::new(&config.servers.database_url, config.database_connections - 2);
     let metrics = telemetry::start_metrics()?;
     let http = Http::bind(config.http_addr).await?;
     let broker = Arc::new(Broker::new(&config.servers.broker, Arc::clone(&wake)));
     let mut loops: JoinSet<anyhow::Result<()>> = JoinSet::new();
 
-    // What is in flight after the signal still needs its confirms: the broker's connection is closed last.
-    let last = CancellationToken::new();
+    // The rows in flight at the signal still need their confirms: the connection to RabbitMQ is closed last.
+    let broker_shutdown = CancellationToken::new();
     let (broker_ready, connected) = oneshot::channel();
     loops.spawn({
-        let (broker, last) = (Arc::clone(&broker), last.clone());
-        async move { Ok(broker.run(last, || _ = broker_ready.send(())).await?) }
+        let (broker, shutdown) = (Arc::clone(&broker), broker_shutdown.clone());
+        async move { Ok(broker.run(shutdown, || _ = broker_ready.send(())).await?) }
     });
     let state = StateDir::open(&config.state_dir)?;
     let engine = Engine::new(Some(&state), Metering::Time)?;
-    let (woken, told) = (Arc::clone(&wake), Arc::clone(&health));
-    let registry = Arc::new(Registry::new(engine, &config.plugin_dir, state, woken, told));
-    // From the beginning, so that whoever asks hears what is missing.
-    let shown = Sources {
+    let registry = Registry::new(engine, &config.plugin_dir, state, Arc::clone(&wake), Arc::clone(&health));
+    let registry = Arc::new(registry);
+    // From the beginning, so that /readyz says what is still missing.
+    let sources = Sources {
         plugins: Arc::clone(&registry),
         store: store.clone(),
         broker: Arc::clone(&broker),
@@ -78,21 +90,21 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
         token: config.http_token.clone(),
         replay_max: config.servers.replay_max,
     };
-    loops.spawn(http.run(shown, shutdown.clone()));
+    loops.spawn(http.run(sources, shutdown.clone()));
     spawn(&mut loops, telemetry::upkeep(metrics, shutdown.clone()));
-    let again = (Arc::clone(&registry), store.clone(), Arc::clone(&broker));
-    spawn(&mut loops, look_again(hangups, again.0, again.1, again.2, shutdown.clone()));
+    let (plugins, probed_store, probed_broker) = (Arc::clone(&registry), store.clone(), Arc::clone(&broker));
+    spawn(&mut loops, check_on_hangup(hangups, plugins, probed_store, probed_broker, shutdown.clone()));
     if unless_ended(&mut loops, &shutdown, wait_for_database(&store)).await?.transpose()?.is_none() {
-        return drain(loops, &last).await;
+        return drain(loops, &broker_shutdown).await;
     }
     loops.spawn(load_and_watch(Arc::clone(&registry), shutdown.clone()));
     if unless_ended(&mut loops, &shutdown, connected).await?.is_none() {
-        return drain(loops, &last).await;
+        return drain(loops, &broker_shutdown).await;
     }
 
     let management = config.management_url.as_ref().map(Management::of);
-    let keeper = TopologyWatch { broker: Arc::clone(&broker), management, health: Arc::clone(&health) };
-    spawn(&mut loops, keeper.run(shutdown.clone()));
+    let watch = TopologyWatch { broker: Arc::clone(&broker), management, health: Arc::clone(&health) };
+    spawn(&mut loops, watch.run(shutdown.clone()));
     let (listener_ready, listening) = oneshot::channel();
     let listener = Listener {
         store: store.clone(),
@@ -103,9 +115,9 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
     };
     spawn(&mut loops, listener.run(shutdown.clone(), || _ = listener_ready.send(())));
     spawn(&mut loops, remove_old_history(store.clone(), config.history, shutdown.clone()));
-    // The listener announces our kinds; before that, another daemon might hold their rows.
+    // The listener announces our kinds. Until it has, another daemon might hold their rows.
     if unless_ended(&mut loops, &shutdown, listening).await?.is_none() {
-        return drain(loops, &last).await;
+        return drain(loops, &broker_shutdown).await;
     }
     let replayer = Replayer {
         store: store.clone(),
@@ -119,7 +131,7 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
             Canary { store: store.clone(), broker: Arc::clone(&broker), interval, health: Arc::clone(&health) };
         let (plugins, shutdown) = (Arc::clone(&registry), shutdown.clone());
         spawn(&mut loops, async move {
-            // It needs one of them.
+            // The plugins are loaded first: the canary needs one of them.
             if shutdown.run_until_cancelled(plugins.completed()).await.is_some() {
                 canary.run(shutdown).await;
             }
@@ -141,12 +153,13 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
         std::future::pending().await
     };
 
-    // It ends when it is asked to and nothing is in flight any more.
-    // On a thread of the runtime, where its lanes start without waking another. It ends with us, whatever ends us.
-    let scheduled = AbortOnDropHandle::new(tokio::spawn(scheduler.run(shutdown.clone())));
+    // The scheduler ends after `shutdown`, when nothing is in flight any more. It is a task on a worker thread of the
+    // runtime, so that starting a lane wakes no other thread; the task is aborted if this function returns for another
+    // reason.
+    let scheduler = AbortOnDropHandle::new(tokio::spawn(scheduler.run(shutdown.clone())));
     tokio::select! {
-        ended = scheduled => match ended {
-            Ok(()) => drain(loops, &last).await,
+        ended = scheduler => match ended {
+            Ok(()) => drain(loops, &broker_shutdown).await,
             Err(panic) => std::panic::resume_unwind(panic.into_panic()),
         },
         ended = first_to_end(&mut loops, &shutdown) => ended,
@@ -154,7 +167,7 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
     }
 }
 
-/// Starts a loop that cannot fail; it may end unasked all the same, by a panic for instance.
+/// Starts a loop that returns no error. It may still end without being asked to, for instance by a panic.
 fn spawn(loops: &mut JoinSet<anyhow::Result<()>>, work: impl Future<Output = ()> + Send + 'static) {
     loops.spawn(async move {
         work.await;
@@ -162,7 +175,7 @@ fn spawn(loops: &mut JoinSet<anyhow::Result<()>>, work: impl Future<Output = ()>
     });
 }
 
-/// Loads the plugins, beside everything else, and keeps them up to date.
+/// Loads the plugins, while the other parts start, and keeps them up to date.
 async fn load_and_watch(registry: Arc<Registry>, shutdown: CancellationToken) -> anyhow::Result<()> {
     let Some(loaded) = shutdown.run_until_cancelled(registry.load_all()).await else { return Ok(()) };
     loaded.with_context(|| format!("could not read the plugin directory {}", registry.dir().display()))?;
@@ -190,11 +203,11 @@ async fn wait_for_database(store: &Store) -> Result<(), SchemaError> {
     Ok(())
 }
 
-/// What `work` makes, or `None` if it was asked to stop before.
+/// Waits for `work`. Returns `None` if `shutdown` is cancelled first.
 ///
 /// # Errors
 ///
-/// When a loop ended unasked before.
+/// When a loop ends first.
 async fn unless_ended<T>(
     loops: &mut JoinSet<anyhow::Result<()>>,
     shutdown: &CancellationToken,
@@ -204,25 +217,25 @@ async fn unless_ended<T>(
         biased;
         () = shutdown.cancelled() => Ok(None),
         ended = first_to_end(loops, shutdown) => ended.map(|()| None),
-        made = work => Ok(Some(made)),
+        output = work => Ok(Some(output)),
     }
 }
 
-/// Waits for the first loop that ends unasked, which is an error whatever it says.
+/// Waits for the first loop that ends without being asked to. That is an error even if the loop returned none.
 async fn first_to_end(loops: &mut JoinSet<anyhow::Result<()>>, shutdown: &CancellationToken) -> anyhow::Result<()> {
     match loops.join_next().await {
         Some(ended) if !shutdown.is_cancelled() => {
             ended.context("a loop panicked")??;
-            bail!("a loop ended unasked")
+            bail!("a loop ended, although nothing had asked it to")
         }
-        // Asked: the others are about to end as well.
+        // The loop was asked to end; the other loops are about to end as well.
         _ => std::future::pending().await,
     }
 }
 
-/// Waits for the loops to end after a signal, the broker's last.
-async fn drain(mut loops: JoinSet<anyhow::Result<()>>, last: &CancellationToken) -> anyhow::Result<()> {
-    last.cancel();
+/// Waits after a signal until all loops have ended; closes the connection to RabbitMQ.
+async fn drain(mut loops: JoinSet<anyhow::Result<()>>, broker_shutdown: &CancellationToken) -> anyhow::Result<()> {
+    broker_shutdown.cancel();
     while let Some(ended) = loops.join_next().await {
         ended.context("a loop panicked")??;
     }
@@ -250,7 +263,7 @@ async fn remove_old_history(store: Store, age: Duration, shutdown: CancellationT
     }
 }
 
-/// Whether an error of [`run`] is about the schema: a code of its own for scripts.
+/// Whether an error of [`run`] is about the schema. The process then exits with a code of its own.
 #[must_use]
 pub fn is_schema_error(error: &anyhow::Error) -> bool {
     error.downcast_ref::<SchemaError>().is_some_and(|error| !matches!(error, SchemaError::Store(_)))
@@ -260,19 +273,19 @@ pub fn is_schema_error(error: &anyhow::Error) -> bool {
 mod tests {
     use super::*;
 
-    /// What comes of a loop that ends so, while others go on.
-    async fn ended(with: anyhow::Result<()>) -> String {
+    /// The error when a loop ends with this result, while another loop runs.
+    async fn error_after(result: anyhow::Result<()>) -> String {
         let mut loops = JoinSet::new();
         loops.spawn(std::future::pending());
-        loops.spawn(async move { with });
+        loops.spawn(async move { result });
         let ended = first_to_end(&mut loops, &CancellationToken::new()).await;
         format!("{:#}", ended.expect_err("it is an error"))
     }
 
     #[tokio::test]
-    async fn a_loop_that_ends_unasked_is_an_error_whatever_it_says() {
-        assert_eq!(ended(Ok(())).await, "a loop ended unasked");
-        assert_eq!(ended(Err(anyhow::anyhow!("the reason"))).await, "the reason");
+    async fn a_loop_that_ends_without_shutdown_is_an_error_even_if_it_returns_none() {
+        assert_eq!(error_after(Ok(())).await, "a loop ended, although nothing had asked it to");
+        assert_eq!(error_after(Err(anyhow::anyhow!("the reason"))).await, "the reason");
     }
 
     #[tokio::test]

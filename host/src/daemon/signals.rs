@@ -1,5 +1,6 @@
-//! What signals do. Asked to end, the process finishes what is in flight; asked twice it ends at once. At SIGHUP the daemon
-//! looks again at what it was given, and goes on. No signal that another process sends by habit ends the daemon halfway.
+//! What signals do. At the first SIGTERM, SIGINT or SIGQUIT the process finishes what is in flight, and ends after 15 s
+//! at most; at the second it ends at once. At SIGHUP the daemon checks the plugin directory and the TLS files, and goes
+//! on. SIGUSR1 and SIGUSR2, which would end a process that does not handle them, are ignored.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,16 +17,16 @@ use crate::store::Store;
 /// How long work in flight may take after a signal.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(15);
 
-/// What arrives of some signals.
+/// A stream of certain signals.
 #[derive(Debug)]
 pub struct Signals(mpsc::Receiver<SignalKind>);
 
 impl Signals {
-    /// From now on these signals are received, and none of them ends the process.
+    /// Handles these signals from now on, so that none of them ends the process by itself.
     ///
     /// # Errors
     ///
-    /// When they cannot be received.
+    /// When the signals cannot be handled.
     fn of(kinds: &[SignalKind]) -> std::io::Result<Self> {
         let (sender, receiver) = mpsc::channel(1);
         for &kind in kinds {
@@ -35,40 +36,40 @@ impl Signals {
         Ok(Self(receiver))
     }
 
-    /// SIGHUP, with which an operator says that files have changed; and SIGUSR1 and SIGUSR2, which mean nothing to us but
-    /// end a process that does not expect them.
+    /// SIGHUP, which tells the daemon that files have changed; and SIGUSR1 and SIGUSR2, which have no meaning here but
+    /// end a process that does not handle them.
     ///
     /// # Errors
     ///
-    /// When they cannot be received.
-    pub fn to_go_on() -> std::io::Result<Self> {
+    /// When the signals cannot be handled.
+    pub fn non_fatal() -> std::io::Result<Self> {
         Self::of(&[SignalKind::hangup(), SignalKind::user_defined1(), SignalKind::user_defined2()])
     }
 
     async fn next(&mut self) -> SignalKind {
         match self.0.recv().await {
             Some(kind) => kind,
-            // The runtime ends.
+            // The runtime is shutting down.
             None => std::future::pending().await,
         }
     }
 }
 
-/// A token that the first SIGTERM, SIGINT or SIGQUIT cancels, for the daemon. The second one ends the process at once, as do
-/// 15 s.
+/// Returns a token for the daemon that the first SIGTERM, SIGINT or SIGQUIT cancels. The process is ended at once by
+/// the second signal, or 15 s after the first.
 ///
 /// # Errors
 ///
-/// When signals cannot be received.
+/// When the signals cannot be handled.
 pub fn shutdown_on_signal() -> std::io::Result<CancellationToken> {
     shutdown_on(&[SignalKind::terminate(), SignalKind::interrupt(), SignalKind::quit()])
 }
 
-/// The same for a command, which SIGHUP ends as well: its terminal is gone.
+/// The same for a command, which SIGHUP ends as well, since its terminal is gone.
 ///
 /// # Errors
 ///
-/// When signals cannot be received.
+/// When the signals cannot be handled.
 pub fn shutdown_on_signal_or_hangup() -> std::io::Result<CancellationToken> {
     shutdown_on(&[SignalKind::terminate(), SignalKind::interrupt(), SignalKind::quit(), SignalKind::hangup()])
 }
@@ -81,7 +82,7 @@ fn shutdown_on(kinds: &[SignalKind]) -> std::io::Result<CancellationToken> {
         signals.next().await;
         info!("stopping: finishing what is in flight");
         cancelled.cancel();
-        // Whatever is open then is rolled back by the database, and delivered again.
+        // When the process exits, PostgreSQL rolls back its open transactions, and their rows are delivered again.
         tokio::select! {
             _ = signals.next() => {}
             () = tokio::time::sleep(DRAIN_DEADLINE) => {
@@ -95,9 +96,9 @@ fn shutdown_on(kinds: &[SignalKind]) -> std::io::Result<CancellationToken> {
     Ok(token)
 }
 
-/// At each SIGHUP looks at the plugin directory, and whether both servers take a new connection with the TLS files as they
-/// are now: every connection reads them when it is made, and those that are there go on.
-pub async fn look_again(
+/// At each SIGHUP checks the plugin directory, and whether both servers accept a new connection with the TLS files as
+/// they are now. Every connection reads the files when it is made; existing connections are not affected.
+pub async fn check_on_hangup(
     mut signals: Signals,
     plugins: Arc<Registry>,
     store: Store,
@@ -106,24 +107,24 @@ pub async fn look_again(
 ) {
     while let Some(signal) = shutdown.run_until_cancelled(signals.next()).await {
         if signal != SignalKind::hangup() {
-            info!("a signal that means nothing to the daemon, which goes on");
+            info!("ignored a signal that has no meaning for the daemon");
             continue;
         }
         info!("SIGHUP: looking again at the plugin directory and the TLS files");
         plugins.look_again();
         let probes = async {
-            let visited = async {
+            let visit = async {
                 broker.visit().await?.close().await;
                 Ok::<(), BrokerError>(())
             };
-            let (database, broker) = tokio::join!(store.probe(), visited);
+            let (database, broker) = tokio::join!(store.probe(), visit);
             [database.err().map(anyhow::Error::from), broker.err().map(anyhow::Error::from)]
         };
-        let Some(failed) = shutdown.run_until_cancelled(probes).await else { return };
-        if failed.iter().all(Option::is_none) {
+        let Some(results) = shutdown.run_until_cancelled(probes).await else { return };
+        if results.iter().all(Option::is_none) {
             info!("PostgreSQL and RabbitMQ take new connections with the TLS files as they are now");
         }
-        for error in failed.into_iter().flatten() {
+        for error in results.into_iter().flatten() {
             warn!(
                 error = &*error as &dyn std::error::Error,
                 "no new connection could be made after SIGHUP; those that are there go on"

@@ -1,5 +1,7 @@
-//! Work by hand on what was set aside: parked rows, and the letters that are dead or parked. What commands and the page
-//! both do. Whoever works on letters is alone with them, as a pass of the daemon is.
+//! What a person does to dead letters and to parked messages and rows, with a command or on the page.
+//!
+//! Must never work on dead letters without the lock that a pass has: [`DeadLetterAdmin`] and [`DeadLetterListing`] take
+//! it.
 
 use std::collections::HashSet;
 use std::sync::Mutex;
@@ -9,33 +11,33 @@ use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::broker::{Broker, BrokerError, DeadLetterQueue, DeadLetters, SendResult, SendTo};
-use crate::dead_letters::replayer::{PassError, drop_letters, take_back, window};
-use crate::model::dead_letter::{Fate, PassCounts};
+use crate::broker::{Broker, BrokerError, DeadLetterQueue, DeadLetterSession, Destination, SendResult};
+use crate::dead_letters::replayer::{PassError, drop_letters, fetch_window, take_back};
+use crate::model::dead_letter::{DeadLetter, Fate, PassCounts};
 use crate::model::error_chain::error_chain;
 use crate::store::{Pass, Store, StoreError};
 
 pub use crate::dead_letters::list::DeadLetterListing;
 
-/// Rows that are put back or dropped by one statement.
-const CHUNK: usize = 500;
+/// How many rows one statement puts back or removes.
+const ROWS_PER_STATEMENT: usize = 500;
 
-/// Why nothing, or not everything, was done.
+/// Why nothing was done, or not everything.
 #[derive(Debug, Error)]
 pub enum AdminError {
-    /// A pass of a daemon, or another person.
+    /// A daemon makes a pass, or another command works on the dead letters.
     #[error("somebody is making a pass over the dead letters of {0} at this moment; try again soon")]
     Busy(String),
-    /// No daemon has ever run, or somebody has deleted it.
-    #[error("there are no {what}; the daemon declares their queue when it starts")]
+    /// The queue does not exist: no daemon has run yet, or the queue was deleted.
+    #[error("RabbitMQ has no queue for the {what}; the daemon declares their queue when it starts")]
     NoQueue {
-        /// RowRef letters.
+        /// `dead letters` or `parked dead letters`, and the exchange.
         what: String,
-        /// In the broker's words.
+        /// RabbitMQ's answer.
         #[source]
         source: BrokerError,
     },
-    /// A server.
+    /// An error of RabbitMQ or PostgreSQL.
     #[error(transparent)]
     Pass(#[from] PassError),
 }
@@ -52,17 +54,17 @@ impl From<StoreError> for AdminError {
     }
 }
 
-/// RowRef rows or letters are meant.
+/// Which rows or dead letters are meant.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Selection {
-    /// All that lie there now.
+    /// All that are there now.
     All,
     /// Those with these ids.
     Ids(HashSet<String>),
 }
 
 impl Selection {
-    /// Whether it is meant.
+    /// Whether the row or dead letter with this id is selected.
     #[must_use]
     pub fn takes(&self, id: Option<&str>) -> bool {
         match self {
@@ -72,38 +74,39 @@ impl Selection {
     }
 }
 
-/// What was done, and what was not.
+/// The result of work on rows or dead letters.
 #[derive(Debug, Default)]
 pub struct Done {
-    /// How many it was done with.
+    /// How many were put back or removed.
     pub count: usize,
-    /// What stays, and why.
+    /// Those that stay, and why.
     pub stay: Vec<NotDone>,
 }
 
-/// A row or a letter that could not be put back.
+/// A row or a dead letter that could not be put back.
 #[derive(Debug, Serialize)]
 pub struct NotDone {
-    /// Its id; a foreign letter may have none.
+    /// Its id; a message that Tidings did not publish may have none.
     pub id: Option<String>,
-    /// Why.
+    /// Why it stays.
     pub why: String,
 }
 
-/// Puts parked rows back into the queue, due now. `progress` is told how many more were dealt with.
+/// Makes parked rows due now. Calls `progress` after each statement with the number of rows that it was for.
 ///
 /// # Errors
 ///
-/// When the database does not answer.
+/// When PostgreSQL does not answer.
 pub async fn retry_rows(store: &Store, ids: &[Uuid], progress: impl Fn(usize)) -> Result<Done, StoreError> {
     let mut done = Done::default();
-    for chunk in ids.chunks(CHUNK) {
+    for chunk in ids.chunks(ROWS_PER_STATEMENT) {
         match store.unpark(chunk).await {
             Err(error) if error.is_refusal() => {
-                // One of them cannot go back, since its key is taken for instance: the others can.
+                // One of the rows cannot go back, for instance because its key is taken. Each is tried alone, so that
+                // the others can.
                 for id in chunk {
                     match store.unpark(&[*id]).await {
-                        Ok(one) => done.count += one,
+                        Ok(count) => done.count += count,
                         Err(error) => {
                             let why = error_chain(&error);
                             done.stay.push(NotDone { id: Some(id.to_string()), why });
@@ -125,65 +128,66 @@ pub async fn retry_rows(store: &Store, ids: &[Uuid], progress: impl Fn(usize)) -
 /// As [`retry_rows`].
 pub async fn drop_rows(store: &Store, ids: &[Uuid], progress: impl Fn(usize)) -> Result<Done, StoreError> {
     let mut done = Done::default();
-    for chunk in ids.chunks(CHUNK) {
+    for chunk in ids.chunks(ROWS_PER_STATEMENT) {
         done.count += store.drop_parked(chunk).await?;
         progress(chunk.len());
     }
     Ok(done)
 }
 
-/// The right to the letters.
-pub(super) async fn alone(store: &Store, broker: &Broker) -> Result<Pass, AdminError> {
+/// Takes the lock of the dead letters, with which a pass and the work of a person exclude each other.
+pub(super) async fn lock_dead_letters(store: &Store, broker: &Broker) -> Result<Pass, AdminError> {
     let exchange = broker.exchange();
     store.wait_for_dead_letters(exchange).await?.ok_or_else(|| AdminError::Busy(exchange.to_owned()))
 }
 
-pub(super) fn no_queue(pile: DeadLetterQueue, exchange: &str, source: BrokerError) -> AdminError {
-    let what = match pile {
+pub(super) fn no_queue_error(queue: DeadLetterQueue, exchange: &str, source: BrokerError) -> AdminError {
+    let what = match queue {
         DeadLetterQueue::Dead => format!("dead letters of {exchange}"),
-        DeadLetterQueue::Parked => format!("parked letters of {exchange}"),
+        DeadLetterQueue::Parked => format!("parked dead letters of {exchange}"),
     };
     AdminError::NoQueue { what, source }
 }
 
-/// The letters, and the right to touch them. It must be ended with [`DeadLetterAdmin::end`].
+/// The lock of the dead letters, and a connection to them. It must be ended with [`DeadLetterAdmin::end`].
 #[derive(Debug)]
 pub struct DeadLetterAdmin {
-    /// The right, and the time.
+    /// The lock, and the database clock.
     pub(crate) pass: Pass,
-    /// The letters.
-    pub(crate) letters: DeadLetters,
+    /// The connection to the dead letters.
+    pub(crate) letters: DeadLetterSession,
     exchange: String,
 }
 
 impl DeadLetterAdmin {
-    /// Gets the right to the letters, and a connection to them. Nothing is touched yet.
+    /// Takes the lock of the dead letters, and opens a connection. Fetches nothing yet.
     ///
     /// # Errors
     ///
-    /// When somebody else has it, or a server does not answer.
+    /// When a daemon or another command has the lock, or a server does not answer.
     pub async fn alone(store: &Store, broker: &Broker) -> Result<Self, AdminError> {
-        let pass = alone(store, broker).await?;
-        Ok(Self { pass, letters: broker.dead_letters().await?, exchange: broker.exchange().to_owned() })
+        let pass = lock_dead_letters(store, broker).await?;
+        Ok(Self { pass, letters: broker.open_dead_letters().await?, exchange: broker.exchange().to_owned() })
     }
 
-    /// Gives everything back that was not acknowledged, and the right.
+    /// Closes the connection, so that what was not acknowledged is back in its queue, and releases the lock.
     pub async fn end(self) {
         self.letters.close().await;
         self.pass.end().await;
     }
 
-    /// How many letters of the pile wait.
+    /// How many messages are in the queue.
     ///
     /// # Errors
     ///
-    /// When there is no such queue, or the broker does not answer.
-    pub async fn waiting(&self, pile: DeadLetterQueue) -> Result<u32, AdminError> {
-        self.letters.waiting(pile).await.map_err(|source| no_queue(pile, &self.exchange, source))
+    /// When the queue does not exist, or RabbitMQ does not answer.
+    pub async fn waiting(&self, queue: DeadLetterQueue) -> Result<u32, AdminError> {
+        self.letters.message_count(queue).await.map_err(|source| no_queue_error(queue, &self.exchange, source))
     }
 
-    /// Sends dead letters back, as a pass does. By their ids it goes no further than to the last of them; what lies before it
-    /// goes to the end of the queue. Returns what became of them, and how many ids were not met.
+    /// Makes a pass over the selected dead letters. If they are selected by ids, it ends after the window with the last
+    /// of them, and the others that it fetched go to the end of the queue. Returns what became of them, and how many
+    /// ids were not found.
     ///
     /// # Errors
     ///
@@ -195,14 +199,15 @@ impl DeadLetterAdmin {
         shutdown: &CancellationToken,
     ) -> Result<(PassCounts, usize), AdminError> {
         self.waiting(DeadLetterQueue::Dead).await?;
-        let (missing, enough) = (Missing::of(wanted), shutdown.child_token());
-        let takes = |letter: &crate::model::dead_letter::DeadLetter| missing.takes(wanted, letter.id.as_deref());
-        let stop = |_| missing.stop(&enough);
-        let tally = take_back(&self.letters, &mut self.pass, max, takes, stop, &enough).await?;
-        Ok((tally, missing.count()))
+        let (not_found, stop) = (NotFound::new(wanted), shutdown.child_token());
+        let is_wanted = |dead_letter: &DeadLetter| not_found.check(wanted, dead_letter.id.as_deref());
+        let progress = |_| not_found.stop_if_empty(&stop);
+        let counts = take_back(&self.letters, &mut self.pass, max, is_wanted, progress, &stop).await?;
+        Ok((counts, not_found.count()))
     }
 
-    /// Removes dead letters for good; as [`DeadLetterAdmin::replay`]. Returns how many, and how many ids were not met.
+    /// Removes the selected dead letters for good, in the same way as [`DeadLetterAdmin::replay`]. Returns how many
+    /// were removed, and how many ids were not found.
     ///
     /// # Errors
     ///
@@ -213,15 +218,16 @@ impl DeadLetterAdmin {
         shutdown: &CancellationToken,
     ) -> Result<(u64, usize), AdminError> {
         self.waiting(DeadLetterQueue::Dead).await?;
-        let (missing, enough) = (Missing::of(wanted), shutdown.child_token());
-        let takes = |letter: &crate::model::dead_letter::DeadLetter| missing.takes(wanted, letter.id.as_deref());
-        let stop = |_| missing.stop(&enough);
-        let dropped = drop_letters(&self.letters, &mut self.pass, takes, stop, &enough).await?;
-        Ok((dropped, missing.count()))
+        let (not_found, stop) = (NotFound::new(wanted), shutdown.child_token());
+        let is_wanted = |dead_letter: &DeadLetter| not_found.check(wanted, dead_letter.id.as_deref());
+        let progress = |_| not_found.stop_if_empty(&stop);
+        let dropped = drop_letters(&self.letters, &mut self.pass, is_wanted, progress, &stop).await?;
+        Ok((dropped, not_found.count()))
     }
 
-    /// Sends parked letters back into the queues they died in, however often they were replayed. Those that nothing is done
-    /// with are back when this ends. `progress` is told how many more were looked at.
+    /// Puts the selected parked messages back into the queues in which they died, however often they were replayed. The
+    /// others are back in `tidings.parking` when this [`DeadLetterAdmin`] ends. Calls `progress` for each window with
+    /// the number of messages in it.
     ///
     /// # Errors
     ///
@@ -233,40 +239,40 @@ impl DeadLetterAdmin {
         shutdown: &CancellationToken,
     ) -> Result<Done, AdminError> {
         let mut done = Done::default();
-        let mut waiting = self.waiting(DeadLetterQueue::Parked).await?;
+        let mut remaining = self.waiting(DeadLetterQueue::Parked).await?;
         if matches!(wanted, Selection::Ids(_)) {
-            // The others are only looked at.
-            self.letters.come_back(DeadLetterQueue::Parked).await?;
+            // The others are fetched and not acknowledged.
+            self.letters.ensure_messages_return(DeadLetterQueue::Parked).await?;
         }
-        while waiting > 0 && !shutdown.is_cancelled() {
+        while remaining > 0 && !shutdown.is_cancelled() {
             let clock = self.pass.clock().await?;
-            let mut back = Vec::new();
-            let window = window(&self.letters, DeadLetterQueue::Parked, &mut waiting).await?;
+            let mut to_replay = Vec::new();
+            let window = fetch_window(&self.letters, DeadLetterQueue::Parked, &mut remaining).await?;
             progress(window.len());
-            for letter in window.into_iter().filter(|letter| wanted.takes(letter.says.id.as_deref())) {
-                // A person wants it, however often it was replayed.
-                let why = match letter.says.fate(clock.now_ms(), 0) {
+            for dead_letter in window.into_iter().filter(|dead_letter| wanted.takes(dead_letter.parsed.id.as_deref())) {
+                // Without the maximum number of replays, because a person asks for it.
+                let why = match dead_letter.parsed.fate(clock.now_ms(), 0) {
                     Fate::Replay { queue, expiration_ms, replays } => {
-                        back.push((letter, SendTo::Back { queue, expiration_ms, replays }));
+                        to_replay.push((dead_letter, Destination::OriginalQueue { queue, expiration_ms, replays }));
                         continue;
                     }
-                    Fate::Expired => "its deadline has come, and nobody may see it any more; drop it".into(),
+                    Fate::Expired => "its deadline has passed, so it must not be delivered any more; drop it".into(),
                     Fate::Park(reason) => reason,
                     Fate::Leave(reason) => reason.into(),
                 };
-                done.stay.push(NotDone { id: letter.says.id, why });
+                done.stay.push(NotDone { id: dead_letter.parsed.id, why });
             }
-            let (sent, others) = self.letters.send(back).await?;
-            done.count += usize::try_from(sent).unwrap_or(usize::MAX);
-            for (letter, sent) in others {
-                let why = if sent == SendResult::NoQueue { "its queue is gone" } else { "its queue did not take it" };
-                done.stay.push(NotDone { id: letter.says.id, why: why.into() });
+            let (replayed, not_replayed) = self.letters.send(to_replay).await?;
+            done.count += usize::try_from(replayed).unwrap_or(usize::MAX);
+            for (dead_letter, result) in not_replayed {
+                let why = if result == SendResult::NoQueue { "its queue is gone" } else { "its queue did not take it" };
+                done.stay.push(NotDone { id: dead_letter.parsed.id, why: why.into() });
             }
         }
         Ok(done)
     }
 
-    /// Removes parked letters for good; as [`DeadLetterAdmin::retry_parked`].
+    /// Removes the selected parked messages for good, in the same way as [`DeadLetterAdmin::retry_parked`].
     ///
     /// # Errors
     ///
@@ -278,18 +284,18 @@ impl DeadLetterAdmin {
         shutdown: &CancellationToken,
     ) -> Result<Done, AdminError> {
         let mut done = Done::default();
-        let mut waiting = self.waiting(DeadLetterQueue::Parked).await?;
+        let mut remaining = self.waiting(DeadLetterQueue::Parked).await?;
         if matches!(wanted, Selection::Ids(_)) {
-            // The others are only looked at.
-            self.letters.come_back(DeadLetterQueue::Parked).await?;
+            // The others are fetched and not acknowledged.
+            self.letters.ensure_messages_return(DeadLetterQueue::Parked).await?;
         }
-        while waiting > 0 && !shutdown.is_cancelled() {
-            // The lock is still ours.
+        while remaining > 0 && !shutdown.is_cancelled() {
+            // Fails if the session no longer has the lock.
             self.pass.clock().await?;
-            let window = window(&self.letters, DeadLetterQueue::Parked, &mut waiting).await?;
+            let window = fetch_window(&self.letters, DeadLetterQueue::Parked, &mut remaining).await?;
             progress(window.len());
-            for letter in window.iter().filter(|letter| wanted.takes(letter.says.id.as_deref())) {
-                self.letters.acknowledge(letter).await?;
+            for dead_letter in window.iter().filter(|dead_letter| wanted.takes(dead_letter.parsed.id.as_deref())) {
+                self.letters.acknowledge(dead_letter).await?;
                 done.count += 1;
             }
         }
@@ -297,33 +303,33 @@ impl DeadLetterAdmin {
     }
 }
 
-/// The ids that were not met yet; `None` = all letters are meant.
-struct Missing(Option<Mutex<HashSet<String>>>);
+/// The selected ids that were not found yet; `None` = all dead letters are selected.
+struct NotFound(Option<Mutex<HashSet<String>>>);
 
-impl Missing {
-    fn of(wanted: &Selection) -> Self {
+impl NotFound {
+    fn new(wanted: &Selection) -> Self {
         match wanted {
             Selection::All => Self(None),
             Selection::Ids(ids) => Self(Some(Mutex::new(ids.clone()))),
         }
     }
 
-    /// Whether this one is meant; then it was met.
-    fn takes(&self, wanted: &Selection, id: Option<&str>) -> bool {
-        if let (Some(missing), Some(id)) = (&self.0, id) {
-            missing.lock().expect("nobody panics with it").remove(id);
+    /// Whether the dead letter with this id is selected. Removes the id from those that were not found.
+    fn check(&self, wanted: &Selection, id: Option<&str>) -> bool {
+        if let (Some(ids), Some(id)) = (&self.0, id) {
+            ids.lock().expect("no code panics while it holds the lock").remove(id);
         }
         wanted.takes(id)
     }
 
     fn count(&self) -> usize {
-        self.0.as_ref().map_or(0, |missing| missing.lock().expect("nobody panics with it").len())
+        self.0.as_ref().map_or(0, |ids| ids.lock().expect("no code panics while it holds the lock").len())
     }
 
-    /// Goes no further if all were met.
-    fn stop(&self, enough: &CancellationToken) {
+    /// Cancels `stop` if all selected ids were found.
+    fn stop_if_empty(&self, stop: &CancellationToken) {
         if self.0.is_some() && self.count() == 0 {
-            enough.cancel();
+            stop.cancel();
         }
     }
 }

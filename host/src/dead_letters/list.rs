@@ -1,59 +1,61 @@
-//! Who only looks at the letters: alone with them as well, since what is looked at is not in its queue meanwhile.
+//! A listing of dead or parked messages by their headers.
+//!
+//! Must never run beside a pass or another command: messages that are listed are not in their queue meanwhile.
 
-use crate::broker::{Broker, DeadLetterQueue, Look, Looked};
-use crate::dead_letters::admin::{AdminError, alone, no_queue};
+use crate::broker::{Broker, BrowseSession, DeadLetterQueue, Looked};
+use crate::dead_letters::admin::{AdminError, lock_dead_letters, no_queue_error};
 use crate::model::clock::DatabaseClock;
 use crate::store::{Pass, Store};
 
-/// A look at the letters' headers, and the right to it. It must be ended with [`DeadLetterListing::end`].
+/// The lock of the dead letters, and a connection for a listing. It must be ended with [`DeadLetterListing::end`].
 #[derive(Debug)]
 pub struct DeadLetterListing {
     pass: Pass,
-    letters: Look,
+    session: BrowseSession,
     exchange: String,
 }
 
 impl DeadLetterListing {
-    /// Gets the right to the letters, and a connection to them.
+    /// Takes the lock of the dead letters, and opens a connection.
     ///
     /// # Errors
     ///
-    /// When somebody else has it, or a server does not answer.
+    /// When a daemon or another command has the lock, or a server does not answer.
     pub async fn begin(store: &Store, broker: &Broker) -> Result<Self, AdminError> {
-        let pass = alone(store, broker).await?;
-        Ok(Self { pass, letters: broker.look().await?, exchange: broker.exchange().to_owned() })
+        let pass = lock_dead_letters(store, broker).await?;
+        Ok(Self { pass, session: broker.browse_dead_letters().await?, exchange: broker.exchange().to_owned() })
     }
 
-    /// Ends the look, and gives back the right: all letters are where they were.
+    /// Closes the connection, and releases the lock. All dead letters are where they were.
     pub async fn end(self) {
-        self.letters.close().await;
+        self.session.close().await;
         self.pass.end().await;
     }
 
-    /// How many letters of the pile wait.
+    /// How many messages are in the queue.
     ///
     /// # Errors
     ///
-    /// When there is no such queue, or the broker does not answer.
-    pub async fn waiting(&self, pile: DeadLetterQueue) -> Result<u32, AdminError> {
-        self.letters.waiting(pile).await.map_err(|source| no_queue(pile, &self.exchange, source))
+    /// When the queue does not exist, or RabbitMQ does not answer.
+    pub async fn waiting(&self, queue: DeadLetterQueue) -> Result<u32, AdminError> {
+        self.session.message_count(queue).await.map_err(|source| no_queue_error(queue, &self.exchange, source))
     }
 
-    /// The time, by the database.
+    /// The database clock.
     ///
     /// # Errors
     ///
-    /// When it does not answer.
+    /// When PostgreSQL does not answer.
     pub async fn clock(&mut self) -> Result<DatabaseClock, AdminError> {
         Ok(self.pass.clock().await?)
     }
 
-    /// Shows up to `most` letters of the pile to `see`, in their order.
+    /// Calls `see` with the next dead letters of the queue, in their order, at most `most`.
     ///
     /// # Errors
     ///
-    /// When the broker does not answer.
-    pub async fn at(&self, pile: DeadLetterQueue, most: u32, see: impl FnMut(Looked)) -> Result<(), AdminError> {
-        Ok(self.letters.at(pile, most, see).await?)
+    /// When RabbitMQ does not answer, or messages of the queue may not come back.
+    pub async fn at(&self, queue: DeadLetterQueue, most: u32, see: impl FnMut(Looked)) -> Result<(), AdminError> {
+        Ok(self.session.list(queue, most, see).await?)
     }
 }

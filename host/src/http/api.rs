@@ -1,4 +1,5 @@
-//! What is asked for one by one: the letters, since to look at them is to fetch them, and where a row is, and why.
+//! The requests of the page that are made only when needed: the list of dead letters, for which they must be fetched
+//! from RabbitMQ, and the search for a row.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,39 +20,39 @@ use crate::model::display;
 use crate::model::display::Explanation;
 use crate::model::row_status::RowRef;
 
-/// For so long a look at the letters is new enough for whoever asks next.
-const FRESH: Duration = Duration::from_secs(2);
-/// Letters of each pile that are shown.
-const LETTERS: u32 = 100;
-/// How far back a row is looked for by its key, in minutes: there is no index of the keys of the history.
-const HISTORY: f64 = 240.0;
+/// How long a list of dead letters is reused for further requests.
+const CACHE_TIME: Duration = Duration::from_secs(2);
+/// How many dead letters of each queue are shown.
+const MAX_LETTERS: u32 = 100;
+/// How far back a row is searched by its key, in minutes: the history has no index of keys.
+const HISTORY_MINUTES: f64 = 240.0;
 
 /// What `GET /api/letters` answers.
 #[derive(Debug, Serialize)]
 struct Letters {
-    dead: Heap,
-    parked: Heap,
+    dead: LetterQueue,
+    parked: LetterQueue,
 }
 
-/// What lies in one of the two queues.
+/// The contents of one of the two queues.
 #[derive(Debug, Serialize)]
-struct Heap {
-    /// How many.
+struct LetterQueue {
+    /// How many dead letters are in it.
     waiting: u32,
     /// The first of them.
-    letters: Vec<Sources>,
+    letters: Vec<Letter>,
 }
 
-/// A letter, without its body.
+/// A dead letter, without its body.
 #[derive(Debug, Serialize)]
-struct Sources {
+struct Letter {
     id: Option<String>,
     kind: Option<String>,
-    /// Where it died.
+    /// The queue in which it died.
     queue: Option<String>,
     /// Why it died there, or why it was parked.
     reason: Option<String>,
-    /// By the broker's clock, to the second.
+    /// By RabbitMQ's clock, to the second.
     #[serde(with = "time::serde::rfc3339::option")]
     died_at: Option<OffsetDateTime>,
     /// How often it was replayed.
@@ -59,9 +60,9 @@ struct Sources {
 }
 
 /// `GET /api/overview`.
-pub(super) async fn overview(State(site): State<Arc<AppState>>) -> Result<Response, ErrorResponse> {
-    // A task of its own: it is made to its end, whoever still waits for it.
-    let answer = tokio::spawn(async move { overview::overview(&site).await }).await?;
+pub(super) async fn overview(State(app): State<Arc<AppState>>) -> Result<Response, ErrorResponse> {
+    // A task of its own, so that the overview is finished even if the request is dropped.
+    let answer = tokio::spawn(async move { overview::overview(&app).await }).await?;
     Ok(json(&answer))
 }
 
@@ -69,51 +70,51 @@ fn json(text: &str) -> Response {
     ([(CONTENT_TYPE, "application/json")], text.to_owned()).into_response()
 }
 
-/// `GET /api/letters`. All of them are where they were afterwards.
-pub(super) async fn letters(State(site): State<Arc<AppState>>) -> Result<Response, ErrorResponse> {
-    let looked = tokio::spawn(async move {
-        // Whoever comes meanwhile waits, and has the same.
-        let mut kept = site.letters.lock().await;
-        if let Some((_, letters)) = kept.as_ref().filter(|(made, _)| made.elapsed() < FRESH) {
+/// `GET /api/letters`. Afterwards all dead letters are in their queues again.
+pub(super) async fn letters(State(app): State<Arc<AppState>>) -> Result<Response, ErrorResponse> {
+    let task = tokio::spawn(async move {
+        // Requests that arrive meanwhile wait here, and get the same answer.
+        let mut cache = app.letters_cache.lock().await;
+        if let Some((_, letters)) = cache.as_ref().filter(|(made_at, _)| made_at.elapsed() < CACHE_TIME) {
             return Ok(Arc::clone(letters));
         }
-        let letters = look(&site).await?;
+        let letters = list_letters(&app).await?;
         let letters = serde_json::to_string(&letters).expect("an answer can always be written as JSON");
         let letters: Arc<str> = letters.into();
-        *kept = Some((Instant::now(), Arc::clone(&letters)));
+        *cache = Some((Instant::now(), Arc::clone(&letters)));
         Ok::<_, AdminError>(letters)
     });
-    Ok(json(&looked.await??))
+    Ok(json(&task.await??))
 }
 
-async fn look(site: &AppState) -> Result<Letters, AdminError> {
-    let look = DeadLetterListing::begin(&site.shown.store, &site.shown.broker).await?;
-    let looked = async {
+async fn list_letters(app: &AppState) -> Result<Letters, AdminError> {
+    let listing = DeadLetterListing::begin(&app.sources.store, &app.sources.broker).await?;
+    let letters = async {
         Ok(Letters {
-            dead: heap(&look, DeadLetterQueue::Dead).await?,
-            parked: heap(&look, DeadLetterQueue::Parked).await?,
+            dead: list_queue(&listing, DeadLetterQueue::Dead).await?,
+            parked: list_queue(&listing, DeadLetterQueue::Parked).await?,
         })
     };
-    let looked = looked.await;
-    look.end().await;
-    looked
+    let letters = letters.await;
+    listing.end().await;
+    letters
 }
 
-async fn heap(look: &DeadLetterListing, pile: DeadLetterQueue) -> Result<Heap, AdminError> {
+async fn list_queue(listing: &DeadLetterListing, queue: DeadLetterQueue) -> Result<LetterQueue, AdminError> {
     let mut letters = Vec::new();
-    let waiting = look.waiting(pile).await?;
-    look.at(pile, waiting.min(LETTERS), |letter| letters.push(shown(letter, pile))).await?;
-    Ok(Heap { waiting, letters })
+    let waiting = listing.waiting(queue).await?;
+    listing.at(queue, waiting.min(MAX_LETTERS), |letter| letters.push(show(letter, queue))).await?;
+    Ok(LetterQueue { waiting, letters })
 }
 
-fn shown(Looked { says, parked_reason }: Looked, pile: DeadLetterQueue) -> Sources {
+fn show(Looked { says, parked_reason }: Looked, queue: DeadLetterQueue) -> Letter {
     let died_at = says.died_at.and_then(|seconds| i64::try_from(seconds).ok());
-    Sources {
+    Letter {
         id: says.id,
         kind: says.kind,
         queue: says.queue,
-        reason: if pile == DeadLetterQueue::Parked { parked_reason } else { says.reason },
-        // RFC 3339 ends with the year 9999, and anybody may have written the time.
+        reason: if queue == DeadLetterQueue::Parked { parked_reason } else { says.reason },
+        // RFC 3339 ends with the year 9999. The time may be anything, since any client may have written the header.
         died_at: died_at
             .and_then(|seconds| OffsetDateTime::from_unix_timestamp(seconds).ok())
             .filter(|at| (1970..=9999).contains(&at.year())),
@@ -123,20 +124,20 @@ fn shown(Looked { says, parked_reason }: Looked, pile: DeadLetterQueue) -> Sourc
 
 /// `GET /api/rows?which=ID` or `KIND/KEY`.
 pub(super) async fn explain(
-    State(site): State<Arc<AppState>>,
+    State(app): State<Arc<AppState>>,
     RawQuery(query): RawQuery,
 ) -> Result<Response, ErrorResponse> {
     let query = query.unwrap_or_default();
     let mut arguments = form_urlencoded::parse(query.as_bytes());
     let which = match (arguments.next(), arguments.next()) {
         (Some((name, which)), None) if name == "which" => which.into_owned(),
-        _ => return Err(ErrorResponse::bad("say which row: /api/rows?which=ID, or which=KIND/KEY")),
+        _ => return Err(ErrorResponse::bad_request("say which row: /api/rows?which=ID, or which=KIND/KEY")),
     };
-    let which: RowRef = which.trim().parse().map_err(ErrorResponse::bad)?;
+    let which: RowRef = which.trim().parse().map_err(ErrorResponse::bad_request)?;
     let found = tokio::spawn(async move {
-        // One question at a time: they are not to take the connections of the loops.
-        let _turn = site.turn.lock().await;
-        let found = site.shown.store.find(&which, Some(HISTORY)).await;
+        // One request at a time, so that requests do not take the connections that the loops need.
+        let _turn = app.database_turn.lock().await;
+        let found = app.sources.store.find(&which, Some(HISTORY_MINUTES)).await;
         (found, which)
     });
     let (found, which) = found.await?;
@@ -146,7 +147,7 @@ pub(super) async fn explain(
     let mut sentence = display::unknown_row(&which);
     if matches!(which, RowRef::Key { .. }) {
         sentence +=
-            "; among what is finished, the page looks only at the last four hours, and tidings explain at all of it";
+            "; the page searches only the last four hours of the history, and `tidings explain` searches all of it";
     }
     Err(ErrorResponse::new(StatusCode::NOT_FOUND, sentence))
 }

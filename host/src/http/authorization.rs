@@ -1,8 +1,9 @@
-//! Who may ask and who may act. Nobody may through a page of another origin; whoever acts needs the token. What is shown,
-//! anybody may read who reaches the address: kinds, keys, reasons, and never a payload.
+//! Who may read and who may act. A page of another origin may do neither. Acting needs the token. Everything else may
+//! be read by anybody who reaches the address: kinds, keys and reasons, but never a payload.
 //!
-//! A daemon that listens for its own machine alone answers only to the machine's own names, so that no page of the world
-//! reads it through a name that it points there (DNS rebinding). One that listens for others cannot know its names.
+//! A daemon that listens on a loopback address answers only requests for `localhost` or an IP address. Otherwise a web
+//! page could read it through a name that resolves to the loopback address (DNS rebinding). A daemon that listens on
+//! other addresses cannot know its own names.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -17,36 +18,36 @@ use tracing::warn;
 use crate::http::AppState;
 use crate::http::error::ErrorResponse;
 
-/// As much of a header is repeated to whoever sent it, in characters.
-const REPEATED: usize = 100;
+/// How many characters of a header an error quotes.
+const MAX_QUOTED: usize = 100;
 
-/// Lets through what does not come from a page of another origin.
-pub(super) async fn own_page(State(site): State<Arc<AppState>>, request: Request, next: Next) -> Response {
-    match stranger(request.headers(), site.addr.ip().is_loopback()) {
-        Some(refusal) => refusal.into_response(),
+/// Refuses a request from a page of another origin.
+pub(super) async fn require_same_origin(State(app): State<Arc<AppState>>, request: Request, next: Next) -> Response {
+    match check_origin(request.headers(), app.addr.ip().is_loopback()) {
+        Some(error) => error.into_response(),
         None => next.run(request).await,
     }
 }
 
-/// Lets through what has the token.
-pub(super) async fn with_token(State(site): State<Arc<AppState>>, request: Request, next: Next) -> Response {
-    // What is not done here at all, needs no token to be told so.
+/// Refuses an action without the token.
+pub(super) async fn require_token(State(app): State<Arc<AppState>>, request: Request, next: Next) -> Response {
+    // Other methods are not allowed on these paths. The answer that says so needs no token.
     if request.method() != Method::POST {
         return next.run(request).await;
     }
-    let Some(token) = &site.shown.token else {
-        let sentence = "this daemon only shows: to act here, start it with TIDINGS_HTTP_TOKEN";
+    let Some(token) = &app.sources.token else {
+        let sentence = "this daemon is read-only: to act here, start it with TIDINGS_HTTP_TOKEN";
         return ErrorResponse::new(StatusCode::FORBIDDEN, sentence).into_response();
     };
     let given = request.headers().get(AUTHORIZATION).map(axum::http::HeaderValue::as_bytes);
     let given =
-        given.and_then(|given| given.split_at_checked(7)).filter(|(how, _)| how.eq_ignore_ascii_case(b"bearer "));
+        given.and_then(|given| given.split_at_checked(7)).filter(|(scheme, _)| scheme.eq_ignore_ascii_case(b"bearer "));
     let sentence = match given {
         Some((_, given)) if token.is(given) => return next.run(request).await,
         Some(_) => "the token is wrong: it is the TIDINGS_HTTP_TOKEN that this daemon was started with",
         None => "a token is needed: send the header Authorization: Bearer TIDINGS_HTTP_TOKEN",
     };
-    // A browser that was not given the token yet is nothing to write about.
+    // A browser that has no token yet is not worth a line of the log.
     if given.is_some() {
         let from = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|info| info.0.to_string());
         warn!(from, path = request.uri().path(), "somebody wanted to act with a wrong token");
@@ -54,37 +55,40 @@ pub(super) async fn with_token(State(site): State<Arc<AppState>>, request: Reque
     ErrorResponse::new(StatusCode::UNAUTHORIZED, sentence).into_response()
 }
 
-/// Why a request is not one of our own page or of a program; `None` = it is.
-fn stranger(headers: &HeaderMap, only_here: bool) -> Option<ErrorResponse> {
+/// Returns an error unless a request comes from the daemon's own page or from a program that is no browser.
+fn check_origin(headers: &HeaderMap, is_loopback: bool) -> Option<ErrorResponse> {
     let text = |name: &str| headers.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
     let forbidden = |sentence: String| Some(ErrorResponse::new(StatusCode::FORBIDDEN, sentence));
     let Some(host) = text(HOST.as_str()).filter(|host| !host.is_empty()) else {
-        return Some(ErrorResponse::bad("the request does not say for which host it is"));
+        return Some(ErrorResponse::bad_request("the request has no header Host"));
     };
-    if only_here && !is_here(&host) {
-        let host: String = host.chars().take(REPEATED).collect();
+    if is_loopback && !is_local_name(&host) {
+        let host: String = host.chars().take(MAX_QUOTED).collect();
         return forbidden(format!(
-            "this daemon listens for its own machine alone, and does not answer as {host:?}: ask as localhost or by its address; a proxy on this machine sends Host: localhost, and the name in X-Forwarded-Host"
+            "this daemon listens only on a loopback address and does not answer requests for {host:?}: use localhost or the address; a proxy on this machine must send Host: localhost, and the name in X-Forwarded-Host"
         ));
     }
-    if let Some(site) = text("sec-fetch-site").filter(|site| !["same-origin", "none"].contains(&site.as_str())) {
-        let site: String = site.chars().take(REPEATED).collect();
-        return forbidden(format!("only the daemon's own page may ask, and this is a request from another ({site})"));
+    if let Some(fetch_site) = text("sec-fetch-site").filter(|site| !["same-origin", "none"].contains(&site.as_str())) {
+        let fetch_site: String = fetch_site.chars().take(MAX_QUOTED).collect();
+        return forbidden(format!(
+            "a browser may send requests only from the daemon's own page; this one comes from another origin ({fetch_site})"
+        ));
     }
     let origin = text(ORIGIN.as_str())?;
-    // A page of another origin cannot send this header without asking first, which nobody answers.
+    // A page of another origin cannot send X-Forwarded-Host: its browser asks for permission first, and the daemon
+    // grants none.
     let forwarded = text("x-forwarded-host");
     if [Some(host), forwarded].into_iter().flatten().any(|host| is_origin_of(&origin, &host)) {
         return None;
     }
-    let origin: String = origin.chars().take(REPEATED).collect();
+    let origin: String = origin.chars().take(MAX_QUOTED).collect();
     forbidden(format!(
-        "only the daemon's own page may ask, and this is a request from {origin:?}; a proxy in between must pass the header Host on as it came"
+        "a browser may send requests only from the daemon's own page; this one comes from {origin:?}. A proxy in between must pass the header Host on unchanged"
     ))
 }
 
-/// Whether nobody but this machine can be meant.
-fn is_here(host: &str) -> bool {
+/// Whether a host can only be this machine: `localhost`, a name below it, or an IP address.
+fn is_local_name(host: &str) -> bool {
     let name = match host.rsplit_once(':') {
         Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
         _ => host,
@@ -94,8 +98,8 @@ fn is_here(host: &str) -> bool {
     name == "localhost" || name.ends_with(".localhost") || address.parse::<IpAddr>().is_ok()
 }
 
-/// Whether the page at `origin` came from `host`: the same name and port, where the scheme's own port may be left out. The
-/// scheme is not compared: who ends TLS may stand in between.
+/// Whether the page at `origin` came from `host`: the same name and port, where the scheme's default port may be left
+/// out. The scheme is not compared, since a proxy may end TLS in between.
 fn is_origin_of(origin: &str, host: &str) -> bool {
     let Some((scheme, authority)) = origin.split_once("://") else { return false };
     let port = match scheme {
@@ -114,15 +118,15 @@ fn is_origin_of(origin: &str, host: &str) -> bool {
 mod tests {
     use super::*;
 
-    fn verdict(only_here: bool, headers: &[(&'static str, &str)]) -> Option<u16> {
+    fn verdict(is_loopback: bool, headers: &[(&'static str, &str)]) -> Option<u16> {
         let headers = headers
             .iter()
             .map(|(name, value)| (axum::http::HeaderName::from_static(name), value.parse().expect("a header")));
-        stranger(&headers.collect(), only_here).map(|refusal| refusal.status.as_u16())
+        check_origin(&headers.collect(), is_loopback).map(|error| error.status.as_u16())
     }
 
     #[test]
-    fn our_own_page_and_programs_may_ask_and_pages_of_others_may_not() {
+    fn requests_of_the_own_page_and_of_programs_are_accepted_and_those_of_other_pages_are_not() {
         for (headers, expected) in [
             (&[("host", "h:7070")][..], None),
             (&[("host", "h:7070"), ("origin", "http://h:7070"), ("sec-fetch-site", "same-origin")], None),
@@ -151,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn a_daemon_that_listens_for_its_own_machine_answers_to_its_own_names() {
+    fn a_daemon_on_a_loopback_address_answers_only_requests_for_local_names() {
         for (host, expected) in [
             ("127.0.0.1:7070", None),
             ("127.0.0.1", None),

@@ -1,4 +1,4 @@
-//! What is not done, in words: every error of the interface is `{"error": "a sentence"}`, with a status for programs.
+//! The errors of the interface. Each is answered as `{"error": "a sentence"}`, with a status for programs.
 
 use axum::Json;
 use axum::http::header::WWW_AUTHENTICATE;
@@ -10,7 +10,7 @@ use crate::dead_letters::replayer::PassError;
 use crate::model::error_chain::error_chain;
 use crate::store::StoreError;
 
-/// Why nothing was done.
+/// An error as it is answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ErrorResponse {
     pub(super) status: StatusCode,
@@ -22,8 +22,8 @@ impl ErrorResponse {
         Self { status, sentence: sentence.into() }
     }
 
-    /// What was given cannot be used.
-    pub(super) fn bad(sentence: impl Into<String>) -> Self {
+    /// The request is wrong.
+    pub(super) fn bad_request(sentence: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, sentence)
     }
 }
@@ -41,7 +41,7 @@ impl IntoResponse for ErrorResponse {
 impl From<StoreError> for ErrorResponse {
     fn from(error: StoreError) -> Self {
         if let Some(rule) = error.broken_rule() {
-            Self::bad(rule)
+            Self::bad_request(rule)
         } else if let Some(conflict) = error.conflict() {
             Self::new(StatusCode::CONFLICT, conflict)
         } else {
@@ -62,19 +62,19 @@ impl From<AdminError> for ErrorResponse {
 
 impl From<tokio::task::JoinError> for ErrorResponse {
     fn from(_: tokio::task::JoinError) -> Self {
-        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "this is a mistake in the daemon; its log has more")
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "this is an error in the daemon; see its log")
     }
 }
 
-/// No such path.
-pub(super) async fn nowhere(uri: Uri) -> ErrorResponse {
+/// The answer for a path that does not exist.
+pub(super) async fn not_found(uri: Uri) -> ErrorResponse {
     let path: String = uri.path().chars().take(200).collect();
     ErrorResponse::new(StatusCode::NOT_FOUND, format!("there is nothing at {path}; the page is at /"))
 }
 
-/// Not with this method.
-pub(super) async fn not_so(method: axum::http::Method) -> ErrorResponse {
+/// The answer for a path that does not allow the method.
+pub(super) async fn method_not_allowed(method: axum::http::Method) -> ErrorResponse {
     let method: String = method.as_str().chars().take(20).collect();
-    let sentence = format!("{method} is not done here: what is looked at is asked for with GET, what acts with POST");
+    let sentence = format!("{method} is not allowed here: read with GET, and act with POST");
     ErrorResponse::new(StatusCode::METHOD_NOT_ALLOWED, sentence)
 }

@@ -1,5 +1,12 @@
-//! The daemon's HTTP interface: it shows what is, from the first moment, and on the page and through the API a person may
-//! act by hand. It never decides, and no loop waits for it.
+//! The daemon's HTTP interface: health checks, metrics, an API and a page. It answers from the start of the process on,
+//! before the servers do. With a token, a person can act through the API and the page.
+//!
+//! Must never decide anything, show a payload or the token, or be waited for by a loop.
+//!
+//! To change it, know: `scrape` reads the metrics that are not counted as they happen; `overview` is what the page
+//! shows and is made at most once a second for all browsers; `authorization` decides who may read and who may act;
+//! `actions` does the same as the commands do. A statement or action that was begun is finished even if the client
+//! closes the connection.
 
 mod actions;
 mod api;
@@ -38,57 +45,57 @@ use crate::plugins::{PluginStatus, Registry};
 use crate::store::Store;
 use error::ErrorResponse;
 
-/// How long whoever asks waits for a server.
-const PATIENCE: Duration = Duration::from_secs(3);
+/// How long a request waits for PostgreSQL or RabbitMQ.
+const SERVER_TIMEOUT: Duration = Duration::from_secs(3);
 /// A row that has been due for longer is late.
 pub(crate) const LATE: Duration = Duration::from_secs(30);
 
-/// The interface, bound to its address.
+/// The HTTP interface, bound to its address.
 #[derive(Debug)]
 pub struct Http(TcpListener);
 
-/// What is shown.
+/// The parts of the daemon that the interface shows, and the settings that it needs.
 #[derive(Clone)]
 #[expect(missing_debug_implementations, reason = "the plugins have none")]
 pub struct Sources {
-    /// What serves.
+    /// The plugins that serve.
     pub plugins: Arc<Registry>,
     /// The rows.
     pub store: Store,
-    /// The letters.
+    /// The dead letters.
     pub broker: Arc<Broker>,
-    /// What was counted.
+    /// The metrics.
     pub metrics: PrometheusHandle,
-    /// How the loops are.
+    /// The state of the loops.
     pub health: Arc<Health>,
-    /// Whether notifications are wanted.
+    /// Whether the daemon listens for notifications.
     pub notify: bool,
-    /// Who may act; `None` = nobody.
+    /// The token that allows acting; `None` = the interface is read-only.
     pub token: Option<HttpToken>,
-    /// How often a dead letter may be replayed; 0 = as often as it takes.
+    /// How often a dead letter may be replayed; 0 = no limit.
     pub replay_max: u32,
 }
 
-/// What is shown, and what the interface remembers for itself.
+/// The state that the handlers share.
 struct AppState {
-    shown: Sources,
-    /// Where it listens.
+    sources: Sources,
+    /// The address at which the interface listens.
     addr: SocketAddr,
-    began: Instant,
-    /// The last overview, and when it was made.
-    overview: Mutex<Option<(Instant, Arc<str>)>>,
-    /// The last look at the letters.
-    letters: Mutex<Option<(Instant, Arc<str>)>>,
-    /// Whose turn it is to ask the database for something that takes longer.
-    turn: Mutex<()>,
-    /// What a person has begun.
-    at_work: TaskTracker,
+    started_at: Instant,
+    /// The last overview as JSON, and when it was made.
+    overview_cache: Mutex<Option<(Instant, Arc<str>)>>,
+    /// The last list of dead letters as JSON, and when it was made.
+    letters_cache: Mutex<Option<(Instant, Arc<str>)>>,
+    /// Held during a longer statement, so that requests use one connection of the pool at a time.
+    database_turn: Mutex<()>,
+    /// The actions that were begun and have not ended.
+    running_actions: TaskTracker,
     shutdown: CancellationToken,
 }
 
 impl FromRef<Arc<AppState>> for Sources {
-    fn from_ref(site: &Arc<AppState>) -> Self {
-        site.shown.clone()
+    fn from_ref(app: &Arc<AppState>) -> Self {
+        app.sources.clone()
     }
 }
 
@@ -96,9 +103,9 @@ impl FromRef<Arc<AppState>> for Sources {
 #[derive(Debug, Serialize)]
 struct Ready {
     ready: bool,
-    /// Why it is not.
+    /// Why the daemon is not ready.
     reasons: Vec<String>,
-    /// What somebody should know, and is no reason.
+    /// What the operator should know, although it does not keep the daemon from being ready.
     notes: Vec<String>,
 }
 
@@ -122,7 +129,7 @@ impl Http {
     ///
     /// # Errors
     ///
-    /// When it cannot be had.
+    /// When the address cannot be bound.
     pub async fn bind(addr: SocketAddr) -> anyhow::Result<Self> {
         let bound = TcpListener::bind(addr).await;
         let bound = bound.with_context(|| {
@@ -131,39 +138,39 @@ impl Http {
         Ok(Self(bound))
     }
 
-    /// Answers until `shutdown`.
+    /// Answers requests until `shutdown` is cancelled.
     ///
     /// # Errors
     ///
-    /// When the address is lost.
-    pub async fn run(self, shown: Sources, shutdown: CancellationToken) -> anyhow::Result<()> {
+    /// When the listening socket fails.
+    pub async fn run(self, sources: Sources, shutdown: CancellationToken) -> anyhow::Result<()> {
         let addr = self.0.local_addr()?;
         info!("HTTP at http://{addr}");
-        let site = Arc::new(AppState {
-            shown,
+        let app = Arc::new(AppState {
+            sources,
             addr,
-            began: Instant::now(),
-            overview: Mutex::default(),
-            letters: Mutex::default(),
-            turn: Mutex::default(),
-            at_work: TaskTracker::new(),
+            started_at: Instant::now(),
+            overview_cache: Mutex::default(),
+            letters_cache: Mutex::default(),
+            database_turn: Mutex::default(),
+            running_actions: TaskTracker::new(),
             shutdown: shutdown.clone(),
         });
-        let service = routes(&site).into_make_service_with_connect_info::<SocketAddr>();
-        // Requests in flight are not waited for: whoever asked can ask again.
+        let service = routes(&app).into_make_service_with_connect_info::<SocketAddr>();
+        // Requests in flight are not waited for: a client can ask again.
         tokio::select! {
             biased;
             () = shutdown.cancelled() => {}
             ended = axum::serve(self.0, service) => ended?,
         }
-        // What a person has begun ends after the letters that are on their way: broken off, it would leave copies.
-        site.at_work.close();
-        site.at_work.wait().await;
+        // An action ends after the dead letters in flight; stopped earlier, it would leave copies of them.
+        app.running_actions.close();
+        app.running_actions.wait().await;
         Ok(())
     }
 }
 
-fn routes(site: &Arc<AppState>) -> Router {
+fn routes(app: &Arc<AppState>) -> Router {
     let acting = Router::new()
         .route("/api/token", post(actions::token))
         .route("/api/kinds/{kind}/pause", post(actions::pause))
@@ -176,25 +183,25 @@ fn routes(site: &Arc<AppState>) -> Router {
         .route("/api/dead/drop", post(actions::drop_dead))
         .route("/api/parked-letters/retry", post(actions::retry_parked))
         .route("/api/parked-letters/drop", post(actions::drop_parked))
-        .route_layer(from_fn_with_state(Arc::clone(site), authorization::with_token));
+        .route_layer(from_fn_with_state(Arc::clone(app), authorization::require_token));
     let api = Router::new()
         .route("/api/overview", get(api::overview))
         .route("/api/letters", get(api::letters))
         .route("/api/rows", get(api::explain))
         .route("/api/plugins", get(list_plugins))
         .merge(acting)
-        .route_layer(from_fn_with_state(Arc::clone(site), authorization::own_page));
+        .route_layer(from_fn_with_state(Arc::clone(app), authorization::require_same_origin));
     Router::new()
         .route("/metrics", get(scrape::show_metrics))
-        .route("/livez", get(is_alive))
-        .route("/readyz", get(is_ready))
-        .merge(page::files())
+        .route("/livez", get(livez))
+        .route("/readyz", get(readyz))
+        .merge(page::routes())
         .merge(api)
-        .fallback(error::nowhere)
-        .method_not_allowed_fallback(error::not_so)
-        .layer(map_response(page::guarded))
-        .layer(DefaultBodyLimit::max(actions::LARGEST_BODY))
-        .with_state(Arc::clone(site))
+        .fallback(error::not_found)
+        .method_not_allowed_fallback(error::method_not_allowed)
+        .layer(map_response(page::add_headers))
+        .layer(DefaultBodyLimit::max(actions::MAX_BODY_BYTES))
+        .with_state(Arc::clone(app))
 }
 
 async fn list_plugins(State(Sources { plugins, store, .. }): State<Sources>) -> Result<Json<Plugins>, ErrorResponse> {
@@ -203,31 +210,31 @@ async fn list_plugins(State(Sources { plugins, store, .. }): State<Sources>) -> 
     Ok(Json(Plugins { plugins: plugins.status(), held, paused }))
 }
 
-/// 200 as long as the loops make progress; 503 means that only a new start will help.
-async fn is_alive(State(Sources { health, .. }): State<Sources>) -> Response {
+/// `GET /livez`: 200 as long as the loops make progress; 503 means that only a restart will help.
+async fn livez(State(Sources { health, .. }): State<Sources>) -> Response {
     let reasons = health.hanging_loops();
     let status = if reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (status, Json(serde_json::json!({ "alive": reasons.is_empty(), "reasons": reasons }))).into_response()
 }
 
-/// 200 if rows that fall due now are delivered now; otherwise 503 and why not.
-async fn is_ready(State(shown): State<Sources>) -> Response {
-    let (reasons, _) = readiness(&shown).await;
+/// `GET /readyz`: 200 if rows that fall due now are delivered now; otherwise 503 with the reasons.
+async fn readyz(State(sources): State<Sources>) -> Response {
+    let (reasons, _) = readiness(&sources).await;
     let ready = reasons.is_empty();
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(Ready { ready, reasons, notes: shown.health.notes() })).into_response()
+    (status, Json(Ready { ready, reasons, notes: sources.health.notes() })).into_response()
 }
 
-/// Why rows that fall due now are not delivered now, and whether the database answers.
-async fn readiness(shown: &Sources) -> (Vec<String>, bool) {
-    let mut reasons = shown.health.unready_reasons(shown.notify);
-    if !shown.broker.is_open() {
-        let why = shown.broker.failure().map_or_else(String::new, |why| format!(": {why}"));
-        reasons.push(format!("RabbitMQ at {} is away, or blocks publishing{why}", shown.broker.place()));
+/// Returns why rows that fall due now are not delivered now, and whether the database answers.
+async fn readiness(sources: &Sources) -> (Vec<String>, bool) {
+    let mut reasons = sources.health.unready_reasons(sources.notify);
+    if !sources.broker.is_open() {
+        let reason = sources.broker.failure().map_or_else(String::new, |reason| format!(": {reason}"));
+        reasons.push(format!("RabbitMQ at {} is away, or blocks publishing{reason}", sources.broker.place()));
     }
-    reasons.extend(shown.broker.refusal());
-    // A task of its own: a statement that was sent is seen through, whoever still waits for it.
-    let (store, health) = (shown.store.clone(), Arc::clone(&shown.health));
+    reasons.extend(sources.broker.refusal());
+    // A task of its own, so that a statement that was sent is finished even if the request is dropped.
+    let (store, health) = (sources.store.clone(), Arc::clone(&sources.health));
     let asked = tokio::spawn(async move {
         if health.started.load(Ordering::Relaxed) {
             store.check_schema().await.map_err(anyhow::Error::from)?;
@@ -237,7 +244,7 @@ async fn readiness(shown: &Sources) -> (Vec<String>, bool) {
         store.overdue().await.map_err(anyhow::Error::from)
     });
     let asked =
-        tokio::time::timeout(PATIENCE, asked).await.map(|asked| asked.unwrap_or_else(|panic| Err(panic.into())));
+        tokio::time::timeout(SERVER_TIMEOUT, asked).await.map(|asked| asked.unwrap_or_else(|panic| Err(panic.into())));
     let answers = matches!(asked, Ok(Ok(_)));
     match asked {
         Ok(Ok(overdue)) if overdue > LATE => {
@@ -246,14 +253,14 @@ async fn readiness(shown: &Sources) -> (Vec<String>, bool) {
         Ok(Ok(_)) => {}
         Ok(Err(error)) => reasons.push(format!("PostgreSQL: {}", error_chain(&*error))),
         Err(_) => {
-            let trouble = shown.store.trouble().map(|why| format!("; no connection could be opened: {why}"));
+            let cause = sources.store.trouble().map(|cause| format!("; no connection could be opened: {cause}"));
             reasons.push(format!(
                 "PostgreSQL did not answer within {} s{}",
-                PATIENCE.as_secs(),
-                trouble.unwrap_or_default()
+                SERVER_TIMEOUT.as_secs(),
+                cause.unwrap_or_default()
             ));
         }
     }
-    reasons.extend(shown.store.shortage());
+    reasons.extend(sources.store.shortage());
     (reasons, answers)
 }

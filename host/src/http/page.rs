@@ -1,5 +1,5 @@
-//! The page: files that are part of the binary, and the headers that keep a browser from loading, sending or being
-//! framed by anything else.
+//! The page: files that are compiled into the binary, and the headers that keep a browser from loading anything else,
+//! sending anything elsewhere, or showing the page in a frame.
 
 use axum::Router;
 use axum::http::HeaderValue;
@@ -10,7 +10,7 @@ use axum::http::header::{
 use axum::response::Response;
 use axum::routing::get;
 
-/// Where each file is, of what type it is, and what is in it.
+/// The path, the content type and the text of each file.
 const FILES: [(&str, &str, &str); 9] = [
     ("/", "text/html; charset=utf-8", include_str!("page/index.html")),
     ("/page.css", "text/css; charset=utf-8", include_str!("page/page.css")),
@@ -24,7 +24,7 @@ const FILES: [(&str, &str, &str); 9] = [
 ];
 const SCRIPT: &str = "text/javascript; charset=utf-8";
 
-/// Nothing but these files, the interface, and pictures that are written out within them; no text ever becomes HTML.
+/// Allows these files, requests to the daemon, and images in `data:` URLs, and nothing else. No text ever becomes HTML.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; \
                       form-action 'none'; base-uri 'none'; frame-ancestors 'none'; \
                       require-trusted-types-for 'script'; trusted-types 'none'";
@@ -38,15 +38,15 @@ const HEADERS: [(HeaderName, &str); 6] = [
     (HeaderName::from_static("cross-origin-opener-policy"), "same-origin"),
 ];
 
-/// The files, each at its place.
-pub(super) fn files<S: Clone + Send + Sync + 'static>() -> Router<S> {
+/// The routes of the files.
+pub(super) fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
     FILES.into_iter().fold(Router::new(), |router, (path, content_type, text)| {
         router.route(path, get(move || async move { ([(CONTENT_TYPE, content_type)], text) }))
     })
 }
 
-/// What every answer says to a browser. Another release brings other files: nothing is kept.
-pub(super) async fn guarded(mut response: Response) -> Response {
+/// Adds the headers of every answer. Browsers must not cache, since another release has other files.
+pub(super) async fn add_headers(mut response: Response) -> Response {
     let headers = response.headers_mut();
     for (name, value) in HEADERS {
         headers.insert(name, HeaderValue::from_static(value));

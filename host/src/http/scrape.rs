@@ -1,5 +1,6 @@
-//! The metrics in Prometheus' text format. What is not counted as it happens is asked for when somebody scrapes: nobody
-//! pays for it otherwise. A server that does not answer in time keeps its last numbers, and is shown as not connected.
+//! The metrics in Prometheus' text format. What is not counted as it happens is read at each scrape, so that it costs
+//! nothing without one. A scrape asks each server once and waits 3 s at most. If a server does not answer, its last
+//! numbers stay, and it is shown as not connected.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -10,29 +11,30 @@ use axum::response::{IntoResponse as _, Response};
 use tokio::time::timeout;
 use tracing::debug;
 
-use crate::http::{PATIENCE, Sources};
+use crate::http::{SERVER_TIMEOUT, Sources};
 use crate::plugins::{BreakerState, GenerationStatus, Registry};
 use crate::telemetry::{
     Server, Serving, look_at_process, set_backlog, set_blocked, set_connected, set_letters, set_listening, set_serving,
 };
 
 /// `GET /metrics`.
-pub(super) async fn show_metrics(State(shown): State<Sources>) -> Response {
-    let Sources { plugins, store, broker, metrics, health, .. } = shown;
-    set_serving(&serving(&plugins));
+pub(super) async fn show_metrics(State(sources): State<Sources>) -> Response {
+    let Sources { plugins, store, broker, metrics, health, .. } = sources;
+    set_serving(&serving_plugins(&plugins));
     set_listening(health.listening.load(Ordering::Relaxed));
     look_at_process();
     let link = broker.link().await;
     set_connected(Server::Rabbitmq, link.connected);
     set_blocked(link.blocked);
-    // Tasks of their own: what was asked is seen through, whoever still waits for it.
-    let asked = tokio::spawn(async move { store.backlog().await });
-    let counted = tokio::spawn(async move { broker.count_letters().await });
-    let (asked, counted) = tokio::join!(timeout(PATIENCE, asked), timeout(PATIENCE, counted));
-    let backlog = match asked {
+    // Tasks of their own, so that a question that was asked is finished even if the request is dropped.
+    let backlog = tokio::spawn(async move { store.backlog().await });
+    let letter_counts = tokio::spawn(async move { broker.count_letters().await });
+    let (backlog, letter_counts) =
+        tokio::join!(timeout(SERVER_TIMEOUT, backlog), timeout(SERVER_TIMEOUT, letter_counts));
+    let backlog = match backlog {
         Ok(Ok(Ok(backlog))) => Some(backlog),
         Ok(Ok(Err(error))) => {
-            debug!(error = &error as &dyn std::error::Error, "could not look at what waits");
+            debug!(error = &error as &dyn std::error::Error, "could not read what waits in the database");
             None
         }
         _ => None,
@@ -41,7 +43,7 @@ pub(super) async fn show_metrics(State(shown): State<Sources>) -> Response {
     if let Some(backlog) = backlog {
         set_backlog(&backlog);
     }
-    match counted {
+    match letter_counts {
         Ok(Ok(Ok(Some((dead, parked))))) => set_letters(dead, parked),
         Ok(Ok(Err(error))) => debug!(error = &error as &dyn std::error::Error, "could not count the dead letters"),
         _ => {}
@@ -49,10 +51,10 @@ pub(super) async fn show_metrics(State(shown): State<Sources>) -> Response {
     ([(CONTENT_TYPE, "text/plain; version=0.0.4")], metrics.render()).into_response()
 }
 
-/// What serves, as the metrics tell it.
-fn serving(plugins: &Registry) -> Vec<Serving> {
+/// The plugins that serve, in the form of the metrics.
+fn serving_plugins(plugins: &Registry) -> Vec<Serving> {
     let serving = |active: GenerationStatus| Serving {
-        // Without version and digest: a new version must not be a new series.
+        // The name without version and digest: a new version must not start a new series.
         plugin: active.plugin.split('@').next().unwrap_or_default().to_owned(),
         generation: active.generation,
         memory_bytes: active.peak_memory_bytes,

@@ -1,17 +1,17 @@
-//! How long to wait before trying again, in each case; and a little by chance.
+//! How long to wait before the next attempt, in each case, with jitter.
 
 use std::time::Duration;
 
 use tidings_core::backoff::Backoff;
 
-/// A plugin's trap, its blown limit, or its wish to retry without saying when.
+/// After a plugin trapped, exceeded a limit, or asked for a retry without a time.
 pub const BUILD: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_mins(5));
-/// A message that the broker could not route or refused.
+/// After RabbitMQ refused a message or could not route it.
 pub const REFUSED: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
-/// A connection that PostgreSQL does not give us at this moment, while somebody waits for it.
+/// After PostgreSQL refused a connection for now, while a statement waits for it.
 pub const CONNECT: Backoff = Backoff::new(Duration::from_millis(10), Duration::from_secs(2));
 
-/// [`Backoff::delay`], ±20 %, so that what failed together does not come back together.
+/// [`Backoff::delay`], ±20 %, so that attempts that failed at the same time are not repeated at the same time.
 #[must_use]
 pub fn jittered(backoff: &Backoff, failures: u32) -> Duration {
     backoff.delay(failures).mul_f64(0.8 + 0.4 * fastrand::f64())
@@ -25,7 +25,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_jitter_stays_within_a_fifth(failures in 0..40_u32) {
+        fn the_jitter_stays_within_20_percent(failures in 0..40_u32) {
             let (delay, jittered) = (BUILD.delay(failures).as_secs_f64(), jittered(&BUILD, failures).as_secs_f64());
             prop_assert!((delay * 0.799..=delay * 1.201).contains(&jittered));
         }

@@ -1,12 +1,13 @@
-//! Time, as the database tells it. The host's own wall clock is never asked: a reading of the database clock is
-//! carried on by the monotonic clock, so that steps of either host's clock change nothing.
+//! The database's time, by which no message is published after its deadline. The host's own wall clock must never be asked:
+//! after the database's clock was read once, the monotonic clock carries the reading on, so that steps of either host's wall
+//! clock change nothing.
 
 use std::time::Duration;
 
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
-/// The database clock as it was read once, and what it says since.
+/// The database's clock: one reading of it, carried on by the monotonic clock.
 #[derive(Clone, Copy, Debug)]
 pub struct DatabaseClock {
     read: OffsetDateTime,
@@ -14,20 +15,20 @@ pub struct DatabaseClock {
 }
 
 impl DatabaseClock {
-    /// A clock that said `read` in answer to a question sent at `asked_at`. Since the answer is younger than the
-    /// question, this clock is never slow, and fast by at most a round trip: a deadline is never overlooked.
+    /// The clock, by a statement that was sent at `asked_at` and returned `read`. Since `read` is younger than `asked_at`,
+    /// this clock is never slow, and fast by at most a round trip: a deadline is never overlooked.
     #[must_use]
     pub fn new(read: OffsetDateTime, asked_at: Instant) -> Self {
         Self { read, asked_at }
     }
 
-    /// Now.
+    /// The database's time now.
     #[must_use]
     pub fn now(&self) -> OffsetDateTime {
         self.at(Instant::now())
     }
 
-    /// What the clock said at `instant`, which may be before the reading.
+    /// The database's time at `instant`, which may be before the reading.
     #[must_use]
     pub fn at(&self, instant: Instant) -> OffsetDateTime {
         let signed = |time: Duration| time::Duration::try_from(time).unwrap_or(time::Duration::ZERO);
@@ -36,7 +37,7 @@ impl DatabaseClock {
         self.read + since - before
     }
 
-    /// Now, in whole milliseconds since the Unix epoch.
+    /// The database's time now, in whole milliseconds since the Unix epoch.
     #[must_use]
     pub fn now_ms(&self) -> i64 {
         unix_ms(self.now())
@@ -53,7 +54,7 @@ impl DatabaseClock {
 #[must_use]
 pub fn unix_ms(time: OffsetDateTime) -> i64 {
     let ms = time.unix_timestamp_nanos().div_euclid(1_000_000);
-    i64::try_from(ms).expect("the years that OffsetDateTime knows fit into 64 bits of milliseconds")
+    i64::try_from(ms).expect("all times of OffsetDateTime fit into 64 bits of milliseconds")
 }
 
 #[cfg(test)]
@@ -68,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn the_clock_goes_on_from_its_reading() {
+    fn the_clock_continues_from_its_reading_and_also_tells_earlier_times() {
         let asked_at = Instant::now();
         let clock = DatabaseClock::new(OffsetDateTime::UNIX_EPOCH, asked_at);
         assert_eq!(

@@ -1,87 +1,87 @@
-//! A message that a consumer rejected, or that nobody took in time, and what becomes of it. No I/O, and nothing of AMQP's
-//! client library.
+//! A dead letter (a message that a consumer rejected, or that no consumer took in time), and what a pass does with it. No
+//! I/O, and no types of the AMQP client library.
 
 use std::ops::AddAssign;
 
 use crate::model::event::LONGEST_TTL_MS;
 
-/// What a dead letter says of itself, as far as its fate depends on it.
+/// The properties of a dead letter that decide what a pass does with it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeadLetter {
-    /// Its headers could not be read, and nothing below is known but for its id perhaps.
+    /// The headers could not be read, for this reason. Then no field below is known, except perhaps `id`.
     pub unreadable: Option<Unsendable>,
-    /// `message_id`, for people; a foreign letter may have none.
+    /// `message_id`, for people. A dead letter that this program did not publish may have none.
     pub id: Option<String>,
     /// `tidings-kind`.
     pub kind: Option<String>,
-    /// The queue it died in: the newest entry of `x-death`.
+    /// The queue in which it died: the newest entry of `x-death`.
     pub queue: Option<String>,
     /// Why it died there: `rejected`, `expired`, `maxlen` or `delivery_limit`.
     pub reason: Option<String>,
     /// When it died there, in seconds since the Unix epoch, by the broker's clock.
     pub died_at: Option<u64>,
-    /// `tidings-due-ms`
+    /// `tidings-due-ms`.
     pub due_ms: Option<i64>,
-    /// `tidings-expires-ms`, or that it cannot be read.
+    /// `tidings-expires-ms`; an error if it is not a number.
     pub expires_ms: Option<Result<i64, Unreadable>>,
-    /// `traceparent`: the span that it carries. A foreign letter's may be anything.
+    /// `traceparent`: the span that it carries. Any text, if this program did not publish the dead letter.
     pub traceparent: Option<String>,
-    /// `tracestate`, the same.
+    /// `tracestate`, likewise.
     pub tracestate: Option<String>,
-    /// `tidings-replay`: how often it was replayed. Absent or unreadable is never.
+    /// `tidings-replay`: how often it was replayed; 0 if the header is absent or unreadable.
     pub replays: i64,
 }
 
-/// A header whose value is of no type that it can have.
+/// The value of a header has the wrong type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unreadable;
 
-/// Headers that could not be read.
+/// What becomes of headers that could not be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unsendable {
-    /// They are carried along as they came.
+    /// They are kept as they came, in the header `tidings-unreadable`.
     Carried,
-    /// They are so long that nobody can publish them again.
+    /// They are too long to be published again.
     TooLong,
 }
 
-/// What becomes of a dead letter.
+/// What a pass does with a dead letter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fate {
-    /// Its deadline has come: nobody may see it any more.
+    /// Removes it: its deadline has passed.
     Expired,
-    /// It goes back into the queue it died in.
+    /// Publishes it again to the queue in which it died.
     Replay {
         /// The queue.
         queue: String,
-        /// What is left of its life, in milliseconds; `None` = it never expires.
+        /// Time until its deadline, in milliseconds; `None` = it never expires.
         expiration_ms: Option<u64>,
-        /// How often it will have been replayed.
+        /// How often it will have been replayed then.
         replays: i64,
     },
-    /// It is set aside for a person, with the reason.
+    /// Parks it, with the reason.
     Park(String),
-    /// It lies where it is, since nothing can be done with it, with the reason.
+    /// Leaves it where it is, with the reason why it cannot be moved.
     Leave(&'static str),
 }
 
-/// What became of letters.
+/// How many dead letters a pass handled, and how.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PassCounts {
-    /// Past their deadline: gone.
+    /// Removed, since their deadline had passed.
     pub expired: u64,
-    /// Back in their queues.
+    /// Published again to their queues.
     pub replayed: u64,
-    /// Set aside.
+    /// Parked.
     pub parked: u64,
-    /// Left where they were, since their queue did not take them, or they were not asked for.
+    /// Left where they were, since their queue refused them or they were not selected.
     pub left: u64,
-    /// Since when the oldest of them has been on its way, in milliseconds since the Unix epoch.
+    /// The earliest [`DeadLetter::since_ms`] of them.
     pub oldest_ms: Option<i64>,
 }
 
 impl PassCounts {
-    /// How many they were.
+    /// How many dead letters were handled in all.
     #[must_use]
     pub fn letters(&self) -> u64 {
         self.expired + self.replayed + self.parked + self.left
@@ -99,8 +99,8 @@ impl AddAssign for PassCounts {
 }
 
 impl DeadLetter {
-    /// Since when it has been on its way, in milliseconds since the Unix epoch: since it was due, or, if it does not say,
-    /// since it died.
+    /// The time from which its age counts, in milliseconds since the Unix epoch: its due time or, without one, the time at
+    /// which it died.
     #[must_use]
     pub fn since_ms(&self) -> Option<i64> {
         let died_ms =
@@ -108,14 +108,16 @@ impl DeadLetter {
         self.due_ms.or(died_ms)
     }
 
-    /// What becomes of it at `now_ms`, by the database clock. `max` is how often a letter may be replayed; 0 = as often as
-    /// it takes.
+    /// What a pass does with it at `now_ms`, by the database's clock. `max` is how often a dead letter may be replayed; 0 =
+    /// without limit.
     #[must_use]
     pub fn fate(&self, now_ms: i64, max: u32) -> Fate {
         match self.unreadable {
             None => {}
             Some(Unsendable::Carried) => {
-                return Fate::Park("its headers cannot be read; tidings-unreadable has them as they came".into());
+                return Fate::Park(
+                    "its headers cannot be read; the header tidings-unreadable has them as they came".into(),
+                );
             }
             Some(Unsendable::TooLong) => {
                 return Fate::Leave(
@@ -150,21 +152,21 @@ mod tests {
 
     use super::*;
 
-    fn letter(expires_ms: Option<i64>) -> DeadLetter {
+    fn dead_letter(expires_ms: Option<i64>) -> DeadLetter {
         DeadLetter { queue: Some("q".into()), expires_ms: expires_ms.map(Ok), ..DeadLetter::default() }
     }
 
     #[test]
-    fn a_letter_without_a_deadline_goes_back_as_often_as_it_takes() {
-        let tireless = DeadLetter { replays: 1_000_000, ..letter(None) };
-        let fate = tireless.fate(5, 0);
+    fn a_dead_letter_without_a_deadline_is_replayed_without_limit() {
+        let often_replayed = DeadLetter { replays: 1_000_000, ..dead_letter(None) };
+        let fate = often_replayed.fate(5, 0);
         assert_eq!(fate, Fate::Replay { queue: "q".into(), expiration_ms: None, replays: 1_000_001 });
     }
 
     #[test]
-    fn a_letter_goes_back_with_what_is_left_of_its_life_to_the_millisecond() {
+    fn a_dead_letter_is_replayed_with_the_time_until_its_deadline_as_expiration() {
         for (now, left) in [(0, Some(1_000)), (999, Some(1)), (1_000, None), (1_001, None)] {
-            match (letter(Some(1_000)).fate(now, 0), left) {
+            match (dead_letter(Some(1_000)).fate(now, 0), left) {
                 (Fate::Replay { expiration_ms, .. }, Some(left)) => assert_eq!(expiration_ms, Some(left)),
                 (Fate::Expired, None) => {}
                 (fate, _) => panic!("{fate:?} at {now}"),
@@ -173,29 +175,29 @@ mod tests {
     }
 
     #[test]
-    fn the_tireless_are_parked_if_there_is_a_maximum() {
-        let replayed = |replays| DeadLetter { replays, ..letter(None) }.fate(0, 3);
+    fn a_dead_letter_is_parked_after_the_maximum_number_of_replays() {
+        let replayed = |replays| DeadLetter { replays, ..dead_letter(None) }.fate(0, 3);
         assert!(matches!(replayed(2), Fate::Replay { replays: 3, .. }));
         assert!(matches!(replayed(3), Fate::Park(reason) if reason.contains("replayed 3 times")));
     }
 
     #[test]
-    fn what_cannot_go_back_is_parked_with_the_reason() {
-        let nowhere = DeadLetter { queue: None, ..letter(None) };
+    fn a_dead_letter_without_a_queue_or_with_an_odd_deadline_is_parked_with_the_reason() {
+        let nowhere = DeadLetter { queue: None, ..dead_letter(None) };
         assert!(matches!(nowhere.fate(0, 0), Fate::Park(reason) if reason.contains("x-death")));
-        let odd = DeadLetter { expires_ms: Some(Err(Unreadable)), ..letter(None) };
+        let odd = DeadLetter { expires_ms: Some(Err(Unreadable)), ..dead_letter(None) };
         assert!(matches!(odd.fate(0, 0), Fate::Park(reason) if reason.contains("tidings-expires-ms")));
     }
 
     proptest! {
         #[test]
-        fn any_letter_has_a_fate_and_none_is_replayed_past_its_deadline(
+        fn no_dead_letter_is_replayed_after_its_deadline_or_more_often_than_the_maximum(
             expires_ms in proptest::option::of(any::<i64>()),
             replays in any::<i64>(),
             now_ms in any::<i64>(),
             max in any::<u32>(),
         ) {
-            match (DeadLetter { replays, ..letter(expires_ms) }).fate(now_ms, max) {
+            match (DeadLetter { replays, ..dead_letter(expires_ms) }).fate(now_ms, max) {
                 Fate::Replay { expiration_ms, replays, .. } => {
                     prop_assert!(expires_ms.is_none_or(|deadline| deadline > now_ms));
                     prop_assert_eq!(expires_ms.is_some(), expiration_ms.is_some());

@@ -1,4 +1,4 @@
-//! Notices that are told to people, by commands and by the page alike: times, pauses, and where a row is. No I/O.
+//! Sentences for people, which commands and the page share: times, pauses, and the status of a row. No I/O.
 
 use serde::Serialize;
 use time::format_description::well_known::Rfc3339;
@@ -6,18 +6,18 @@ use time::{OffsetDateTime, UtcOffset};
 
 use crate::model::row_status::{FoundRow, Pause, RowRef, RowStatus};
 
-/// A row that was found, and where it is in words.
+/// A row that was found, with its status as data and as a sentence.
 #[derive(Debug, Serialize)]
 pub struct Explanation {
     /// The row, for programs.
     #[serde(flatten)]
     pub found: FoundRow,
-    /// All of it, for people.
+    /// The same, for people.
     pub explanation: String,
 }
 
 impl Explanation {
-    /// Explains it.
+    /// Adds the sentence.
     #[must_use]
     pub fn of(found: FoundRow) -> Self {
         let explanation = row_status(&found);
@@ -25,7 +25,7 @@ impl Explanation {
     }
 }
 
-/// An instant as people and programs read it, in UTC, to the millisecond.
+/// An instant in RFC 3339, in UTC, to the millisecond.
 #[must_use]
 pub fn show(instant: OffsetDateTime) -> String {
     let instant = instant.to_offset(UtcOffset::UTC);
@@ -33,13 +33,13 @@ pub fn show(instant: OffsetDateTime) -> String {
     instant.format(&Rfc3339).unwrap_or_else(|_| instant.to_string())
 }
 
-/// One line that cannot do anything to a terminal: anybody may have written what is shown of a letter or a plugin.
+/// One line without control characters, which could change a terminal: texts of dead letters and plugins come from others.
 #[must_use]
 pub fn printable(text: &str) -> String {
     text.chars().map(|char| if char.is_control() { ' ' } else { char }).collect()
 }
 
-/// That a kind is paused: since when, by whom, until when, and why.
+/// Says that a kind is paused: by whom, since when, until when, and why.
 #[must_use]
 pub fn pause_sentence(Pause { kind, since, until, reason, by }: &Pause) -> String {
     let until = until.map_or_else(|| "until somebody resumes it".to_owned(), |until| format!("until {}", show(until)));
@@ -48,7 +48,7 @@ pub fn pause_sentence(Pause { kind, since, until, reason, by }: &Pause) -> Strin
     printable(&format!("the kind {kind} is paused by {by} since {since}, {until}{reason}"))
 }
 
-/// That a row is nowhere, and why that may be.
+/// Says that no row was found, and why that may be.
 #[must_use]
 pub fn unknown_row(which: &RowRef) -> String {
     match which {
@@ -63,7 +63,7 @@ pub fn unknown_row(which: &RowRef) -> String {
     }
 }
 
-/// Where it is, and why, in one line.
+/// The status of a row, and its reason, in one line.
 #[must_use]
 pub fn row_status(found: &FoundRow) -> String {
     let FoundRow { kind, attempts, .. } = found;

@@ -1,5 +1,5 @@
-//! What a plugin makes of a row, checked: whatever passes here can be published without the broker closing the channel
-//! on everybody else. No I/O.
+//! The event that a plugin builds from a row, checked: RabbitMQ would close the channel over an event that breaks these
+//! limits, and the other messages on that channel would not be confirmed. No I/O.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,7 +7,7 @@ use std::time::Duration;
 use ring::digest::{Context, SHA256};
 use thiserror::Error;
 
-/// What is to be published, as the plugin gave it and [`Event::new`] accepted it.
+/// An event that [`Event::new`] has checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Event {
     routing_key: String,
@@ -16,13 +16,13 @@ pub struct Event {
     headers: Vec<(String, String)>,
 }
 
-/// AMQP's short strings have a length of one byte.
+/// The longest short string of AMQP: its length is one byte.
 const SHORT_STRING_BYTES: usize = 255;
-/// The properties of a message must fit into one frame of 128 KiB, where the row's headers (16 KiB), its key and subject
-/// are as well.
+/// The longest headers of an event. All properties of a message must fit into one frame of 128 KiB, together with the row's
+/// headers (16 KiB), its key and its subject.
 const HEADERS_BYTES: usize = 32 * 1024;
 
-/// What AMQP adds to a header: the length of its name, a type, the length of its value.
+/// The bytes that AMQP adds to each header: the length of its name, a type, the length of its value.
 const HEADER_OVERHEAD: usize = 6;
 
 /// Why an event cannot be published: the plugin broke the contract.
@@ -44,11 +44,11 @@ pub enum EventError {
 }
 
 impl Event {
-    /// Accepts an event.
+    /// Checks the parts of an event.
     ///
     /// # Errors
     ///
-    /// When a part of it could not be published.
+    /// When a part could not be published.
     pub fn new(
         routing_key: String,
         content_type: String,
@@ -80,11 +80,11 @@ impl Event {
         Ok(Self { routing_key, content_type, body, headers })
     }
 
-    /// SHA-256 over all parts, in hexadecimal: equal exactly when the events are.
+    /// SHA-256 of all parts, in hexadecimal: equal exactly when the events are equal.
     #[must_use]
     pub fn digest(&self) -> String {
         let mut hash = Context::new(&SHA256);
-        // Each part behind its length, so that no two events run together to the same bytes.
+        // Each part is preceded by its length, so that different events never give the same bytes.
         let mut add = |part: &[u8]| {
             hash.update(&(part.len() as u64).to_le_bytes());
             hash.update(part);
@@ -99,13 +99,13 @@ impl Event {
         hex(hash.finish().as_ref())
     }
 
-    /// Where it goes.
+    /// The routing key.
     #[must_use]
     pub fn routing_key(&self) -> &str {
         &self.routing_key
     }
 
-    /// What the body is.
+    /// The media type of the body.
     #[must_use]
     pub fn content_type(&self) -> &str {
         &self.content_type
@@ -117,7 +117,7 @@ impl Event {
         &self.body
     }
 
-    /// Its own headers.
+    /// The headers, without those of the row.
     #[must_use]
     pub fn headers(&self) -> &[(String, String)] {
         &self.headers
@@ -142,46 +142,47 @@ pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
 }
 
-/// An event and which plugin built it, when, and how long it is of use.
+/// An event, with the plugin that built it, the time of the build, and its deadline.
 #[derive(Clone, Debug)]
 pub struct BuiltEvent {
     /// What to publish.
     pub event: Event,
     /// The `now-ms` that the plugin was given.
     pub built_ms: i64,
-    /// The instant after which nobody may see it, in milliseconds since the Unix epoch: the plugin's ttl counted from
-    /// the `now-ms` that it was given. `None` = the plugin set none.
+    /// The event's deadline, in milliseconds since the Unix epoch: `now-ms` plus the ttl that the plugin returned. `None` =
+    /// the plugin returned no ttl.
     pub expires_ms: Option<i64>,
     /// `name@version+digest8` of the plugin.
     pub plugin: Arc<str>,
 }
 
-/// The longest time to live that RabbitMQ accepts, in milliseconds: ten years of 365 days. Longer ones are cut to it.
+/// The longest time to live that RabbitMQ accepts, in milliseconds: ten years of 365 days. Longer times are cut to it.
 /// Source: `rabbit_misc:check_expiry`, measured on 3.10.8.
 pub const LONGEST_TTL_MS: u64 = 315_360_000_000;
 
-/// The deadline that a time to live of `ttl_ms` gives an event built at `now_ms`.
+/// The deadline of an event that was built at `now_ms` with a time to live of `ttl_ms`.
 #[must_use]
 pub fn deadline_ms(now_ms: i64, ttl_ms: u64) -> i64 {
     let ttl_ms = i64::try_from(ttl_ms.min(LONGEST_TTL_MS)).expect("ten years fit");
     now_ms.saturating_add(ttl_ms)
 }
 
-/// Why a build ended without an event. Whose fault it is decides what becomes of the row.
+/// Why a build ended without an event. The reason decides what happens to the row.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BuildError {
-    /// The row can never be built.
+    /// The plugin can never build this row.
     Invalid(String),
-    /// The plugin wants to be asked again, after the given milliseconds if it said when.
+    /// The plugin asks for another attempt, after this many milliseconds if it named a time.
     Retry(String, Option<u64>),
     /// There is nothing to send.
     Skip(String),
-    /// The plugin trapped, blew a limit or broke the contract.
+    /// The plugin trapped, exceeded a limit or broke the contract.
     Failed(String),
-    /// The plugin blew a limit that another attempt at the same row would blow as well: of its memory, or of what it hands
-    /// over. How long a call takes is another matter.
+    /// The plugin exceeded a limit that another attempt at the same row would exceed as well: of memory or of output. Time
+    /// limits do not count: another attempt may be faster.
     TooLarge(String),
-    /// The plugin was not asked, since it fails whatever it is asked; ask again after this time.
+    /// The plugin was not called, since it fails for every row (its breaker is open). Another attempt is possible after this
+    /// time.
     Unavailable(String, Duration),
 }
 
@@ -197,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn what_would_close_the_channel_is_refused() {
+    fn an_event_that_would_close_the_channel_is_refused() {
         assert_eq!(event("", &[]), Err(EventError::RoutingKey(0)));
         assert_eq!(event(&"k".repeat(256), &[]), Err(EventError::RoutingKey(256)));
         assert_eq!(event("k", &[("", "v")]), Err(EventError::HeaderName(0)));
@@ -205,7 +206,7 @@ mod tests {
         assert_eq!(event("k", &[("n", &"v".repeat(32 * 1024))]), Err(EventError::Headers(32 * 1024 + 7)));
         let many: Vec<String> = (0..5_000).map(|number| number.to_string()).collect();
         let many: Vec<(&str, &str)> = many.iter().map(|name| (name.as_str(), "")).collect();
-        assert!(matches!(event("k", &many), Err(EventError::Headers(_))), "small headers that are many");
+        assert!(matches!(event("k", &many), Err(EventError::Headers(_))), "many small headers");
         assert_eq!(event("k", &[("n", "1"), ("n", "2")]), Err(EventError::RepeatedHeader("n".into())));
         for name in ["tidings-kind", "x-death", "CC", "BCC"] {
             assert_eq!(event("k", &[(name, "v")]), Err(EventError::ReservedHeader(name.into())));
@@ -214,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn the_digest_tells_events_apart_however_their_parts_run_together() {
+    fn events_whose_joined_parts_are_equal_have_different_digests() {
         let one = event("ab", &[("c", "d")]).expect("an event");
         let other = event("a", &[("bc", "d")]).expect("an event");
         assert_eq!(one.digest(), one.clone().digest());
@@ -230,7 +231,7 @@ mod tests {
         assert_eq!(deadline_ms(i64::MAX, u64::MAX), i64::MAX);
     }
 
-    /// Names that are good, reserved, too long, or nearly so.
+    /// Names that are valid, reserved, too long, or nearly so.
     fn name() -> impl Strategy<Value = String> {
         prop_oneof![
             3 => "\\PC{1,12}",
@@ -241,7 +242,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_accepted_obeys_the_limits_and_what_is_refused_is_told_which_part_of_it_does_not(
+        fn an_accepted_event_is_within_the_limits_and_an_error_names_the_part_that_is_not(
             routing_key in prop_oneof!["(.|\n){0,90}", (250..260_usize).prop_map(|length| "k".repeat(length))],
             content_type in prop_oneof!["\\PC{0,90}", (250..260_usize).prop_map(|length| "t".repeat(length))],
             headers in proptest::collection::vec((name(), prop_oneof!["(.|\n){0,20}", "v{7000,9000}"]), 0..6),
@@ -276,7 +277,7 @@ mod tests {
         }
 
         #[test]
-        fn a_longer_life_never_ends_earlier_and_no_life_is_longer_than_the_broker_takes(
+        fn a_longer_ttl_never_gives_an_earlier_deadline_and_no_deadline_is_beyond_the_longest_ttl(
             now_ms in any::<i64>(),
             ttl_ms in prop_oneof![any::<u64>(), 0..=LONGEST_TTL_MS],
         ) {

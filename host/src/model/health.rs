@@ -1,85 +1,86 @@
-//! Whether the daemon is well: each loop leaves a sign of life on its way, and says what it has and what it lacks. No I/O,
-//! and nobody waits for it.
+//! The health of the daemon: heartbeats of the loops, reasons why rows are not delivered, and notes for the operator.
+//! `/livez`, `/readyz` and the page read it. No I/O, and no loop may ever wait here.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// A loop that has not been seen for this long beyond its longest wait hangs.
+/// A loop hangs if it has sent no heartbeat for this long beyond its longest wait.
 const GRACE: Duration = Duration::from_mins(1);
 
-/// How often a sentence that stands for long is worth a line of the log.
-const SAID_AGAIN: Duration = Duration::from_mins(1);
+/// A notice that stays for long is logged again after this time.
+const LOG_INTERVAL: Duration = Duration::from_mins(1);
 
-/// Notices about the state of something, each under the name of what it is about.
+/// Notices about the state of parts of the daemon, one for each subject.
 #[derive(Debug, Default)]
-pub struct Notices(Mutex<BTreeMap<&'static str, Sentence>>);
+pub struct Notices(Mutex<BTreeMap<&'static str, Notice>>);
 
 #[derive(Debug)]
-struct Sentence {
-    says: String,
-    logged: Instant,
+struct Notice {
+    text: String,
+    logged_at: Instant,
 }
 
 impl Notices {
-    /// Puts `sentence` in the place of what was said `about` this before; `None` = there is nothing to say any more. Returns
-    /// whether it is worth a line of the log: nothing was said before, or no line was written for a minute.
+    /// Replaces the notice about a subject; `None` = removes it. Returns whether to log it: the notice is new, it was
+    /// removed, or it was not logged for a minute.
     pub fn say(&self, about: &'static str, sentence: Option<String>) -> bool {
-        let mut sentences = self.0.lock().expect("nobody panics with it");
-        let before = sentences.remove(about);
-        let Some(says) = sentence else { return before.is_some() };
-        let logged = before.map(|before| before.logged).filter(|logged| logged.elapsed() < SAID_AGAIN);
-        sentences.insert(about, Sentence { says, logged: logged.unwrap_or_else(Instant::now) });
-        logged.is_none()
+        let mut notices = self.0.lock().expect("no thread panics while it holds the lock");
+        let before = notices.remove(about);
+        let Some(text) = sentence else { return before.is_some() };
+        let logged_at = before.map(|before| before.logged_at).filter(|logged_at| logged_at.elapsed() < LOG_INTERVAL);
+        notices.insert(about, Notice { text, logged_at: logged_at.unwrap_or_else(Instant::now) });
+        logged_at.is_none()
     }
 
-    /// All of them, in the order of what they are about.
+    /// All notices, in the order of their subjects.
     #[must_use]
     pub fn all(&self) -> Vec<String> {
-        self.0.lock().expect("nobody panics with it").values().map(|sentence| sentence.says.clone()).collect()
+        let notices = self.0.lock().expect("no thread panics while it holds the lock");
+        notices.values().map(|notice| notice.text.clone()).collect()
     }
 }
 
-/// A loop's sign of life.
+/// The heartbeat of a loop.
 #[derive(Debug)]
 pub struct Heartbeat {
     name: &'static str,
     began: Instant,
-    /// In ms since `began`.
-    last: AtomicU64,
+    /// The time of the last heartbeat, in ms since `began`.
+    last_ms: AtomicU64,
     longest_wait: Duration,
 }
 
 impl Heartbeat {
     fn new(name: &'static str, longest_wait: Duration) -> Self {
-        Self { name, began: Instant::now(), last: AtomicU64::new(0), longest_wait }
+        Self { name, began: Instant::now(), last_ms: AtomicU64::new(0), longest_wait }
     }
 
-    /// The loop is alive.
+    /// Records that the loop is alive.
     pub fn beat(&self) {
-        self.last.store(self.now_ms(), Ordering::Relaxed);
+        self.last_ms.store(self.now_ms(), Ordering::Relaxed);
     }
 
     fn now_ms(&self) -> u64 {
         u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// Why it is taken for dead at `now_ms`, if it is.
-    fn complaint(&self, now_ms: u64) -> Option<String> {
-        let silent = Duration::from_millis(now_ms.saturating_sub(self.last.load(Ordering::Relaxed)));
+    /// The sentence that reports a hanging loop, if the loop hangs at `now_ms`.
+    fn report_if_hanging(&self, now_ms: u64) -> Option<String> {
+        let silent = Duration::from_millis(now_ms.saturating_sub(self.last_ms.load(Ordering::Relaxed)));
         let name = self.name;
         (silent > self.longest_wait + GRACE)
             .then(|| format!("the loop of the {name} has made no progress for {} s", silent.as_secs()))
     }
 }
 
-/// What the loops say of themselves.
+/// What the loops report about themselves.
 #[derive(Debug)]
 pub struct Health {
-    /// Of the dispatcher.
+    /// The heartbeat of the scheduler's loop.
     pub dispatcher: Heartbeat,
-    /// Of the listener.
+    /// The heartbeat of the listener.
     pub listener: Heartbeat,
     /// Whether the listener has its connection.
     pub listening: AtomicBool,
@@ -91,7 +92,7 @@ pub struct Health {
 }
 
 impl Health {
-    /// Nothing has started yet. `sweep` is the longest time that the dispatcher sleeps.
+    /// The state before anything has started. `sweep` is the longest time that the scheduler sleeps.
     #[must_use]
     pub fn new(sweep: Duration) -> Self {
         Self {
@@ -105,29 +106,30 @@ impl Health {
         }
     }
 
-    /// Notes a reason why rows are not delivered, or that it is over. Returns whether that is worth a line of the log, as
-    /// [`Notices::say`].
+    /// Sets or removes a reason why rows are not delivered. Returns whether to log that, as [`Notices::say`] does.
     pub fn trouble(&self, about: &'static str, sentence: Option<String>) -> bool {
         self.troubles.say(about, sentence)
     }
 
-    /// Notes what a person ought to know although rows are delivered, or that it is over. Returns as [`Health::trouble`].
+    /// Sets or removes a note for the operator, which is no reason to be unready. Returns whether to log that, as
+    /// [`Notices::say`] does.
     pub fn note(&self, about: &'static str, sentence: Option<String>) -> bool {
         self.notes.say(about, sentence)
     }
 
-    /// What a person ought to know although rows are delivered.
+    /// The notes for the operator.
     #[must_use]
     pub fn notes(&self) -> Vec<String> {
         self.notes.all()
     }
 
-    /// Notes whether the last canary was lost. Returns whether the one before was.
+    /// Records whether the last canary was lost. Returns whether the canary before it was lost.
     pub fn canary_is_lost(&self, lost: bool) -> bool {
         self.canary_lost.swap(lost, Ordering::Relaxed)
     }
 
-    /// Why rows that fall due now are not delivered now, as far as the loops know. `notify`: whether notifications are wanted.
+    /// Why rows that become due now are not delivered now, as far as the loops know. `notify`: whether notifications are
+    /// turned on.
     #[must_use]
     pub fn unready_reasons(&self, notify: bool) -> Vec<String> {
         let mut reasons = self.hanging_loops();
@@ -143,13 +145,17 @@ impl Health {
         reasons
     }
 
-    /// Why the process ought to be started anew: a loop hangs. Empty = it is alive. A server that is away is no reason.
+    /// The loops that hang, so that the process should be restarted; empty = it is alive. A server that is away does not
+    /// count.
     #[must_use]
     pub fn hanging_loops(&self) -> Vec<String> {
         if !self.started.load(Ordering::Relaxed) {
             return Vec::new();
         }
-        [&self.dispatcher, &self.listener].into_iter().filter_map(|heart| heart.complaint(heart.now_ms())).collect()
+        [&self.dispatcher, &self.listener]
+            .into_iter()
+            .filter_map(|heart| heart.report_if_hanging(heart.now_ms()))
+            .collect()
     }
 }
 
@@ -158,26 +164,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_loop_that_is_silent_for_longer_than_it_ever_waits_is_named() {
+    fn a_loop_without_a_heartbeat_for_a_minute_beyond_its_longest_wait_is_reported() {
         let heart = Heartbeat::new("dispatcher", Duration::from_secs(5));
-        assert_eq!(heart.complaint(64_999), None);
-        let complaint = heart.complaint(65_001).expect("it is dead");
-        assert!(complaint.contains("dispatcher") && complaint.contains("65 s"), "{complaint}");
+        assert_eq!(heart.report_if_hanging(64_999), None);
+        let report = heart.report_if_hanging(65_001).expect("it hangs");
+        assert!(report.contains("dispatcher") && report.contains("65 s"), "{report}");
     }
 
     #[test]
-    fn a_sentence_stands_until_it_is_over_and_is_logged_once() {
-        let sentences = Notices::default();
-        assert!(sentences.say("disk", Some("it is full".into())));
-        assert!(!sentences.say("disk", Some("it is still full".into())));
-        assert_eq!(sentences.all(), ["it is still full"]);
-        assert!(sentences.say("disk", None));
-        assert!(!sentences.say("disk", None));
-        assert!(sentences.all().is_empty());
+    fn a_notice_stays_until_it_is_removed_and_is_logged_once() {
+        let notices = Notices::default();
+        assert!(notices.say("disk", Some("it is full".into())));
+        assert!(!notices.say("disk", Some("it is still full".into())));
+        assert_eq!(notices.all(), ["it is still full"]);
+        assert!(notices.say("disk", None));
+        assert!(!notices.say("disk", None));
+        assert!(notices.all().is_empty());
     }
 
     #[test]
-    fn a_trouble_is_a_reason_until_it_is_over_and_a_note_never_is() {
+    fn a_trouble_is_a_reason_to_be_unready_and_a_note_is_not() {
         let health = Health::new(Duration::from_secs(5));
         health.started.store(true, Ordering::Relaxed);
         health.note("state", Some("full".into()));
@@ -193,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_hangs_before_it_has_started() {
+    fn no_loop_hangs_before_the_daemon_has_started() {
         let health = Health::new(Duration::from_secs(5));
         assert!(health.hanging_loops().is_empty());
         health.started.store(true, Ordering::Relaxed);

@@ -6,7 +6,7 @@ use subtle::ConstantTimeEq as _;
 
 /// Fewer characters could be guessed.
 const SHORTEST: usize = 16;
-/// More are not a token but a mistake.
+/// A longer text is probably not the token but an error.
 const LONGEST: usize = 256;
 
 /// The token, as it was given.
@@ -22,7 +22,7 @@ impl HttpToken {
 
     /// What is wrong with it, without a character of it.
     #[must_use]
-    pub fn mistake(&self) -> Option<String> {
+    pub fn find_error(&self) -> Option<String> {
         let length = self.0.chars().count();
         if !self.0.bytes().all(|byte| byte.is_ascii_graphic()) {
             // A browser could not send it.
@@ -70,9 +70,9 @@ mod tests {
             (false, "0123456789abcdef\n".to_owned()),
         ] {
             let token = HttpToken::from(text.clone());
-            let mistake = token.mistake();
-            assert_eq!(mistake.is_none(), good, "{text:?}: {mistake:?}");
-            assert!(!format!("{token:?} {mistake:?}").contains(text.trim()), "{text:?}");
+            let error = token.find_error();
+            assert_eq!(error.is_none(), good, "{text:?}: {error:?}");
+            assert!(!format!("{token:?} {error:?}").contains(text.trim()), "{text:?}");
         }
     }
 

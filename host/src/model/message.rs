@@ -1,4 +1,5 @@
-//! What goes on the wire: the public message contract, field by field. No I/O, and nothing of AMQP's client library.
+//! The message that is published: the public message contract, field by field. No I/O, and no types of the AMQP client
+//! library.
 
 use std::borrow::Cow;
 
@@ -27,17 +28,17 @@ pub struct Message {
     pub routing_key: String,
     /// The event's media type, at most 255 bytes; absent if the event's is empty.
     pub content_type: Option<String>,
-    /// Seconds since the Unix epoch, by the database clock.
+    /// When it is published, in seconds since the Unix epoch, by the database's clock.
     pub timestamp: u64,
-    /// What is left of its life, in milliseconds, 1 to ten years; `None` = never expires.
+    /// Time until its deadline, 1 ms to ten years, in milliseconds; `None` = it never expires.
     pub expiration_ms: Option<u64>,
-    /// In the order of the contract: ours, then the row's, then the event's.
+    /// In the order of the contract: the daemon's headers, then the row's, then the event's.
     pub headers: Vec<(Cow<'static, str>, HeaderValue)>,
     /// The event's body.
     pub body: Vec<u8>,
 }
 
-/// The event's deadline has come, in milliseconds since the Unix epoch: it must not be published.
+/// The deadline, in milliseconds since the Unix epoch, has passed: the event must not be published.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Expired(pub i64);
 
@@ -46,7 +47,7 @@ impl Message {
     ///
     /// # Errors
     ///
-    /// [`Expired`] when the row's deadline or the event's has come.
+    /// [`Expired`] when the row's deadline or the event's has passed.
     pub fn new(schedule: &Schedule, built: BuiltEvent, exchange: &str, now_ms: i64) -> Result<Self, Expired> {
         let expires_ms = earlier(schedule.expires_ms(), built.expires_ms);
         let expiration_ms = match expires_ms {
@@ -88,11 +89,11 @@ impl Message {
     }
 }
 
-/// The earlier of two deadlines, where `None` is never.
-fn earlier(one: Option<i64>, other: Option<i64>) -> Option<i64> {
-    match (one, other) {
-        (Some(one), Some(other)) => Some(one.min(other)),
-        (one, other) => one.or(other),
+/// The earlier of two deadlines; `None` = no deadline.
+fn earlier(first: Option<i64>, second: Option<i64>) -> Option<i64> {
+    match (first, second) {
+        (Some(first), Some(second)) => Some(first.min(second)),
+        (first, second) => first.or(second),
     }
 }
 
@@ -130,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn the_headers_are_those_of_the_contract_and_the_events_win() {
+    fn the_headers_follow_the_contract_and_the_events_headers_replace_the_rows() {
         let message = Message::new(&schedule(Some(NOW_MS + 9_000)), built(None), "tidings", NOW_MS).expect("a message");
         let text = |value: &str| HeaderValue::Text(value.into());
         let expected = [
@@ -152,14 +153,14 @@ mod tests {
     }
 
     #[test]
-    fn without_a_deadline_there_is_no_expiration_and_no_header_of_it() {
+    fn without_a_deadline_there_is_neither_expiration_nor_its_header() {
         let message = Message::new(&schedule(None), built(None), "tidings", NOW_MS).expect("a message");
         assert_eq!(message.expiration_ms, None);
         assert!(message.headers.iter().all(|(name, _)| name != "tidings-expires-ms"));
     }
 
     #[test]
-    fn a_deadline_that_has_come_to_the_millisecond_is_expired() {
+    fn at_the_very_millisecond_of_its_deadline_an_event_is_expired() {
         assert_eq!(Message::new(&schedule(Some(NOW_MS)), built(None), "t", NOW_MS).err(), Some(Expired(NOW_MS)));
         assert_eq!(Message::new(&schedule(None), built(Some(NOW_MS)), "t", NOW_MS).err(), Some(Expired(NOW_MS)));
         let last = Message::new(&schedule(None), built(Some(NOW_MS + 1)), "t", NOW_MS).expect("a message");
@@ -168,7 +169,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_expiration_is_what_is_left_until_the_earlier_deadline_within_what_the_broker_takes(
+        fn the_expiration_is_the_time_until_the_earlier_deadline_cut_to_the_longest_ttl(
             row in proptest::option::of(0..253_402_300_799_999_i64),
             event in proptest::option::of(any::<i64>()),
             now in 0..253_402_300_799_999_i64,

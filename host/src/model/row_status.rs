@@ -1,4 +1,4 @@
-//! Where a row is, and why: what `tidings explain` tells. Decided from what the database says of it, with no I/O.
+//! The status of a row and its reason, as `tidings explain` shows it, decided from what the store has read. No I/O.
 
 use std::str::FromStr;
 
@@ -6,12 +6,12 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-/// RowRef row is meant.
+/// Which row a command or a request is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RowRef {
-    /// The one with this id.
+    /// The row with this id.
     Id(Uuid),
-    /// The one with this key of its kind.
+    /// The row with this kind and key.
     Key {
         /// The kind.
         kind: String,
@@ -27,7 +27,7 @@ impl FromStr for RowRef {
         if let Ok(id) = Uuid::try_parse(text) {
             return Ok(Self::Id(id));
         }
-        // A kind has no slash; a key may have.
+        // A kind never contains a slash; a key may.
         match text.split_once('/') {
             Some((kind, key)) if !kind.is_empty() && !key.is_empty() => {
                 Ok(Self::Key { kind: kind.to_owned(), key: key.to_owned() })
@@ -37,24 +37,24 @@ impl FromStr for RowRef {
     }
 }
 
-/// A kind that a person stopped.
+/// A kind that the operator has paused.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pause {
-    /// RowRef.
+    /// The kind.
     pub kind: String,
     /// When the pause began.
     #[serde(with = "time::serde::rfc3339")]
     pub since: OffsetDateTime,
-    /// When it ends by itself; `None` = only when somebody resumes the kind.
+    /// When the pause ends by itself; `None` = it lasts until the operator resumes the kind.
     #[serde(with = "time::serde::rfc3339::option")]
     pub until: Option<OffsetDateTime>,
-    /// Why, for people.
+    /// The operator's reason, for people.
     pub reason: Option<String>,
-    /// The login role of whoever paused it.
+    /// The login role that paused it.
     pub by: String,
 }
 
-/// A row that was found, and where it is.
+/// A row that was found, and its status.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct FoundRow {
     /// The row's id.
@@ -71,124 +71,125 @@ pub struct FoundRow {
     /// Its deadline, if it has one.
     #[serde(with = "time::serde::rfc3339::option")]
     pub expires_at: Option<OffsetDateTime>,
-    /// Builds so far that failed, or that the plugin wanted to try again.
+    /// Builds so far that failed, or for which the plugin asked for another attempt.
     pub attempts: i32,
-    /// Where it is, and why.
+    /// Its status.
     #[serde(flatten)]
     pub row_status: RowStatus,
 }
 
-/// Where a row is, and why.
+/// The status of a row, and its reason.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "state", rename_all = "snake_case")]
 pub enum RowStatus {
-    /// It is not due yet.
+    /// The row is not due yet.
     Waiting {
         /// When it is due.
         #[serde(with = "time::serde::rfc3339")]
         until: OffsetDateTime,
-        /// Its kind is paused now.
+        /// The pause of its kind, if the kind is paused now.
         pause: Option<Pause>,
     },
-    /// It is due, and nobody has taken it yet.
+    /// The row is due, and no daemon has claimed it yet.
     Due {
-        /// For how long.
+        /// For how long it has been due.
         late_seconds: f64,
         /// How many daemons serve its kind.
         daemons: i64,
-        /// Its deadline has come: it will be finished as expired.
+        /// Its deadline has passed, so it will be finished as expired.
         past_deadline: bool,
     },
-    /// It is due, and somebody has locked it: a delivery, or a session that edits it.
+    /// The row is due and locked, by a delivery or by a session that edits it.
     Locked {
         /// For how long it has been due.
         late_seconds: f64,
-        /// Who, for people.
+        /// Who has locked it, for people.
         by: String,
     },
-    /// It was tried, and is tried again later.
+    /// An attempt has failed, and the next follows later.
     BackingOff {
-        /// When.
+        /// When the next attempt follows.
         #[serde(with = "time::serde::rfc3339")]
         until: OffsetDateTime,
-        /// Why it was not delivered.
+        /// Why the last attempt failed.
         last_error: Option<String>,
     },
-    /// It waits for a daemon that serves its kind.
+    /// The row is held until a daemon serves its kind.
     Held {
-        /// How many do now: they are about to release it.
+        /// How many daemons serve its kind now. They are about to release it.
         daemons: i64,
     },
-    /// It is due, and a person has stopped its kind.
+    /// The row is due, and its kind is paused.
     Paused {
-        /// Who, when, why.
+        /// The pause.
         pause: Pause,
     },
-    /// It was set aside for a person.
+    /// The row is parked: set aside for the operator.
     Parked {
-        /// When.
+        /// When it was parked.
         #[serde(with = "time::serde::rfc3339")]
         parked_at: OffsetDateTime,
-        /// Why.
+        /// Why it was parked.
         reason: String,
         /// `name@version+digest8` of the plugin that could not build it.
         plugin: Option<String>,
     },
-    /// Its message was confirmed.
+    /// RabbitMQ has confirmed the row's message.
     Delivered {
-        /// When, by the database clock.
+        /// When RabbitMQ confirmed it, by the database's clock.
         #[serde(with = "time::serde::rfc3339")]
         finished_at: OffsetDateTime,
-        /// How long after its due time.
+        /// How long after its due time that was.
         late_seconds: f64,
         /// `name@version+digest8` of the plugin that built it.
         plugin: Option<String>,
     },
-    /// Its deadline came first.
+    /// The row's deadline passed before its message was published.
     Expired {
         /// When it was finished.
         #[serde(with = "time::serde::rfc3339")]
         finished_at: OffsetDateTime,
-        /// When that was found.
+        /// How the daemon found that.
         reason: Option<String>,
     },
-    /// Its plugin said that there is nothing to send.
+    /// The row's plugin decided that there is nothing to send.
     Skipped {
-        /// When.
+        /// When it was finished.
         #[serde(with = "time::serde::rfc3339")]
         finished_at: OffsetDateTime,
-        /// Why.
+        /// The plugin's reason.
         reason: Option<String>,
         /// `name@version+digest8` of the plugin.
         plugin: Option<String>,
     },
 }
 
-/// What the database says of a row that waits.
+/// What the store has read about a row that is still in `tidings.schedules`.
 #[derive(Clone, Debug)]
 pub struct Pending {
-    /// The database clock.
+    /// The database's time.
     pub now: OffsetDateTime,
     /// When it is due.
     pub due_at: OffsetDateTime,
     /// Its deadline.
     pub expires_at: Option<OffsetDateTime>,
-    /// When it was written, or the end of its backoff.
+    /// When the row was written, or when its backoff ends.
     pub not_before: OffsetDateTime,
-    /// It was taken out of the queue, since its kind was paused or not served.
+    /// It is held: out of the queue, since its kind was paused or not served.
     pub held: bool,
-    /// Why it is still here although it was due.
+    /// Why the last attempt failed.
     pub last_error: Option<String>,
-    /// Who has locked it.
+    /// Who has locked it, for people.
     pub locked_by: Option<String>,
     /// How many daemons serve its kind.
     pub daemons: i64,
-    /// Its kind is paused.
+    /// The pause of its kind, if the kind is paused.
     pub pause: Option<Pause>,
 }
 
 impl Pending {
-    /// Where it is, and why. What keeps a row longest is told first: an edit by a lock, its due time, its pause.
+    /// The status of the row. If several causes delay it, the status names only one: first the due time, then a lock, a
+    /// deadline that has passed, a pause, a missing plugin, a backoff.
     #[must_use]
     pub fn row_status(self) -> RowStatus {
         let Self { now, due_at, expires_at, not_before, held, last_error, locked_by, daemons, pause } = self;
@@ -197,7 +198,7 @@ impl Pending {
         match (locked_by, pause) {
             (_, pause) if due_at > now => RowStatus::Waiting { until: due_at, pause },
             (Some(by), _) => RowStatus::Locked { late_seconds, by },
-            // It is finished by the next claim, whatever held it.
+            // The next claim finishes it, also if it is held or paused.
             _ if past_deadline => RowStatus::Due { late_seconds, daemons, past_deadline },
             (None, Some(pause)) => RowStatus::Paused { pause },
             (None, None) if held => RowStatus::Held { daemons },
@@ -207,7 +208,7 @@ impl Pending {
     }
 }
 
-/// A time in seconds, to the microsecond.
+/// A time span in seconds, to the microsecond.
 #[must_use]
 pub fn seconds(time: time::Duration) -> f64 {
     time.as_seconds_f64()
@@ -221,7 +222,7 @@ mod tests {
 
     const NOW: OffsetDateTime = OffsetDateTime::UNIX_EPOCH;
 
-    /// Due for two seconds, and kept by nothing.
+    /// A row that has been due for two seconds, and that nothing delays.
     fn due() -> Pending {
         let written = NOW - Duration::seconds(9);
         Pending {
@@ -242,20 +243,20 @@ mod tests {
     }
 
     #[test]
-    fn a_row_that_nothing_keeps_is_due() {
+    fn a_row_that_nothing_delays_is_due() {
         let expected = RowStatus::Due { late_seconds: 2.0, daemons: 1, past_deadline: false };
         assert_eq!(due().row_status(), expected);
     }
 
     #[test]
-    fn a_row_before_its_time_waits_whatever_else_is() {
+    fn a_row_that_is_not_due_waits_even_if_it_is_held_or_locked_or_paused() {
         let due_at = NOW + Duration::SECOND;
         let row = Pending { due_at, held: true, locked_by: Some("me".into()), pause: Some(pause()), ..due() };
         assert_eq!(row.row_status(), RowStatus::Waiting { until: due_at, pause: Some(pause()) });
     }
 
     #[test]
-    fn a_paused_row_is_paused_whether_it_is_held_already_or_not() {
+    fn a_due_row_of_a_paused_kind_is_paused_whether_it_is_held_or_not() {
         for held in [true, false] {
             let row = Pending { held, pause: Some(pause()), not_before: NOW + Duration::HOUR, ..due() };
             assert_eq!(row.row_status(), RowStatus::Paused { pause: pause() });
@@ -263,13 +264,13 @@ mod tests {
     }
 
     #[test]
-    fn a_row_past_its_deadline_is_due_to_be_finished_even_if_it_is_held_or_paused() {
+    fn a_row_past_its_deadline_is_due_even_if_it_is_held_or_paused() {
         let row = Pending { held: true, pause: Some(pause()), expires_at: Some(NOW), ..due() };
         assert!(matches!(row.row_status(), RowStatus::Due { past_deadline: true, .. }));
     }
 
     #[test]
-    fn a_row_that_was_tried_backs_off_unless_it_is_held() {
+    fn a_row_whose_attempt_failed_backs_off_unless_it_is_held() {
         let row = Pending { not_before: NOW + Duration::SECOND, last_error: Some("it trapped".into()), ..due() };
         let until = NOW + Duration::SECOND;
         let expected = RowStatus::BackingOff { until, last_error: Some("it trapped".into()) };
@@ -278,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn an_id_is_told_from_a_kind_and_a_key_which_may_have_slashes() {
+    fn a_row_is_named_by_an_id_or_by_a_kind_and_a_key_that_may_contain_slashes() {
         let id = "0199a6b2-1c2d-7000-8000-000000000001";
         assert!(matches!(id.parse(), Ok(RowRef::Id(_))));
         assert_eq!("a/b/c".parse(), Ok(RowRef::Key { kind: "a".into(), key: "b/c".into() }));

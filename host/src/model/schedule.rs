@@ -1,4 +1,4 @@
-//! The row that waits, as the loop and the plugins see it. No I/O.
+//! A claimed row, as the scheduler and the plugins see it. No I/O.
 
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -8,27 +8,27 @@ use crate::model::clock::unix_ms;
 /// One due row of `tidings.schedules`, locked by a claim.
 #[derive(Clone, Debug)]
 pub struct Schedule {
-    /// Becomes the message's id.
+    /// The row's id, which is also the message's id.
     pub id: Uuid,
-    /// Selects the plugin.
+    /// The kind, which selects the plugin.
     pub kind: String,
-    /// Natural name within the kind.
+    /// The key: its natural name within the kind.
     pub key: Option<String>,
-    /// What the row is about.
+    /// The subject: what the row is about.
     pub subject: Option<String>,
     /// When it was due.
     pub due_at: OffsetDateTime,
-    /// Its deadline; `None` = never expires.
+    /// Its deadline; `None` = it never expires.
     pub expires_at: Option<OffsetDateTime>,
-    /// JSON text.
+    /// The payload, as JSON text.
     pub payload: String,
     /// The row's own headers.
     pub headers: Vec<(String, String)>,
-    /// Builds so far that ended in a trap, a blown limit or the plugin's wish to retry.
+    /// Builds so far that ended in a trap, an exceeded limit or a request of the plugin to retry.
     pub attempts: u32,
-    /// Those of them that count towards the maximum: traps and blown limits.
+    /// Attempts that count towards the maximum: traps and exceeded limits.
     pub failures: u32,
-    /// Times in a row that the broker would not take the message.
+    /// How often in a row RabbitMQ refused the message, or PostgreSQL refused to finish the row.
     pub refusals: u32,
 }
 
@@ -45,7 +45,7 @@ impl Schedule {
         self.expires_at.map(unix_ms)
     }
 
-    /// RowRef attempt this is; 1 on the first.
+    /// The number of this attempt; 1 for the first.
     #[must_use]
     pub fn attempt(&self) -> u32 {
         self.attempts.saturating_add(1)

@@ -1,13 +1,13 @@
-//! A URL that may have a password in it, and never shows it. No I/O.
+//! A URL that may contain a password, and that `Debug` never shows. No I/O.
 
 use std::fmt;
 
-/// A URL with a password in it, perhaps: shown without.
+/// A URL that may contain a password.
 #[derive(Clone, PartialEq, Eq)]
 pub struct SecretUrl(String);
 
 impl SecretUrl {
-    /// The URL as it was given, password included. Not for people.
+    /// The URL as it was given, with its password. Must not be logged or shown.
     #[must_use]
     pub fn expose(&self) -> &str {
         &self.0

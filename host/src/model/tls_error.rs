@@ -1,35 +1,35 @@
-//! Why a server's certificate is refused, in words, for both servers. Whom we trust is what the machine says: its own store,
-//! or what `SSL_CERT_FILE` and `SSL_CERT_DIR` name in its place.
+//! Sentences that say why the certificate of PostgreSQL or RabbitMQ is refused, and what to do. Must never decide which
+//! authorities are trusted: these are the ones in the machine's own store, or in the files that `SSL_CERT_FILE` and
+//! `SSL_CERT_DIR` name in its place.
 
 use std::io;
 
-use rustls::{CertificateError as Wrong, Error as TlsError};
+use rustls::{CertificateError, Error as TlsError};
 
-/// What was named is of no use.
-const NOBODY: &str =
-    "this machine trusts nobody: what SSL_CERT_FILE or SSL_CERT_DIR names cannot be read, or has no certificate in it";
+/// The machine has no usable certificate of an authority.
+const NO_AUTHORITY: &str = "this machine trusts no authority: the file in SSL_CERT_FILE or the directory in SSL_CERT_DIR cannot be read, or contains no certificate";
 
-/// What is wrong with the server's certificate and what to do, if that is why a connection could not be made.
+/// What is wrong with the server's certificate and what to do, if a connection failed for that reason.
 pub(crate) fn refusal(error: &io::Error) -> Option<&'static str> {
     let inner = error.get_ref()?;
     if inner.is::<rustls_native_certs::Error>() {
-        return Some(NOBODY);
+        return Some(NO_AUTHORITY);
     }
-    let TlsError::InvalidCertificate(wrong) = inner.downcast_ref()? else { return None };
-    Some(match wrong {
-        Wrong::UnknownIssuer if rustls_native_certs::load_native_certs().certs.is_empty() => NOBODY,
-        // A bad signature: the authority that we trust has the same name, and is another.
-        Wrong::UnknownIssuer | Wrong::BadSignature => {
-            "nobody whom we trust has signed it; put the certificate of the authority that has into a file, and name the file in SSL_CERT_FILE"
+    let TlsError::InvalidCertificate(error) = inner.downcast_ref()? else { return None };
+    Some(match error {
+        CertificateError::UnknownIssuer if rustls_native_certs::load_native_certs().certs.is_empty() => NO_AUTHORITY,
+        // A bad signature: an authority of the same name is trusted, but it is a different one.
+        CertificateError::UnknownIssuer | CertificateError::BadSignature => {
+            "no authority that this machine trusts has signed it; put the certificate of the authority that signed it into a file, and name the file in SSL_CERT_FILE"
         }
-        Wrong::NotValidForName | Wrong::NotValidForNameContext { .. } => {
+        CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
             "it is another host's; name the host in the URL as its certificate does"
         }
-        Wrong::Expired | Wrong::ExpiredContext { .. } => "it has expired; renew it",
-        Wrong::NotValidYet | Wrong::NotValidYetContext { .. } => {
+        CertificateError::Expired | CertificateError::ExpiredContext { .. } => "it has expired; renew it",
+        CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
             "it is not valid yet; compare the clock of this machine with that of the authority"
         }
-        _ => "it is not as it should be; have the authority make another one",
+        _ => "it is not valid; ask its authority for another one",
     })
 }
 
@@ -38,12 +38,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_certificate_is_refused_for_what_is_wrong_with_it() {
-        let because = |error: TlsError| io::Error::new(io::ErrorKind::InvalidData, error);
-        // Two sentences: where there is no certificate at all, the other one.
-        assert!(refusal(&because(Wrong::UnknownIssuer.into())).is_some_and(|why| why.contains("SSL_CERT_FILE")));
-        assert!(refusal(&because(Wrong::BadEncoding.into())).is_some());
-        assert_eq!(refusal(&because(TlsError::DecryptError)), None);
+    fn only_errors_about_a_certificate_have_a_sentence() {
+        let io_error = |error: TlsError| io::Error::new(io::ErrorKind::InvalidData, error);
+        // On a machine without any authority the sentence is a different one; both name SSL_CERT_FILE.
+        assert!(
+            refusal(&io_error(CertificateError::UnknownIssuer.into()))
+                .is_some_and(|sentence| sentence.contains("SSL_CERT_FILE"))
+        );
+        assert!(refusal(&io_error(CertificateError::BadEncoding.into())).is_some());
+        assert_eq!(refusal(&io_error(TlsError::DecryptError)), None);
         assert_eq!(refusal(&io::ErrorKind::ConnectionRefused.into()), None);
     }
 }

@@ -1,29 +1,30 @@
-//! What makes the scheduler look again, and why it does.
+//! Wakes a loop. A wake is a hint to look again: it carries nothing but its reason. Whatever may have been missed (a lost
+//! connection, an error) must be a wake as well.
 
 use std::sync::atomic::{AtomicU16, Ordering};
 
 use tidings_core::reason::{Reason, Reasons};
 use tokio::sync::Notify;
 
-/// Makes the scheduler look again. A wake that comes while nobody waits is kept, so the order of looking and arming does
-/// not matter; several become one.
+/// Wakes one loop. A wake that comes while the loop does not wait is kept, so it is not lost between a look and the next
+/// wait. Several wakes become one.
 #[derive(Debug, Default)]
 pub struct Wake {
     notify: Notify,
-    /// Only to be counted: nothing depends on them.
+    /// The reasons of wakes that no call of [`Wake::woken`] has returned yet.
     reasons: AtomicU16,
 }
 
 impl Wake {
-    /// Makes the scheduler look again.
+    /// Wakes the loop.
     pub fn wake(&self, reason: Reason) {
-        // Before the permit, so that whoever takes that finds the reason; an earlier one may have taken it along.
+        // Set before the permit, so that the call that takes the permit finds the reason. An earlier call may take it
+        // instead.
         self.reasons.fetch_or(Reasons::from(reason).bits(), Ordering::Relaxed);
         self.notify.notify_one();
     }
 
-    /// Waits for a wake, and returns the reasons since the last. Cancel-safe: a wake is consumed only by the call that
-    /// returns.
+    /// Waits for a wake, and returns the reasons since the last call. Cancel-safe: only a call that returns consumes a wake.
     pub async fn woken(&self) -> Reasons {
         self.notify.notified().await;
         Reasons::from_bits(self.reasons.swap(0, Ordering::Relaxed))
@@ -37,7 +38,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_wake_between_the_look_and_the_wait_is_not_lost_and_wakes_once() {
+    async fn wakes_before_the_wait_are_kept_and_become_one() {
         let wake = Wake::default();
         wake.wake(Reason::Notification);
         wake.wake(Reason::Broker);

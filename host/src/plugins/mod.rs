@@ -1,4 +1,5 @@
-//! The only place with wasmtime: plugins, and what they make of rows.
+//! Plugins: loads WebAssembly components from the plugin directory, and calls them to turn due rows into events. The
+//! only folder that uses wasmtime.
 //!
 //! ```text
 //!   directory ──look, settle──▶ Source ──inspect, compile, link, describe──▶ Plugin ──Registry──▶ PluginSet
@@ -7,8 +8,33 @@
 //!   rows of one claim ──by kind──▶ breaker ──▶ one store per plugin ──build──▶ BuiltEvent or BuildError
 //! ```
 //!
-//! A plugin is never trusted: its time, memory, stack, output and log lines are limited, and it is linked with nothing
-//! that reaches outside. What it does wrong is the fault of the row it was asked for, never of another.
+//! Must never trust a plugin: its time, memory, stack, output and log lines are limited, and nothing that it can import
+//! reaches outside. A failed call is counted against the row that was being built, never against another row.
+//!
+//! | module | for |
+//! | --- | --- |
+//! | `loading` | from a file in the plugin directory to compiled code |
+//! | `generation` | one loaded version of a plugin: builds events, and has a breaker for each kind |
+//! | `registry` | which generations serve; reloading and rolling back |
+//! | `runtime` | the wasmtime engine, the interfaces that plugins may import, limits, one call |
+//! | `state` | the state directory: compiled code, versions to roll back to, quarantined versions |
+//!
+//! # How a plugin is replaced
+//!
+//! 1. A file event wakes the watcher, which looks at the directory. It looks again 20 ms later and sees the same: the
+//!    file has settled, it is not being written any more.
+//! 2. The file is read; a change during the read is noticed. If there is a list `allowed.sha256`, it must contain the
+//!    digest. The file's sections are counted and its imports are compared by name before anything is compiled.
+//! 3. A child process, `/proc/self/exe plugin compile`, compiles the file into wasmtime's cache, under limits of
+//!    memory, CPU time and wall-clock time. The daemon takes the code from the cache, links it, and calls `describe`
+//!    under the plugin's limits.
+//! 4. The registry checks that no other file serves one of its kinds, replaces the whole [`PluginSet`] with one
+//!    `ArcSwap::store`, and wakes the scheduler. The listener announces the kinds that are new and withdraws those that
+//!    are gone.
+//! 5. If a step fails, the registry keeps the reason for `tidings plugin list`, and the generation that served goes on.
+//! 6. When the new generation first answers for a row of a kind, its bytes are kept as the version to roll back to for
+//!    that kind. When a kind's breaker opens within the kind's first hundred calls, the version that was kept before
+//!    serves again, and the new version is quarantined.
 
 mod generation;
 mod loading;
@@ -43,45 +69,46 @@ pub use runtime::engine::{Engine, EngineError, Metering};
 pub use runtime::limits::Limits;
 pub use state::{StateDir, StateError};
 
-/// How long the rows of one claim may take to build. Those that were not reached stay due: the claim holds locks.
+/// How long building the rows of one claim may take. It is limited because the claim holds the rows' locks. Rows that
+/// were not reached stay due.
 const BUILD_BUDGET: Duration = Duration::from_secs(2);
-/// The same for each plugin, if rows of several are in one claim: they are published together, and a slow plugin must
-/// not keep the others waiting for more than this and one call of its own.
+/// How long each plugin may build if a claim has rows of several plugins. Their messages are published together, so a
+/// slow plugin delays the others by at most this time and one of its own calls.
 const SHARED_BUDGET: Duration = Duration::from_millis(50);
-/// The bodies that one claim may build, in bytes. Rows that were not reached stay due.
-const BODY_BUDGET: usize = 4 * 1024 * 1024;
+/// How many bytes of message bodies one claim may build. Rows that were not reached stay due.
+const BODY_BUDGET_BYTES: usize = 4 * 1024 * 1024;
 
-/// The plugins that serve, by kind. Immutable: a claim uses one set from beginning to end.
+/// The plugins that serve, by kind. The set never changes: a claim uses one set from beginning to end.
 #[derive(Debug, Default)]
 pub struct PluginSet {
     by_kind: BTreeMap<String, Arc<Plugin>>,
     kinds: Vec<String>,
 }
 
-/// One row after its build: what became of it, or `None` if there was no time left for it.
+/// One row of a claim after the build.
 #[derive(Debug)]
 pub struct Build {
     /// The row.
     pub schedule: Schedule,
-    /// The plugin that was asked.
+    /// The plugin that serves the row's kind.
     pub plugin: Arc<Plugin>,
-    /// What became of it.
+    /// The event, or why there is none; `None` = the time or the bytes of the claim were used up before this row.
     pub outcome: Option<Result<BuiltEvent, BuildError>>,
-    /// When that was known.
+    /// When the outcome was known.
     pub at: Instant,
 }
 
-/// How many plugins lie in `dir`, whether they serve or not.
+/// Counts the plugin files in `dir`, whether they could serve or not.
 ///
 /// # Errors
 ///
-/// When it cannot be read.
+/// When the directory cannot be read.
 pub fn count_files(dir: &Path) -> std::io::Result<usize> {
-    loading::directory::look(dir).map(|seen| seen.len())
+    loading::directory::look(dir).map(|files| files.len())
 }
 
 impl PluginSet {
-    /// The set of these plugins; no two of them serve the same kind.
+    /// Makes the set of `plugins`, of which no two may serve the same kind.
     #[must_use]
     pub fn of(plugins: impl IntoIterator<Item = Arc<Plugin>>) -> Self {
         let mut by_kind = BTreeMap::new();
@@ -97,18 +124,20 @@ impl PluginSet {
         &self.kinds
     }
 
-    /// Builds the events of `rows`. Plugins work side by side: a slow one delays its own rows only.
+    /// Builds the events of `rows`. The plugins run concurrently, so a slow plugin delays only its own rows.
     pub async fn build(&self, rows: Vec<Schedule>, clock: DatabaseClock) -> Vec<Build> {
-        let bodies = Arc::new(AtomicUsize::new(BODY_BUDGET));
+        let body_bytes_left = Arc::new(AtomicUsize::new(BODY_BUDGET_BYTES));
         let mut by_plugin: BTreeMap<&Path, (Arc<Plugin>, Vec<Schedule>)> = BTreeMap::new();
         for row in rows {
-            // The claim asks for served kinds only; a row of another one is past its deadline, and not here.
+            // The claim asks only for kinds that are served. Its rows of other kinds are past their deadline, and are
+            // not passed here.
             let Some(plugin) = self.by_kind.get(&row.kind) else { continue };
             by_plugin.entry(plugin.file()).or_insert_with(|| (Arc::clone(plugin), Vec::new())).1.push(row);
         }
         let until = Instant::now() + if by_plugin.len() > 1 { SHARED_BUDGET } else { BUILD_BUDGET };
-        let builds =
-            by_plugin.into_values().map(|(plugin, rows)| plugin.build(rows, clock, until, Arc::clone(&bodies)));
+        let builds = by_plugin
+            .into_values()
+            .map(|(plugin, rows)| plugin.build(rows, clock, until, Arc::clone(&body_bytes_left)));
         join_all(builds).await.into_iter().flatten().collect()
     }
 }

@@ -1,5 +1,6 @@
-//! The daemon's own test row: scheduled as an application schedules, built by the plugin `message`, published, and consumed
-//! from a queue of its own. What it tells is whether the whole path works, and how late it is; nothing else hangs on it.
+//! The canary: the daemon's own test row, which shows whether the whole path works, and how late it is. It is scheduled as an
+//! application would schedule it, built by the plugin `message`, published, and consumed from a queue of its own. Nothing
+//! else may depend on it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,46 +15,46 @@ use crate::model::health::Health;
 use crate::store::{Store, StoreError};
 use crate::telemetry;
 
-/// How long after it was written a canary is due, so that the daemon must wake up for it.
+/// A canary is due this long after it was written, so that the scheduler must wake for it.
 const AHEAD: Duration = Duration::from_secs(1);
-/// A canary that has not come for so long after it was due is lost.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// A canary that has not arrived this long after it was due is lost.
+const LOST_AFTER: Duration = Duration::from_secs(30);
 
-/// What a canary needs.
+/// The task that sends canaries.
 #[derive(Debug)]
 pub struct Canary {
-    /// Where it is scheduled.
+    /// The database in which canaries are scheduled.
     pub store: Store,
-    /// Where it comes from.
+    /// The broker from which they are consumed.
     pub broker: Arc<Broker>,
-    /// From one canary to the next.
+    /// The time from one canary to the next.
     pub interval: Duration,
-    /// Told whether the last one came.
+    /// Records whether the last canary was lost.
     pub health: Arc<Health>,
 }
 
 impl Canary {
-    /// Sends one after the other until `shutdown`.
+    /// Sends one canary after the other until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) {
-        // Each daemon has its own, or one would hear another's.
+        // Each daemon has a key of its own, so that it does not receive the canaries of others.
         let key = format!("{}.canary.{:016x}", self.broker.exchange(), fastrand::u64(..));
         let mut inbox = None;
-        let mut pace = tokio::time::interval(self.interval);
-        pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut ticks = tokio::time::interval(self.interval);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return,
-                _ = pace.tick() => {}
+                _ = ticks.tick() => {}
             }
-            let sent = tokio::select! {
+            let result = tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return,
-                sent = self.send(&key, &mut inbox) => sent,
+                result = self.send(&key, &mut inbox) => result,
             };
-            let was_lost = self.health.canary_is_lost(sent.is_err());
-            match sent {
-                // None is sent, and none is missed.
+            let was_lost = self.health.canary_is_lost(result.is_err());
+            match result {
+                // The kind is paused, so no canary was expected.
                 Ok(None) => {}
                 Ok(Some(lateness)) => {
                     telemetry::record_canary(lateness);
@@ -62,7 +63,7 @@ impl Canary {
                     }
                 }
                 Err(error) => {
-                    // What else it is about, a new inbox is the better beginning.
+                    // Whatever the error is, the next canary gets a new inbox: the old one may be broken.
                     inbox = None;
                     telemetry::count_lost_canary();
                     warn!(error = &*error as &dyn std::error::Error, "a canary was lost");
@@ -71,8 +72,8 @@ impl Canary {
         }
     }
 
-    /// Sends one, and waits for it. Returns its lateness, at most a round trip to the database too long; `None` = a person
-    /// has paused its kind.
+    /// Sends a canary, and waits for it. Returns its lateness, which is too long by a round trip to the database at most;
+    /// `None` = the canary's kind is paused.
     async fn send(&self, key: &str, inbox: &mut Option<CanaryInbox>) -> anyhow::Result<Option<Duration>> {
         if self.is_paused().await? {
             return Ok(None);
@@ -82,16 +83,16 @@ impl Canary {
             None => inbox.insert(self.broker.canary_inbox(key).await?),
         };
         let asked_at = Instant::now();
-        let id = self.store.schedule_canary(key, AHEAD, AHEAD + PATIENCE).await?;
+        let id = self.store.schedule_canary(key, AHEAD, AHEAD + LOST_AFTER).await?;
         let due = asked_at + AHEAD;
         loop {
-            match tokio::time::timeout_at(due + PATIENCE, inbox.next()).await {
+            match tokio::time::timeout_at(due + LOST_AFTER, inbox.next()).await {
                 Ok(Ok(arrived)) if arrived == id => return Ok(Some(due.elapsed())),
-                // A second copy, or one that was taken for lost.
+                // A second copy, or an earlier canary that was given up for lost.
                 Ok(Ok(_)) => {}
                 Ok(Err(error)) => return Err(error.into()),
                 Err(_) if self.is_paused().await? => return Ok(None),
-                Err(_) => bail!("it did not come within {} s; it needs the plugin `message`", PATIENCE.as_secs()),
+                Err(_) => bail!("it did not arrive within {} s; it needs the plugin `message`", LOST_AFTER.as_secs()),
             }
         }
     }

@@ -1,8 +1,24 @@
-//! One batch on its way: claimed, built, published, confirmed, committed. Each value is consumed by the next step, and
-//! only a confirm marks a row delivered.
+//! Delivers one batch: claimed rows are built, published, confirmed and committed. Each value is consumed by the next step.
 //!
-//! Whose fault a failure is decides what becomes of the row. The row's (a payload the plugin cannot use, a trap): its own
-//! attempts and backoff, then parked; at once, if another attempt would end the same. The infrastructure's (no confirm, unroutable): no attempt is spent, it waits.
+//! **Confirms.** Only the publisher makes a `Confirmed`, and only a `Confirmed` becomes [`Outcome::Delivered`]. A row must
+//! never be marked delivered without one. A row whose message may not have been confirmed stays due: a second message with
+//! the same `message_id` is possible, a loss is not. A row whose message was confirmed is never sent again by this process,
+//! even if its session is lost or PostgreSQL refuses to finish it: [`SentRows`] remembers it. While PostgreSQL finishes no
+//! rows, one row at a time is sent to try (`careful`).
+//!
+//! **Time.** A row is never published early, and never after its deadline, both by the database's clock. The database itself
+//! decides that a row is due. A [`DatabaseClock`](crate::model::clock::DatabaseClock) is fast by at most a round trip, so a
+//! deadline is never overlooked.
+//!
+//! **Failures.** The cause decides what happens to the row. The row itself (a payload that the plugin cannot use, a trap):
+//! attempts and backoff, then it is parked; at once, if another attempt would fail in the same way. A server (no confirm,
+//! unroutable): the row waits, and no attempt is spent. No plugin for the kind, or a pause: the row is held (`hold.rs`). A
+//! row is blamed only for what its plugin does in a fresh store.
+//!
+//! **A frozen daemon.** If the process is stopped, its sessions stand still. After 30 s PostgreSQL ends those that are in a
+//! transaction, and the rows are free. Their slots have not moved, so the next look of any other daemon finds them. When the
+//! process continues, a delivery whose claim is older than 5 s first checks that its transaction still lives; that fails, and
+//! the delivery publishes nothing. A delivery that had published before can no longer commit.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -23,24 +39,24 @@ use crate::scheduler::sent_rows::SentRows;
 use crate::store::{Claim, Outcome, Settlement, StoreError};
 use crate::telemetry::{Batch, Spans, count_claim, record_confirms};
 
-/// A claim that is older is asked for before anything is published.
-const DOUBTFUL: Duration = Duration::from_secs(5);
+/// Before a delivery publishes the rows of a claim that is older than this, it checks that the transaction still lives.
+const CHECK_CLAIM_AFTER: Duration = Duration::from_secs(5);
 
-/// What a batch needs.
+/// What all deliveries share.
 #[expect(missing_debug_implementations, reason = "the plugins have none")]
 pub struct Delivery {
-    /// Where the messages go.
+    /// The broker that takes the messages.
     pub broker: Arc<Broker>,
-    /// Failures of a plugin after which a row is parked.
+    /// A row is parked after this many failures of its plugin.
     pub max_attempts: u32,
-    /// What was confirmed and could not be finished, and what it takes to finish it: the plugin, and the outcome.
+    /// Rows that were confirmed and not finished. A receipt is what finishing takes: the plugin's label, and the outcome.
     pub sent_rows: SentRows<(Option<String>, Outcome)>,
 }
 
-/// How a batch went.
+/// How the delivery of a batch ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Delivered {
-    /// All rows stay as they are: the broker did not confirm, for instance.
+pub enum BatchOutcome {
+    /// All rows stay as they are, for instance since the broker did not confirm.
     Unsettled,
     /// Rows were settled.
     Settled {
@@ -49,16 +65,16 @@ pub enum Delivered {
         /// Some of them are still in the queue.
         some_stay: bool,
     },
-    /// PostgreSQL refuses to settle each of them, and lets them wait.
+    /// PostgreSQL refuses to finish all rows. They wait.
     Refused {
-        /// Its words.
-        why: String,
-        /// A message was sent to find that out.
+        /// PostgreSQL's error.
+        error: String,
+        /// Whether a message was sent in this delivery.
         sent: bool,
     },
 }
 
-/// A message that is on its way, and what to write when it has arrived.
+/// What is needed to settle a row once its message is confirmed.
 struct InFlight {
     schedule: Schedule,
     plugin: Arc<Plugin>,
@@ -67,16 +83,21 @@ struct InFlight {
 }
 
 impl Delivery {
-    /// Delivers the rows of a claim. `plugins` is one set from beginning to end, whatever is loaded meanwhile. `careful` while
-    /// PostgreSQL refuses to finish rows: one is sent, and only if there is none to finish.
+    /// Delivers the rows of a claim. `plugins` is the same set from beginning to end, whatever is loaded meanwhile.
+    /// `careful`: PostgreSQL refuses to finish rows, so one message is sent, and only if no sent row is there to be finished.
     ///
     /// # Errors
     ///
-    /// When the database does not answer, or refuses. Then the rows are as they were, or as they were to become.
-    pub async fn deliver(&self, mut claim: Claim, plugins: &PluginSet, careful: bool) -> Result<Delivered, StoreError> {
-        let (claimed, clock) = (claim.rows.len(), claim.clock());
-        count_claim(claimed);
-        // Until the end of this function, no other lane sends what is sent here.
+    /// When the database does not answer, or refuses. Then either no row has changed or all have been settled.
+    pub async fn deliver(
+        &self,
+        mut claim: Claim,
+        plugins: &PluginSet,
+        careful: bool,
+    ) -> Result<BatchOutcome, StoreError> {
+        let (claimed_rows, clock) = (claim.rows.len(), claim.clock());
+        count_claim(claimed_rows);
+        // Until the end of this function, no other lane sends these rows.
         let mut taken = self.sent_rows.take(std::mem::take(&mut claim.rows), careful);
         let rows = std::mem::take(&mut taken.send);
         let careful = careful || !taken.finish.is_empty();
@@ -85,21 +106,21 @@ impl Delivery {
         let now = clock.now();
         let (expired, due): (Vec<Schedule>, Vec<Schedule>) =
             rows.into_iter().partition(|row| row.expires_at.is_some_and(|at| at <= now));
-        let known = taken.finish.drain(..).map(|(row, (plugin, outcome))| Settlement { row, plugin, outcome });
+        let sent_before = taken.finish.drain(..).map(|(row, (plugin, outcome))| Settlement { row, plugin, outcome });
         let mut settlements: Vec<Settlement> =
-            known.chain(expired.into_iter().map(|row| expired_row(row, unix_ms(now)))).collect();
+            sent_before.chain(expired.into_iter().map(|row| expired_row(row, unix_ms(now)))).collect();
 
         let builds = plugins.build(due, clock).await;
 
         let mut messages = Vec::with_capacity(builds.len());
         let mut in_flight = HashMap::with_capacity(builds.len());
         for Build { mut schedule, plugin, outcome, at } in builds {
-            // It may be large, and is in the body now.
+            // The payload may be large, and is no longer needed.
             schedule.payload = String::new();
-            // No time was left for it: it stays due.
+            // The time for building was used up before this row: it stays due.
             let Some(outcome) = outcome else { continue };
             spans.built(schedule.id, plugin.label(), plugin.generation(), at);
-            let settlement = match outcome {
+            let outcome = match outcome {
                 Ok(built) => {
                     let (event_digest, built_ms) = (built.event.digest(), built.built_ms);
                     match Message::new(&schedule, built, self.broker.exchange(), clock.now_ms()) {
@@ -110,23 +131,23 @@ impl Delivery {
                             in_flight.insert(id, InFlight { schedule, plugin, event_digest, built_ms });
                             continue;
                         }
-                        Err(Expired(at)) => Outcome::Expired(format!("its event's deadline, {at} ms, had come")),
+                        Err(Expired(at)) => Outcome::Expired(format!("the event's deadline, {at} ms, had passed")),
                     }
                 }
-                Err(error) => self.unbuilt(&schedule, &plugin, error),
+                Err(error) => self.outcome_without_event(&schedule, &plugin, error),
             };
-            settlements.push(settlement_of(schedule, Some(&plugin), settlement));
+            settlements.push(settlement_of(schedule, Some(&plugin), outcome));
         }
 
-        if clock.age() > DOUBTFUL {
-            // Frozen for longer than PostgreSQL waits for us, we would publish what another daemon has published.
+        if clock.age() > CHECK_CLAIM_AFTER {
+            // If the process was frozen and PostgreSQL has ended the session, another daemon may have published these rows.
             claim.confirm_held().await?;
         }
         spans.publish();
         let sent = !messages.is_empty();
         for (id, verdict) in self.publish(messages).await {
             let Some(sent) = in_flight.remove(&id) else { continue };
-            settlements.extend(Self::arrived(sent, verdict));
+            settlements.extend(Self::settlement_by_verdict(sent, verdict));
         }
 
         spans.settle(&settlements);
@@ -147,35 +168,37 @@ impl Delivery {
         let settled = settlements.iter().map(|settlement| settlement.row.id);
         self.sent_rows.forget(settled.filter(|id| !refused.contains_key(id)));
         if !refused.is_empty() {
-            self.wait(&mut settlements, &refused);
+            self.let_refused_rows_wait(&mut settlements, &refused);
             spans.settle(&settlements);
         }
         Batch::of(&settlements, clock).count();
         spans.commit();
         let left = settlements.iter().filter(|settlement| settlement.outcome.is_the_end()).count();
         Ok(match refused.into_values().next() {
-            _ if settlements.is_empty() => Delivered::Unsettled,
-            Some(why) if left == 0 => Delivered::Refused { why, sent },
-            _ => Delivered::Settled { some_left: left > 0, some_stay: left < claimed },
+            _ if settlements.is_empty() => BatchOutcome::Unsettled,
+            Some(error) if left == 0 => BatchOutcome::Refused { error, sent },
+            _ => BatchOutcome::Settled { some_left: left > 0, some_stay: left < claimed_rows },
         })
     }
 
-    /// Rows that PostgreSQL refuses to settle: they wait, and what was confirmed of them is remembered.
-    fn wait(&self, settlements: &mut [Settlement], refused: &HashMap<Uuid, String>) {
+    /// Changes the settlements of rows that PostgreSQL refuses to finish: the rows wait. Rows whose messages were confirmed
+    /// are remembered.
+    fn let_refused_rows_wait(&self, settlements: &mut [Settlement], refused: &HashMap<Uuid, String>) {
         let some_finished = refused.len() < settlements.len();
         for settlement in settlements {
             let Some(error) = refused.get(&settlement.row.id) else { continue };
             self.remember(settlement);
             let Schedule { id, kind, refusals, .. } = &settlement.row;
-            // If all are refused, it is not about this one. The first is worth a line; the rest can be read in last_error.
+            // If all rows are refused, no single row is the cause. Only the first refusal of a row is logged; last_error has
+            // the others.
             if *refusals == 0 && some_finished {
-                warn!(schedule.id = %id, schedule.kind = kind, error, "PostgreSQL refuses to finish {id}, it waits");
+                warn!(schedule.id = %id, schedule.kind = kind, error, "PostgreSQL refuses to finish {id}, so the row waits");
             }
             settlement.outcome = refused_for(&settlement.row, error.clone());
         }
     }
 
-    /// Remembers a row whose message was confirmed: it must not be sent again.
+    /// Remembers a row whose message was confirmed, so that it is not sent again.
     fn remember(&self, Settlement { row, plugin, outcome }: &Settlement) {
         if matches!(outcome, Outcome::Delivered { .. }) {
             self.sent_rows.remember(row.id, (plugin.clone(), outcome.clone()));
@@ -192,23 +215,23 @@ impl Delivery {
         verdicts
     }
 
-    /// What the broker's verdict makes of a row; nothing if we do not know, since then it stays due.
-    fn arrived(sent: InFlight, verdict: Verdict) -> Option<Settlement> {
+    /// The settlement of a row, by the broker's verdict; `None` = the verdict is unknown, so the row stays due.
+    fn settlement_by_verdict(sent: InFlight, verdict: Verdict) -> Option<Settlement> {
         let InFlight { schedule, plugin, event_digest, built_ms } = sent;
         let Schedule { id, kind, .. } = &schedule;
-        let (by, generation) = (plugin.label(), plugin.generation());
+        let (label, generation) = (plugin.label(), plugin.generation());
         let outcome = match verdict {
             Verdict::Confirmed(confirmed) => Outcome::Delivered { confirmed, event_digest, built_ms },
             Verdict::Refused(error) => {
-                // The first is worth a line; the rest can be read in last_error.
+                // Only the first refusal is logged; last_error has the others.
                 if schedule.refusals == 0 {
-                    warn!(schedule.id = %id, schedule.kind = kind, plugin = by, generation, error, "RabbitMQ did not take {id}, it waits");
+                    warn!(schedule.id = %id, schedule.kind = kind, plugin = label, generation, error, "RabbitMQ did not take {id}, so the row waits");
                 }
                 refused_for(&schedule, error)
             }
             Verdict::Poison(reason) => {
-                // Tried again, it would only close more channels.
-                warn!(schedule.id = %id, schedule.kind = kind, plugin = by, generation, reason, "parked {id}: RabbitMQ cannot take its message");
+                // Another attempt would close another channel.
+                warn!(schedule.id = %id, schedule.kind = kind, plugin = label, generation, reason, "parked {id}: RabbitMQ cannot take its message");
                 Outcome::Parked(reason)
             }
             Verdict::Unknown => return None,
@@ -216,8 +239,8 @@ impl Delivery {
         Some(settlement_of(schedule, Some(&plugin), outcome))
     }
 
-    /// What becomes of a row without an event.
-    fn unbuilt(&self, schedule: &Schedule, plugin: &Plugin, error: BuildError) -> Outcome {
+    /// The outcome of a row for which the plugin built no event.
+    fn outcome_without_event(&self, schedule: &Schedule, plugin: &Plugin, error: BuildError) -> Outcome {
         let Schedule { id, kind, .. } = schedule;
         let (plugin, generation) = (plugin.label(), plugin.generation());
         match error {
@@ -234,16 +257,16 @@ impl Delivery {
                     || jittered(&BUILD, schedule.attempts),
                     |ms| Duration::from_millis(ms.min(LONGEST_TTL_MS)),
                 );
-                debug!(schedule.id = %id, schedule.kind = kind, plugin, generation, error, ?after, "its plugin wants to be asked again");
+                debug!(schedule.id = %id, schedule.kind = kind, plugin, generation, error, ?after, "its plugin asks for another attempt");
                 Outcome::Retry { error, after, failed: false }
             }
             BuildError::Unavailable(error, after) => Outcome::Waits { error, after },
             BuildError::TooLarge(reason) => {
-                // Tried again, it would only be as large again.
+                // Another attempt would be as large.
                 let reason = format!(
-                    "{reason}; another attempt would end the same: raise the limit in the plugin's NAME.toml or mend the plugin, and put the row back"
+                    "{reason}; another attempt would fail in the same way: raise the limit in the plugin's NAME.toml or fix the plugin, and put the row back"
                 );
-                warn!(schedule.id = %id, schedule.kind = kind, plugin, generation, reason, "parked {id}: it is beyond a limit of its plugin");
+                warn!(schedule.id = %id, schedule.kind = kind, plugin, generation, reason, "parked {id}: building it exceeds a limit of its plugin");
                 Outcome::Parked(reason)
             }
             BuildError::Failed(reason) if schedule.failures.saturating_add(1) >= self.max_attempts => {
@@ -260,20 +283,20 @@ impl Delivery {
     }
 }
 
-/// What becomes of a row; `plugin` is the one that was asked, if one was.
+/// A settlement; `plugin` is the plugin that was called, if any.
 fn settlement_of(row: Schedule, plugin: Option<&Plugin>, outcome: Outcome) -> Settlement {
     let plugin = plugin.map(|plugin| plugin.label().to_owned());
     Settlement { row, plugin, outcome }
 }
 
-/// A row whose deadline came before anybody asked its plugin.
+/// The settlement of a row whose deadline passed before its plugin was called.
 fn expired_row(row: Schedule, now_ms: i64) -> Settlement {
     let late_ms = row.expires_ms().map_or(0, |deadline| now_ms - deadline);
-    let detail = format!("its deadline had come {late_ms} ms before it could be built");
+    let detail = format!("its deadline had passed {late_ms} ms before it could be built");
     settlement_of(row, None, Outcome::Expired(detail))
 }
 
-/// A row whose message the broker did not take, or which PostgreSQL does not finish: it waits.
+/// The outcome of a row whose message the broker refused, or that PostgreSQL refuses to finish: the row waits.
 fn refused_for(schedule: &Schedule, error: String) -> Outcome {
     Outcome::Refused { error, after: jittered(&REFUSED, schedule.refusals) }
 }
@@ -285,7 +308,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_refusal_waits_longer_each_time_and_spends_no_attempt() {
+    fn each_refusal_makes_the_row_wait_longer() {
         let after = |refusals| {
             let schedule = Schedule {
                 id: Uuid::nil(),

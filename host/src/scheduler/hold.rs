@@ -1,5 +1,18 @@
-//! Takes rows out of the queue that nobody can claim, or each claim would step over them: they come back when their plugin
-//! does, or when their pause ends. Never a row that a daemon could deliver now.
+//! Holds due rows that no claim may take: rows of kinds that no daemon serves, and of paused kinds. Held rows are out of the
+//! queue, or each claim would step over them. They come back when a daemon serves their kind, or when the pause ends. A row
+//! that a daemon could deliver now must never be held.
+//!
+//! **A kind without a plugin.** A look says that rows are due, and the claim gets nothing, so the core tells the loop to hold
+//! due rows of kinds that this daemon does not serve. PostgreSQL knows whether another daemon serves a kind: each daemon
+//! holds a shared advisory lock for each kind that it serves, on the listener's connection. A row is held under the exclusive
+//! lock, which is tried without waiting. A daemon that starts later finds the held rows of its kinds in its look, and
+//! releases them.
+//!
+//! **A paused kind.** `tidings pause` writes a row into `tidings.paused` and notifies. From that commit on, no claim takes a
+//! row of the kind. A daemon that serves the kind finds a due row of it at the head of the queue (`paused_first` of its
+//! look), or its claim gets nothing; then it holds the due rows of the kind, a few thousand at a time, beside the loop.
+//! A row whose deadline has passed may be claimed by any daemon. After `tidings resume`, or when the pause has ended, a look
+//! finds the held rows, and they are released as above. The end of a pause is one of the moments that each look reports.
 
 use std::collections::BTreeMap;
 
@@ -11,17 +24,17 @@ use crate::telemetry::count_held;
 /// How many rows were held, by kind.
 #[derive(Debug, Default)]
 pub struct Held {
-    /// Since no daemon serves it.
+    /// Rows of kinds that no daemon serves.
     unserved: BTreeMap<String, i64>,
-    /// Since it is paused.
+    /// Rows of paused kinds.
     paused: BTreeMap<String, i64>,
 }
 
-/// Holds what is due, and is paused or not served, batch by batch.
+/// Holds due rows of kinds that are paused or that no daemon serves, batch by batch.
 ///
 /// # Errors
 ///
-/// When the database does not answer. What was held before is.
+/// When the database does not answer. The batches before stay held.
 pub async fn hold(store: &Store, our_kinds: &[String]) -> Result<Held, StoreError> {
     let mut held = Held::default();
     while add(&mut held.paused, store.hold_paused(our_kinds).await?) {}
@@ -29,17 +42,17 @@ pub async fn hold(store: &Store, our_kinds: &[String]) -> Result<Held, StoreErro
     Ok(held)
 }
 
-/// Adds the rows of a batch, and says whether there were any.
+/// Adds the rows of a batch. Returns whether there were any.
 fn add(held: &mut BTreeMap<String, i64>, batch: Vec<(String, i64)>) -> bool {
-    let some = !batch.is_empty();
+    let has_rows = !batch.is_empty();
     for (kind, rows) in batch {
         *held.entry(kind).or_default() += rows;
     }
-    some
+    has_rows
 }
 
 impl Held {
-    /// Counts and logs them. Whether there are any.
+    /// Counts the held rows in the metrics and logs them. Returns whether there are any.
     #[must_use]
     pub fn report(&self) -> bool {
         let Self { unserved, paused } = self;

@@ -1,8 +1,17 @@
-//! Turns PostgreSQL's notifications into wakes, on a connection and in a task of its own. A notification only shortens
-//! the scheduler's sleep; it carries nothing, and none is relied on: every doubt (a lost connection, an error, a long
-//! silence) is a wake as well, so that a lost notification costs nothing but time.
+//! The listener: turns PostgreSQL's notifications into wakes, in a task and on a connection of its own.
 //!
-//! The same connection announces the kinds that this daemon serves (`store/kinds.rs`), since it lives as long.
+//! A wake is a hint: it carries nothing, and only shortens the scheduler's sleep. Nothing may rely on a notification. Every
+//! doubt (a lost connection, an error) is a wake as well, and the sweep finds rows that no wake announced, so a lost
+//! notification costs only time.
+//!
+//! Many rows due now: in PostgreSQL, transactions that notify commit one after the other. At sixteen notifications within 200
+//! ms (`notification_rate.rs`) the listener writes into a sequence, which every session sees at once, that all daemons poll
+//! for the next second. The triggers are silent until then, and the scheduler, whose looks read the sequence, looks at least
+//! every 5 ms. Afterwards it looks ever less often, until no transaction is running that began before the end of that second
+//! (`host/core/src/polling.rs`). The promise is short, so that it ends even if this daemon is gone.
+//!
+//! The connection also announces the kinds that this daemon serves (`store/queue/kinds.rs`): the announcement must last
+//! exactly as long as the daemon lives and listens.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -21,49 +30,49 @@ use crate::model::wake::Wake;
 use crate::scheduler::notification_rate::NotificationRate;
 use crate::store::{Store, StoreError, announce, promise_to_poll, withdraw};
 
-/// The channel of the triggers in `migrations/0003_triggers.sql`.
+/// The channel that the triggers notify (`migrations/0003_triggers.sql`).
 const CHANNEL: &str = "tidings";
-/// After this long without a notification the connection is asked for a sign of life: a half-open one says nothing for
-/// ever. Source: sqlx sets no keepalive of its own (transact-rs/sqlx issue 3062). Together with the patience a half-open
-/// connection is found within half a minute, for some two statements a minute; the sweep acts meanwhile.
-const SILENCE: Duration = Duration::from_secs(27);
-/// How long the sign of life may take, or connecting.
-const PATIENCE: Duration = Duration::from_secs(3);
+/// After this long without a notification, a statement tests the connection, since a half-open connection is silent for ever
+/// and sqlx sets no keepalive (source: transact-rs/sqlx issue 3062). Together with [`DEADLINE`], a half-open connection is
+/// found within half a minute, for some two statements a minute. The sweep finds due rows meanwhile.
+const TEST_AFTER: Duration = Duration::from_secs(27);
+/// How long connecting or a statement may take.
+const DEADLINE: Duration = Duration::from_secs(3);
 
-/// What the listener works with.
+/// The listener.
 #[derive(Debug)]
 pub struct Listener {
     /// The database.
     pub store: Store,
-    /// Woken at every notification and every doubt.
+    /// Woken by every notification and every doubt.
     pub wake: Arc<Wake>,
-    /// The kinds to announce, whenever they change.
+    /// The kinds to announce.
     pub kinds: watch::Receiver<Vec<String>>,
-    /// Whether to listen, or only to announce.
+    /// Whether to listen for notifications, or only to announce kinds.
     pub notify: bool,
-    /// Told of every sign of life.
+    /// Gets heartbeats, and whether the listener is connected.
     pub health: Arc<Health>,
 }
 
 impl Listener {
-    /// Listens until `shutdown`. `ready` is called when it listens for the first time.
+    /// Listens until `shutdown`. Calls `ready` when it listens for the first time.
     pub async fn run(mut self, shutdown: CancellationToken, ready: impl FnOnce() + Send) {
         let mut ready = Some(ready);
         let mut failures = 0;
         while !shutdown.is_cancelled() {
-            let lost = tokio::select! {
+            let error = tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return,
-                lost = self.listen(|| {
+                error = self.listen(|| {
                     failures = 0;
                     if let Some(ready) = ready.take() {
                         ready();
                     }
-                }) => lost,
+                }) => error,
             };
             self.health.listening.store(false, Ordering::Relaxed);
             self.health.listener.beat();
-            warn!(error = &lost as &dyn std::error::Error, "lost the connection for notifications, connecting again");
+            warn!(error = &error as &dyn std::error::Error, "lost the connection for notifications, connecting again");
             self.store.doubt();
             self.wake.wake(Reason::Doubt);
             let delay = jittered(&RECONNECT, failures);
@@ -76,7 +85,7 @@ impl Listener {
         }
     }
 
-    /// Connects, and wakes until something breaks, which it returns.
+    /// Connects, and turns notifications into wakes until an error, which it returns.
     async fn listen(&mut self, mut connected: impl FnMut()) -> StoreError {
         match self.try_listen(&mut connected).await {
             Ok(never) => match never {},
@@ -85,47 +94,49 @@ impl Listener {
     }
 
     async fn try_listen(&mut self, connected: &mut impl FnMut()) -> Result<std::convert::Infallible, StoreError> {
-        let mut listener = self.store.listener(PATIENCE).await?;
+        let mut listener = self.store.listener(DEADLINE).await?;
         if self.notify {
             within("listen for notifications", listener.listen(CHANNEL)).await?;
         }
         let mut announced = self.kinds.borrow_and_update().clone();
-        within("announce our kinds", announce(&mut listener, &announced)).await?;
+        within("announce the kinds that this daemon serves", announce(&mut listener, &announced)).await?;
         info!(notify = self.notify, "connected for notifications");
-        // What was written before we listened was not notified to us.
+        // Rows that were written before LISTEN were not notified to this connection.
         self.wake.wake(Reason::Doubt);
         self.health.listening.store(true, Ordering::Relaxed);
         connected();
-        let mut flood = NotificationRate::default();
+        let mut notification_rate = NotificationRate::default();
         loop {
             self.health.listener.beat();
-            let heard = tokio::select! {
+            let received = tokio::select! {
                 biased;
-                // Receiving is cancel-safe: what was read stays in the connection's buffer.
+                // Receiving is cancel-safe: bytes that were read stay in the connection's buffer.
                 Ok(()) = self.kinds.changed() => {
                     let kinds = self.kinds.borrow_and_update().clone();
-                    let (new, gone) = (without(&kinds, &announced), without(&announced, &kinds));
-                    within("announce our kinds", announce(&mut listener, &new)).await?;
-                    within("withdraw kinds", withdraw(&mut listener, &gone)).await?;
+                    let (added, removed) = (without(&kinds, &announced), without(&announced, &kinds));
+                    within("announce the kinds that this daemon serves", announce(&mut listener, &added)).await?;
+                    within("withdraw the kinds that are no longer served", withdraw(&mut listener, &removed)).await?;
                     announced = kinds;
-                    // Rows of the kinds that are gone can be held from now on.
+                    // Rows of kinds that are no longer served can be held from now on.
                     self.wake.wake(Reason::Plugins);
                     continue;
                 }
-                heard = tokio::time::timeout(SILENCE, listener.try_recv()) => heard,
+                received = tokio::time::timeout(TEST_AFTER, listener.try_recv()) => received,
             };
-            match heard {
+            match received {
                 Ok(Ok(Some(_))) => {
                     let notifications = 1 + std::iter::from_fn(|| listener.next_buffered()).count();
-                    if flood.add(notifications, Instant::now()) {
-                        within("promise to look", promise_to_poll(&mut listener)).await?;
+                    if notification_rate.add(notifications, Instant::now()) {
+                        within("promise to poll", promise_to_poll(&mut listener)).await?;
                     }
                     self.wake.wake(Reason::Notification);
                 }
-                Ok(Ok(None)) => return Err(lost(sqlx::Error::Io(std::io::ErrorKind::ConnectionAborted.into()))),
-                Ok(Err(source)) => return Err(lost(source)),
-                Err(_silence) => {
-                    within("give a sign of life", async {
+                Ok(Ok(None)) => {
+                    return Err(connection_lost(sqlx::Error::Io(std::io::ErrorKind::ConnectionAborted.into())));
+                }
+                Ok(Err(source)) => return Err(connection_lost(source)),
+                Err(_elapsed) => {
+                    within("test the connection for notifications", async {
                         sqlx::query("SELECT 1").execute(&mut listener).await.map(drop)
                     })
                     .await?;
@@ -135,19 +146,19 @@ impl Listener {
     }
 }
 
-/// What is in `these` and not in `those`.
-fn without(these: &[String], those: &[String]) -> Vec<String> {
-    these.iter().filter(|kind| !those.contains(kind)).cloned().collect()
+/// The kinds that are not among the `excluded`.
+fn without(kinds: &[String], excluded: &[String]) -> Vec<String> {
+    kinds.iter().filter(|kind| !excluded.contains(kind)).cloned().collect()
 }
 
-fn lost(source: sqlx::Error) -> StoreError {
+fn connection_lost(source: sqlx::Error) -> StoreError {
     StoreError::Statement { doing: "wait for a notification", source }
 }
 
-/// Gives up after [`PATIENCE`].
+/// Gives up after [`DEADLINE`].
 async fn within<T>(doing: &'static str, work: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, StoreError> {
-    match tokio::time::timeout(PATIENCE, work).await {
+    match tokio::time::timeout(DEADLINE, work).await {
         Ok(done) => done.map_err(|source| StoreError::Statement { doing, source }),
-        Err(_) => Err(StoreError::Deadline { doing, after: PATIENCE }),
+        Err(_) => Err(StoreError::Deadline { doing, after: DEADLINE }),
     }
 }

@@ -1,7 +1,30 @@
-//! The loop: carries out what the [core](tidings_core) decides, and tells it what came of that.
+//! The scheduler: the loop that carries out what the [core](tidings_core) decides and reports the results to it, and the
+//! parts around the loop. [`delivery`] delivers a claimed batch, [`listener`] turns notifications into wakes, [`hold`] takes
+//! rows out of the queue that no daemon may deliver now, [`canary`] tests the whole path.
 //!
-//! Guarantees: a row leaves the queue only in the transaction that locked it, after its message was confirmed or its end
-//! decided; while the broker is away nothing is claimed; an error of a server loses nothing and is tried again.
+//! A row leaves the queue only in the transaction that locked it, after its message was confirmed or its end was decided.
+//! There is no lease, no status column and no rescuer: a dropped claim closes its connection, PostgreSQL rolls back, and the
+//! row is due again. While RabbitMQ is away nothing is claimed. An error of a server loses nothing and is tried again.
+//!
+//! The loop must never decide anything: when to look, claim or sleep is decided in host/core, where a model checks it. It
+//! must never contain SQL, AMQP or wasmtime: these are in the store, the broker and the plugins. Deliveries, holding,
+//! releasing and sweeps run beside the loop; the core hears of their ends only while the loop sleeps.
+//!
+//! How a row that is due now is delivered:
+//! 1. The INSERT's statement trigger finds a row that is due within 30 s, and notifies. At the commit the listener wakes the
+//!    loop.
+//! 2. The loop looks: one statement says that rows are due.
+//! 3. The loop claims: BEGIN, then up to 200 rows with `FOR UPDATE SKIP LOCKED`, or as many as have 2 MiB together. The same
+//!    answer says when the next row is due. If the claim was full, the next claims take up to 500 rows each, for as many of
+//!    the three lanes as are free.
+//! 4. A lane delivers the batch: it builds with one store for each plugin, which was made when the last batch had ended,
+//!    publishes on a channel of its own, awaits each confirm, moves the confirmed rows into the history with one statement,
+//!    and commits.
+//! 5. The loop sleeps until the next row is due. It begins the transaction earlier, by the time that beginning takes and half
+//!    a millisecond, and claims at the due time. If no row becomes due, it sleeps until the next sweep. A look follows 0.1 s
+//!    after a claim, so that it does not delay the next claim.
+//!
+//! After a notification, the loop claims at once and looks afterwards, if a row was due at the notification before.
 
 pub mod canary;
 pub mod delivery;
@@ -16,7 +39,9 @@ use std::time::Duration;
 
 use futures_util::FutureExt as _;
 use tidings_core::reason::Reason;
-use tidings_core::{Action, Batch, Claimed, Core, End, Environment, Event, Load, Moment, Wanted, Work};
+use tidings_core::{
+    Action, Batch, ClaimRequest, ClaimResult, Core, DeliveryEnd, Environment, Event, Lane, Moment, Operation,
+};
 use time::OffsetDateTime;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -30,97 +55,98 @@ use crate::plugins::Registry;
 use crate::store;
 use crate::store::{Store, StoreError};
 use crate::telemetry::{count_wakes, note_next_due};
-use delivery::{Delivered, Delivery};
+use delivery::{BatchOutcome, Delivery};
 use hold::hold;
 use sent_rows::SentRows;
 
-/// What [`Health::trouble`] is about while PostgreSQL refuses to finish rows.
+/// The subject of [`Health::trouble`] while PostgreSQL refuses to finish rows.
 const FINISHING: &str = "finishing rows";
 
-/// What the scheduler works with.
+/// The parts and settings that the loop needs.
 #[expect(missing_debug_implementations, reason = "the plugins have none")]
 pub struct Scheduler {
-    /// Where the rows are.
+    /// The database with the queue.
     pub store: Store,
-    /// Where the messages go.
+    /// The broker that takes the messages.
     pub broker: Arc<Broker>,
-    /// Reasons to look again.
+    /// Wakes the loop.
     pub wake: Arc<Wake>,
-    /// What builds the events.
+    /// The plugins that build the events.
     pub plugins: Arc<Registry>,
-    /// The longest time between two looks.
+    /// The sweep interval: the longest time between two looks.
     pub sweep: Duration,
-    /// Failures of a plugin after which a row is parked.
+    /// A row is parked after this many failures of its plugin.
     pub max_attempts: u32,
-    /// Told of every sign of life.
+    /// Gets a heartbeat each time the loop goes round.
     pub health: Arc<Health>,
 }
 
-/// The loop while it runs, and what runs beside it.
-struct Running {
-    with: Scheduler,
-    began: Instant,
+/// The running loop, and the tasks beside it.
+struct SchedulerLoop {
+    parts: Scheduler,
+    started_at: Instant,
     delivery: Arc<Delivery>,
-    /// Seen through when the loop ends.
+    /// Deliveries. When the loop ends, it waits for them.
     deliveries: JoinSet<Event>,
-    /// Given up then.
-    others: JoinSet<Event>,
+    /// Holding, releasing and sweeps. When the loop ends, they are aborted.
+    background: JoinSet<Event>,
 }
 
 impl Scheduler {
-    /// Runs until `shutdown`, and then until the batches in flight have ended.
+    /// Runs until `shutdown`, and then until all deliveries have ended.
     pub async fn run(self, shutdown: CancellationToken) {
         let mut core = Core::new(self.sweep);
-        let mut running = Running::new(self);
+        let mut running = SchedulerLoop::new(self);
         loop {
-            running.with.health.dispatcher.beat();
+            running.parts.health.dispatcher.beat();
             let event = match core.next(running.now(), running.environment()) {
                 Action::Look => Some(running.look(core.mark()).await),
-                Action::Claim(wanted) => Some(running.claim(wanted).await),
+                Action::Claim(request) => Some(running.claim(request).await),
                 Action::Hold => running.hold(),
                 Action::Release(kinds) => running.release(kinds),
                 Action::Sweep => running.sweep(core.mark()),
-                Action::Sleep(until, why) => {
+                Action::Sleep(until, reason) => {
                     let sleep = until.saturating_sub(running.now());
                     tokio::select! {
                     biased;
                     () = shutdown.cancelled() => break,
                     Some(Ok(ended)) = running.deliveries.join_next() => Some(ended),
-                    Some(Ok(ended)) = running.others.join_next() => Some(ended),
-                    reasons = running.with.wake.woken() => Some(Event::Woken(reasons)),
-                    // To the tenth of a millisecond, which tokio's timer is not.
-                    () = futures_timer::Delay::new(sleep) => Some(Event::Woken(why.into())),
+                    Some(Ok(ended)) = running.background.join_next() => Some(ended),
+                    reasons = running.parts.wake.woken() => Some(Event::Woken(reasons)),
+                    // Precise to a tenth of a millisecond; tokio's timer is precise to a millisecond.
+                    () = futures_timer::Delay::new(sleep) => Some(Event::Woken(reason.into())),
                     }
                 }
             };
             if let Some(event) = event {
-                count(&event);
+                count_wake(&event);
                 core.handle(running.now(), event);
             }
-            running.tell(&core);
+            running.report_state(&core);
         }
-        running.others.abort_all();
+        running.background.abort_all();
         while running.deliveries.join_next().await.is_some() {}
     }
 }
 
-impl Running {
-    fn new(with: Scheduler) -> Self {
-        let (broker, max_attempts) = (Arc::clone(&with.broker), with.max_attempts);
+impl SchedulerLoop {
+    fn new(parts: Scheduler) -> Self {
+        let (broker, max_attempts) = (Arc::clone(&parts.broker), parts.max_attempts);
         let delivery = Arc::new(Delivery { broker, max_attempts, sent_rows: SentRows::default() });
-        Self { with, began: Instant::now(), delivery, deliveries: JoinSet::new(), others: JoinSet::new() }
+        let (deliveries, background) = (JoinSet::new(), JoinSet::new());
+        Self { parts, started_at: Instant::now(), delivery, deliveries, background }
     }
 
     fn now(&self) -> Moment {
-        self.began.elapsed()
+        self.started_at.elapsed()
     }
 
     fn moment(&self, at: Instant) -> Moment {
-        at.saturating_duration_since(self.began)
+        at.saturating_duration_since(self.started_at)
     }
 
     fn environment(&self) -> Environment {
-        let Scheduler { store, broker, plugins, .. } = &self.with;
+        let Scheduler { store, broker, plugins, .. } = &self.parts;
         Environment {
             broker_open: broker.is_open(),
             connections: store.connections_for_claims(),
@@ -131,69 +157,72 @@ impl Running {
 
     async fn look(&self, mark: Option<OffsetDateTime>) -> Event {
         let asked_at = self.now();
-        match self.with.store.look(self.with.plugins.current().kinds(), mark).await {
+        match self.parts.store.look(self.parts.plugins.current().kinds(), mark).await {
             Ok(look) => {
                 note_next_due(look.outlook.next_in);
                 if !look.outlook.due {
-                    // Nothing waits that could show whether it would be taken now.
-                    self.with.broker.nothing_waits();
+                    // No row is due that could show whether RabbitMQ takes messages again.
+                    self.parts.broker.nothing_waits();
                 }
                 Event::Looked(asked_at, look)
             }
-            Err(error) => failed(Work::Asking, &error),
+            Err(error) => report_failure(Operation::LookOrClaim, &error),
         }
     }
 
-    async fn claim(&mut self, Wanted { turn, limit, since, no_large, not_before, careful }: Wanted) -> Event {
-        let plugins = self.with.plugins.current();
+    async fn claim(&mut self, request: ClaimRequest) -> Event {
+        let ClaimRequest { range, limit, since, no_large, not_before, careful } = request;
+        let plugins = self.parts.plugins.current();
         let wanted = store::Wanted { limit, since, no_large };
-        let claimed = match self.with.store.claim(plugins.kinds(), wanted, self.began + not_before).await {
+        let claimed = match self.parts.store.claim(plugins.kinds(), wanted, self.started_at + not_before).await {
             Ok(claimed) => claimed,
-            Err(error) => return failed(Work::Asking, &error),
+            Err(error) => return report_failure(Operation::LookOrClaim, &error),
         };
         let store::Claimed { claim, outlook, behind, at, asked_at, begin } = claimed;
-        let rows = claim.as_ref().map(|claim| Batch { xid: claim.xid, large: claim.large });
+        let batch = claim.as_ref().map(|claim| Batch { xid: claim.xid, large: claim.large });
         if let Some(claim) = claim {
-            let load = Load { turn, large: claim.large };
+            let lane = Lane { range, large: claim.large };
             let delivery = Arc::clone(&self.delivery);
             let delivered = async move {
                 let delivered = delivery.deliver(claim, &plugins, careful).await;
-                Event::DeliveryEnded(load, end(delivered))
+                Event::DeliveryEnded(lane, delivery_end(delivered))
             };
-            begin_beside(&mut self.deliveries, "a delivery", Event::DeliveryEnded(load, End::Panicked), delivered);
+            let panicked = Event::DeliveryEnded(lane, DeliveryEnd::Panicked);
+            spawn_in(&mut self.deliveries, "a delivery", panicked, delivered);
         }
-        Event::Claimed(Claimed { turn, asked_at: self.moment(asked_at), begin, at, outlook, behind, rows })
+        let asked_at = self.moment(asked_at);
+        Event::Claimed(ClaimResult { range, asked_at, begin, at, outlook, behind, batch })
     }
 
     fn hold(&mut self) -> Option<Event> {
-        let (store, plugins) = (self.with.store.clone(), self.with.plugins.current());
-        begin_beside(&mut self.others, "holding rows", Event::Failed(Work::Holding), async move {
+        let (store, plugins) = (self.parts.store.clone(), self.parts.plugins.current());
+        spawn_in(&mut self.background, "holding rows", Event::Failed(Operation::Hold), async move {
             match hold(&store, plugins.kinds()).await {
                 Ok(held) => Event::Held(held.report()),
-                Err(error) => failed(Work::Holding, &error),
+                Err(error) => report_failure(Operation::Hold, &error),
             }
         });
         None
     }
 
     fn release(&mut self, kinds: Vec<String>) -> Option<Event> {
-        let (store, wake) = (self.with.store.clone(), Arc::clone(&self.with.wake));
-        begin_beside(&mut self.others, "releasing held rows", Event::Failed(Work::Releasing), async move {
-            // There may be millions; the first of them are due before the last are released.
+        let (store, wake) = (self.parts.store.clone(), Arc::clone(&self.parts.wake));
+        spawn_in(&mut self.background, "releasing held rows", Event::Failed(Operation::Release), async move {
+            // There may be millions of rows, so each batch wakes the loop: its rows are due before the last are released.
             match store.release_held(&kinds, || wake.wake(Reason::Released)).await {
                 Ok(released) => {
                     info!(released, "released held rows: a plugin serves them, and their kind is not paused");
                     Event::Released
                 }
-                Err(error) => failed(Work::Releasing, &error),
+                Err(error) => report_failure(Operation::Release, &error),
             }
         });
         None
     }
 
     fn sweep(&mut self, mark: Option<OffsetDateTime>) -> Option<Event> {
-        let (store, plugins, asked_at) = (self.with.store.clone(), self.with.plugins.current(), self.now());
-        begin_beside(&mut self.others, "a sweep", Event::Swept(None), async move {
+        let (store, plugins, asked_at) = (self.parts.store.clone(), self.parts.plugins.current(), self.now());
+        spawn_in(&mut self.background, "a sweep", Event::Swept(None), async move {
             match store.sweep(plugins.kinds(), mark).await {
                 Ok(look) => Event::Swept(Some((asked_at, look))),
                 Err(error) => {
@@ -205,15 +234,17 @@ impl Running {
         None
     }
 
-    /// Tells what others want to know.
-    fn tell(&self, core: &Core) {
-        self.with.store.note_mark(core.mark());
-        let sentence =
-            core.refusal().map(|why| format!("PostgreSQL refuses to finish rows whose messages RabbitMQ has: {why}"));
-        match (self.with.health.trouble(FINISHING, sentence), core.refusal()) {
+    /// Reports the core's state to the other parts: the low-water mark to the store, and a refusal of PostgreSQL to the
+    /// health and the log.
+    fn report_state(&self, core: &Core) {
+        self.parts.store.note_mark(core.mark());
+        let sentence = core
+            .refusal()
+            .map(|why| format!("PostgreSQL refuses to finish rows whose messages RabbitMQ has confirmed: {why}"));
+        match (self.parts.health.trouble(FINISHING, sentence), core.refusal()) {
             (true, Some(why)) => warn!(
                 why,
-                "PostgreSQL refuses to finish rows whose messages RabbitMQ has; they are not sent again, and tried ever less often"
+                "PostgreSQL refuses to finish rows whose messages RabbitMQ has confirmed: these are not sent again, and finishing them is tried ever less often"
             ),
             (true, None) => info!("PostgreSQL finishes rows again"),
             (false, _) => {}
@@ -221,49 +252,50 @@ impl Running {
     }
 }
 
-/// Counts what ended a sleep.
-fn count(event: &Event) {
+/// Counts the wake, if an event ended a sleep.
+fn count_wake(event: &Event) {
     count_wakes(match event {
         Event::Woken(reasons) => *reasons,
         Event::DeliveryEnded(..) => Reason::Lane.into(),
-        Event::Held(_) | Event::Failed(Work::Holding) => Reason::Held.into(),
-        Event::Released | Event::Failed(Work::Releasing) => Reason::Released.into(),
-        Event::Looked(..) | Event::Claimed(_) | Event::Swept(_) | Event::Failed(Work::Asking) => return,
+        Event::Held(_) | Event::Failed(Operation::Hold) => Reason::Held.into(),
+        Event::Released | Event::Failed(Operation::Release) => Reason::Released.into(),
+        Event::Looked(..) | Event::Claimed(_) | Event::Swept(_) | Event::Failed(Operation::LookOrClaim) => return,
     });
 }
 
-/// Begins work beside the loop, which ends with an event even if it panics.
-fn begin_beside(
-    set: &mut JoinSet<Event>,
-    what: &'static str,
+/// Starts a task beside the loop. It ends with an event even if it panics.
+fn spawn_in(
+    tasks: &mut JoinSet<Event>,
+    name: &'static str,
     panicked: Event,
-    work: impl Future<Output = Event> + Send + 'static,
+    task: impl Future<Output = Event> + Send + 'static,
 ) {
-    set.spawn(AssertUnwindSafe(work).catch_unwind().map(move |ended| {
+    tasks.spawn(AssertUnwindSafe(task).catch_unwind().map(move |ended| {
         ended.unwrap_or_else(|_| {
-            error!("{what} panicked: what it was about stays as it is");
+            error!("{name} panicked: its rows stay as they are");
             panicked
         })
     }));
 }
 
-fn failed(work: Work, error: &StoreError) -> Event {
+/// Logs an error of the database, and makes it an event.
+fn report_failure(operation: Operation, error: &StoreError) -> Event {
     warn!(error = error as &dyn std::error::Error, "the database cannot be used, trying again");
-    Event::Failed(work)
+    Event::Failed(operation)
 }
 
-/// How a delivery ended, and a line for the operator if the database did not see it through.
-fn end(ended: Result<Delivered, StoreError>) -> End {
-    match ended {
-        Ok(Delivered::Settled { some_left, some_stay }) => End::Settled { some_left, some_stay },
-        Ok(Delivered::Unsettled) => End::Unsettled,
-        Ok(Delivered::Refused { why, sent }) => End::Refused { why, rest: sent },
+/// How a delivery ended, for the core. Logs an error of the database.
+fn delivery_end(delivered: Result<BatchOutcome, StoreError>) -> DeliveryEnd {
+    match delivered {
+        Ok(BatchOutcome::Settled { some_left, some_stay }) => DeliveryEnd::Settled { some_left, some_stay },
+        Ok(BatchOutcome::Unsettled) => DeliveryEnd::Unsettled,
+        Ok(BatchOutcome::Refused { error, sent }) => DeliveryEnd::Refused { error, back_off: sent },
         Err(error) => {
-            if let Some(why) = error.refusal() {
-                return End::Refused { why: why.to_owned(), rest: true };
+            if let Some(refusal) = error.refusal() {
+                return DeliveryEnd::Refused { error: refusal.to_owned(), back_off: true };
             }
             warn!(error = &error as &dyn std::error::Error, "the database cannot be used, trying again");
-            End::Failed
+            DeliveryEnd::Failed
         }
     }
 }

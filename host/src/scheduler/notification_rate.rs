@@ -1,34 +1,34 @@
-//! Tells when notifications are too many. In PostgreSQL transactions that notify commit one after the other, so under load the
-//! daemon promises to look by itself, and asks for silence.
+//! Recognizes a flood of notifications. In PostgreSQL, transactions that notify commit one after the other, so during a flood
+//! the listener promises that all daemons poll, and the triggers are silent meanwhile. No I/O.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// So many notifications ...
-const MANY: usize = 16;
-/// ... in this time are worth a promise. Commits that take 12 ms, one after the other, are as many.
-const SOON: Duration = Duration::from_millis(200);
+/// This many notifications within [`WINDOW`] are a flood: commits that take 12 ms each, one after the other, cause as many.
+const FLOOD: usize = 16;
+/// The time in which notifications are counted.
+const WINDOW: Duration = Duration::from_millis(200);
 
-/// Tells when notifications are too many.
+/// Counts notifications, and recognizes a flood.
 #[derive(Debug, Default)]
 pub struct NotificationRate {
-    since: Option<Instant>,
+    window_start: Option<Instant>,
     notifications: usize,
 }
 
 impl NotificationRate {
-    /// Counts notifications that came `now`. True if there were too many lately; then it begins anew.
+    /// Counts notifications that arrived `now`. Returns whether they are a flood; then counting begins anew.
     pub fn add(&mut self, notifications: usize, now: Instant) -> bool {
-        if self.since.is_none_or(|since| now - since > SOON) {
-            (self.since, self.notifications) = (Some(now), 0);
+        if self.window_start.is_none_or(|start| now - start > WINDOW) {
+            (self.window_start, self.notifications) = (Some(now), 0);
         }
         self.notifications += notifications;
-        let flood = self.notifications >= MANY;
-        if flood {
-            self.since = None;
+        let is_flood = self.notifications >= FLOOD;
+        if is_flood {
+            self.window_start = None;
         }
-        flood
+        is_flood
     }
 }
 
@@ -37,12 +37,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_burst_is_a_flood_and_the_same_number_over_time_is_none() {
+    fn a_burst_is_a_flood_and_as_many_notifications_over_a_longer_time_are_not() {
         let begun = Instant::now();
-        let mut flood = NotificationRate::default();
-        assert!(!flood.add(MANY - 1, begun));
-        assert!(flood.add(1, begun + SOON));
-        assert!(!flood.add(MANY - 1, begun + SOON), "it begins anew");
-        assert!((0..100).all(|number| !flood.add(1, begun + SOON * 3 + SOON * number / 10)), "50 in a second");
+        let mut rate = NotificationRate::default();
+        assert!(!rate.add(FLOOD - 1, begun));
+        assert!(rate.add(1, begun + WINDOW));
+        assert!(!rate.add(FLOOD - 1, begun + WINDOW), "counting begins anew");
+        assert!((0..100).all(|number| !rate.add(1, begun + WINDOW * 3 + WINDOW * number / 10)), "50 in a second");
     }
 }

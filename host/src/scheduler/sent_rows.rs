@@ -1,6 +1,7 @@
-//! Rows that this process has in its hands: those that a lane is sending, and those whose message the broker has confirmed
-//! while PostgreSQL did not commit their end. Such a row is still due and is claimed again; then it is finished, not sent a
-//! second time. What is remembered ends with the process. No I/O.
+//! Remembers which rows the lanes are sending, and which rows were confirmed while PostgreSQL did not commit their end. Such
+//! a row is still due and is claimed again. It must then only be finished, never sent a second time, unless the producer has
+//! changed it: each row is remembered by its id and a digest of what the producer wrote. The memory ends with the process. No
+//! I/O.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -11,81 +12,81 @@ use uuid::Uuid;
 
 use crate::model::schedule::Schedule;
 
-/// Confirmed rows that are remembered; beyond that the oldest are forgotten, and sent again. Some 20 MiB.
-const MOST: usize = 100_000;
+/// The most confirmed rows that are remembered, some 20 MiB. Beyond that the oldest are forgotten, and are sent again.
+const MAX_CONFIRMED: usize = 100_000;
 
-/// The memory, shared by all lanes. A `Receipt` is what it takes to finish a row whose message was confirmed.
+/// The memory, shared by all lanes. A `Receipt` is what finishing a confirmed row takes.
 #[derive(Debug)]
 pub struct SentRows<Receipt>(Mutex<State<Receipt>>);
 
 #[derive(Debug)]
 struct State<Receipt> {
-    /// A lane is sending them. Their session may be gone, and then PostgreSQL hands them out a second time.
-    under_way: HashMap<Uuid, Digest>,
-    /// In the order of their confirms.
+    /// Rows that a lane is sending. If the lane's session is gone, PostgreSQL lets another lane claim them.
+    sending: HashMap<Uuid, Digest>,
+    /// Rows that were confirmed and not finished, in the order of their confirms.
     confirmed: LinkedHashMap<Uuid, (Digest, Receipt)>,
 }
 
 /// SHA-256 of what the producer wrote.
 type Digest = [u8; 32];
 
-/// The rows of a claim, told apart. While it lives, `send` is under way.
+/// The rows of a claim, by what remains to be done. Until this value is dropped, no other lane sends the rows in `send`.
 #[derive(Debug)]
 pub struct Taken<'memory, Receipt> {
-    /// To be sent.
+    /// Rows to send.
     pub send: Vec<Schedule>,
-    /// Confirmed before and not changed since: only to be finished.
+    /// Rows that were confirmed before and have not changed since: only to be finished.
     pub finish: Vec<(Schedule, Receipt)>,
-    under_way: Vec<Uuid>,
+    sending: Vec<Uuid>,
     memory: &'memory SentRows<Receipt>,
 }
 
 impl<Receipt> Default for SentRows<Receipt> {
     fn default() -> Self {
-        Self(Mutex::new(State { under_way: HashMap::new(), confirmed: LinkedHashMap::new() }))
+        Self(Mutex::new(State { sending: HashMap::new(), confirmed: LinkedHashMap::new() }))
     }
 }
 
 impl<Receipt: Clone> SentRows<Receipt> {
-    /// Tells the rows of a claim apart; those that another lane is sending are left out. While PostgreSQL refuses to finish
-    /// rows (`careful`), what was confirmed is finished alone, and otherwise one row is sent to find out.
+    /// Divides the rows of a claim into rows to send and rows to finish, and leaves out rows that another lane is sending.
+    /// While PostgreSQL refuses to finish rows (`careful`), no row is sent if there are rows to finish, and otherwise one.
     pub fn take(&self, rows: Vec<Schedule>, careful: bool) -> Taken<'_, Receipt> {
-        // Before the lock, which other lanes may wait for: payloads may be large.
+        // Computed before the lock is taken: payloads may be large, and other lanes wait for the lock.
         let digests: Vec<Digest> = rows.iter().map(digest).collect();
         let mut state = self.state();
         let (mut send, mut finish) = (Vec::with_capacity(rows.len()), Vec::new());
-        let mut under_way = Vec::with_capacity(rows.len());
+        let mut sending = Vec::with_capacity(rows.len());
         for (row, written) in rows.into_iter().zip(digests) {
             match state.confirmed.get(&row.id) {
-                _ if state.under_way.contains_key(&row.id) => continue,
+                _ if state.sending.contains_key(&row.id) => continue,
                 Some((before, receipt)) if *before == written => {
                     finish.push((row, receipt.clone()));
                     continue;
                 }
-                // Somebody has changed it since, so its message is another one.
+                // The producer has changed the row since, so its message is a different one.
                 Some(_) => drop(state.confirmed.remove(&row.id)),
                 None => {}
             }
-            under_way.push((row.id, written));
+            sending.push((row.id, written));
             send.push(row);
         }
         if careful {
-            let most = usize::from(finish.is_empty());
-            send.truncate(most);
-            under_way.truncate(most);
+            let max_rows = usize::from(finish.is_empty());
+            send.truncate(max_rows);
+            sending.truncate(max_rows);
         }
-        state.under_way.extend(under_way.iter().copied());
-        let under_way = under_way.into_iter().map(|(id, _)| id).collect();
-        Taken { send, finish, under_way, memory: self }
+        state.sending.extend(sending.iter().copied());
+        let sending = sending.into_iter().map(|(id, _)| id).collect();
+        Taken { send, finish, sending, memory: self }
     }
 
-    /// Remembers a row that is under way, since its message was confirmed and its end is not committed.
+    /// Remembers a row that a lane is sending: its message was confirmed, and its end is not committed.
     pub fn remember(&self, id: Uuid, receipt: Receipt) {
         let mut state = self.state();
-        // What was only to be finished is remembered already.
-        let Some(written) = state.under_way.get(&id).copied() else { return };
+        // A row that is only to be finished is remembered already.
+        let Some(written) = state.sending.get(&id).copied() else { return };
         state.confirmed.insert(id, (written, receipt));
-        if state.confirmed.len() > MOST {
+        if state.confirmed.len() > MAX_CONFIRMED {
             state.confirmed.pop_front();
         }
     }
@@ -93,7 +94,7 @@ impl<Receipt: Clone> SentRows<Receipt> {
     /// Forgets rows whose end is committed.
     pub fn forget(&self, ids: impl Iterator<Item = Uuid>) {
         let mut state = self.state();
-        // Nearly always there is nothing to forget.
+        // Nearly always there is no row to forget.
         if !state.confirmed.is_empty() {
             ids.for_each(|id| drop(state.confirmed.remove(&id)));
         }
@@ -102,24 +103,24 @@ impl<Receipt: Clone> SentRows<Receipt> {
 
 impl<Receipt> SentRows<Receipt> {
     fn state(&self) -> std::sync::MutexGuard<'_, State<Receipt>> {
-        self.0.lock().expect("nothing panics that holds it")
+        self.0.lock().expect("no thread panics while it holds the lock")
     }
 }
 
 impl<Receipt> Drop for Taken<'_, Receipt> {
     fn drop(&mut self) {
         let mut state = self.memory.state();
-        for id in &self.under_way {
-            state.under_way.remove(id);
+        for id in &self.sending {
+            state.sending.remove(id);
         }
     }
 }
 
-/// Equal exactly when a row would make the same message.
+/// A digest that is equal for two versions of a row exactly if they would make the same message.
 fn digest(row: &Schedule) -> Digest {
     let Schedule { id, kind, key, subject, due_at, expires_at, payload, headers, .. } = row;
     let mut hash = Context::new(&SHA256);
-    // Each part behind its length, so that no two rows run together to the same bytes.
+    // Each part is preceded by its length, so that different rows never give the same bytes.
     let mut add = |part: Option<&[u8]>| {
         hash.update(&part.map_or(u64::MAX, |part| part.len() as u64).to_le_bytes());
         hash.update(part.unwrap_or_default());
@@ -167,8 +168,8 @@ mod tests {
         rows.iter().map(|row| row.id.as_u128()).collect()
     }
 
-    /// A memory of a row that was confirmed and not finished.
-    fn with<Receipt: Clone>(number: u128, receipt: Receipt) -> SentRows<Receipt> {
+    /// A memory with one row that was confirmed and not finished.
+    fn memory_with<Receipt: Clone>(number: u128, receipt: Receipt) -> SentRows<Receipt> {
         let memory = SentRows::default();
         confirm(&memory, number, receipt);
         memory
@@ -180,8 +181,8 @@ mod tests {
     }
 
     #[test]
-    fn a_row_that_was_confirmed_is_only_finished_until_it_is_forgotten() {
-        let memory = with(1, "receipt");
+    fn a_confirmed_row_is_only_finished_until_it_is_forgotten() {
+        let memory = memory_with(1, "receipt");
         let taken = memory.take(vec![row(1), row(2)], false);
         assert_eq!((ids(&taken.send), taken.finish[0].1), (vec![2], "receipt"));
         drop(taken);
@@ -190,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_the_producer_changes_makes_it_another_message_and_what_the_daemon_writes_does_not() {
+    fn a_row_is_sent_again_if_the_producer_has_changed_it_but_not_if_only_the_daemon_has() {
         let changes: [fn(&mut Schedule); 7] = [
             |row| row.kind.push('x'),
             |row| row.key = Some(String::new()),
@@ -201,19 +202,19 @@ mod tests {
             |row| row.headers.push(("a".into(), "b".into())),
         ];
         for change in changes {
-            let memory = with(1, ());
+            let memory = memory_with(1, ());
             let mut changed = row(1);
             change(&mut changed);
-            let sent = memory.take(vec![changed], false);
-            assert_eq!((sent.send.len(), sent.finish.len()), (1, 0));
+            let taken = memory.take(vec![changed], false);
+            assert_eq!((taken.send.len(), taken.finish.len()), (1, 0));
         }
-        let memory = with(1, ());
+        let memory = memory_with(1, ());
         let tried = Schedule { attempts: 1, failures: 1, refusals: 1, ..row(1) };
         assert_eq!(memory.take(vec![tried], false).finish.len(), 1);
     }
 
     #[test]
-    fn what_another_lane_is_sending_is_left_to_it() {
+    fn rows_that_another_lane_is_sending_are_left_out() {
         let memory: SentRows<()> = SentRows::default();
         let lane = memory.take(vec![row(1), row(2)], false);
         assert_eq!(ids(&memory.take(vec![row(2), row(3)], false).send), [3]);
@@ -222,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn carefully_one_row_is_sent_to_find_out_and_none_while_there_is_one_to_finish() {
+    fn when_careful_one_row_is_sent_and_none_if_there_is_a_row_to_finish() {
         let memory = SentRows::default();
         assert_eq!(ids(&memory.take(vec![row(1), row(2)], true).send), [1]);
         confirm(&memory, 2, ());
@@ -231,23 +232,23 @@ mod tests {
     }
 
     #[test]
-    fn what_is_remembered_is_bounded_and_the_oldest_goes_first() {
+    fn the_memory_is_bounded_and_forgets_the_oldest_row_first() {
         let memory = SentRows::default();
-        for number in 0..=MOST as u128 {
+        for number in 0..=MAX_CONFIRMED as u128 {
             confirm(&memory, number, ());
         }
         let taken = memory.take(vec![row(0), row(1)], false);
         assert_eq!((ids(&taken.send), taken.finish.len()), (vec![0], 1));
     }
 
-    /// What may happen to one of a few rows.
+    /// An event of one of the lanes.
     #[derive(Clone, Debug)]
     enum Event {
-        /// A lane claims these; the sessions of the others may be gone, so that it gets what they have.
+        /// A free lane claims these rows. Another lane may be sending them, if its session is gone.
         Claim(Vec<u128>),
-        /// A lane hears its confirms.
+        /// The confirms of a lane arrive.
         Confirm(usize),
-        /// A lane's transaction is committed, or not, and the lane ends.
+        /// A lane ends; whether its transaction was committed.
         End(usize, bool),
     }
 
@@ -260,9 +261,9 @@ mod tests {
     }
 
     proptest! {
-        /// Sessions end at any moment, so a row may be claimed while another lane has it.
+        /// Sessions end at random, so a row may be claimed while another lane is sending it.
         #[test]
-        fn no_row_is_sent_again_once_its_confirm_is_here(events in prop::collection::vec(event(), 1..200)) {
+        fn no_row_is_sent_again_once_its_confirm_has_arrived(events in prop::collection::vec(event(), 1..200)) {
             let memory = SentRows::default();
             let mut lanes: Vec<Option<(Taken<'_, ()>, bool)>> = (0..4).map(|_| None).collect();
             let (mut confirmed, mut finished) = (HashSet::new(), HashSet::new());
@@ -278,14 +279,14 @@ mod tests {
                         lanes[free] = Some((taken, false));
                     }
                     Event::Confirm(lane) => {
-                        if let Some((taken, heard)) = &mut lanes[lane] {
-                            *heard = true;
+                        if let Some((taken, arrived)) = &mut lanes[lane] {
+                            *arrived = true;
                             confirmed.extend(taken.send.iter().map(|row| row.id));
                         }
                     }
                     Event::End(lane, committed) => {
-                        let Some((taken, heard)) = lanes[lane].take() else { continue };
-                        let sent = taken.send.iter().filter(|_| heard);
+                        let Some((taken, arrived)) = lanes[lane].take() else { continue };
+                        let sent = taken.send.iter().filter(|_| arrived);
                         if committed {
                             let ended: Vec<Uuid> = sent.chain(taken.finish.iter().map(|(row, ())| row)).map(|row| row.id).collect();
                             finished.extend(ended.iter().copied());

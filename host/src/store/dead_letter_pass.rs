@@ -1,7 +1,8 @@
-//! Passes over the dead letters: one at a time, and not too often, whoever makes them.
+//! The right to work on the dead letters of an exchange. Of all daemons and commands only one has it at a time, and a
+//! pass begins only if the last one, of any daemon, is long enough ago.
 //!
-//! The lock belongs to a session of its own, so a daemon that dies or loses the database gives it up by that, and notices
-//! it at its next question.
+//! The right is an advisory lock on a session of its own. A daemon that dies or loses the database thereby releases it,
+//! and a daemon that has lost its session finds out when it next reads the clock ([`Pass::clock`]).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,40 +14,41 @@ use tokio::time::Instant;
 use crate::model::clock::DatabaseClock;
 use crate::store::{STATEMENT_DEADLINE, Store, StoreError};
 
-/// The right to make a pass, as long as the session lives.
+/// The right to work on the dead letters, for as long as its session lives.
 #[derive(Debug)]
 pub struct Pass {
     session: PgConnection,
-    /// In this process.
-    _alone: OwnedSemaphorePermit,
+    /// Keeps the rest of this process out.
+    _permit: OwnedSemaphorePermit,
 }
 
-/// As `lock_timeout` of our sessions.
+/// How long to wait for another pass of this process: as long as `lock_timeout` lets our sessions wait for one of
+/// another process.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Whether a pass may begin.
+/// The outcome of trying to begin a pass.
 #[derive(Debug)]
 pub enum Begun<T> {
-    /// It has begun, and this is what it takes.
+    /// It has begun, with what the caller needs for it.
     Pass(T),
-    /// The last one is too recent; this long until it is time.
+    /// The last pass is too recent. One may begin after this time.
     NotYet(Duration),
-    /// Another daemon is making one.
+    /// Another daemon or command has the right.
     Elsewhere,
 }
 
 impl Store {
-    /// The right to touch the dead letters of `exchange`, unless somebody else keeps it for 5 s, which is the `lock_timeout`
-    /// of our sessions: most passes are shorter.
+    /// Gets the right to work on the dead letters of `exchange`; `None` = another daemon or command kept it for 5 s,
+    /// the `lock_timeout` of our sessions. Most passes are shorter.
     ///
     /// # Errors
     ///
     /// When the database does not answer.
     pub async fn wait_for_dead_letters(&self, exchange: &str) -> Result<Option<Pass>, StoreError> {
-        let alone = tokio::time::timeout(LOCK_TIMEOUT, Arc::clone(&self.beside).acquire_owned()).await;
-        let Ok(Ok(alone)) = alone else { return Ok(None) };
+        let permit = tokio::time::timeout(LOCK_TIMEOUT, Arc::clone(&self.extra_session).acquire_owned()).await;
+        let Ok(Ok(permit)) = permit else { return Ok(None) };
         let mut session = self.connect().await?;
-        let locked = ask("lock the dead letters", async {
+        let locked = run_bounded("lock the dead letters", async {
             sqlx::query_scalar!(
                 r#"SELECT count(pg_advisory_lock(hashtextextended('tidings.dead ' || $1, 0))) AS "locked!""#,
                 exchange
@@ -56,7 +58,8 @@ impl Store {
         })
         .await;
         match locked {
-            Ok(_) => Ok(Some(Pass { session, _alone: alone })),
+            Ok(_) => Ok(Some(Pass { session, _permit: permit })),
+            // lock_not_available: the lock_timeout is over.
             Err(StoreError::Statement { source: sqlx::Error::Database(error), .. })
                 if error.code().as_deref() == Some("55P03") =>
             {
@@ -66,11 +69,11 @@ impl Store {
         }
     }
 
-    /// The right to touch the dead letters of `exchange`, unless somebody else has it.
-    async fn lock_dead_letters(&self, exchange: &str) -> Result<Option<Pass>, StoreError> {
-        let Ok(alone) = Arc::clone(&self.beside).try_acquire_owned() else { return Ok(None) };
+    /// Gets the same right without waiting; `None` = another daemon or command has it.
+    async fn try_lock_dead_letters(&self, exchange: &str) -> Result<Option<Pass>, StoreError> {
+        let Ok(permit) = Arc::clone(&self.extra_session).try_acquire_owned() else { return Ok(None) };
         let mut session = self.connect().await?;
-        let locked = ask("lock the dead letters", async {
+        let locked = run_bounded("lock the dead letters", async {
             sqlx::query_scalar!(
                 r#"SELECT pg_try_advisory_lock(hashtextextended('tidings.dead ' || $1, 0)) AS "locked!""#,
                 exchange
@@ -79,18 +82,18 @@ impl Store {
             .await
         })
         .await?;
-        Ok(locked.then_some(Pass { session, _alone: alone }))
+        Ok(locked.then_some(Pass { session, _permit: permit }))
     }
 
-    /// Begins a pass over the dead letters of `exchange`, unless one began within `gap`. What a person does by hand is
-    /// not noted as one.
+    /// Begins a pass over the dead letters of `exchange`, unless one began within `gap`, and records when it began.
+    /// What a person does by hand is not recorded as a pass.
     ///
     /// # Errors
     ///
     /// When the database does not answer.
     pub async fn begin_pass(&self, exchange: &str, gap: Duration) -> Result<Begun<Pass>, StoreError> {
-        let Some(mut pass) = self.lock_dead_letters(exchange).await? else { return Ok(Begun::Elsewhere) };
-        let left = ask("note that a pass begins", async {
+        let Some(mut pass) = self.try_lock_dead_letters(exchange).await? else { return Ok(Begun::Elsewhere) };
+        let left = run_bounded("record that a pass begins", async {
             sqlx::query_scalar!(
                 r#"
                 WITH last AS (
@@ -121,14 +124,14 @@ impl Store {
 }
 
 impl Pass {
-    /// The database clock. That it can be asked says that the lock is still ours.
+    /// Reads the database clock. An answer also shows that the session lives, so the lock is still ours.
     ///
     /// # Errors
     ///
     /// When the session is gone, and with it the right to go on.
     pub async fn clock(&mut self) -> Result<DatabaseClock, StoreError> {
         let asked_at = Instant::now();
-        let now = ask("tell the time", async {
+        let now = run_bounded("read the clock", async {
             sqlx::query_scalar!(r#"SELECT clock_timestamp() AS "now!""#).fetch_one(&mut self.session).await
         })
         .await?;
@@ -138,7 +141,8 @@ impl Pass {
     /// Gives up the right.
     pub async fn end(mut self) {
         let _ = tokio::time::timeout(STATEMENT_DEADLINE, async {
-            // The server ends a session some time after we have hung up: whoever asks next must not find it locked.
+            // The server ends a session some time after we have closed the connection. Without this, the next to ask
+            // for the lock could find it taken still.
             let _ = sqlx::query("SELECT pg_advisory_unlock_all()").execute(&mut self.session).await;
             sqlx::Connection::close(self.session).await
         })
@@ -146,8 +150,9 @@ impl Pass {
     }
 }
 
-/// Does `work` on a connection that is not of the pool, which is not used again after an error.
-pub(super) async fn ask<T>(
+/// Runs `work` on a connection outside the pool, with the deadline of a statement. The caller must not use the
+/// connection again after an error.
+pub(super) async fn run_bounded<T>(
     doing: &'static str,
     work: impl Future<Output = Result<T, sqlx::Error>>,
 ) -> Result<T, StoreError> {

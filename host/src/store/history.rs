@@ -1,17 +1,18 @@
-//! `tidings.deliveries`: what was delivered last, and retention, which never touches a row that waits or is parked.
+//! The history, `tidings.deliveries`: its retention, and which rows were delivered last. Must never touch a row that
+//! waits or is parked.
 
 use std::time::Duration;
 
 use crate::model::clock::unix_ms;
 use crate::model::schedule::Schedule;
-use crate::store::queue::claim::headers;
+use crate::store::queue::claim::parse_headers;
 use crate::store::{Store, StoreError};
 
-/// Rows that are removed by one statement: few enough that nobody waits for it.
+/// The most rows that one statement removes: few enough that no other statement waits for it.
 const BATCH: i64 = 10_000;
 
 impl Store {
-    /// Removes history that is older than `age`. Several daemons may do it at once.
+    /// Removes history that is older than `age`, and returns how many rows. Several daemons may do it at once.
     ///
     /// # Errors
     ///
@@ -48,7 +49,7 @@ impl Store {
     }
 }
 
-/// A row that was delivered, with what it takes to build it again.
+/// A delivered row, with all that is needed to build its event again.
 #[derive(Clone, Debug)]
 pub struct Delivered {
     /// The row as it was.
@@ -63,7 +64,8 @@ pub struct Delivered {
 }
 
 impl Delivered {
-    /// The `now-ms` that the plugin was given; nearly, for a row of an older release.
+    /// The `now-ms` that the plugin was given. For a row of an older release, which did not record it, the time of the
+    /// confirm.
     #[must_use]
     pub fn now_ms(&self) -> i64 {
         self.built_ms.unwrap_or(self.finished_ms)
@@ -77,7 +79,8 @@ impl Store {
     ///
     /// When the database cannot be asked.
     pub async fn last_delivered(&self, kinds: &[String], count: u32) -> Result<Vec<Delivered>, StoreError> {
-        // The history has an index of blocks by time, which does not tell an order: look further back only if need be.
+        // The index on the time is a BRIN index, which gives no order. So read ever longer windows until there are
+        // enough rows.
         let mut last = Vec::new();
         for minutes in [1.0, 15.0, 240.0, 2880.0, f64::INFINITY] {
             last = self.delivered_within(kinds, count, minutes).await?;
@@ -126,7 +129,7 @@ impl Store {
                     due_at: row.due_at,
                     expires_at: row.expires_at,
                     payload: row.payload,
-                    headers: headers(&row.headers),
+                    headers: parse_headers(&row.headers),
                     attempts: u32::try_from(row.attempts).unwrap_or(0),
                     failures: 0,
                     refusals: 0,

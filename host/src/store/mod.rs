@@ -1,8 +1,26 @@
-//! The only place with SQL. Everything here is about one database: its schema, its clock, and the rows of
-//! `tidings.schedules`, which a [`Claim`] locks, and moves on when it is settled.
+//! The only place with SQL. A [`Store`] is one PostgreSQL database: its schema, its clock, and the rows of
+//! `tidings.schedules`, which a [`Claim`] locks and, when it is settled, moves on.
 //!
-//! Every wait for the server is bounded and named. A connection that a wait was given up on is closed, never given back
-//! to the pool, where it would be waited for again.
+//! - `queue/`: what the scheduler asks of the queue of due rows;
+//! - `admin/`: what people ask, through commands, the page and the metrics;
+//! - `connection/`: the pool of sessions, and whether the server can be used at all;
+//! - `schema/`: the migrations, and whether the database has had them;
+//! - `dead_letter_pass.rs`: the lock under which one daemon at a time works on dead letters;
+//! - `history.rs`: `tidings.deliveries`, and its retention.
+//!
+//! Must never:
+//!
+//! - wait for the server without a deadline and without a name for the wait, which the error then gives. After a
+//!   deadline the connection is closed. In the pool its next user would wait for the same statement again;
+//! - fail because of one row's data once the row's message may have been confirmed;
+//! - let PostgreSQL sort. Every session sets `enable_sort = off`, so what is read in an order is read by an index in
+//!   that order, and statements about several kinds ask kind by kind. The planner's statistics lag behind, and a
+//!   prepared statement keeps its generic plan (by default from its sixth execution on). If that plan reads the whole
+//!   table, every look becomes slower as the table grows;
+//! - rely on settings that an administrator may have changed for the database or the role: [`Store::new`] sets all that
+//!   matter.
+//!
+//! After a change to a statement, write the files in `.sqlx/` anew, as `migrations/README.md` says.
 
 mod admin;
 mod connection;
@@ -36,61 +54,62 @@ pub use dead_letter_pass::{Begun, Pass};
 pub use history::Delivered;
 pub use queue::claim::{Claim, Claimed, Wanted};
 pub(crate) use queue::kinds::{announce, withdraw};
-pub(crate) use queue::polling::promise_to_poll;
+pub(crate) use queue::look::promise_to_poll;
 pub use queue::settle::{Outcome, Settlement};
 pub use schema::SchemaError;
 
-/// A statement takes milliseconds; one that takes this long has met a frozen server or a dead link.
+/// How long a statement may take. It usually takes milliseconds; after this long the server is frozen or the link is
+/// dead.
 const STATEMENT_DEADLINE: Duration = Duration::from_secs(20);
-/// For a connection, logging in included.
+/// How long opening a connection may take, the login included.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 
-/// What went wrong between us and PostgreSQL. Always the infrastructure's fault, never a row's.
+/// What went wrong between the daemon and PostgreSQL. Always the infrastructure's fault, never a row's.
 #[derive(Debug, Error)]
 pub enum StoreError {
-    /// It does not answer.
+    /// The server does not answer.
     #[error("could not reach PostgreSQL at {place}")]
     Connect {
-        /// Host and port.
+        /// Host, port and database.
         place: String,
         /// Why.
         #[source]
         source: sqlx::Error,
     },
-    /// It answers, and its certificate says that it may be somebody else.
+    /// The server answers, and its certificate is not trusted: it may be another host.
     #[error("the certificate of PostgreSQL at {place} is refused: {why}")]
     Certificate {
         /// Host, port and database.
         place: String,
-        /// What is wrong with it, and what to do.
+        /// What is wrong with the certificate, and what to do.
         why: &'static str,
-        /// In the words of TLS.
+        /// The error of the TLS library.
         #[source]
         source: sqlx::Error,
     },
-    /// It answers, and has no connection for us.
+    /// The server answers, and its limit of connections is reached.
     #[error(
-        "PostgreSQL at {place} gives us no further connection, and a daemon needs 4 (ALTER ROLE … CONNECTION LIMIT, max_connections)"
+        "PostgreSQL at {place} accepts no further connection from us, and a daemon needs 4: raise the limit (ALTER ROLE … CONNECTION LIMIT, or max_connections)"
     )]
     Full {
         /// Host, port and database.
         place: String,
-        /// What it said.
+        /// The server's error.
         #[source]
         source: sqlx::Error,
     },
-    /// It answers, and does not let us in.
+    /// The server answers, and refuses the login.
     #[error(
         "PostgreSQL at {place} refused the login; check the user, the password and the database in TIDINGS_DATABASE_URL"
     )]
     Login {
-        /// User, host, port and database.
+        /// Host, port, database and user.
         place: String,
-        /// What it said.
+        /// The server's error.
         #[source]
         source: sqlx::Error,
     },
-    /// It answers, and cannot be used as it is.
+    /// The server answers, and cannot be used as it is set up.
     #[error("PostgreSQL at {place} cannot be used: {why}")]
     Unfit {
         /// Host, port and database.
@@ -98,70 +117,72 @@ pub enum StoreError {
         /// What is wrong, and what to do.
         why: String,
     },
-    /// Our role may not do what we asked.
+    /// Our role lacks the right to run the statement.
     #[error(
         "could not {doing}: our role lacks a right; make it a member of tidings_daemon: GRANT tidings_daemon TO our_role"
     )]
     Rights {
-        /// What we asked.
+        /// What the statement was for.
         doing: &'static str,
-        /// What is forbidden.
+        /// The server's error, which names what is forbidden.
         #[source]
         source: sqlx::Error,
     },
-    /// It could not do what we asked.
+    /// The statement failed.
     #[error("could not {doing}")]
     Statement {
-        /// What we asked.
+        /// What the statement was for.
         doing: &'static str,
         /// Why.
         #[source]
         source: sqlx::Error,
     },
-    /// It does not answer any more.
+    /// The server did not answer in time.
     #[error("gave up after {} s waiting for PostgreSQL to {doing}", .after.as_secs())]
     Deadline {
-        /// What we asked.
+        /// What was waited for.
         doing: &'static str,
-        /// How long we waited.
+        /// How long.
         after: Duration,
     },
 }
 
 impl StoreError {
-    /// Whether the database understood and refused: the same again would be refused again.
+    /// Whether the server understood the statement and refused it: it would refuse the same statement again.
     #[must_use]
     pub fn is_refusal(&self) -> bool {
         matches!(self, Self::Statement { source: sqlx::Error::Database(_), .. })
     }
 
-    /// PostgreSQL's words, if it understood, refused, and serves the session on: a trigger, a full disk or a right that was
-    /// withdrawn, for instance.
+    /// PostgreSQL's message, if it refused the statement and keeps the session: because of a trigger, a full disk or a
+    /// revoked right, for instance.
     #[must_use]
     pub fn refusal(&self) -> Option<&str> {
         let (Self::Statement { source, .. } | Self::Rights { source, .. }) = self else { return None };
         let error = source.as_database_error()?.try_downcast_ref::<PgDatabaseError>()?;
-        // With an error that is fatal it ends the session, for one that was idle in its transaction for instance.
-        let goes_on = !matches!(error.severity(), PgSeverity::Fatal | PgSeverity::Panic);
-        goes_on.then(|| error.message())
+        // A fatal error ends the session, for instance one that was idle in a transaction for too long.
+        let keeps_session = !matches!(error.severity(), PgSeverity::Fatal | PgSeverity::Panic);
+        keeps_session.then(|| error.message())
     }
 
-    /// Whether the database had no memory for it, or would have needed more than it ever takes for one value.
+    /// Whether the server ran out of memory, or the statement needed a value larger than PostgreSQL allows.
     #[must_use]
     pub fn is_out_of_memory(&self) -> bool {
         let Self::Statement { source: sqlx::Error::Database(error), .. } = self else { return false };
-        // RowRef of the two depends on the version: out of memory, or a limit of the program exceeded.
+        // out_of_memory or program_limit_exceeded: which of them depends on PostgreSQL's version.
         error.code().is_some_and(|code| code == "53200" || code == "54000")
     }
 
-    /// The sentence, if what was given breaks a rule of the schema or cannot be stored: nothing was done, and the same again
-    /// would be refused again. It begins with the column, where it is about one.
+    /// What is wrong with the given values, in a sentence, if they break a rule of the schema or cannot be stored.
+    /// Nothing was changed, and the same values would be refused again. A sentence about one column begins with its
+    /// name.
     #[must_use]
     pub fn broken_rule(&self) -> Option<&str> {
         let Self::Statement { source: sqlx::Error::Database(error), .. } = self else { return None };
         match error.code().as_deref() {
-            // The names of our constraints are sentences.
+            // check_violation. The names of our constraints are sentences.
             Some("23514") => error.constraint(),
+            // untranslatable_character.
             Some("22P05") => Some("payload must not contain \\u0000, which PostgreSQL cannot store"),
             // Other data exceptions, such as a time that is out of range.
             Some(code) if code.starts_with("22") => Some(error.message()),
@@ -169,14 +190,14 @@ impl StoreError {
         }
     }
 
-    /// The sentence, if a key is taken.
+    /// PostgreSQL's message, if a key is taken already.
     #[must_use]
     pub fn conflict(&self) -> Option<&str> {
         let Self::Statement { source: sqlx::Error::Database(error), .. } = self else { return None };
         (error.code().as_deref() == Some("23505")).then(|| error.message())
     }
 
-    /// Whether there is no schema, or an older one.
+    /// Whether the schema `tidings` is missing, or is of an older release.
     #[must_use]
     pub fn is_unmigrated(&self) -> bool {
         let Self::Statement { source: sqlx::Error::Database(error), .. } = self else { return false };
@@ -185,19 +206,20 @@ impl StoreError {
     }
 }
 
-/// The database.
+/// One PostgreSQL database. Clones share the pool.
 #[derive(Clone, Debug)]
 pub struct Store {
     options: PgConnectOptions,
     pool: Arc<Pool>,
-    /// For the one session beside the pool's and the listener's: that of a pass, or before there are passes of a check.
-    beside: Arc<Semaphore>,
+    /// Permits one session besides those of the pool and the listener: for a pass over the dead letters or, before
+    /// passes begin, for a check.
+    extra_session: Arc<Semaphore>,
     doubt: Doubt,
-    /// Where the queue begins, for all that read it.
-    mark: Arc<Mutex<Option<OffsetDateTime>>>,
+    /// The low-water mark, for what reads the queue beside the scheduler.
+    low_water_mark: Arc<Mutex<Option<OffsetDateTime>>>,
 }
 
-/// Whether `url` can be understood, without the password in the answer.
+/// Checks that `url` can be parsed. The error does not contain the password.
 pub(crate) fn check_url(url: &SecretUrl) -> Result<(), String> {
     PgConnectOptions::from_str(url.expose()).map(drop).map_err(|error| match error {
         sqlx::Error::Configuration(source) => source.to_string(),
@@ -206,18 +228,18 @@ pub(crate) fn check_url(url: &SecretUrl) -> Result<(), String> {
 }
 
 impl Store {
-    /// The low-water mark, below which nothing waits, as far as the scheduler knows; `None` = it does not know.
-    fn mark(&self) -> Option<OffsetDateTime> {
-        *self.mark.lock().expect("nothing panics that holds it")
+    /// The low-water mark, below which no row waits; `None` = the scheduler has none.
+    fn low_water_mark(&self) -> Option<OffsetDateTime> {
+        *self.low_water_mark.lock().expect("no holder of the lock panics")
     }
 
-    /// Notes the low-water mark, for all that read the queue beside the scheduler.
+    /// Notes the scheduler's low-water mark, for what reads the queue beside the scheduler.
     pub fn note_mark(&self, mark: Option<OffsetDateTime>) {
-        *self.mark.lock().expect("nothing panics that holds it") = mark;
+        *self.low_water_mark.lock().expect("no holder of the lock panics") = mark;
     }
 
-    /// A store that connects when it is first used. `connections` is how many it may keep for its statements, at least 1; one
-    /// more is that of a pass, and another the listener's.
+    /// A store that connects when it is first used. `connections` is the size of its pool, at least 1. A pass over the
+    /// dead letters uses one more connection, and the listener another.
     ///
     /// # Panics
     ///
@@ -228,8 +250,8 @@ impl Store {
             .expect("the configuration accepts only URLs that can be understood")
             .application_name("tidings")
             .options([
-                // The server must notice when our host is gone, and let go of the rows that we had locked: with its
-                // own defaults that takes over two hours.
+                // When our host is gone, the server must notice and release the rows that we had locked. With its
+                // defaults that takes over two hours.
                 ("tcp_keepalives_idle", "10"),
                 ("tcp_keepalives_interval", "5"),
                 ("tcp_keepalives_count", "3"),
@@ -239,24 +261,25 @@ impl Store {
                 ("idle_session_timeout", "0"),
                 ("statement_timeout", "30000"),
                 ("lock_timeout", "5000"),
-                // Nothing that a database or a role may have set for its other users must change what we mean.
+                // What is set for the database or the role must not change what our statements mean.
                 ("default_transaction_isolation", "read committed"),
                 ("default_transaction_read_only", "off"),
                 ("search_path", ""),
                 ("TimeZone", "UTC"),
                 ("jit", "off"),
-                // What is asked for in an order is read in the order of its index. By its statistics, which lag behind or
-                // cannot know what is paused, PostgreSQL would now and then rather read the whole table and sort it.
+                // What is asked for in an order is read by the index in that order. PostgreSQL's statistics lag behind,
+                // and cannot know what is paused: now and then the planner would read the whole table and sort it.
                 ("enable_sort", "off"),
-                // A claim was planned anew each time, which took longer than the claim: the plan for given values seems
-                // cheaper by a little, and is the same.
+                // By default PostgreSQL plans each claim anew, which takes longer than the claim itself: it estimates a
+                // plan for the given values to be slightly cheaper than the generic plan, though they are the same
+                // plan.
                 ("plan_cache_mode", "force_generic_plan"),
-                // Our own updates need not wake us.
+                // The triggers need not notify of the daemon's own updates.
                 ("tidings.notify", "off"),
             ])
             .disable_statement_logging();
-        let beside = Arc::new(Semaphore::new(1));
-        Self { options, pool: Pool::new(connections), beside, doubt: Doubt::new(), mark: Arc::default() }
+        let (pool, extra_session) = (Pool::new(connections), Arc::new(Semaphore::new(1)));
+        Self { options, pool, extra_session, doubt: Doubt::new(), low_water_mark: Arc::default() }
     }
 
     /// Host, port and database, for people.
@@ -269,31 +292,33 @@ impl Store {
         format!("{host}:{}/{}", self.options.get_port(), self.options.get_database().unwrap_or_default())
     }
 
-    /// Opens one connection of its own and closes it, to find out in words whether the database can be used.
+    /// Opens a connection outside the pool and closes it, to find out whether the database can be reached.
     ///
     /// # Errors
     ///
-    /// When it cannot.
+    /// When it cannot, with the reason.
     pub async fn probe(&self) -> Result<(), StoreError> {
-        let _alone = self.beside.acquire().await;
+        let _permit = self.extra_session.acquire().await;
         let connection = self.connect().await?;
         let _ = tokio::time::timeout(CONNECT_DEADLINE, sqlx::Connection::close(connection)).await;
         Ok(())
     }
 
-    fn connect_error(&self, source: sqlx::Error) -> StoreError {
+    /// Tells why a connection could not be opened, with what to do.
+    fn explain_connect_error(&self, source: sqlx::Error) -> StoreError {
         // 28: invalid authorization; 3D: no such database; 42501: no right to connect.
-        let refused = source
+        let is_login_refused = source
             .as_database_error()
             .and_then(sqlx::error::DatabaseError::code)
             .is_some_and(|code| code.starts_with("28") || code.starts_with("3D") || code == "42501");
-        let takes_no_settings =
+        // A pooler that does not know the settings of a session.
+        let is_setting_refused =
             source.as_database_error().is_some_and(|error| error.message().contains("startup parameter"));
-        if connection::is_full(&source) {
+        if connection::is_too_many_connections(&source) {
             StoreError::Full { place: self.place(), source }
-        } else if takes_no_settings {
-            self.unfit(connection::server_check::NO_SETTINGS)
-        } else if refused {
+        } else if is_setting_refused {
+            self.unfit(connection::server_check::SETTINGS_NOT_PASSED_ON)
+        } else if is_login_refused {
             StoreError::Login { place: format!("{} as {}", self.place(), self.options.get_username()), source }
         } else if let sqlx::Error::Io(error) = &source
             && let Some(why) = tls_error::refusal(error)
@@ -304,22 +329,24 @@ impl Store {
         }
     }
 
-    /// A connection to be notified on.
+    /// Opens a connection for LISTEN.
     ///
     /// # Errors
     ///
-    /// When it cannot be had within `patience`.
+    /// When none can be opened within `patience`.
     pub(crate) async fn listener(&self, patience: Duration) -> Result<PgListener, StoreError> {
-        // Of one, which the listener keeps for itself.
+        // A pool of one connection, which the listener keeps.
         let pool = PgPoolOptions::new().max_connections(1).connect_lazy_with(self.options.clone());
         match tokio::time::timeout(patience, PgListener::connect_with(&pool)).await {
             Ok(Ok(mut listener)) => {
-                // What was notified while it connected again behind our back would be lost, and nothing announced.
+                // If it reconnected by itself, notifications of the meantime would be lost, and the locks that announce
+                // our kinds as well.
                 listener.eager_reconnect(false);
                 Ok(listener)
             }
-            Ok(Err(source)) => Err(self.connect_error(source)),
-            // It asks again and again, and does not tell why. Another one does, and if need be makes room.
+            Ok(Err(source)) => Err(self.explain_connect_error(source)),
+            // sqlx retries until our timeout and does not tell why. `connect` fails with the reason and, if the server
+            // has too many connections, closes an idle one of the pool.
             Err(_) => {
                 let connection = self.connect().await?;
                 let _ = tokio::time::timeout(patience, sqlx::Connection::close(connection)).await;

@@ -1,5 +1,11 @@
-//! What the process tells of itself: the log on standard error, with levels by `RUST_LOG`, the metrics, for Prometheus, and
-//! traces, if somebody collects them. Every metric and every attribute has its name here and nowhere else.
+//! What the process reports about itself: the log on standard error, with the levels of `RUST_LOG`; metrics for
+//! Prometheus; and traces, if a collector is set.
+//!
+//! Must never be waited for: a line of the log or a span that nothing takes is dropped and counted. Must never have
+//! labels that users can make up without end.
+//!
+//! To change it, know: every metric and every attribute of a span has its name here and nowhere else. Alerts,
+//! dashboards and docs/operations.md use the names; tests compare them.
 
 mod log;
 mod metrics;
@@ -10,7 +16,7 @@ use std::io::IsTerminal as _;
 use tracing_subscriber::EnvFilter;
 
 use log::json::Json;
-use log::rate_limit::Bounded;
+use log::rate_limit::RateLimited;
 use log::stderr::Stderr;
 
 pub use metrics::counts::{
@@ -24,8 +30,8 @@ pub use metrics::serving::{Serving, set_serving};
 pub use metrics::{start_metrics, upkeep};
 pub use traces::{Replays, Spans, TraceSettings, Traces, check_endpoint};
 
-/// Without `RUST_LOG`. The clients log the errors that they return as well, and we log those once; wasmtime's cache, that it
-/// could not write.
+/// The filter without `RUST_LOG`. lapin and sqlx log the errors that they also return, and the daemon logs those
+/// itself. wasmtime's cache logs each failure to write.
 const DEFAULT: &str = "info,lapin=off,sqlx=off,wasmtime_internal_cache=off";
 
 /// How the log is written.
@@ -46,9 +52,11 @@ pub fn start(format: LogFormat) {
         LogFormat::Text => log
             .with_ansi(std::io::stderr().is_terminal())
             .map_event_format(|text| {
-                Bounded::new(text, |left_out| format!("    and {left_out} lines like this one were left out before it"))
+                RateLimited::new(text, |left_out| {
+                    format!("    {left_out} lines from the same place in the code were left out before this one")
+                })
             })
             .init(),
-        LogFormat::Json => log.event_format(Bounded::new(Json, log::json::left_out)).init(),
+        LogFormat::Json => log.event_format(RateLimited::new(Json, log::json::left_out)).init(),
     }
 }

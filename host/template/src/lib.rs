@@ -1,9 +1,10 @@
 //! Plugin `__NAME__`: turns a due row of the schedule into an event.
 //!
-//! It is a function of the row, the row's `now_ms` and the plugin's configuration. It has no network, files, clock or
-//! randomness, and what it keeps in memory may be gone at the next call. `BuildError` has the other answers.
+//! A plugin is a function of the row, the row's `now_ms` and its configuration. It has no network, files, clock or
+//! randomness, and values that it keeps in memory may be gone at the next call. If there is no event, it answers with
+//! one of the cases of `BuildError`.
 
-// Generated; see there.
+// Generated from `wit/plugin.wit`.
 #[rustfmt::skip]
 mod tidings;
 
@@ -12,19 +13,19 @@ use tidings::{BuildError, Built, Event, Guest, KindInfo, PluginInfo, Schedule, h
 /// The kind of the rows that this plugin serves.
 const KIND: &str = "__KIND__";
 
-/// Where its events go, unless `[config]` in `__NAME__.toml` has a `routing-key`.
+/// The routing key of its events, unless `[config]` in `__NAME__.toml` has a `routing-key`.
 const ROUTING_KEY: &str = "__KIND__.due";
 
-/// How long an event is of use: one hour.
+/// The time to live of an event: one hour.
 const TTL_MS: u64 = 60 * 60 * 1000;
 
-/// The plugin itself. It calls nothing of the daemon's, so that `cargo test` can call it.
-fn event(row: Schedule, routing_key: String) -> Result<Built, BuildError> {
-    // Such a row is set aside for a person, with this sentence.
+/// Builds the event of a row. It calls no function of the daemon, so that `cargo test` can run it.
+fn build_event(row: Schedule, routing_key: String) -> Result<Built, BuildError> {
+    // Such a row is parked, that is, set aside for a person, with this sentence.
     if row.payload == "null" {
         return Err(BuildError::Invalid("the payload must not be null".into()));
     }
-    // Such a row is finished without an event. `now_ms` is the only clock.
+    // Such a row is finished without an event. `now_ms` is the only clock of a plugin.
     if row.now_ms.saturating_sub(row.due_ms) > TTL_MS {
         return Err(BuildError::Skip("it was due more than an hour ago".into()));
     }
@@ -57,7 +58,7 @@ impl Guest for Plugin {
 
     fn build(row: Schedule) -> Result<Built, BuildError> {
         let routing_key = host::config("routing-key").unwrap_or_else(|| ROUTING_KEY.into());
-        event(row, routing_key)
+        build_event(row, routing_key)
     }
 }
 
@@ -85,8 +86,8 @@ mod tests {
     }
 
     #[test]
-    fn a_payload_is_sent_as_it_is_and_lives_an_hour() {
-        let built = event(row(r#"{"hello": "world"}"#, 0), "a.b".into()).expect("an event");
+    fn a_payload_is_sent_unchanged_with_a_ttl_of_one_hour() {
+        let built = build_event(row(r#"{"hello": "world"}"#, 0), "a.b".into()).expect("an event");
         assert_eq!(built.event.routing_key, "a.b");
         assert_eq!(built.event.content_type, "application/json");
         assert_eq!(built.event.body, br#"{"hello": "world"}"#);
@@ -94,16 +95,16 @@ mod tests {
     }
 
     #[test]
-    fn null_is_invalid() {
-        let answer = event(row("null", 0), "a.b".into());
+    fn a_null_payload_is_invalid() {
+        let answer = build_event(row("null", 0), "a.b".into());
         let sentence = "the payload must not be null";
         assert_eq!(answer, Err(BuildError::Invalid(sentence.into())));
     }
 
     #[test]
     fn a_row_is_skipped_when_it_is_more_than_an_hour_late() {
-        assert!(event(row("{}", TTL_MS), "a.b".into()).is_ok());
-        let answer = event(row("{}", TTL_MS + 1), "a.b".into());
+        assert!(build_event(row("{}", TTL_MS), "a.b".into()).is_ok());
+        let answer = build_event(row("{}", TTL_MS + 1), "a.b".into());
         let sentence = "it was due more than an hour ago";
         assert_eq!(answer, Err(BuildError::Skip(sentence.into())));
     }

@@ -1,12 +1,12 @@
-//! The envelope that the game services expect around an event, and the times in it. Shared by the game plugins; knows
-//! nothing of Tidings.
+//! The envelope that the game services expect around an event, and the times in it. The game plugins share this crate,
+//! which uses nothing of Tidings.
 
 use serde::{Deserialize, Deserializer, Serialize};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use time::macros::format_description;
 
-/// An event as the game services parse it.
+/// An event in the form that the game services parse.
 #[derive(Debug, Serialize)]
 struct Envelope<'a, D> {
     event_type: &'a str,
@@ -19,9 +19,9 @@ struct Envelope<'a, D> {
 ///
 /// # Errors
 ///
-/// When `now_ms` is no time between the years 0 and 9999, or `data` cannot be written as JSON.
+/// When `now_ms` is not between the years 0 and 9999, or `data` cannot be written as JSON.
 pub fn wrap(event_type: &str, now_ms: u64, data: impl Serialize) -> Result<Vec<u8>, String> {
-    // As Python's datetime.isoformat() writes it, which every version of its parser reads back.
+    // The format of Python's datetime.isoformat(), which every version of fromisoformat() can parse.
     const ISO: &[time::format_description::BorrowedFormatItem<'_>] =
         format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:6]+00:00");
     let timestamp = OffsetDateTime::from_unix_timestamp_nanos(i128::from(now_ms) * 1_000_000)
@@ -32,7 +32,7 @@ pub fn wrap(event_type: &str, now_ms: u64, data: impl Serialize) -> Result<Vec<u
         .map_err(|error| format!("the event cannot be written as JSON: {error}"))
 }
 
-/// An instant given as RFC 3339 text, which is kept as it was written.
+/// An instant that was given as RFC 3339 text. It is written with the same text again.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Instant {
     text: String,
@@ -72,14 +72,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_instant_keeps_its_text_and_knows_its_milliseconds() {
+    fn an_instant_keeps_its_text_and_has_its_milliseconds() {
         let instant: Instant = serde_json::from_str(r#""2026-11-21T21:00:00.9996+01:00""#).expect("a good time");
         assert_eq!(instant.unix_ms(), 1_795_291_200_999);
         assert_eq!(serde_json::to_string(&instant).expect("text"), r#""2026-11-21T21:00:00.9996+01:00""#);
     }
 
     #[test]
-    fn a_time_without_an_offset_is_refused_in_words() {
+    fn a_time_without_an_offset_is_refused_with_a_reason() {
         let error = serde_json::from_str::<Instant>(r#""2026-11-21T21:00:00""#).expect_err("no offset");
         assert!(error.to_string().contains("is not an RFC 3339 time"), "{error}");
     }
@@ -95,7 +95,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_is_given_as_a_time_is_kept_as_it_was_written_or_refused_with_it(
+        fn a_time_is_written_with_its_own_text_again_or_refused_with_an_error_that_has_the_text(
             text in prop_oneof![
                 "[0-9]{4}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-6][0-9]:[0-6][0-9](\\.[0-9]{1,12})?(Z|[+-][0-2][0-9]:[0-6][0-9])",
                 "[0-9]{4}-[01][0-9]-[0-3][0-9].?[0-2][0-9]:[0-9:Z+-]{0,9}",
@@ -106,14 +106,14 @@ mod tests {
             match serde_json::from_str::<Instant>(&json) {
                 Ok(instant) => prop_assert_eq!(serde_json::to_string(&instant).expect("a string"), json),
                 Err(error) => {
-                    let said = format!("{text:?} is not an RFC 3339 time");
-                    prop_assert!(error.to_string().contains(&said), "{}", error);
+                    let expected = format!("{text:?} is not an RFC 3339 time");
+                    prop_assert!(error.to_string().contains(&expected), "{}", error);
                 }
             }
         }
 
         #[test]
-        fn an_envelope_made_at_any_time_is_whole_or_says_which_time_it_is_not(
+        fn an_envelope_has_the_time_that_was_given_or_the_error_names_it(
             now_ms in prop_oneof![any::<u64>(), 0..253_402_300_800_100_u64],
         ) {
             match wrap("game.test", now_ms, ()) {

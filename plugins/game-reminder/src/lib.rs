@@ -1,5 +1,5 @@
-//! Plugin `game-reminder`: tells players that a game starts soon. A reminder is of use until the game starts; for a
-//! game that has started there is nothing to send.
+//! Plugin `game-reminder`: tells players that a game starts soon. A reminder expires when the game starts; a row for a
+//! game that has started is skipped.
 //!
 //! Payload: `{"game_id": UUID, "title": text, "starts_at": RFC 3339, "reminder_minutes": number}`.
 
@@ -26,7 +26,7 @@ const KIND: &str = "game-reminder";
 /// The event that it builds, and its routing key.
 const EVENT_TYPE: &str = "game.reminder_due";
 
-/// What a row says. Its title is for people who read the table, and not needed here.
+/// The payload of a row. Its `title` is for people who read the table, and the plugin does not need it.
 #[derive(Deserialize)]
 struct Payload {
     game_id: Uuid,
@@ -34,7 +34,7 @@ struct Payload {
     reminder_minutes: u32,
 }
 
-/// What the event says.
+/// The data of the event.
 #[derive(Serialize)]
 struct Data {
     game_id: Uuid,
@@ -65,7 +65,7 @@ impl Guest for Plugin {
     }
 }
 
-/// The plugin itself: a reminder that lives until the game starts.
+/// Builds a reminder that expires when the game starts.
 fn remind(payload: &str, now_ms: u64) -> Result<Built, BuildError> {
     let payload: Payload = serde_json::from_str(payload)
         .map_err(|error| BuildError::Invalid(format!("the payload is not a game reminder: {error}")))?;
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reminder_lives_until_the_game_starts() {
+    fn a_reminder_expires_when_the_game_starts() {
         let built = remind(&payload("2026-11-21T22:00:00Z"), NOW_MS).expect("a reminder");
         assert_eq!(built.ttl_ms, Some(7_200_000));
         assert_eq!(built.event.routing_key, "game.reminder_due");
@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn the_time_to_live_is_exact_to_the_millisecond_without_a_floor() {
+    fn the_time_to_live_is_exact_to_the_millisecond_and_has_no_minimum() {
         for (starts_at, ttl_ms) in
             [("2026-11-21T20:01:00Z", 60_000), ("2026-11-21T20:01:00.001Z", 60_001), ("2026-11-21T20:00:00.001Z", 1)]
         {
@@ -131,8 +131,8 @@ mod tests {
     }
 
     #[test]
-    fn a_payload_that_is_no_reminder_is_invalid_and_says_why() {
-        for (payload, why) in [
+    fn a_payload_that_is_no_reminder_is_invalid_with_the_reason() {
+        for (payload, expected) in [
             ("{}", "game_id"),
             (r#"{"game_id":"7"}"#, "UUID"),
             ("[1]", "game reminder"),
@@ -142,13 +142,13 @@ mod tests {
             let Err(BuildError::Invalid(sentence)) = remind(payload, NOW_MS) else {
                 panic!("{payload} was built");
             };
-            assert!(sentence.contains(why), "{sentence}");
+            assert!(sentence.contains(expected), "{sentence}");
         }
     }
 
     proptest! {
         #[test]
-        fn a_reminder_lives_as_long_as_it_is_of_use_at_any_time_and_never_longer(
+        fn a_reminder_built_at_any_time_expires_exactly_when_the_game_starts(
             starts_at in "[0-9]{4}-(0[1-9]|1[0-2])-[0-2][1-8]T[01][0-9]:[0-5][0-9]:[0-5][0-9](\\.[0-9]{1,9})?Z",
             now_ms in prop_oneof![any::<u64>(), 0..253_402_300_800_000_u64],
         ) {
@@ -169,7 +169,7 @@ mod tests {
         }
 
         #[test]
-        fn no_payload_is_answered_but_with_a_reminder_or_words(payload in "(.|\n){0,60}|\\{\"game_id\":[^}]{0,20}\\}") {
+        fn an_arbitrary_payload_is_invalid_with_the_reason(payload in "(.|\n){0,60}|\\{\"game_id\":[^}]{0,20}\\}") {
             match remind(&payload, NOW_MS) {
                 Err(BuildError::Invalid(reason)) => prop_assert!(reason.starts_with("the payload is not a game reminder: ")),
                 other => prop_assert!(false, "{:?}", other),

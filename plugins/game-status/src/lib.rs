@@ -1,5 +1,5 @@
-//! Plugin `game-status`: a game changes its status at a time. The change must happen however late, so the event has no
-//! time to live.
+//! Plugin `game-status`: tells the game services that a game is to change its status now. The change must happen however
+//! late it is, so the event never expires.
 //!
 //! Payload: `{"game_id": UUID, "target_status": text, "transition_time": RFC 3339}`.
 
@@ -26,7 +26,7 @@ const KIND: &str = "game-status";
 /// The event that it builds, and its routing key.
 const EVENT_TYPE: &str = "game.status_transition_due";
 
-/// What a row says, and the event after it.
+/// The payload of a row, which is also the data of the event.
 #[derive(Deserialize, Serialize)]
 struct Transition {
     game_id: Uuid,
@@ -54,12 +54,12 @@ impl Guest for Plugin {
     }
 
     fn build(row: Schedule) -> Result<Built, BuildError> {
-        transition(&row.payload, row.now_ms)
+        build_transition(&row.payload, row.now_ms)
     }
 }
 
-/// The plugin itself: the payload, checked, in the envelope.
-fn transition(payload: &str, now_ms: u64) -> Result<Built, BuildError> {
+/// Checks the payload, and wraps it into the envelope.
+fn build_transition(payload: &str, now_ms: u64) -> Result<Built, BuildError> {
     let transition: Transition = serde_json::from_str(payload)
         .map_err(|error| BuildError::Invalid(format!("the payload is not a status change: {error}")))?;
     if transition.target_status.is_empty() {
@@ -91,7 +91,7 @@ mod tests {
             let payload = format!(
                 r#"{{"game_id":"6f0f5e2e-6a2b-4b0e-9d0b-3a4f0a6b1c2d","target_status":"COMPLETED","transition_time":"{time}","more":1}}"#
             );
-            let built = transition(&payload, NOW_MS).expect("a status change");
+            let built = build_transition(&payload, NOW_MS).expect("a status change");
             assert_eq!(built.ttl_ms, None);
             assert_eq!(built.event.routing_key, "game.status_transition_due");
             assert_eq!(
@@ -104,8 +104,8 @@ mod tests {
     }
 
     #[test]
-    fn a_payload_that_is_no_status_change_is_invalid_and_says_why() {
-        for (payload, why) in [
+    fn a_payload_that_is_no_status_change_is_invalid_with_the_reason() {
+        for (payload, expected) in [
             ("{}", "game_id"),
             (
                 r#"{"game_id":"6f0f5e2e-6a2b-4b0e-9d0b-3a4f0a6b1c2d","target_status":"","transition_time":"2026-11-21T22:00:00Z"}"#,
@@ -113,20 +113,20 @@ mod tests {
             ),
             (r#"{"game_id":"6f0f5e2e-6a2b-4b0e-9d0b-3a4f0a6b1c2d","target_status":"X"}"#, "transition_time"),
         ] {
-            let Err(BuildError::Invalid(sentence)) = transition(payload, NOW_MS) else {
+            let Err(BuildError::Invalid(sentence)) = build_transition(payload, NOW_MS) else {
                 panic!("{payload} was built");
             };
-            assert!(sentence.contains(why), "{sentence}");
+            assert!(sentence.contains(expected), "{sentence}");
         }
     }
 
     proptest! {
         #[test]
-        fn any_status_but_an_empty_one_is_carried_as_it_is(status in "(.|\n){0,40}") {
+        fn any_status_that_is_not_empty_is_sent_unchanged(status in "(.|\n){0,40}") {
             let payload = serde_json::json!({
                 "game_id": Uuid::nil(), "target_status": status, "transition_time": "2026-11-21T22:00:00Z",
             });
-            match transition(&payload.to_string(), NOW_MS) {
+            match build_transition(&payload.to_string(), NOW_MS) {
                 Ok(built) => {
                     let body: serde_json::Value = serde_json::from_slice(&built.event.body).expect("JSON");
                     prop_assert_eq!(&body["data"], &payload);
@@ -137,8 +137,8 @@ mod tests {
         }
 
         #[test]
-        fn no_payload_is_answered_but_with_a_status_change_or_words(payload in "(.|\n){0,60}", now_ms in any::<u64>()) {
-            match transition(&payload, now_ms) {
+        fn an_arbitrary_payload_is_invalid_with_the_reason(payload in "(.|\n){0,60}", now_ms in any::<u64>()) {
+            match build_transition(&payload, now_ms) {
                 Err(BuildError::Invalid(reason)) => prop_assert!(reason.starts_with("the payload is not a status change: ")),
                 other => prop_assert!(false, "{:?}", other),
             }

@@ -1,18 +1,20 @@
-//! What a row's payload says, read and checked. Whatever it accepts, the daemon can publish: a payload that breaks a rule of
-//! wit/plugin.wit is the row's mistake, and must not be counted as the plugin's. Knows nothing of Tidings.
+//! Reads and checks a row's payload. The daemon can publish every payload that is accepted here: a payload that breaks a
+//! rule of wit/plugin.wit must be refused as invalid, or the daemon would count it as a failure of the plugin. Uses
+//! nothing of Tidings.
 
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-/// AMQP's short strings have a length of one byte.
-const SHORT_STRING_BYTES: usize = 255;
-/// All headers together, each with the bytes that AMQP adds to it.
-const HEADERS_BYTES: usize = 32 * 1024;
-const HEADER_OVERHEAD: usize = 6;
+/// AMQP gives the length of a short string in one byte.
+const MAX_SHORT_STRING_BYTES: usize = 255;
+/// All headers together, with the bytes that AMQP adds.
+const MAX_HEADERS_BYTES: usize = 32 * 1024;
+/// How many bytes AMQP adds to each header.
+const HEADER_OVERHEAD_BYTES: usize = 6;
 
-/// What to send.
+/// The message to send.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Message {
     /// 1 to 255 bytes.
@@ -20,18 +22,18 @@ pub(crate) struct Message {
     /// At most 255 bytes.
     pub(crate) content_type: String,
     pub(crate) body: Vec<u8>,
-    /// Names of 1 to 255 bytes that are free to take; 32 KiB together.
+    /// At most 32 KiB together. Names have 1 to 255 bytes and are not reserved.
     pub(crate) headers: Vec<(String, String)>,
-    /// In milliseconds; `None` = for ever.
+    /// In milliseconds; `None` = never expires.
     pub(crate) ttl_ms: Option<u64>,
 }
 
-/// What a row says. Unknown members are refused: a misspelt `ttl_ms` would make a message that lives for ever.
+/// The payload of a row. Unknown members are refused: with a misspelt `ttl_ms` the message would never expire.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Payload<'a> {
     routing_key: String,
-    // Raw, so that numbers reach the consumer with the digits they were stored with.
+    // Kept as JSON text, so that numbers reach the consumer with the digits with which they were stored.
     #[serde(borrow)]
     body: &'a RawValue,
     content_type: Option<String>,
@@ -40,24 +42,25 @@ struct Payload<'a> {
     ttl_ms: Option<u64>,
 }
 
-/// The message that `payload` says to send, or what is wrong with it.
+/// The message that `payload` describes, or a sentence about its mistake.
 pub(crate) fn read(payload: &str) -> Result<Message, String> {
     let payload: Payload = serde_json::from_str(payload).map_err(|error| error.to_string())?;
-    if !(1..=SHORT_STRING_BYTES).contains(&payload.routing_key.len()) {
-        return Err(format!("routing_key must be 1 to {SHORT_STRING_BYTES} bytes"));
+    if !(1..=MAX_SHORT_STRING_BYTES).contains(&payload.routing_key.len()) {
+        return Err(format!("routing_key must be 1 to {MAX_SHORT_STRING_BYTES} bytes"));
     }
-    if payload.content_type.as_ref().is_some_and(|content_type| content_type.len() > SHORT_STRING_BYTES) {
-        return Err(format!("content_type must be at most {SHORT_STRING_BYTES} bytes"));
+    if payload.content_type.as_ref().is_some_and(|content_type| content_type.len() > MAX_SHORT_STRING_BYTES) {
+        return Err(format!("content_type must be at most {MAX_SHORT_STRING_BYTES} bytes"));
     }
-    if let Some(name) = payload.headers.keys().find(|name| !is_free(name)) {
+    if let Some(name) = payload.headers.keys().find(|name| !is_allowed_name(name)) {
         let start: String = name.chars().take(120).collect();
         return Err(format!(
-            "headers has the name {start:?}: names must be 1 to {SHORT_STRING_BYTES} bytes, not begin with tidings- or x-, nor be CC or BCC"
+            "headers has the name {start:?}: names must be 1 to {MAX_SHORT_STRING_BYTES} bytes, not begin with tidings- or x-, nor be CC or BCC"
         ));
     }
-    let bytes: usize = payload.headers.iter().map(|(name, value)| name.len() + value.len() + HEADER_OVERHEAD).sum();
-    if bytes > HEADERS_BYTES {
-        return Err(format!("headers must be at most {HEADERS_BYTES} bytes together"));
+    let bytes: usize =
+        payload.headers.iter().map(|(name, value)| name.len() + value.len() + HEADER_OVERHEAD_BYTES).sum();
+    if bytes > MAX_HEADERS_BYTES {
+        return Err(format!("headers must be at most {MAX_HEADERS_BYTES} bytes together"));
     }
     let body = payload.body.get();
     let (body, content_type) = if body.starts_with('"') {
@@ -75,10 +78,10 @@ pub(crate) fn read(payload: &str) -> Result<Message, String> {
     })
 }
 
-/// Whether a header may have this name.
-fn is_free(name: &str) -> bool {
+/// Whether a plugin may set a header of this name.
+fn is_allowed_name(name: &str) -> bool {
     let reserved = name.starts_with("tidings-") || name.starts_with("x-") || matches!(name, "CC" | "BCC");
-    (1..=SHORT_STRING_BYTES).contains(&name.len()) && !reserved
+    (1..=MAX_SHORT_STRING_BYTES).contains(&name.len()) && !reserved
 }
 
 #[cfg(test)]
@@ -99,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn any_other_body_is_sent_as_json_text_digit_by_digit() {
+    fn any_other_body_is_sent_as_json_with_the_same_digits() {
         for json in
             ["null", "true", "[1, 2]", r#"{"a": 1.10000000000000000000000001, "b": 123456789012345678901234567890}"#]
         {
@@ -119,9 +122,9 @@ mod tests {
     }
 
     #[test]
-    fn a_payload_that_is_no_message_is_invalid_and_says_why() {
+    fn a_payload_that_is_no_message_is_refused_with_the_reason() {
         let long = "n".repeat(256);
-        for (payload, why) in [
+        for (payload, expected) in [
             (r#"{"body":1}"#, "routing_key"),
             (r#"{"routing_key":"a"}"#, "body"),
             (r#"{"routing_key":"","body":1}"#, "routing_key"),
@@ -135,17 +138,17 @@ mod tests {
             (&format!(r#"{{"routing_key":"a","body":1,"content_type":"{long}"}}"#), "content_type"),
         ] {
             let sentence = read(payload).expect_err(payload);
-            assert!(sentence.contains(why), "{sentence}");
+            assert!(sentence.contains(expected), "{sentence}");
         }
     }
 
     #[test]
-    fn a_body_of_lists_in_lists_without_end_is_sent_and_costs_no_stack() {
+    fn a_deeply_nested_body_is_sent_without_a_stack_overflow() {
         let deep = format!("{}{}", "[".repeat(500_000), "]".repeat(500_000));
         assert_eq!(body_of(&deep).0, deep);
     }
 
-    /// Any JSON that is not deep.
+    /// Any JSON that is not deeply nested.
     fn json() -> impl Strategy<Value = Value> {
         let flat = prop_oneof![
             Just(Value::Null),
@@ -163,7 +166,7 @@ mod tests {
         })
     }
 
-    /// A payload whose members are what they should be, or nearly so.
+    /// A payload whose members are valid or almost valid.
     fn payload() -> impl Strategy<Value = String> {
         let text = || prop_oneof!["(.|\n){0,90}", (250..260_usize).prop_map(|length| "k".repeat(length))];
         let name = prop_oneof![3 => "\\PC{1,9}", 1 => "(tidings|x|X)-[a-z]{0,3}|B?CC|", 1 => "n{250,260}"];
@@ -185,7 +188,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_accepted_can_be_published_and_what_is_refused_is_told_where(
+        fn an_accepted_payload_can_be_published_and_a_refused_one_names_its_mistake(
             payload in prop_oneof![
                 4 => payload(),
                 1 => json().prop_map(|json| json.to_string()),
@@ -195,7 +198,7 @@ mod tests {
             match read(&payload) {
                 Ok(Message { routing_key, content_type, headers, .. }) => {
                     prop_assert!((1..=255).contains(&routing_key.len()) && content_type.len() <= 255);
-                    prop_assert!(headers.iter().all(|(name, _)| is_free(name)));
+                    prop_assert!(headers.iter().all(|(name, _)| is_allowed_name(name)));
                     let bytes: usize = headers.iter().map(|(name, value)| name.len() + value.len() + 6).sum();
                     prop_assert!(bytes <= 32 * 1024);
                 }

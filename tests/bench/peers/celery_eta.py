@@ -82,7 +82,10 @@ class Worker:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def stop(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(20)
@@ -142,55 +145,53 @@ def seconds_until(true, patience=10):
 
 
 def measure_lateness(args, times):
-    worker = Worker(times)
-    due = due_times(args.rows, args.rate, SCHEDULES_PER_SECOND)
-    schedule(due)
-    check_lead(due)
-    wait(lambda: tasks(times), args.rows, due[-1])
-    worker.stop()
+    with Worker(times):
+        due = due_times(args.rows, args.rate, SCHEDULES_PER_SECOND)
+        schedule(due)
+        check_lead(due)
+        wait(lambda: tasks(times), args.rows, due[-1])
     return lateness(due, tasks(times))
 
 
 def measure_drain(args, times):
-    # Without a worker, nobody has declared the queue.
+    # Before a worker has started, nobody has declared the queue.
     with app.connection_for_write() as connection:
         app.amqp.queues[QUEUE].bind(connection.default_channel).declare()
     schedule([now_ms() - 1000] * args.rows)
-    worker = Worker(times)
-    wait(lambda: tasks(times), args.rows)
-    worker.stop()
+    with Worker(times) as worker:
+        wait(lambda: tasks(times), args.rows)
     return drained(args.rows, worker.ready_ms, tasks(times))
 
 
 def measure_idle(args, times):
-    worker = Worker(times)
-    schedule([now_ms() + DAY_MS])
-    time.sleep(SETTLE_S)
-    cpu = worker.cpu()
-    time.sleep(args.seconds)
-    cpu = worker.cpu() - cpu
-    worker.stop()
+    with Worker(times) as worker:
+        schedule([now_ms() + DAY_MS])
+        time.sleep(SETTLE_S)
+        cpu = worker.cpu()
+        time.sleep(args.seconds)
+        cpu = worker.cpu() - cpu
     return {"statements_per_minute": None, "cpu_s_per_minute": round(cpu * 60 / args.seconds, 3)}
 
 
 def measure_kill(_, times):
-    worker = Worker(times)
-    due = [now_ms() + KILL_LEAD_MS] * KILL_ROWS
-    schedule(due)
-    # Until the worker holds them all; with --quorum the broker does, and none is in this queue.
-    seconds_until(lambda: waiting_in_queue() == 0)
-    worker.kill()
-    redelivered_s = seconds_until(lambda: waiting_in_queue() == KILL_ROWS)
-    worker = Worker(times)
-    wait(lambda: tasks(times), KILL_ROWS, due[-1])
-    time.sleep(5)
-    worker.stop()
+    with Worker(times) as worker:
+        due = [now_ms() + KILL_LEAD_MS] * KILL_ROWS
+        schedule(due)
+        # Until the worker holds them all; with --quorum the broker does, and none is in this queue.
+        if seconds_until(lambda: waiting_in_queue() == 0) is None:
+            raise SystemExit("The worker did not take the tasks.")
+        worker.kill()
+    back_s = seconds_until(lambda: waiting_in_queue() == KILL_ROWS)
+    with Worker(times):
+        wait(lambda: tasks(times), KILL_ROWS, due[-1])
+        # For those that might come again.
+        time.sleep(5)
     runs = [len(found) for found in tasks(times).values()]
     return {
         "once": runs.count(1),
         "twice": sum(run > 1 for run in runs),
         "never": KILL_ROWS - len(runs),
-        "back_in_queue_s": redelivered_s,
+        "back_in_queue_s": back_s,
     }
 
 
@@ -198,15 +199,18 @@ def main():
     modes = {"lateness": measure_lateness, "drain": measure_drain, "idle": measure_idle, "kill": measure_kill}
     quorum = "--quorum", {"action": "store_true"}
     args = command_line(__doc__, modes, quorum)
+    # What ends this program ends the worker too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     os.environ[AMQP_URL] = args.amqp_url
     if args.quorum:
         os.environ[QUORUM] = "1"
     configure()
     clean()
-    with times_of_tasks() as times:
-        figures = modes[args.mode](args, times)
-    clean()
-    report(figures)
+    try:
+        with times_of_tasks() as times:
+            report(modes[args.mode](args, times))
+    finally:
+        clean()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-// What graphile-worker.mjs and pg-boss.mjs share: the command line, a database of their own, and the three measurements.
+// What graphile-worker.mjs and pg-boss.mjs share: the command line, their own database, and the three measurements.
 
 import { randomBytes } from 'node:crypto';
 import { setTimeout as sleep } from 'node:timers/promises';
@@ -66,7 +66,8 @@ function commandLine() {
   const { values, positionals } = parseArgs({
     allowPositionals: true,
     options: {
-      'database-url': { type: 'string' },
+      'database-url': { type: 'string', default: process.env.DATABASE_URL ?? '' },
+      // As in the other scripts; nothing is sent there.
       'amqp-url': { type: 'string' },
       rows: { type: 'string', default: '500' },
       rate: { type: 'string', default: '50' },

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import time
 
 # From the end of scheduling to the first due time.
@@ -21,8 +22,8 @@ def now_ms():
 def command_line(description, modes, *further):
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("mode", choices=modes)
-    parser.add_argument("--database-url")
-    parser.add_argument("--amqp-url")
+    parser.add_argument("--database-url", default=os.environ.get("DATABASE_URL", ""))
+    parser.add_argument("--amqp-url", default=os.environ.get("AMQP_URL", ""))
     parser.add_argument("--rows", type=int, default=500)
     parser.add_argument("--rate", type=float, default=50, help="how many fall due in a second")
     parser.add_argument("--seconds", type=float, default=60, help="for how long an idle worker is watched")
@@ -55,7 +56,10 @@ def wait(handled, rows, last_due_ms=0):
 
 def lateness(due, handled):
     late = sorted(times[0] - due[number] for number, times in handled.items())
-    at = lambda percent: round(late[math.ceil(len(late) * percent / 100) - 1], 1) if late else None
+
+    def at(percent):
+        return round(late[math.ceil(len(late) * percent / 100) - 1], 1) if late else None
+
     return {
         "p50_ms": at(50),
         "p99_ms": at(99),

@@ -26,7 +26,8 @@ await measure('peer_graphile_worker', async (url, { poll, tuned }) => {
   await utils.migrate();
   let runner;
   return {
-    add: (jobs) => utils.addJobs(jobs.map(({ number, dueAt }) => ({ identifier: 'note', payload: { number }, runAt: dueAt }))),
+    add: (jobs) =>
+      utils.addJobs(jobs.map(({ number, dueAt }) => ({ identifier: 'note', payload: { number }, runAt: dueAt }))),
     async work(note) {
       const began = once(events, 'worker:getJob:start').then(() => Date.now());
       runner = await run({ preset, taskList: { note: ({ number }) => note(number) } });

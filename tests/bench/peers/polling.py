@@ -51,7 +51,11 @@ class Worker(threading.Thread):
             if len(rows) < BATCH:
                 self.stopping.wait(self.poll)
 
-    def stop(self):
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
         self.stopping.set()
         self.join()
         self.db.close()
@@ -67,8 +71,10 @@ def own_database(admin_url):
         for statement in leftovers + create:
             admin.execute(statement)
         try:
-            yield make_conninfo(admin_url, dbname=NAME, user=NAME, password=password), make_conninfo(admin_url, dbname=NAME)
+            watcher_url = make_conninfo(admin_url, dbname=NAME)
+            yield make_conninfo(watcher_url, user=NAME, password=password), watcher_url
         finally:
+            # Without force: it waits for connections that are about to end.
             for statement in (f"DROP DATABASE {NAME}", f"DROP ROLE {NAME}"):
                 admin.execute(statement)
 
@@ -104,26 +110,22 @@ def main():
         with psycopg.connect(url) as db:
             db.execute(TABLE)
         if args.mode == "lateness":
-            worker = Worker(url, args.poll)
-            worker.start()
-            due = due_times(args.rows, args.rate, SCHEDULES_PER_SECOND)
-            schedule(url, due)
-            check_lead(due)
-            wait(lambda: worker.handled, args.rows, due[-1])
+            with Worker(url, args.poll) as worker:
+                due = due_times(args.rows, args.rate, SCHEDULES_PER_SECOND)
+                schedule(url, due)
+                check_lead(due)
+                wait(lambda: worker.handled, args.rows, due[-1])
             figures = lateness(due, worker.handled)
         elif args.mode == "drain":
             schedule(url, [round(now_ms()) - 1000] * args.rows)
-            worker = Worker(url, args.poll)
-            worker.start()
-            wait(lambda: worker.handled, args.rows)
+            with Worker(url, args.poll) as worker:
+                wait(lambda: worker.handled, args.rows)
             figures = drained(args.rows, worker.started_ms, worker.handled)
         else:
             schedule(url, [round(now_ms()) + DAY_MS])
-            worker = Worker(url, args.poll)
-            worker.start()
-            time.sleep(SETTLE_S)
-            figures = watch(watcher_url, args.seconds)
-        worker.stop()
+            with Worker(url, args.poll):
+                time.sleep(SETTLE_S)
+                figures = watch(watcher_url, args.seconds)
     report(figures)
 
 

@@ -1,21 +1,21 @@
-//! What lies in the plugin directory: any file, read before anything is compiled. A file of its own is a good beginning:
-//! give the directory with the plugins as a second corpus.
+//! A file in the plugin directory, which the daemon inspects before it compiles anything. Start from real plugins: give
+//! their directory as a second corpus.
 
 #![cfg_attr(fuzzing, no_main)]
 
 use tidings::plugins::{check_world, inspect};
 
-/// What every component begins with.
+/// The first bytes of every component.
 const PREAMBLE: [u8; 8] = *b"\0asm\x0d\0\x01\0";
 
 tidings_fuzz::target!(try_component);
 
 fn try_component(bytes: &[u8]) {
-    look_into(bytes);
-    look_into(&[&PREAMBLE, bytes].concat());
+    try_file(bytes);
+    try_file(&[&PREAMBLE, bytes].concat());
 }
 
-fn look_into(bytes: &[u8]) {
+fn try_file(bytes: &[u8]) {
     match inspect(bytes) {
         Ok(world) => {
             let names = [world.imports.concat(), world.exports.concat()].concat();

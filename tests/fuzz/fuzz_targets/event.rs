@@ -1,4 +1,4 @@
-//! What a plugin gives out: how it describes itself, what it asks for, and its events, up to the message.
+//! What comes from a plugin: its description, the names of its imports and exports, and its events, up to the message.
 
 #![cfg_attr(fuzzing, no_main)]
 
@@ -12,19 +12,20 @@ use uuid::Uuid;
 
 tidings_fuzz::target!(try_plugin);
 
-type Built<'a> = (&'a str, &'a str, &'a [u8], Vec<(&'a str, &'a str)>, Option<u64>);
+/// Routing key, content type, body, headers and time to live in milliseconds.
+type EventParts<'a> = (&'a str, &'a str, &'a [u8], Vec<(&'a str, &'a str)>, Option<u64>);
 
 fn try_plugin(bytes: &[u8]) {
     let mut input = Unstructured::new(bytes);
-    let Ok(which) = u8::arbitrary(&mut input) else { return };
-    let _ = match which % 4 {
-        0 => <(&str, &str, Vec<&str>)>::arbitrary(&mut input).map(describe),
-        1 => <(Vec<String>, Vec<String>)>::arbitrary(&mut input).map(look_into),
-        _ => <(Built, u64)>::arbitrary(&mut input).map(build),
+    let Ok(choice) = u8::arbitrary(&mut input) else { return };
+    let _ = match choice % 4 {
+        0 => <(&str, &str, Vec<&str>)>::arbitrary(&mut input).map(try_description),
+        1 => <(Vec<String>, Vec<String>)>::arbitrary(&mut input).map(try_world),
+        _ => <(EventParts, u64)>::arbitrary(&mut input).map(try_event),
     };
 }
 
-fn describe((name, version, kinds): (&str, &str, Vec<&str>)) {
+fn try_description((name, version, kinds): (&str, &str, Vec<&str>)) {
     match check_description(name, version, &kinds) {
         Ok(()) => {
             assert!((1..=100).contains(&name.len()) && (1..=100).contains(&version.len()) && !name.contains('@'));
@@ -34,14 +35,14 @@ fn describe((name, version, kinds): (&str, &str, Vec<&str>)) {
     }
 }
 
-fn look_into((imports, exports): (Vec<String>, Vec<String>)) {
+fn try_world((imports, exports): (Vec<String>, Vec<String>)) {
     let world = World { imports, exports };
     if check_world(&world).is_ok() {
         assert!(world.imports.iter().all(|name| name.starts_with("wasi:") || name.starts_with("tidings:plugin/")));
     }
 }
 
-fn build(((routing_key, content_type, body, headers, ttl_ms), now_ms): (Built, u64)) {
+fn try_event(((routing_key, content_type, body, headers, ttl_ms), now_ms): (EventParts, u64)) {
     let headers = headers.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
     let event = match Event::new(routing_key.to_owned(), content_type.to_owned(), body.to_vec(), headers) {
         Ok(event) => event,
@@ -55,10 +56,13 @@ fn build(((routing_key, content_type, body, headers, ttl_ms), now_ms): (Built, u
         Ok(message) => {
             assert_eq!(message.expiration_ms.is_some(), ttl_ms.is_some());
             assert!(message.expiration_ms.is_none_or(|left| (1..=LONGEST_TTL_MS).contains(&left)));
-            let name_is_short = |name: &str| (1..=255).contains(&name.len());
-            assert!(message.headers.iter().all(|(name, _)| name_is_short(name)) && name_is_short(&message.routing_key));
+            let has_valid_length = |name: &str| (1..=255).contains(&name.len());
+            assert!(
+                message.headers.iter().all(|(name, _)| has_valid_length(name))
+                    && has_valid_length(&message.routing_key)
+            );
         }
-        Err(Expired(at)) => assert!(at <= now_ms),
+        Err(Expired(expired_at_ms)) => assert!(expired_at_ms <= now_ms),
     }
 }
 

@@ -1,11 +1,11 @@
-//! What a producer writes into a row: the payload of the plugin `message`, and the times of the game plugins.
+//! What a producer writes into a row's payload: the message of the plugin `message`, and the times of the game plugins.
 
 #![cfg_attr(fuzzing, no_main)]
 
 use game_envelope::{Instant, wrap};
 use tidings::model::event::Event;
 
-// The plugin itself is a component, and no library for others.
+// The plugin is a component, so this crate cannot depend on it as a library.
 #[path = "../../../plugins/message/src/payload.rs"]
 mod payload;
 
@@ -14,7 +14,8 @@ tidings_fuzz::target!(try_payload);
 fn try_payload(bytes: &[u8]) {
     let Ok(text) = str::from_utf8(bytes) else { return };
     match payload::read(text) {
-        // What the plugin takes, the daemon takes: a mistake of the row must not be counted as the plugin's.
+        // The daemon must accept every event that the plugin makes, so that a mistake in a row is not counted as a
+        // failure of the plugin.
         Ok(payload::Message { routing_key, content_type, body, headers, ttl_ms: _ }) => {
             let event = Event::new(routing_key, content_type, body, headers);
             assert!(event.is_ok(), "{event:?}");

@@ -1,4 +1,5 @@
-//! What a person writes: a plugin's NAME.toml, and the settings of the daemon, where no sentence may show a password.
+//! What a person writes: a plugin's NAME.toml, and the settings of the daemon, whose errors must not contain a
+//! password.
 
 #![cfg_attr(fuzzing, no_main)]
 
@@ -6,9 +7,9 @@ use clap::{Args as _, FromArgMatches as _};
 use tidings::config::RunArgs;
 use tidings::plugins::Settings;
 
-/// What stands for the middle of a password.
+/// The middle of each password, by which a leak is noticed.
 const SECRET: &str = "S3CRET";
-/// The flags whose values are lines of the input.
+/// The flags that get lines of the input as their values.
 const FLAGS: [&str; 10] = [
     "exchange",
     "queue-type",
@@ -27,10 +28,10 @@ tidings_fuzz::target!(try_settings);
 fn try_settings(bytes: &[u8]) {
     let [mode, bytes @ ..] = bytes else { return };
     let Ok(text) = str::from_utf8(bytes) else { return };
-    if mode & 1 == 0 { file(text) } else { daemon(text, mode & 2 == 0) }
+    if mode & 1 == 0 { try_plugin_settings(text) } else { try_daemon_settings(text, mode & 2 == 0) }
 }
 
-fn file(text: &str) {
+fn try_plugin_settings(text: &str) {
     match Settings::parse(text) {
         Ok(Settings { limits, .. }) => {
             assert!((10..=60_000).contains(&limits.cpu_ms) && (10..=60_000).contains(&limits.wall_ms));
@@ -40,7 +41,7 @@ fn file(text: &str) {
     }
 }
 
-fn daemon(text: &str, with_password: bool) {
+fn try_daemon_settings(text: &str, with_password: bool) {
     if text.contains(SECRET) {
         return;
     }
@@ -55,10 +56,10 @@ fn daemon(text: &str, with_password: bool) {
     };
     let (database_url, amqp_url) = (url("postgres"), url("amqp"));
     let urls = [format!("--database-url={database_url}"), format!("--amqp-url={amqp_url}")];
-    let others = FLAGS.iter().zip(lines).map(|(flag, value)| format!("--{flag}={value}"));
+    let other_flags = FLAGS.iter().zip(lines).map(|(flag, value)| format!("--{flag}={value}"));
     let command = RunArgs::augment_args(clap::Command::new("run").no_binary_name(true));
-    let Ok(matches) = command.try_get_matches_from(urls.into_iter().chain(others)) else { return };
-    let args = RunArgs::from_arg_matches(&matches).expect("clap has seen them");
+    let Ok(matches) = command.try_get_matches_from(urls.into_iter().chain(other_flags)) else { return };
+    let args = RunArgs::from_arg_matches(&matches).expect("clap has parsed them");
     match args.check() {
         Ok(config) => {
             assert!((1..=200).contains(&config.servers.broker.exchange.len()) && config.max_attempts > 0);

@@ -1,335 +1,351 @@
-//! A daemon in the model: the real core, and a loop around it that carries out what it decides, one stage at a time.
+//! A daemon in the model: its process runs the real core, and a loop that carries out the core's actions stage by stage.
 
 use std::collections::BTreeSet;
 
 use tidings_core::reason::Reason;
-use tidings_core::{Core, End, Environment, Event, Load, Moment, Work};
+use tidings_core::{Core, DeliveryEnd, Environment, Event, Lane, Moment, Operation};
 
 use super::invariant::Invariant;
-use super::life::{Aside, At, Beside, Claim, Life, Task};
+use super::process::{BackgroundTask, ClaimStage, NotCompared, Process, Stage, Task};
 use super::row::Place;
 use super::server::Server;
-use super::step::Ends;
+use super::step::Ending;
 use super::times::SWEEP;
 
-/// What serves some kinds, while it lives.
+/// A daemon that serves some kinds, while its process runs.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Daemon {
     number: usize,
     kinds: BTreeSet<usize>,
-    life: Option<Life>,
+    process: Option<Process>,
 }
 
 impl Daemon {
     pub(super) fn new(number: usize, kinds: &[usize], now: u64) -> Self {
-        let mut daemon = Self { number, kinds: kinds.iter().copied().collect(), life: None };
+        let mut daemon = Self { number, kinds: kinds.iter().copied().collect(), process: None };
         daemon.start(now);
-        daemon.learn();
+        daemon.load_plugins();
         daemon
     }
 
     pub(super) fn start(&mut self, now: u64) {
-        self.life.get_or_insert_with(|| Life {
+        self.process.get_or_insert_with(|| Process {
             core: Core::new(Moment::from_millis(SWEEP)),
-            began: now,
-            at: At::Decides,
-            beside: Vec::new(),
-            woken: None,
-            notifications: Some(0),
+            started_at: now,
+            stage: Stage::Deciding,
+            background: Vec::new(),
+            pending_wake: None,
+            pending_notifications: Some(0),
             environment: Environment { broker_open: true, connections: 10, doubt: 0, knows_kinds: false },
-            told: Environment { broker_open: false, connections: 1, doubt: 0, knows_kinds: false },
-            turns: 0,
+            last_environment: Environment { broker_open: false, connections: 1, doubt: 0, knows_kinds: false },
+            actions: 0,
             slowest_sweep: 0,
-            statements: Aside(0),
-            happened: Aside((now, 0)),
+            statements: NotCompared(0),
+            last_change: NotCompared((now, 0)),
             diary: None,
         });
     }
 
-    /// Its plugins are complete.
-    pub(super) fn learn(&mut self) {
-        if let Some(life) = self.life.as_mut().filter(|life| !life.environment.knows_kinds) {
-            life.environment.knows_kinds = true;
-            life.wake(Reason::Plugins);
+    /// Notes that all plugins are loaded.
+    pub(super) fn load_plugins(&mut self) {
+        if let Some(process) = self.process.as_mut().filter(|process| !process.environment.knows_kinds) {
+            process.environment.knows_kinds = true;
+            process.wake(Reason::Plugins);
         }
     }
 
     pub(super) fn kill(&mut self, now: u64, server: &mut Server) {
-        if let Some(mut life) = self.life.take() {
-            life.lose_sessions(now, server);
+        if let Some(mut process) = self.process.take() {
+            process.lose_sessions(now, server);
         }
     }
 
     pub(super) fn core(&self) -> Option<&Core> {
-        self.life.as_ref().map(|life| &life.core)
+        self.process.as_ref().map(|process| &process.core)
     }
 
     pub(super) fn serves(&self, kind: usize) -> bool {
-        self.life.is_some() && self.kinds.contains(&kind)
+        self.process.is_some() && self.kinds.contains(&kind)
     }
 
-    /// What others know that it serves.
-    pub(super) fn announces(&self) -> impl Iterator<Item = usize> + '_ {
-        self.kinds.iter().copied().filter(|_| self.life.as_ref().is_some_and(|life| life.notifications.is_some()))
+    /// The kinds that other daemons know this daemon to serve.
+    pub(super) fn announced_kinds(&self) -> impl Iterator<Item = usize> + '_ {
+        self.kinds
+            .iter()
+            .copied()
+            .filter(|_| self.process.as_ref().is_some_and(|process| process.pending_notifications.is_some()))
     }
 
-    pub(super) fn is_notified(&mut self) {
-        if let Some(Life { notifications: Some(count), .. }) = &mut self.life {
+    pub(super) fn notify(&mut self) {
+        if let Some(Process { pending_notifications: Some(count), .. }) = &mut self.process {
             *count += 1;
         }
     }
 
     pub(super) fn has_notifications(&self) -> bool {
-        self.life.as_ref().is_some_and(|life| life.notifications.is_some_and(|count| count > 0))
+        self.process.as_ref().is_some_and(|process| process.pending_notifications.is_some_and(|count| count > 0))
     }
 
-    /// All that have come meanwhile are one wake.
-    pub(super) fn hear(&mut self) {
+    /// Turns all notifications that have been sent meanwhile into one wake.
+    pub(super) fn receive_notifications(&mut self) {
         if self.has_notifications()
-            && let Some(life) = &mut self.life
+            && let Some(process) = &mut self.process
         {
-            life.notifications = Some(0);
-            life.wake(Reason::Notification);
+            process.pending_notifications = Some(0);
+            process.wake(Reason::Notification);
         }
     }
 
-    pub(super) fn deafen(&mut self) {
-        self.life.iter_mut().for_each(|life| life.notifications = None);
+    pub(super) fn lose_listener(&mut self) {
+        self.process.iter_mut().for_each(|process| process.pending_notifications = None);
     }
 
-    pub(super) fn listen(&mut self) {
-        if let Some(life) = self.life.as_mut().filter(|life| life.notifications.is_none()) {
-            life.notifications = Some(0);
-            life.wake(Reason::Doubt);
+    pub(super) fn restore_listener(&mut self) {
+        if let Some(process) = self.process.as_mut().filter(|process| process.pending_notifications.is_none()) {
+            process.pending_notifications = Some(0);
+            process.wake(Reason::Doubt);
         }
     }
 
-    pub(super) fn broker(&mut self, open: bool) {
-        if let Some(life) = self.life.as_mut().filter(|life| life.environment.broker_open != open) {
-            life.environment.broker_open = open;
+    pub(super) fn set_broker_open(&mut self, open: bool) {
+        if let Some(process) = self.process.as_mut().filter(|process| process.environment.broker_open != open) {
+            process.environment.broker_open = open;
             if open {
-                life.wake(Reason::Broker);
+                process.wake(Reason::Broker);
             }
         }
     }
 
-    pub(super) fn connections(&mut self, connections: usize) {
-        self.life.iter_mut().for_each(|life| life.environment.connections = connections);
+    pub(super) fn set_connections(&mut self, connections: usize) {
+        self.process.iter_mut().for_each(|process| process.environment.connections = connections);
     }
 
-    pub(super) fn doubt(&mut self) {
-        self.life.iter_mut().for_each(|life| life.environment.doubt += 1);
+    pub(super) fn add_doubt(&mut self) {
+        self.process.iter_mut().for_each(|process| process.environment.doubt += 1);
     }
 
-    /// Whether it does not know yet that its sessions were lost, and that its mark says nothing.
-    pub(super) fn will_doubt(&self) -> bool {
-        self.life.as_ref().is_some_and(|life| life.told.doubt != life.environment.doubt)
+    /// Whether sessions were lost and the core has not been told yet, so that its mark proves nothing.
+    pub(super) fn has_unreported_doubt(&self) -> bool {
+        self.process.as_ref().is_some_and(|process| process.last_environment.doubt != process.environment.doubt)
     }
 
-    /// Until when it sleeps, if it does, and could do otherwise, and nothing that was told to it is on its way.
-    pub(super) fn sleeps_undisturbed(&self) -> Option<u64> {
-        let life = self.life.as_ref()?;
-        let until = match &life.at {
-            At::Sleeps(until, _) => *until,
-            // Nothing else is done until then.
-            At::Claims(wanted, Claim::Asked(_)) => life.world(wanted.not_before),
+    /// Until when the daemon sleeps, if it could claim instead and no wake, notification or doubt is on its way to its core.
+    pub(super) fn undisturbed_sleep_until(&self) -> Option<u64> {
+        let process = self.process.as_ref()?;
+        let until = match &process.stage {
+            Stage::Sleeping(until, _) => *until,
+            // The loop waits for this moment and does nothing else.
+            Stage::Claiming(request, ClaimStage::Requested(_)) => process.world_ms(request.not_before),
             _ => return None,
         };
-        let core = &life.core;
-        let lanes = if core.refusal().is_some() || core.rests_until().is_some() { 1 } else { 3 };
-        let undisturbed = life.environment.broker_open
-            && life.woken.is_none()
-            && life.notifications == Some(0)
-            && !self.will_doubt()
-            && self.loads().count() < lanes.min(life.told.connections)
-            && core.rests_until().is_none_or(|rests_until| life.world(rests_until) < until);
+        let core = &process.core;
+        let max_lanes = if core.refusal().is_some() || core.backs_off_until().is_some() { 1 } else { 3 };
+        let undisturbed = process.environment.broker_open
+            && process.pending_wake.is_none()
+            && process.pending_notifications == Some(0)
+            && !self.has_unreported_doubt()
+            && self.lanes().count() < max_lanes.min(process.last_environment.connections)
+            && core.backs_off_until().is_none_or(|backs_off_until| process.world_ms(backs_off_until) < until);
         undisturbed.then_some(until)
     }
 
-    /// What is on its way.
-    pub(super) fn loads(&self) -> impl Iterator<Item = Load> + '_ {
-        self.life.iter().flat_map(Life::loads)
+    /// The busy lanes.
+    pub(super) fn lanes(&self) -> impl Iterator<Item = Lane> + '_ {
+        self.process.iter().flat_map(Process::lanes)
     }
 
-    /// Until when it sleeps, if it does, or waits to claim.
-    pub(super) fn until(&self) -> Option<u64> {
-        let life = self.life.as_ref()?;
-        match &life.at {
-            At::Sleeps(until, _) => Some(*until),
-            At::Claims(wanted, Claim::Asked(_)) => Some(life.world(wanted.not_before)),
+    /// Until when the daemon sleeps or waits to claim, if it does.
+    pub(super) fn sleeps_until(&self) -> Option<u64> {
+        let process = self.process.as_ref()?;
+        match &process.stage {
+            Stage::Sleeping(until, _) => Some(*until),
+            Stage::Claiming(request, ClaimStage::Requested(_)) => Some(process.world_ms(request.not_before)),
             _ => None,
         }
     }
 
-    /// Once nothing fails, a row that only a sweep can find is found within so many ms.
-    pub(super) fn finds_within(&self, now: u64) -> u64 {
-        let Some(life) = &self.life else { return 0 };
-        let rests = life.core.rests_until().map_or(0, |until| life.world(until).saturating_sub(now));
-        rests + 2 * SWEEP.max((100 * life.slowest_sweep).min(600_000)) + 2_000
+    /// Within how many ms after the last fault the daemon finds a row that only a sweep can find.
+    pub(super) fn finds_within_ms(&self, now: u64) -> u64 {
+        let Some(process) = &self.process else { return 0 };
+        let backs_off = process.core.backs_off_until().map_or(0, |until| process.world_ms(until).saturating_sub(now));
+        backs_off + 2 * SWEEP.max((100 * process.slowest_sweep).min(600_000)) + 2_000
     }
 
-    /// Whether its core still believes that a server has failed, or refuses.
-    pub(super) fn is_troubled(&self) -> bool {
-        self.core().is_some_and(|core| core.rests_until().is_some() || core.refusal().is_some())
+    /// Whether the core still remembers that a server has failed, or that PostgreSQL refuses to finish rows.
+    pub(super) fn remembers_failure(&self) -> bool {
+        self.core().is_some_and(|core| core.backs_off_until().is_some() || core.refusal().is_some())
     }
 
     pub(super) fn statements(&self) -> u32 {
-        self.life.as_ref().map_or(0, |life| life.statements.0)
+        self.process.as_ref().map_or(0, |process| process.statements.0)
     }
 
-    pub(super) fn beside(&self) -> usize {
-        self.life.as_ref().map_or(0, |life| life.beside.len())
+    pub(super) fn background_tasks(&self) -> usize {
+        self.process.as_ref().map_or(0, |process| process.background.len())
     }
 
-    /// Whether it goes on when it may.
-    pub(super) fn is_busy(&self, now: u64) -> bool {
-        self.life.as_ref().is_some_and(|life| match &life.at {
-            At::Sleeps(until, _) => *until <= now || life.woken.is_some(),
-            At::Claims(wanted, Claim::Asked(_)) => life.world(wanted.not_before) <= now,
+    /// Whether the loop has something to do now.
+    pub(super) fn can_continue(&self, now: u64) -> bool {
+        self.process.as_ref().is_some_and(|process| match &process.stage {
+            Stage::Sleeping(until, _) => *until <= now || process.pending_wake.is_some(),
+            Stage::Claiming(request, ClaimStage::Requested(_)) => process.world_ms(request.not_before) <= now,
             _ => true,
         })
     }
 
-    /// Whether its next stage makes no difference to anybody else, while no time passes.
-    pub(super) fn is_by_itself(&self, now: u64) -> bool {
-        self.life.as_ref().is_some_and(|life| match &life.at {
-            At::Decides | At::Looks(_, Some(_)) | At::Claims(_, Claim::Answered(_)) => true,
-            At::Claims(wanted, Claim::Asked(_)) => life.world(wanted.not_before) <= now,
+    /// Whether the loop's next stage changes nothing that another daemon or writer could see, while no time passes.
+    pub(super) fn can_continue_unnoticed(&self, now: u64) -> bool {
+        self.process.as_ref().is_some_and(|process| match &process.stage {
+            Stage::Deciding | Stage::Looking(_, Some(_)) | Stage::Claiming(_, ClaimStage::Answered(_)) => true,
+            Stage::Claiming(request, ClaimStage::Requested(_)) => process.world_ms(request.not_before) <= now,
             _ => false,
         })
     }
 
-    pub(super) fn time_passes(&mut self) {
-        self.life.iter_mut().for_each(|life| life.turns = 0);
+    pub(super) fn reset_actions(&mut self) {
+        self.process.iter_mut().for_each(|process| process.actions = 0);
     }
 
-    pub(super) fn keep_diary(&mut self) {
-        self.life.iter_mut().for_each(|life| life.diary = Some(Vec::new()));
+    pub(super) fn start_diary(&mut self) {
+        self.process.iter_mut().for_each(|process| process.diary = Some(Vec::new()));
     }
 
     pub(super) fn diary(&self) -> &[(Moment, String)] {
-        self.life.as_ref().and_then(|life| life.diary.as_deref()).unwrap_or_default()
+        self.process.as_ref().and_then(|process| process.diary.as_deref()).unwrap_or_default()
     }
 
-    /// The loop goes on.
+    /// Runs the loop to its next stage.
     pub(super) fn run(&mut self, now: u64, server: &mut Server) -> Result<(), (Invariant, String)> {
         let kinds: Vec<usize> = self.kinds.iter().copied().collect();
-        let Some(life) = &mut self.life else { return Ok(()) };
-        let moment = life.moment(now);
-        let event = match &mut life.at {
-            At::Decides => {
-                life.decide(moment)?;
-                return life.check_pace(now, server);
+        let Some(process) = &mut self.process else { return Ok(()) };
+        let moment = process.moment(now);
+        let event = match &mut process.stage {
+            Stage::Deciding => {
+                process.decide(moment)?;
+                return process.check_activity(now, server);
             }
-            At::Looks(asked_at, None) => {
-                let look = server.look(now, &kinds, life.core.mark(), false);
-                life.at = At::Looks(*asked_at, Some(look));
+            Stage::Looking(asked_at, None) => {
+                let look = server.look(now, &kinds, process.core.mark(), false);
+                process.stage = Stage::Looking(*asked_at, Some(look));
                 return Ok(());
             }
-            At::Claims(wanted, Claim::Asked(_)) if moment < wanted.not_before => return Ok(()),
-            At::Claims(wanted, Claim::Asked(asked_at)) => {
-                life.at = At::Claims(*wanted, Claim::Begun((*asked_at).max(wanted.not_before), server.now(now)));
+            Stage::Claiming(request, ClaimStage::Requested(_)) if moment < request.not_before => return Ok(()),
+            Stage::Claiming(request, ClaimStage::Requested(asked_at)) => {
+                process.stage = Stage::Claiming(
+                    *request,
+                    ClaimStage::Begun((*asked_at).max(request.not_before), server.clock(now)),
+                );
                 return Ok(());
             }
-            At::Claims(wanted, Claim::Begun(asked_at, read)) => {
-                let claimed = server.claim(now, *asked_at, *read, &kinds, wanted);
-                life.at = At::Claims(*wanted, Claim::Answered(claimed));
+            Stage::Claiming(request, ClaimStage::Begun(asked_at, begun_at)) => {
+                let result = server.claim(now, *asked_at, *begun_at, &kinds, request);
+                process.stage = Stage::Claiming(*request, ClaimStage::Answered(result));
                 return Ok(());
             }
-            At::Looks(asked_at, Some(look)) => Event::Looked(*asked_at, look.clone()),
-            At::Claims(wanted, Claim::Answered(claimed)) => {
-                if let Some(rows) = claimed.rows {
-                    let load = Load { turn: wanted.turn, large: rows.large };
-                    life.beside.push(Beside { work: Task::Delivery { load, xid: rows.xid }, lost: false });
+            Stage::Looking(asked_at, Some(look)) => Event::Looked(*asked_at, look.clone()),
+            Stage::Claiming(request, ClaimStage::Answered(result)) => {
+                if let Some(batch) = result.batch {
+                    let lane = Lane { range: request.range, large: batch.large };
+                    let task = Task::Delivery { lane, xid: batch.xid };
+                    process.background.push(BackgroundTask { task, session_lost: false });
                 }
-                Event::Claimed(*claimed)
+                Event::Claimed(*result)
             }
-            At::Sleeps(until, why) => match life.woken.take() {
+            Stage::Sleeping(until, reason) => match process.pending_wake.take() {
                 Some(reasons) => {
-                    life.happened = Aside((now, life.statements.0));
+                    process.last_change = NotCompared((now, process.statements.0));
                     Event::Woken(reasons)
                 }
-                None if *until <= now => Event::Woken((*why).into()),
+                None if *until <= now => Event::Woken((*reason).into()),
                 None => return Ok(()),
             },
         };
-        life.handle(moment, event);
+        process.handle(moment, event);
         Ok(())
     }
 
-    /// Work beside the loop goes on. Whether it notifies.
-    pub(super) fn run_beside(
+    /// Runs the task with this index beside the loop. Returns whether PostgreSQL notifies.
+    pub(super) fn run_background(
         &mut self,
         now: u64,
         server: &mut Server,
-        work: usize,
-        ends: Ends,
+        index: usize,
+        ending: Ending,
         announced: &BTreeSet<usize>,
     ) -> bool {
-        let all: Vec<usize> = self.kinds.iter().copied().collect();
-        let Some(life) = self.life.as_mut().filter(|life| work < life.beside.len()) else { return false };
-        // As in the loop, what has ended is told while it sleeps.
-        if let At::Looks(..) | At::Claims(..) | At::Decides = life.at {
+        let kinds: Vec<usize> = self.kinds.iter().copied().collect();
+        let Some(process) = self.process.as_mut().filter(|process| index < process.background.len()) else {
+            return false;
+        };
+        // As in the real loop, the core is told of ended tasks only while the loop sleeps.
+        if let Stage::Looking(..) | Stage::Claiming(..) | Stage::Deciding = process.stage {
             return false;
         }
-        let moment = life.moment(now);
-        let Beside { work, lost } = life.beside.remove(work);
-        if let Task::Sweep { asked_at, .. } = &work {
+        let moment = process.moment(now);
+        let BackgroundTask { task, session_lost } = process.background.remove(index);
+        if let Task::Sweep { asked_at, .. } = &task {
             let took = u64::try_from(moment.saturating_sub(*asked_at).as_millis()).expect("short");
-            life.slowest_sweep = life.slowest_sweep.max(took);
+            process.slowest_sweep = process.slowest_sweep.max(took);
         }
-        let fails = lost || matches!(ends, Ends::Unsettled | Ends::Refused);
-        let event = match work {
-            Task::Delivery { load, .. } if lost => Event::DeliveryEnded(load, End::Failed),
-            Task::Delivery { load, xid } => {
-                let (place, moved, end) = match ends {
-                    Ends::Settled => (Place::Done, None, End::Settled { some_left: true, some_stay: false }),
-                    Ends::Again(ms) => {
-                        let slot = server.now(now + ms);
-                        (Place::Waits, Some((self.number, slot)), End::Settled { some_left: false, some_stay: true })
+        let fails = session_lost || matches!(ending, Ending::Unsettled | Ending::Refused);
+        let event = match task {
+            Task::Delivery { lane, .. } if session_lost => Event::DeliveryEnded(lane, DeliveryEnd::Failed),
+            Task::Delivery { lane, xid } => {
+                let (place, moved, end) = match ending {
+                    Ending::Settled => {
+                        (Place::Settled, None, DeliveryEnd::Settled { some_left: true, some_stay: false })
                     }
-                    Ends::Unsettled => (Place::Waits, None, End::Unsettled),
-                    Ends::Panicked => (Place::Waits, None, End::Panicked),
-                    Ends::Refused => {
-                        let end = End::Refused { why: "disk full".to_owned(), rest: true };
-                        (Place::Waits, Some((self.number, server.now(now + 1_000))), end)
+                    Ending::Retried(ms) => {
+                        let slot = server.clock(now + ms);
+                        (
+                            Place::Waiting,
+                            Some((self.number, slot)),
+                            DeliveryEnd::Settled { some_left: false, some_stay: true },
+                        )
+                    }
+                    Ending::Unsettled => (Place::Waiting, None, DeliveryEnd::Unsettled),
+                    Ending::Panicked => (Place::Waiting, None, DeliveryEnd::Panicked),
+                    Ending::Refused => {
+                        let end = DeliveryEnd::Refused { error: "disk full".to_owned(), back_off: true };
+                        (Place::Waiting, Some((self.number, server.clock(now + 1_000))), end)
                     }
                 };
-                server.let_go(now, xid, place, moved);
-                Event::DeliveryEnded(load, end)
+                server.end_claim(now, xid, place, moved);
+                Event::DeliveryEnded(lane, end)
             }
-            Task::Hold if fails => Event::Failed(Work::Holding),
-            Task::Hold => Event::Held(server.hold(now, life.core.mark(), &self.kinds, announced)),
-            Task::Release(_) if fails => Event::Failed(Work::Releasing),
-            Task::Release(kinds) => {
-                server.release(now, self.number, &kinds);
+            Task::Hold if fails => Event::Failed(Operation::Hold),
+            Task::Hold => Event::Held(server.hold(now, process.core.mark(), &self.kinds, announced)),
+            Task::Release(_) if fails => Event::Failed(Operation::Release),
+            Task::Release(held_kinds) => {
+                server.release(now, self.number, &held_kinds);
                 Event::Released
             }
             Task::Sweep { .. } if fails => Event::Swept(None),
-            Task::Sweep { asked_at, mark, seen: None } => {
-                let mut look = server.look(now, &all, mark, true);
-                let notifies = matches!(ends, Ends::Again(_)) && server.move_up(now, &mut look);
-                life.beside.push(Beside { work: Task::Sweep { asked_at, mark, seen: Some(look) }, lost: false });
+            Task::Sweep { asked_at, mark, look: None } => {
+                let mut look = server.look(now, &kinds, mark, true);
+                let notifies = matches!(ending, Ending::Retried(_)) && server.move_up(now, &mut look);
+                let task = Task::Sweep { asked_at, mark, look: Some(look) };
+                process.background.push(BackgroundTask { task, session_lost: false });
                 return notifies;
             }
-            Task::Sweep { asked_at, seen: Some(look), .. } => Event::Swept(Some((asked_at, look))),
+            Task::Sweep { asked_at, look: Some(look), .. } => Event::Swept(Some((asked_at, look))),
         };
-        life.turns = 0;
+        process.actions = 0;
         if !matches!(event, Event::Held(false) | Event::Swept(_)) {
-            life.happens(now);
+            process.note_change(now);
         }
-        life.handle(moment, event);
+        process.handle(moment, event);
         false
     }
 
-    /// PostgreSQL ends all its sessions but the one that listens: its statements fail, and its transactions are rolled back.
-    pub(super) fn fail(&mut self, now: u64, server: &mut Server) {
-        let Some(life) = &mut self.life else { return };
-        life.environment.doubt += 1;
-        life.happens(now);
-        life.lose_sessions(now, server);
-        if let At::Looks(..) | At::Claims(..) = life.at {
-            life.handle(life.moment(now), Event::Failed(Work::Asking));
+    /// PostgreSQL ends all sessions of the daemon but the listening one: statements fail, and transactions are rolled back.
+    pub(super) fn lose_sessions(&mut self, now: u64, server: &mut Server) {
+        let Some(process) = &mut self.process else { return };
+        process.environment.doubt += 1;
+        process.note_change(now);
+        process.lose_sessions(now, server);
+        if let Stage::Looking(..) | Stage::Claiming(..) = process.stage {
+            process.handle(process.moment(now), Event::Failed(Operation::LookOrClaim));
         }
     }
 }

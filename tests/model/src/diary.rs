@@ -1,16 +1,16 @@
-//! Events and actions in a few words, for the trace of a row's life.
+//! Events and actions in a few words, for the trace of one row.
 
-use tidings_core::{Action, End, Event, Moment};
+use tidings_core::{Action, DeliveryEnd, Event, Moment};
 
 use super::times::START;
 
-/// How long after the beginning of the world.
+/// A moment, as the time since the beginning of the world.
 pub(super) fn since(moment: Moment) -> String {
-    let begun = Moment::from_millis(START);
-    format!("+{:.1} ms", moment.saturating_sub(begun).as_secs_f64() * 1_000.0)
+    let start = Moment::from_millis(START);
+    format!("+{:.1} ms", moment.saturating_sub(start).as_secs_f64() * 1_000.0)
 }
 
-/// In a few words.
+/// An event in a few words.
 pub(super) fn event(event: &Event) -> String {
     match event {
         Event::Woken(reasons) => {
@@ -18,12 +18,12 @@ pub(super) fn event(event: &Event) -> String {
             format!("Woken: {}", reasons.join(", "))
         }
         Event::Looked(_, look) => format!("Looked: {}", outlook(look.outlook)),
-        Event::Claimed(claimed) => {
-            let rows = if claimed.rows.is_some() { "rows, which are delivered from now on" } else { "nothing" };
-            let more = if claimed.outlook.due { "more are due" } else { "no more" };
+        Event::Claimed(result) => {
+            let rows = if result.batch.is_some() { "rows, whose delivery begins" } else { "no rows" };
+            let more = if result.outlook.due { "more are due" } else { "no more are due" };
             format!("Claimed: {rows}; {more}")
         }
-        Event::DeliveryEnded(_, End::Settled { .. }) => "DeliveryEnded: settled".to_owned(),
+        Event::DeliveryEnded(_, DeliveryEnd::Settled { .. }) => "DeliveryEnded: settled".to_owned(),
         Event::Swept(Some((_, look))) => format!("Swept: {}", outlook(look.outlook)),
         other => format!("{other:?}"),
     }
@@ -34,13 +34,13 @@ fn outlook(outlook: tidings_core::queue::Outlook) -> String {
     outlook.next_in.map_or(due.to_owned(), |next_in| format!("{due}, the next in {next_in:?}"))
 }
 
-/// In a few words.
+/// An action in a few words.
 pub(super) fn action(action: &Action) -> String {
     match action {
-        Action::Claim(wanted) => {
-            format!("  → Claim, at most {} rows, not before {}", wanted.limit, since(wanted.not_before))
+        Action::Claim(request) => {
+            format!("  → Claim, at most {} rows, not before {}", request.limit, since(request.not_before))
         }
-        Action::Sleep(until, why) => format!("  → Sleep until {}: {}", since(*until), why.label()),
+        Action::Sleep(until, reason) => format!("  → Sleep until {}: {}", since(*until), reason.label()),
         other => format!("  → {other:?}"),
     }
 }

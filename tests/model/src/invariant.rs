@@ -1,51 +1,42 @@
-//! What must be so in every state of a world.
+//! The invariants that the model checks, in the words of `host/core/README.md`.
 
 use std::fmt;
 
-/// What must be so in every state.
+/// An invariant. [`fmt::Display`] has its sentence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Invariant {
-    /// The mark is never above a row that waits or may still appear.
     Mark,
-    /// No daemon sleeps over a row that it could deliver and was told of.
-    Asleep,
-    /// No core goes on without sleeping, or asks again and again while nothing happens.
-    Turns,
-    /// Nothing is claimed while the broker is away.
-    Away,
-    /// No more batches are on their way than there are connections.
+    Oversleeping,
+    Spinning,
+    BrokerAway,
     Lanes,
-    /// No row is settled twice.
-    Twice,
-    /// Nothing is claimed before it is due.
-    Early,
-    /// Once faults end, each row that is due is claimed within the sweep, and each that is held and served is released.
-    Rest,
-    /// While nothing happens, hardly anything is asked, and no failure is remembered.
+    SettledTwice,
+    ClaimedEarly,
+    Recovery,
     Idle,
 }
 
-/// What is wrong.
+/// A violated invariant, and the state that violates it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Wrong {
+pub(super) struct Violation {
     pub(super) invariant: Invariant,
-    pub(super) what: String,
+    pub(super) details: String,
 }
 
 impl fmt::Display for Invariant {
-    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
-        to.write_str(match self {
-            Self::Mark => "the mark is never above a row that waits or may still appear",
-            Self::Asleep => "no daemon sleeps over a row that it could deliver and was told of",
-            Self::Turns => "no core goes on without sleeping, or asks again and again while nothing happens",
-            Self::Away => "nothing is claimed while the broker is away",
-            Self::Lanes => "no more batches are on their way than there are connections",
-            Self::Twice => "no row is settled twice",
-            Self::Early => "nothing is claimed before it is due",
-            Self::Rest => {
-                "once faults end, each due row is claimed within a sweep, and each held row is released that a daemon serves"
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Mark => "the low-water mark is never above a row that waits in the queue or may still appear there",
+            Self::Oversleeping => "no daemon goes on sleeping while a row is due that it could deliver and knows of",
+            Self::Spinning => "no loop spins: it sleeps after a few actions, and sends few statements while nothing happens",
+            Self::BrokerAway => "nothing is claimed while RabbitMQ is away",
+            Self::Lanes => "a daemon never delivers more batches at a time than it has connections for",
+            Self::SettledTwice => "no row is settled twice",
+            Self::ClaimedEarly => "no row is claimed before it is due",
+            Self::Recovery => {
+                "after the last fault, each due row is claimed within a sweep, and each held row of a kind that a daemon serves is released"
             }
-            Self::Idle => "while nothing happens, hardly anything is asked, and no failure is remembered",
+            Self::Idle => "while nothing happens, a daemon sends hardly any statements and remembers no failure",
         })
     }
 }

@@ -1,11 +1,11 @@
-//! `cargo verify -- model`: drives the scheduler's core through worlds of virtual time, and says what is wrong in any state.
-//! Small worlds are gone through in every order, large ones at random.
+//! `cargo verify -- model`: drives the scheduler's core through worlds in virtual time, and checks the invariants in every
+//! state. Small worlds are checked in every order of their steps, large worlds with random steps.
 
 mod daemon;
 mod diary;
 mod invariant;
-mod life;
 mod mutants;
+mod process;
 mod random;
 mod row;
 mod server;
@@ -23,19 +23,19 @@ use clap::Parser;
 /// Checks the scheduler's core in worlds of virtual time.
 #[derive(Parser)]
 struct Arguments {
-    /// What the large worlds are made from: the same seed makes the same worlds.
+    /// The seed of the large worlds: the same seed makes the same worlds.
     #[arg(long, default_value_t = 18)]
     seed: u64,
-    /// The steps of all large worlds together; with it the small worlds are left out.
+    /// The number of steps of all large worlds together. Leaves out the small worlds.
     #[arg(long)]
     steps: Option<u64>,
     /// Does not shrink a failing world to the fewest steps.
     #[arg(long)]
     brief: bool,
-    /// Prints the life of one row, as the core sees it, and nothing else.
+    /// Prints the core's events and actions for one row, and nothing else.
     #[arg(long)]
     trace: bool,
-    /// Puts faults into copies of the core, and says which invariant names each.
+    /// Puts faults into a copy of the core one by one, and prints which invariant each violates.
     #[arg(long)]
     mutants: bool,
 }
@@ -43,36 +43,36 @@ struct Arguments {
 fn main() -> ExitCode {
     let Arguments { seed, steps, brief, trace, mutants } = Arguments::parse();
     if trace {
-        print!("{}", trace::of_one_row());
+        print!("{}", trace::trace_one_row());
         return ExitCode::SUCCESS;
     }
-    let well = if mutants {
+    let passed = if mutants {
         mutants::run(seed, steps.unwrap_or(1_000_000)).unwrap_or_else(|error| {
-            println!("the copy of the core cannot be made: {error}");
+            println!("could not make the copy of the core: {error}");
             false
         })
     } else {
         (steps.is_some() || small::check_all()) && check_large(seed, steps.unwrap_or(1_000_000), brief)
     };
-    if well { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Whether nothing is wrong in the large worlds.
+/// Checks the large worlds. Returns whether no invariant is violated.
 fn check_large(seed: u64, steps: u64, brief: bool) -> bool {
     let began = Instant::now();
     match random::run(seed, steps, brief) {
         Ok(random::Run { steps, worlds }) => {
             let seconds = began.elapsed().as_secs_f64();
             println!(
-                "large worlds: seed {seed}, {worlds} worlds, {steps} steps, nothing wrong in any state, {seconds:.1} s"
+                "large worlds: seed {seed}, {worlds} worlds, {steps} steps, no invariant violated, {seconds:.1} s"
             );
             true
         }
-        Err((wrong, sentence)) => {
-            if let Some(wrong) = wrong {
-                println!("wrong: {}", wrong.invariant);
+        Err((violation, report)) => {
+            if let Some(violation) = violation {
+                println!("violated: {}", violation.invariant);
             }
-            println!("large worlds, seed {seed}: {sentence}");
+            println!("large worlds, seed {seed}: {report}");
             false
         }
     }

@@ -1,5 +1,5 @@
-//! Faults that daemons of this kind have had, each put into a copy of the core on purpose: the model must name what it breaks.
-//! Never touches the core itself.
+//! Mutants: faults that schedulers of this kind have had. Each is put into a copy of the core, and the model must report the
+//! invariant that it violates. Must never change the core itself.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,178 +8,178 @@ use std::{fs, io};
 
 use super::invariant::Invariant;
 
-/// A fault.
+/// A fault that is put into the copy.
 struct Mutant {
-    /// In the words of an engineer who had it.
+    /// The fault in one sentence.
     name: &'static str,
-    /// Below the repository.
+    /// The path from the root of the repository.
     file: &'static str,
-    /// It is there once, and becomes `to`.
+    /// The text to replace with `to`. It must occur exactly once in the file.
     from: &'static str,
     to: &'static str,
-    /// One of these is named.
+    /// The model must report one of these.
     caught_by: &'static [Invariant],
 }
 
-use Invariant::{Asleep, Away, Early, Idle, Lanes, Mark, Rest, Turns, Twice};
+use Invariant::{BrokerAway, ClaimedEarly, Idle, Lanes, Mark, Oversleeping, Recovery, SettledTwice, Spinning};
 
-/// What the copy consists of.
+/// The crates of the copy.
 const CRATES: [&str; 2] = ["host/core", "tests/model"];
 
 const MUTANTS: &[Mutant] = &[
     Mutant {
-        name: "the head start is added to a row's moment, and not subtracted",
+        name: "the head start is added to a row's due time instead of subtracted",
         file: "host/core/src/timers.rs",
-        from: "next_at.saturating_sub(self.head_start())",
-        to: "next_at + self.head_start()",
-        caught_by: &[Asleep],
+        from: "next_due_at.saturating_sub(self.head_start())",
+        to: "next_due_at + self.head_start()",
+        caught_by: &[Oversleeping],
     },
     Mutant {
-        name: "the time since the last sweep is subtracted the wrong way round",
+        name: "the subtraction of the time since the last sweep is the wrong way round",
         file: "host/core/src/sweep_schedule.rs",
         from: "apart.saturating_sub(now.saturating_sub(began))",
         to: "now.saturating_sub(began).saturating_sub(apart)",
-        caught_by: &[Turns, Idle],
+        caught_by: &[Spinning, Idle],
     },
     Mutant {
-        name: "a sleep has no cap",
+        name: "a sleep lasts until the next row is due, or for an hour",
         file: "host/core/src/timers.rs",
-        from: "[due, Some(self.look_at), Some(sweep)]",
+        from: "[due, Some(self.next_look), Some(sweep)]",
         to: "[due, Some((now + Moment::from_hours(1), sweep.1))]",
-        caught_by: &[Asleep, Rest],
+        caught_by: &[Oversleeping, Recovery],
     },
     Mutant {
-        name: "a doubt is no wake",
+        name: "a doubt does not wake the scheduler",
         file: "host/core/src/reason.rs",
         from: "Self::Notification | Self::Doubt |",
         to: "Self::Notification |",
-        caught_by: &[Asleep],
+        caught_by: &[Oversleeping],
     },
     Mutant {
         name: "a wake that comes while the loop is busy is lost",
         file: "tests/model/src/daemon.rs",
-        from: "life.wake(Reason::Notification);",
-        to: "if matches!(life.at, At::Sleeps(..)) { life.wake(Reason::Notification) }",
-        caught_by: &[Asleep],
+        from: "process.wake(Reason::Notification);",
+        to: "if matches!(process.stage, Stage::Sleeping(..)) { process.wake(Reason::Notification) }",
+        caught_by: &[Oversleeping],
     },
     Mutant {
-        name: "the mark is kept over a reconnect",
+        name: "the low-water mark is kept after a reconnect",
         file: "host/core/src/lib.rs",
         from: "if environment.doubt != self.environment.doubt {",
         to: "if false {",
         caught_by: &[Mark],
     },
     Mutant {
-        name: "a number that may still be running proves the mark",
+        name: "a transaction number that may still be running proves the mark",
         file: "host/core/src/low_water.rs",
         from: ".filter(|sample| sample.xid < look.oldest_xid)",
         to: ".filter(|sample| sample.xid <= look.oldest_xid + 1)",
         caught_by: &[Mark],
     },
     Mutant {
-        name: "the mark waits for no open transaction",
+        name: "open transactions do not hold the mark back",
         file: "host/core/src/low_water.rs",
-        from: "let long_ago = look.at - PATIENCE;",
-        to: "let long_ago = look.at;",
+        from: "let oldest_mark = look.at - MAX_AGE;",
+        to: "let oldest_mark = look.at;",
         caught_by: &[Mark],
     },
     Mutant {
-        name: "the mark moves over the first row",
+        name: "the mark moves above the first row of the queue",
         file: "host/core/src/low_water.rs",
         from: "look.first.into_iter().chain(below).min()",
         to: "look.first.max(below)",
         caught_by: &[Mark],
     },
     Mutant {
-        name: "what a sweep finds below the mark is left there",
+        name: "the mark does not go back to rows that a sweep found below it",
         file: "host/core/src/low_water.rs",
         from: "self.mark = self.mark.min(Some(first));",
         to: "let _ = first;",
-        caught_by: &[Mark, Rest],
+        caught_by: &[Mark, Recovery],
     },
     Mutant {
-        name: "a sweep that failed is the last",
+        name: "no sweep follows a sweep that failed",
         file: "host/core/src/lib.rs",
         from: "self.sweep_schedule.end(now, swept.is_some());",
         to: "swept.is_some() && self.sweep_schedule.end(now, true);",
-        caught_by: &[Rest],
+        caught_by: &[Recovery],
     },
     Mutant {
-        name: "a promise to look is not kept",
+        name: "a promise to poll is not kept",
         file: "host/core/src/polling.rs",
-        from: "return (until - at <= FAR).then_some(EVERY);",
+        from: "return (until - at <= LONGEST_PROMISE).then_some(SHORTEST_INTERVAL);",
         to: "return None;",
-        caught_by: &[Asleep],
+        caught_by: &[Oversleeping],
     },
     Mutant {
-        name: "transactions that were silent are forgotten when the promise is over",
+        name: "silent transactions are forgotten when the promise ends",
         file: "host/core/src/polling.rs",
-        from: "(oldest_xid < silent_below && every < PATIENCE).then_some(every)",
+        from: "(oldest_xid < silent_below && interval < LONGEST_INTERVAL).then_some(interval)",
         to: "None",
-        caught_by: &[Asleep],
+        caught_by: &[Oversleeping],
     },
     Mutant {
-        name: "the time between two looks grows with each look after a promise, and not with the time since",
+        name: "after a promise, the time between two looks grows with each look instead of with the time",
         file: "host/core/src/polling.rs",
-        from: "EVERY.max(Duration::try_from(at - until).unwrap_or(Duration::MAX))",
-        to: "EVERY * u32::try_from(self.over.map_or(0, |_| at.millisecond())).unwrap_or(0)",
-        caught_by: &[Asleep, Idle],
+        from: "SHORTEST_INTERVAL.max(Duration::try_from(at - until).unwrap_or(Duration::MAX))",
+        to: "SHORTEST_INTERVAL * u32::try_from(self.over.map_or(0, |_| at.millisecond())).unwrap_or(0)",
+        caught_by: &[Oversleeping, Idle],
     },
     Mutant {
-        name: "a backoff never resets",
+        name: "a backoff never ends",
         file: "host/core/src/lib.rs",
-        from: "            self.rest = None;\n            self.refused.take_if",
-        to: "            self.refused.take_if",
+        from: "            self.backing_off = None;\n            self.refusal.take_if",
+        to: "            self.refusal.take_if",
         caught_by: &[Idle],
     },
     Mutant {
-        name: "rows that others have locked are asked for as fast as can be",
+        name: "rows that others have locked are looked for without a growing delay",
         file: "host/core/src/lib.rs",
-        from: "self.look_again(now + LOCKED.delay(tries));",
-        to: "self.look_again(now + LOCKED.delay(0) / 100);",
-        caught_by: &[Turns],
+        from: "self.look_by(now + LOCKED.delay(empty_claims));",
+        to: "self.look_by(now + LOCKED.delay(0) / 100);",
+        caught_by: &[Spinning],
     },
     Mutant {
-        name: "a claim that came to nothing is repeated",
+        name: "a claim that got nothing is repeated at once",
         file: "host/core/src/lib.rs",
-        from: "Queue::Waiting { tries: tries.saturating_add(1) }",
-        to: "Queue::Due { tries }",
-        caught_by: &[Turns],
+        from: "Queue::Waiting { empty_claims: empty_claims.saturating_add(1) }",
+        to: "Queue::Due { empty_claims }",
+        caught_by: &[Spinning],
     },
     Mutant {
-        name: "a full claim is taken for all that is due",
+        name: "a full claim is taken to have claimed all due rows",
         file: "host/core/src/lib.rs",
         from: "(Some(_), _) if outlook.due => Queue::Expected(now),",
         to: "",
-        caught_by: &[Asleep],
+        caught_by: &[Oversleeping],
     },
     Mutant {
-        name: "a claim does not tell when the next row is due",
+        name: "when the next row is due is not taken from claims",
         file: "host/core/src/lib.rs",
-        from: "if rows.is_some() || is_early {\n            self.ahead(asked_at, outlook);",
-        to: "if rows.is_some() || is_early {",
-        caught_by: &[Asleep],
+        from: "if batch.is_some() || is_early {\n            self.note_next_due(asked_at, outlook);",
+        to: "if batch.is_some() || is_early {",
+        caught_by: &[Oversleeping],
     },
     Mutant {
-        name: "held rows are not released when somebody serves them",
+        name: "held rows are not released when a daemon serves their kind",
         file: "host/core/src/lib.rs",
-        from: "self.release.want(look.held_for_us.clone());",
+        from: "self.release.request(look.held_for_us.clone());",
         to: "",
-        caught_by: &[Rest],
+        caught_by: &[Recovery],
     },
     Mutant {
         name: "a release that failed is never tried again",
         file: "host/core/src/lib.rs",
-        from: "Work::Releasing => self.release = Background::Idle,",
-        to: "Work::Releasing => {}",
-        caught_by: &[Rest],
+        from: "Operation::Release => self.release = Background::Idle,",
+        to: "Operation::Release => {}",
+        caught_by: &[Recovery],
     },
     Mutant {
-        name: "rows are claimed while the broker is away",
+        name: "rows are claimed while RabbitMQ is away",
         file: "host/core/src/lib.rs",
-        from: "if !environment.broker_open || !has_lane && !self.goes_on_for_long(now) {",
-        to: "if !has_lane && !self.goes_on_for_long(now) {",
-        caught_by: &[Away],
+        from: "if !environment.broker_open || !has_lane && !self.is_look_overdue(now) {",
+        to: "if !has_lane && !self.is_look_overdue(now) {",
+        caught_by: &[BrokerAway],
     },
     Mutant {
         name: "there are more lanes than connections",
@@ -189,36 +189,37 @@ const MUTANTS: &[Mutant] = &[
         caught_by: &[Lanes],
     },
     Mutant {
-        name: "the end of a large row is no reason to claim the next",
+        name: "the end of a large row's delivery does not cause a claim of the next large row",
         file: "host/core/src/lib.rs",
-        from: "if load.large || self.queue",
+        from: "if lane.large || self.queue",
         to: "if self.queue",
-        caught_by: &[Asleep],
+        caught_by: &[Oversleeping],
     },
     Mutant {
-        name: "a notification of a row that is not due is taken for one of a row that is",
+        name: "no look follows a claim that a notification caused and that got nothing",
         file: "host/core/src/lib.rs",
         from: "(None, _) => Queue::Unknown { notified: true },",
-        to: "(None, _) => Queue::Waiting { tries: 0 },",
-        caught_by: &[Asleep],
+        to: "(None, _) => Queue::Waiting { empty_claims: 0 },",
+        caught_by: &[Oversleeping],
     },
     Mutant {
-        name: "a claim takes rows that will be due in a moment",
+        name: "a claim takes rows that will be due 2 ms later",
         file: "tests/model/src/server.rs",
-        from: "row.place == Place::Waits && row.slot <= self.now(now)",
-        to: "row.place == Place::Waits && row.slot <= self.now(now) + 2",
-        caught_by: &[Early],
+        from: "row.place == Place::Waiting && row.slot <= self.clock(now)",
+        to: "row.place == Place::Waiting && row.slot <= self.clock(now) + 2",
+        caught_by: &[ClaimedEarly],
     },
     Mutant {
-        name: "a claim takes rows that another has settled since its snapshot",
+        name: "a claim takes rows that are settled already",
         file: "tests/model/src/server.rs",
-        from: "row.place == Place::Waits && row.slot <= self.now(now)",
-        to: "matches!(row.place, Place::Waits | Place::Done) && row.slot <= self.now(now)",
-        caught_by: &[Twice],
+        from: "row.place == Place::Waiting && row.slot <= self.clock(now)",
+        to: "matches!(row.place, Place::Waiting | Place::Settled) && row.slot <= self.clock(now)",
+        caught_by: &[SettledTwice],
     },
 ];
 
-/// Puts each into a copy, and runs the large worlds of `seed` there, for so many steps. Whether all of them were caught.
+/// Puts each mutant into the copy in turn, and runs the large worlds of `seed` there for this many steps. Returns whether the
+/// model caught all of them.
 ///
 /// # Errors
 ///
@@ -231,20 +232,22 @@ pub(super) fn run(seed: u64, steps: u64) -> io::Result<bool> {
     let mut missed = 0;
     for Mutant { name, file, from, to, caught_by } in MUTANTS {
         let path = copy.join(file);
-        let whole = fs::read_to_string(&path)?;
-        if whole.matches(from).count() != 1 {
-            println!("mutant: {name}: {file} does not have this once:\n{from}");
+        let source = fs::read_to_string(&path)?;
+        if source.matches(from).count() != 1 {
+            println!("mutant: {name}: {file} must have this exactly once:\n{from}");
             missed += 1;
             continue;
         }
-        fs::write(&path, whole.replace(from, to))?;
-        let said = go(&copy, seed, steps)?;
-        fs::write(&path, whole)?;
-        let names: Vec<String> = caught_by.iter().map(ToString::to_string).collect();
-        match said.lines().find_map(|line| line.strip_prefix("wrong: ")) {
-            Some(wrong) if names.iter().any(|name| name == wrong) => println!("mutant: {name}: caught: {wrong}"),
+        fs::write(&path, source.replace(from, to))?;
+        let output = run_model(&copy, seed, steps)?;
+        fs::write(&path, source)?;
+        let expected: Vec<String> = caught_by.iter().map(ToString::to_string).collect();
+        match output.lines().find_map(|line| line.strip_prefix("violated: ")) {
+            Some(violated) if expected.iter().any(|invariant| invariant == violated) => {
+                println!("mutant: {name}: caught: {violated}");
+            }
             other => {
-                println!("mutant: {name}: NOT caught by {names:?}, but {other:?}");
+                println!("mutant: {name}: NOT caught: expected one of {expected:?}, found {other:?}");
                 missed += 1;
             }
         }
@@ -253,7 +256,7 @@ pub(super) fn run(seed: u64, steps: u64) -> io::Result<bool> {
     Ok(missed == 0)
 }
 
-/// A workspace of the core and the model alone.
+/// Makes a workspace with only the core and the model.
 fn make_copy(repository: &Path, copy: &Path) -> io::Result<()> {
     for crate_dir in CRATES {
         let _ = fs::remove_dir_all(copy.join(crate_dir));
@@ -288,14 +291,14 @@ fn copy_directory(from: &Path, to: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// What the model says there.
-fn go(copy: &Path, seed: u64, steps: u64) -> io::Result<String> {
+/// Runs the model in the copy, and returns its output.
+fn run_model(copy: &Path, seed: u64, steps: u64) -> io::Result<String> {
     let output = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
         .args(["run", "--quiet", "--package", "tidings-model", "--", "--brief"])
         .args(["--seed", &seed.to_string(), "--steps", &steps.to_string()])
         .current_dir(copy)
         .env("CARGO_TARGET_DIR", copy.join("target"))
-        // A fault may leave something unused.
+        // A mutant may leave a variable or a function unused.
         .env("RUSTFLAGS", "--cap-lints allow")
         .output()?;
     Ok(format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr)))
@@ -306,11 +309,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_each_mutant_changes_is_there_once() {
+    fn the_text_that_each_mutant_replaces_occurs_once() {
         for Mutant { name, file, from, .. } in MUTANTS {
             let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(file);
-            let whole = fs::read_to_string(path).expect("a file of the core");
-            assert_eq!(whole.matches(from).count(), 1, "{name}: {from}");
+            let source = fs::read_to_string(path).expect("a file of the core");
+            assert_eq!(source.matches(from).count(), 1, "{name}: {from}");
         }
     }
 }

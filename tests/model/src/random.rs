@@ -1,49 +1,49 @@
-//! Large worlds at random: hundreds of steps, several daemons, every fault. If an invariant fails, proptest shrinks the
-//! world to the fewest steps that break it.
+//! Large worlds with random steps: hundreds of steps, several daemons, every fault. If an invariant is violated, proptest
+//! shrinks the world to the fewest steps that violate it.
 
 use std::cell::Cell;
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
 
-use super::invariant::Wrong;
-use super::step::{Ends, Step};
+use super::invariant::Violation;
+use super::step::{Ending, Step};
 use super::world::World;
 
 const KINDS: usize = 4;
 const WRITERS: usize = 3;
-/// The first two serve a kind together, each another alone, and one kind is served by nobody.
+/// The kinds of each daemon. Both serve kind 0, each serves another kind alone, and no daemon serves kind 3.
 const DAEMONS: [&[usize]; 2] = [&[0, 1], &[0, 2]];
 
-/// What happens more often in a world.
+/// The steps that are more frequent in a world.
 #[derive(Clone, Copy, Debug)]
 enum Theme {
-    /// Nothing.
+    /// None.
     Even,
-    /// Promises to look without being notified, and transactions that stay open.
+    /// Promises to poll, and transactions that stay open.
     Promises,
-    /// Sessions, brokers and daemons that are lost, clocks that are set.
+    /// Lost sessions, brokers and daemons, and clocks that are set.
     Faults,
-    /// Deliveries that do not end well.
+    /// Deliveries that do not succeed.
     Refusals,
 }
 
-/// So often, or more in a world of this theme.
-fn weight(often: u32, more: u32, is_theme: bool) -> u32 {
-    if is_theme { more } else { often }
+/// The weight of a step: the usual one, or the one for worlds of its theme.
+fn weight(usual: u32, themed: u32, is_theme: bool) -> u32 {
+    if is_theme { themed } else { usual }
 }
 
-fn ends(theme: Theme) -> impl Strategy<Value = Ends> {
+fn ending(theme: Theme) -> impl Strategy<Value = Ending> {
     prop_oneof![
-        weight(10, 3, matches!(theme, Theme::Refusals)) => Just(Ends::Settled),
-        1 => (1..3_000_u64).prop_map(Ends::Again),
-        1 => Just(Ends::Unsettled),
-        1 => Just(Ends::Refused),
-        1 => Just(Ends::Panicked),
+        weight(10, 3, matches!(theme, Theme::Refusals)) => Just(Ending::Settled),
+        1 => (1..3_000_u64).prop_map(Ending::Retried),
+        1 => Just(Ending::Unsettled),
+        1 => Just(Ending::Refused),
+        1 => Just(Ending::Panicked),
     ]
 }
 
-fn step(theme: Theme) -> impl Strategy<Value = Step> {
+fn random_step(theme: Theme) -> impl Strategy<Value = Step> {
     let (writer, daemon, kind) = (0..WRITERS, 0..DAEMONS.len(), 0..KINDS);
     let due_in = prop_oneof![4 => Just(0_i64), 2 => -5_000..0_i64, 3 => 0..4_000_i64, 1 => Just(60_000)];
     let pass = prop_oneof![12 => 0..20_u64, 6 => 0..500_u64, 2 => 0..6_000_u64, 1 => 0..40_000_u64];
@@ -55,54 +55,54 @@ fn step(theme: Theme) -> impl Strategy<Value = Step> {
             .prop_map(|(writer, kind, large, due_in)| Step::Write { writer, kind, large, due_in }),
         weight(6, 2, is_of_promises) => writer.clone().prop_map(Step::Commit),
         1 => writer.prop_map(Step::RollBack),
-        1 => Just(Step::Other),
+        1 => Just(Step::OtherTransaction),
         40 => daemon.clone().prop_map(Step::Run),
-        16 => (daemon.clone(), 0..4_usize, ends(theme)).prop_map(|(daemon, work, ends)| Step::RunBeside(daemon, work, ends)),
+        16 => (daemon.clone(), 0..4_usize, ending(theme)).prop_map(|(daemon, task, ending)| Step::RunBackground(daemon, task, ending)),
         8 => daemon.clone().prop_map(Step::Notify),
         weight(1, 2, is_of_promises) => Just(Step::Promise),
         weight(2, 8, matches!(theme, Theme::Faults)) => prop_oneof![
-            2 => daemon.clone().prop_map(Step::Deafen),
-            2 => daemon.clone().prop_map(Step::Fail),
+            2 => daemon.clone().prop_map(Step::LoseListener),
+            2 => daemon.clone().prop_map(Step::LoseSessions),
             1 => daemon.clone().prop_map(Step::Doubt),
-            2 => daemon.clone().prop_map(Step::Close),
+            2 => daemon.clone().prop_map(Step::CloseBroker),
             1 => daemon.clone().prop_map(Step::Kill),
-            1 => (daemon.clone(), 1..5_usize).prop_map(|(daemon, connections)| Step::Connections(daemon, connections)),
+            1 => (daemon.clone(), 1..5_usize).prop_map(|(daemon, connections)| Step::SetConnections(daemon, connections)),
             2 => kind.clone().prop_map(Step::Pause),
             1 => (-3_000..3_000_i64).prop_map(Step::SetClock),
             1 => (0..900_i64).prop_map(Step::FailOver),
         ],
         weight(2, 4, matches!(theme, Theme::Faults)) => prop_oneof![
-            daemon.clone().prop_map(Step::Listen),
-            daemon.clone().prop_map(Step::Open),
+            daemon.clone().prop_map(Step::RestoreListener),
+            daemon.clone().prop_map(Step::OpenBroker),
             daemon.clone().prop_map(Step::Start),
-            daemon.prop_map(Step::Learn),
+            daemon.prop_map(Step::LoadPlugins),
             kind.prop_map(Step::Resume),
         ],
     ]
 }
 
-fn what_happens() -> impl Strategy<Value = Vec<Step>> {
+fn random_steps() -> impl Strategy<Value = Vec<Step>> {
     let theme = prop_oneof![Just(Theme::Even), Just(Theme::Promises), Just(Theme::Faults), Just(Theme::Refusals)];
-    theme.prop_flat_map(|theme| prop::collection::vec(step(theme), 0..500))
+    theme.prop_flat_map(|theme| prop::collection::vec(random_step(theme), 0..500))
 }
 
-/// What a run came to.
+/// How much a successful run has checked.
 pub(super) struct Run {
     pub(super) steps: u64,
     pub(super) worlds: u64,
 }
 
-/// Goes through worlds of this seed, until they have taken so many steps together.
+/// Checks worlds of this seed until they have taken this many steps together.
 ///
 /// # Errors
 ///
-/// What is wrong in the first where something is, and the steps that lead there: the fewest, unless it must be `brief`.
-pub(super) fn run(seed: u64, steps: u64, brief: bool) -> Result<Run, (Option<Wrong>, String)> {
-    let old = prop::collection::vec((0..KINDS, 0..900_000_i64), 0..3);
-    let worlds = (old, what_happens());
-    let (taken, entered, last) = (Cell::new(0), Cell::new(0), Cell::new(None));
+/// The first violated invariant, and the steps that lead there: the fewest, unless the run is `brief`.
+pub(super) fn run(seed: u64, steps: u64, brief: bool) -> Result<Run, (Option<Violation>, String)> {
+    let old_rows = prop::collection::vec((0..KINDS, 0..900_000_i64), 0..3);
+    let random_worlds = (old_rows, random_steps());
+    let (steps_taken, worlds_done, last) = (Cell::new(0), Cell::new(0), Cell::new(None));
     for batch in 0_u64.. {
-        if taken.get() >= steps {
+        if steps_taken.get() >= steps {
             break;
         }
         let mut bytes = [0; 32];
@@ -115,54 +115,57 @@ pub(super) fn run(seed: u64, steps: u64, brief: bool) -> Result<Run, (Option<Wro
             ..Config::default()
         };
         let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
-        let tried = runner.run(&worlds, |(old, steps)| {
+        let result = runner.run(&random_worlds, |(old_rows, steps)| {
             let count = u64::try_from(steps.len()).expect("few");
-            match go(old, steps) {
+            match run_world(old_rows, steps) {
                 Ok(()) => {
-                    taken.set(taken.get() + count);
-                    entered.set(entered.get() + 1);
+                    steps_taken.set(steps_taken.get() + count);
+                    worlds_done.set(worlds_done.get() + 1);
                     Ok(())
                 }
-                Err(wrong) => {
-                    let message = wrong.what.clone();
-                    last.set(Some(wrong));
+                Err(violation) => {
+                    let message = violation.details.clone();
+                    last.set(Some(violation));
                     Err(TestCaseError::fail(message))
                 }
             }
         });
-        if let Err(error) = tried {
-            let sentence = match error {
-                TestError::Fail(reason, (old, steps)) => {
+        if let Err(error) = result {
+            let report = match error {
+                TestError::Fail(reason, (old_rows, steps)) => {
                     let steps: Vec<String> =
                         steps.iter().filter(|step| **step != Step::Pass(0)).map(|step| format!("  {step:?}")).collect();
-                    format!("{reason}\nrows of before (kind, ms ago): {old:?}\nsteps:\n{}", steps.join("\n"))
+                    format!(
+                        "{reason}\nrows from before the beginning (kind, ms ago): {old_rows:?}\nsteps:\n{}",
+                        steps.join("\n")
+                    )
                 }
                 TestError::Abort(reason) => reason.to_string(),
             };
-            return Err((last.take(), sentence));
+            return Err((last.take(), report));
         }
     }
-    Ok(Run { steps: taken.get(), worlds: entered.get() })
+    Ok(Run { steps: steps_taken.get(), worlds: worlds_done.get() })
 }
 
-fn go(old: Vec<(usize, i64)>, steps: Vec<Step>) -> Result<(), Wrong> {
+fn run_world(old_rows: Vec<(usize, i64)>, steps: Vec<Step>) -> Result<(), Violation> {
     let mut world = World::new(WRITERS, &DAEMONS);
-    for (kind, ago) in old {
-        world = world.with_row(kind, ago);
+    for (kind, ago) in old_rows {
+        world = world.with_old_row(kind, ago);
     }
     for step in steps {
         world.step(step)?;
     }
-    world.come_to_rest()?;
-    world.idle()
+    world.recover()?;
+    world.check_idle()
 }
 
 #[cfg(test)]
 mod tests {
-    /// A few of them, for those who change the core and run its tests alone.
+    /// Fewer steps than `cargo verify -- model` takes, for everyone who changes the core and runs only its tests.
     #[test]
-    fn in_large_worlds_nothing_is_wrong() {
-        let run = super::run(18, 200_000, false).unwrap_or_else(|(_, wrong)| panic!("{wrong}"));
+    fn no_invariant_is_violated_in_large_worlds() {
+        let run = super::run(18, 200_000, false).unwrap_or_else(|(_, report)| panic!("{report}"));
         assert!(run.steps >= 200_000 && run.worlds > 100);
     }
 }

@@ -1,56 +1,57 @@
-//! A row, where it is, and who knows of it.
+//! A row of the model: where it is, and how a daemon finds it.
 
 /// A row.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Row {
     pub(super) kind: usize,
-    /// It goes alone.
+    /// The row is so large that a claim takes it alone.
     pub(super) large: bool,
-    /// Where it stands in the queue, by the database's clock in ms.
+    /// The row's slot in the queue, by the database's clock, in ms.
     pub(super) slot: i64,
     pub(super) place: Place,
-    /// When it was written, by no clock that can be set.
+    /// When the row was written, in the world's time.
     pub(super) written_at: u64,
-    /// When its transaction committed.
-    pub(super) seen_at: u64,
-    pub(super) told: Told,
-    /// Somebody has had it locked.
+    /// When the row's transaction committed, in the world's time.
+    pub(super) committed_at: u64,
+    pub(super) found_by: FoundBy,
+    /// A claim has had the row locked.
     pub(super) was_locked: bool,
-    /// The clock was behind where it had been before, when it was written: only a sweep finds it for sure.
+    /// The database's clock showed an earlier time than before when the row was written, so only a sweep is sure to find it.
     pub(super) clock_behind: bool,
-    /// So often it was settled for good.
-    pub(super) settled: u8,
+    /// How often the row was settled for good.
+    pub(super) settled_count: u8,
 }
 
-/// Who knows that a row is there.
+/// How a daemon learns of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Told {
-    /// Its commit notified all who listen.
-    Notified,
-    /// Its trigger found a promise, and was silent.
-    Promised,
-    /// The daemon that moved it.
+pub(super) enum FoundBy {
+    /// The row's commit notified all daemons that listen.
+    Notification,
+    /// The row's trigger found a promise to poll and was silent.
+    Polling,
+    /// This daemon moved the row, so it knows of it. Others do not.
     Daemon(usize),
-    Nobody,
+    /// Nothing tells of the row.
+    Sweep,
 }
 
 /// Where a row is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Place {
-    /// Its writer has not committed.
-    Unseen(usize),
-    /// In the queue.
-    Waits,
-    /// In the queue, and claimed by the transaction with this number.
+    /// The transaction of this writer has not committed.
+    Uncommitted(usize),
+    /// In the queue, not locked.
+    Waiting,
+    /// In the queue, locked by the claim whose transaction has this number.
     Locked(i64),
-    /// Out of the queue, until somebody serves its kind, or its pause is over.
+    /// Out of the queue until a daemon serves the kind, or until its pause is over.
     Held,
-    /// Settled for good.
-    Done,
+    /// Delivered, or finished in another way.
+    Settled,
 }
 
 impl Row {
-    pub(super) fn is_in_the_queue(&self) -> bool {
-        matches!(self.place, Place::Unseen(_) | Place::Waits | Place::Locked(_))
+    pub(super) fn is_in_queue(&self) -> bool {
+        matches!(self.place, Place::Uncommitted(_) | Place::Waiting | Place::Locked(_))
     }
 }

@@ -1,42 +1,46 @@
-//! PostgreSQL, as the model has it. It assumes the following, and `tests/it/assumptions.rs` shows each on a real server:
+//! PostgreSQL in the model. The model assumes the following, and `tests/it/on_time/assumptions.rs` shows each on a real
+//! server:
 //!
-//! 1. a snapshot sees what was committed before it was taken, and of a transaction all or nothing;
-//! 2. the lowest number that runs is not above that of any transaction which may still commit, and a reader has none;
-//! 3. a row's slot is read from the clock after its transaction has its number, and is not before that time;
-//! 4. `SKIP LOCKED` passes over what others have locked, and what a session had locked is free when it is gone;
-//! 5. a notification is sent when its transaction commits, and reaches every session that listens then, and no other;
-//! 6. a trigger that finds a promise is silent, and a promise is for a second;
-//! 7. a claim's clock is read before its transaction has a number;
-//! 8. after sessions have broken, a doubt is known before the next look, so that no mark outlives its server.
+//! 1. a snapshot sees all transactions that committed before it was taken, each of them whole, and no other;
+//! 2. the lowest running transaction number is not above that of any transaction that may still commit; a reader has no
+//!    number;
+//! 3. a row's slot is read from the clock after its transaction has taken its number, and is not before that time;
+//! 4. `SKIP LOCKED` passes over rows that others have locked, and the rows that a session had locked are free when it is
+//!    gone;
+//! 5. a notification is sent when its transaction commits, to every session that listens then, and to no other;
+//! 6. a trigger that finds a promise is silent, and a promise lasts for a second;
+//! 7. a claim reads the clock before its transaction has a number;
+//! 8. after sessions have broken, the core is told of the doubt before the next look, so no mark outlives its server.
 
 use std::collections::BTreeSet;
 
 use tidings_core::queue::{Below, Look, Outlook, Promise};
-use tidings_core::{Batch, Claimed, Moment, Turn, Wanted};
+use tidings_core::{Batch, ClaimRange, ClaimRequest, ClaimResult, Moment};
 use time::OffsetDateTime;
 
-use super::row::{Place, Row, Told};
-use super::times::{PATIENCE, START};
+use super::row::{FoundBy, Place, Row};
+use super::times::{OPEN_FOR_LONG, START};
 
 /// The database.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Server {
-    /// In the order in which they were written.
+    /// All rows, in the order in which they were written.
     pub(super) rows: Vec<Row>,
-    /// The numbers of the transactions that are open, writers' first.
+    /// The number of each writer's open transaction.
     writers: Vec<Option<i64>>,
-    claims: Vec<i64>,
+    open_claims: Vec<i64>,
     next_xid: i64,
     polling_until: i64,
     paused: BTreeSet<usize>,
-    /// How far the clock is ahead, in ms.
-    ahead: i64,
-    /// What it showed at most before it was set.
-    highest: i64,
-    /// When it was last set forward, by no clock that can be set; and by how much in all.
+    /// How far the database's clock is ahead of the world's time, in ms.
+    clock_ahead: i64,
+    /// The latest time that the clock had shown when it was last set.
+    highest_clock: i64,
+    /// When the clock was last set forward, in the world's time.
     pub(super) set_forward_at: Option<u64>,
+    /// By how many ms the clock was set forward in all.
     set_forward: u64,
-    was_set: bool,
+    clock_was_set: bool,
 }
 
 /// A time of the database's clock.
@@ -53,40 +57,40 @@ impl Server {
         Self {
             rows: Vec::new(),
             writers: vec![None; writers],
-            claims: Vec::new(),
+            open_claims: Vec::new(),
             next_xid: 10,
             polling_until: 0,
             paused: BTreeSet::new(),
-            ahead: signed(10 * START),
-            highest: 0,
+            clock_ahead: signed(10 * START),
+            highest_clock: 0,
             set_forward_at: None,
             set_forward: 0,
-            was_set: false,
+            clock_was_set: false,
         }
     }
 
-    /// The database's clock.
-    pub(super) fn now(&self, now: u64) -> i64 {
-        signed(now) + self.ahead
+    /// The time that the database's clock shows, in ms.
+    pub(super) fn clock(&self, now: u64) -> i64 {
+        signed(now) + self.clock_ahead
     }
 
     pub(super) fn set_clock(&mut self, now: u64, ms: i64) {
-        self.highest = self.highest(now);
-        self.ahead += ms;
-        self.was_set = true;
+        self.highest_clock = self.highest_clock(now);
+        self.clock_ahead += ms;
+        self.clock_was_set = true;
         if ms > 0 {
             (self.set_forward_at, self.set_forward) = (Some(now), self.set_forward + ms.unsigned_abs());
         }
     }
 
-    /// The highest time that the clock has shown.
-    pub(super) fn highest(&self, now: u64) -> i64 {
-        self.highest.max(self.now(now))
+    /// The latest time that the clock has shown, in ms.
+    pub(super) fn highest_clock(&self, now: u64) -> i64 {
+        self.highest_clock.max(self.clock(now))
     }
 
     /// Whether the clock was ever set.
-    pub(super) fn was_set(&self) -> bool {
-        self.was_set
+    pub(super) fn clock_was_set(&self) -> bool {
+        self.clock_was_set
     }
 
     /// By how many ms the clock was set forward in all.
@@ -94,15 +98,15 @@ impl Server {
         self.set_forward
     }
 
-    /// A standby takes over, whose clock is behind, and which has given fewer numbers. Nothing that was committed is lost; all
-    /// sessions are.
+    /// A standby takes over. Its clock is `behind` ms late, and it has given fewer transaction numbers. No committed row is
+    /// lost, but all sessions are.
     pub(super) fn fail_over(&mut self, behind: i64) {
         for writer in 0..self.writers() {
             self.roll_back(writer);
         }
-        self.ahead -= behind;
-        self.was_set |= behind > 0;
-        self.highest = 0;
+        self.clock_ahead -= behind;
+        self.clock_was_set |= behind > 0;
+        self.highest_clock = 0;
         self.next_xid = (self.next_xid - 3).max(1);
     }
 
@@ -110,7 +114,7 @@ impl Server {
         self.writers.len()
     }
 
-    pub(super) fn number(&mut self) -> i64 {
+    pub(super) fn take_xid(&mut self) -> i64 {
         self.next_xid += 1;
         self.next_xid - 1
     }
@@ -127,111 +131,113 @@ impl Server {
         self.paused.contains(&kind)
     }
 
-    pub(super) fn old_row(&mut self, now: u64, kind: usize, ago: i64) {
+    pub(super) fn add_old_row(&mut self, now: u64, kind: usize, ago: i64) {
         self.rows.push(Row {
             kind,
             large: false,
-            slot: self.now(now) - ago,
-            place: Place::Waits,
+            slot: self.clock(now) - ago,
+            place: Place::Waiting,
             written_at: now,
-            seen_at: now,
-            told: Told::Nobody,
+            committed_at: now,
+            found_by: FoundBy::Sweep,
             was_locked: false,
             clock_behind: false,
-            settled: 0,
+            settled_count: 0,
         });
     }
 
-    /// A writer takes its number, if it has none.
+    /// A writer's transaction takes its number, if it has none.
     pub(super) fn begin(&mut self, writer: usize) {
         if self.writers[writer].is_none() {
-            self.writers[writer] = Some(self.number());
+            self.writers[writer] = Some(self.take_xid());
         }
     }
 
     pub(super) fn write(&mut self, now: u64, writer: usize, kind: usize, large: bool, due_in: i64) {
         self.begin(writer);
-        let clock = self.now(now);
+        let clock = self.clock(now);
         self.rows.push(Row {
             kind,
             large,
             slot: clock.max(clock + due_in),
-            place: Place::Unseen(writer),
+            place: Place::Uncommitted(writer),
             written_at: now,
-            seen_at: now,
-            told: match due_in {
-                // The daemons look within that time anyway.
-                30_001.. => Told::Nobody,
-                _ if self.is_promised(now) => Told::Promised,
-                _ => Told::Notified,
+            committed_at: now,
+            found_by: match due_in {
+                // Triggers do not notify of rows that are due so late: a look comes before.
+                30_001.. => FoundBy::Sweep,
+                _ if self.is_promise_open(now) => FoundBy::Polling,
+                _ => FoundBy::Notification,
             },
             was_locked: false,
-            clock_behind: clock < self.highest,
-            settled: 0,
+            clock_behind: clock < self.highest_clock,
+            settled_count: 0,
         });
     }
 
-    /// Whether it notifies.
+    /// Commits a writer's transaction. Returns whether PostgreSQL notifies.
     pub(super) fn commit(&mut self, now: u64, writer: usize) -> bool {
         self.writers[writer] = None;
         let mut notifies = false;
-        for row in self.rows.iter_mut().filter(|row| row.place == Place::Unseen(writer)) {
-            (row.place, row.seen_at) = (Place::Waits, now);
-            notifies |= row.told == Told::Notified;
+        for row in self.rows.iter_mut().filter(|row| row.place == Place::Uncommitted(writer)) {
+            (row.place, row.committed_at) = (Place::Waiting, now);
+            notifies |= row.found_by == FoundBy::Notification;
         }
         notifies
     }
 
     pub(super) fn roll_back(&mut self, writer: usize) {
         self.writers[writer] = None;
-        self.rows.retain(|row| row.place != Place::Unseen(writer));
+        self.rows.retain(|row| row.place != Place::Uncommitted(writer));
     }
 
     pub(super) fn promise(&mut self, now: u64) {
-        self.polling_until = self.now(now) + 1_000;
+        self.polling_until = self.clock(now) + 1_000;
     }
 
-    /// For how many ms no promise has been open.
-    pub(super) fn since_promise(&self, now: u64) -> u64 {
-        u64::try_from(self.now(now) - self.polling_until).unwrap_or(0)
+    /// How many ms ago the last promise ended; 0 while one is open.
+    pub(super) fn ms_since_promise(&self, now: u64) -> u64 {
+        u64::try_from(self.clock(now) - self.polling_until).unwrap_or(0)
     }
 
-    fn is_promised(&self, now: u64) -> bool {
-        (1..2_000).contains(&(self.polling_until - self.now(now)))
+    fn is_promise_open(&self, now: u64) -> bool {
+        (1..2_000).contains(&(self.polling_until - self.clock(now)))
     }
 
-    fn in_order(&self, seen: impl Fn(&Row) -> bool) -> Vec<usize> {
-        let mut places: Vec<usize> = (0..self.rows.len()).filter(|place| seen(&self.rows[*place])).collect();
-        places.sort_by_key(|place| self.rows[*place].slot);
-        places
+    /// The indexes of the rows that pass the filter, in the order of their slots.
+    fn sorted_by_slot(&self, filter: impl Fn(&Row) -> bool) -> Vec<usize> {
+        let mut indexes: Vec<usize> = (0..self.rows.len()).filter(|index| filter(&self.rows[*index])).collect();
+        indexes.sort_by_key(|index| self.rows[*index].slot);
+        indexes
     }
 
-    /// Everybody sees it in the queue.
+    /// Whether every session sees the row in the queue.
     fn is_visible(row: &Row) -> bool {
-        matches!(row.place, Place::Waits | Place::Locked(_))
+        matches!(row.place, Place::Waiting | Place::Locked(_))
     }
 
-    /// Where a statement begins whose mark this is.
-    pub(super) fn from(&self, now: u64, mark: Option<OffsetDateTime>) -> OffsetDateTime {
-        mark.unwrap_or(at(self.now(now) - signed(PATIENCE)))
+    /// The slot from which on a statement with this mark sees rows.
+    pub(super) fn scan_start(&self, now: u64, mark: Option<OffsetDateTime>) -> OffsetDateTime {
+        mark.unwrap_or(at(self.clock(now) - signed(OPEN_FOR_LONG)))
     }
 
-    fn is_due(&self, now: u64, from: OffsetDateTime, row: &Row) -> bool {
-        row.place == Place::Waits && row.slot <= self.now(now) && at(row.slot) >= from
+    fn is_due(&self, now: u64, start: OffsetDateTime, row: &Row) -> bool {
+        row.place == Place::Waiting && row.slot <= self.clock(now) && at(row.slot) >= start
     }
 
     pub(super) fn look(&self, now: u64, kinds: &[usize], mark: Option<OffsetDateTime>, sweep: bool) -> Look {
-        let (clock, from) = (self.now(now), self.from(now, mark));
-        let rows: Vec<&Row> = self.in_order(Self::is_visible).into_iter().map(|place| &self.rows[place]).collect();
-        let head = rows.iter().find(|row| at(row.slot) >= from);
-        let next = rows.iter().map(|row| row.slot).find(|slot| *slot > clock && at(*slot) >= from);
-        let below: Vec<i64> = rows.iter().map(|row| row.slot).filter(|slot| sweep && at(*slot) < from).collect();
-        let running = self.writers.iter().flatten().chain(&self.claims).copied();
+        let (clock, start) = (self.clock(now), self.scan_start(now, mark));
+        let rows: Vec<&Row> =
+            self.sorted_by_slot(Self::is_visible).into_iter().map(|index| &self.rows[index]).collect();
+        let head = rows.iter().find(|row| at(row.slot) >= start);
+        let next = rows.iter().map(|row| row.slot).find(|slot| *slot > clock && at(*slot) >= start);
+        let below: Vec<i64> = rows.iter().map(|row| row.slot).filter(|slot| sweep && at(*slot) < start).collect();
+        let running = self.writers.iter().flatten().chain(&self.open_claims).copied();
         let held = |kind: &&usize| self.rows.iter().any(|row| row.place == Place::Held && row.kind == **kind);
         let is_due = head.is_some_and(|head| head.slot <= clock);
         Look {
             at: at(clock),
-            from,
+            from: start,
             first: head.map(|head| at(head.slot)),
             oldest_xid: running.min().unwrap_or(self.next_xid),
             outlook: outlook(is_due, next, clock),
@@ -251,68 +257,80 @@ impl Server {
         }
     }
 
-    /// The rows are locked by the number, which is the claim's. `read` = the clock, when the transaction began.
-    pub(super) fn claim(&mut self, now: u64, asked_at: Moment, read: i64, kinds: &[usize], wanted: &Wanted) -> Claimed {
-        let (clock, from) = (self.now(now), self.from(now, wanted.since));
-        let mut places = self.in_order(|row| {
-            self.is_due(now, from, row)
+    /// Locks due rows, two at most, under the number of the claim's transaction, which began at `begun_at` by the database's
+    /// clock.
+    pub(super) fn claim(
+        &mut self,
+        now: u64,
+        asked_at: Moment,
+        begun_at: i64,
+        kinds: &[usize],
+        request: &ClaimRequest,
+    ) -> ClaimResult {
+        let (clock, start) = (self.clock(now), self.scan_start(now, request.since));
+        let mut indexes = self.sorted_by_slot(|row| {
+            self.is_due(now, start, row)
                 && kinds.contains(&row.kind)
                 && !self.is_paused(row.kind)
-                && !(row.large && wanted.no_large)
+                && !(row.large && request.no_large)
         });
-        let limit = if wanted.turn == Turn::Oldest { 2 } else { 1 };
-        let candidates = places.len();
-        let large = places.first().is_some_and(|first| self.rows[*first].large);
+        let limit = if request.range == ClaimRange::Oldest { 2 } else { 1 };
+        let due_rows = indexes.len();
+        let large = indexes.first().is_some_and(|first| self.rows[*first].large);
         if large {
-            places.truncate(1);
+            indexes.truncate(1);
         } else {
-            places.retain(|place| !self.rows[*place].large);
+            indexes.retain(|index| !self.rows[*index].large);
         }
-        places.truncate(limit);
-        let behind = places.first().map_or(0, |place| clock - self.rows[*place].slot);
-        let rows = (!places.is_empty()).then(|| Batch { xid: self.number(), large });
-        for place in &places {
-            let row = &mut self.rows[*place];
-            (row.place, row.was_locked) = (Place::Locked(rows.expect("some").xid), true);
+        indexes.truncate(limit);
+        let behind = indexes.first().map_or(0, |index| clock - self.rows[*index].slot);
+        let batch = (!indexes.is_empty()).then(|| Batch { xid: self.take_xid(), large });
+        for index in &indexes {
+            let row = &mut self.rows[*index];
+            (row.place, row.was_locked) = (Place::Locked(batch.expect("some").xid), true);
         }
-        self.claims.extend(rows.map(|rows| rows.xid));
-        let next =
-            self.in_order(Self::is_visible).into_iter().map(|place| self.rows[place].slot).find(|at| *at > clock);
-        Claimed {
-            turn: wanted.turn,
+        self.open_claims.extend(batch.map(|batch| batch.xid));
+        let next = self
+            .sorted_by_slot(Self::is_visible)
+            .into_iter()
+            .map(|index| self.rows[index].slot)
+            .find(|slot| *slot > clock);
+        ClaimResult {
+            range: request.range,
             asked_at,
             begin: Moment::ZERO,
-            at: at(read),
-            outlook: outlook(places.len() == limit || places.len() < candidates || large, next, clock),
+            at: at(begun_at),
+            outlook: outlook(indexes.len() == limit || indexes.len() < due_rows || large, next, clock),
             behind: Moment::from_millis(behind.unsigned_abs()),
-            rows,
+            batch,
         }
     }
 
-    /// The claim with this number has ended: its rows stand there again, or are done.
-    pub(super) fn let_go(&mut self, now: u64, xid: i64, place: Place, moved: Option<(usize, i64)>) {
-        self.claims.retain(|claim| *claim != xid);
-        let clock_behind = self.now(now) < self.highest;
+    /// Ends the claim with this number: its rows are in `place` now. `moved`: the daemon that moved them, and their new slot.
+    pub(super) fn end_claim(&mut self, now: u64, xid: i64, place: Place, moved: Option<(usize, i64)>) {
+        self.open_claims.retain(|claim| *claim != xid);
+        let clock_behind = self.clock(now) < self.highest_clock;
         for row in self.rows.iter_mut().filter(|row| row.place == Place::Locked(xid)) {
             row.place = place;
-            row.settled += u8::from(place == Place::Done);
+            row.settled_count += u8::from(place == Place::Settled);
             if let Some((daemon, slot)) = moved {
-                // The daemon's own updates notify nobody.
-                (row.slot, row.told, row.clock_behind) = (slot, Told::Daemon(daemon), clock_behind);
+                // A daemon's updates do not notify.
+                (row.slot, row.found_by, row.clock_behind) = (slot, FoundBy::Daemon(daemon), clock_behind);
             }
         }
     }
 
-    /// What a sweep saw below the mark is moved up to where its slot is now, but for what is locked. Whether that notifies.
+    /// Moves the rows that a sweep saw below the mark up to where their slot is now, unless they are locked. Returns whether
+    /// PostgreSQL notifies.
     pub(super) fn move_up(&mut self, now: u64, look: &mut Look) -> bool {
         let Some(below) = &mut look.below else { return false };
-        let (clock, from) = (self.now(now), look.from);
-        let clock_behind = clock < self.highest;
+        let (clock, start) = (self.clock(now), look.from);
+        let clock_behind = clock < self.highest_clock;
         let (mut moved, mut left) = (false, false);
-        for row in self.rows.iter_mut().filter(|row| Self::is_visible(row) && at(row.slot) < from) {
-            if row.place == Place::Waits {
-                (row.slot, row.told, row.clock_behind) = (clock, Told::Notified, clock_behind);
-                (row.written_at, row.seen_at, moved) = (now, now, true);
+        for row in self.rows.iter_mut().filter(|row| Self::is_visible(row) && at(row.slot) < start) {
+            if row.place == Place::Waiting {
+                (row.slot, row.found_by, row.clock_behind) = (clock, FoundBy::Notification, clock_behind);
+                (row.written_at, row.committed_at, moved) = (now, now, true);
             } else {
                 left = true;
             }
@@ -321,7 +339,8 @@ impl Server {
         moved
     }
 
-    /// Whether there were any: paused ones of our own kinds, and what nobody announces.
+    /// Holds due rows of the daemon's own kinds that are paused, and of kinds that no daemon announces. Returns whether any
+    /// row was held.
     pub(super) fn hold(
         &mut self,
         now: u64,
@@ -329,23 +348,23 @@ impl Server {
         kinds: &BTreeSet<usize>,
         announced: &BTreeSet<usize>,
     ) -> bool {
-        let from = self.from(now, mark);
-        let places = self.in_order(|row| {
+        let start = self.scan_start(now, mark);
+        let indexes = self.sorted_by_slot(|row| {
             let is_ours_and_paused = kinds.contains(&row.kind) && self.is_paused(row.kind);
-            self.is_due(now, from, row) && (is_ours_and_paused || !announced.contains(&row.kind))
+            self.is_due(now, start, row) && (is_ours_and_paused || !announced.contains(&row.kind))
         });
-        for place in &places {
-            self.rows[*place].place = Place::Held;
+        for index in &indexes {
+            self.rows[*index].place = Place::Held;
         }
-        !places.is_empty()
+        !indexes.is_empty()
     }
 
     pub(super) fn release(&mut self, now: u64, daemon: usize, kinds: &[String]) {
-        let clock = self.now(now);
+        let clock = self.clock(now);
         for row in self.rows.iter_mut().filter(|row| row.place == Place::Held) {
             if kinds.contains(&row.kind.to_string()) {
-                (row.place, row.slot, row.written_at, row.seen_at) = (Place::Waits, clock, now, now);
-                (row.told, row.clock_behind) = (Told::Daemon(daemon), clock < self.highest);
+                (row.place, row.slot, row.written_at, row.committed_at) = (Place::Waiting, clock, now, now);
+                (row.found_by, row.clock_behind) = (FoundBy::Daemon(daemon), clock < self.highest_clock);
             }
         }
     }

@@ -1,69 +1,70 @@
-//! What may happen in a world, one step at a time.
+//! The steps of a world.
 
-/// What may happen next.
+/// One step. Numbers without a name are a writer, a daemon or a kind, as the comment says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Step {
-    /// Time goes by, in ms.
+    /// This many ms pass.
     Pass(u64),
-    /// A writer takes its number.
+    /// A writer's transaction takes its number.
     Begin(usize),
-    /// A writer writes a row of a kind, due so many ms from now.
+    /// A writer writes a row of a kind that is due in `due_in` ms.
     Write { writer: usize, kind: usize, large: bool, due_in: i64 },
     /// A writer commits.
     Commit(usize),
     /// A writer rolls back.
     RollBack(usize),
-    /// A transaction that has nothing to do with us takes a number, and is over at once.
-    Other,
-    /// A daemon goes on with what it is at: asks, is answered, decides.
+    /// A transaction that does not touch the queue takes a number and ends at once.
+    OtherTransaction,
+    /// A daemon's loop goes on to its next stage.
     Run(usize),
-    /// Work beside a daemon's loop goes on; if it can end, it ends in this way.
-    RunBeside(usize, usize, Ends),
-    /// The next notification arrives at a daemon.
+    /// The task with this index beside a daemon's loop goes on; if it can end, it ends in this way.
+    RunBackground(usize, usize, Ending),
+    /// The notifications that were sent to a daemon arrive.
     Notify(usize),
-    /// A daemon's session for notifications is lost, with what was on its way.
-    Deafen(usize),
-    /// It has another.
-    Listen(usize),
-    /// A daemon's other sessions are lost, and what it is at fails.
-    Fail(usize),
-    /// One of them was lost, so that the others are in doubt.
+    /// A daemon's listening session is lost, and with it the notifications that have not arrived.
+    LoseListener(usize),
+    /// A daemon opens another listening session.
+    RestoreListener(usize),
+    /// All other sessions of a daemon are lost; its look or claim fails.
+    LoseSessions(usize),
+    /// One session of a daemon is lost, so the daemon doubts the others.
     Doubt(usize),
-    /// It may keep so many connections for claims.
-    Connections(usize, usize),
-    /// A daemon's broker is away.
-    Close(usize),
-    /// It is back.
-    Open(usize),
-    /// A daemon is killed. What it had locked is free.
+    /// A daemon may keep this many connections for claims.
+    SetConnections(usize, usize),
+    /// RabbitMQ is away for a daemon.
+    CloseBroker(usize),
+    /// RabbitMQ is back for a daemon.
+    OpenBroker(usize),
+    /// A daemon is killed. The rows that it had locked are free.
     Kill(usize),
-    /// It is started again.
+    /// A daemon is started again.
     Start(usize),
-    /// Its plugins are complete.
-    Learn(usize),
-    /// A person pauses a kind.
+    /// A daemon has loaded all its plugins.
+    LoadPlugins(usize),
+    /// The operator pauses a kind.
     Pause(usize),
-    /// And resumes it.
+    /// The operator resumes a kind.
     Resume(usize),
-    /// Somebody promises that all daemons look by themselves for a second.
+    /// A listener promises that all daemons poll for a second, so that triggers need not notify.
     Promise,
-    /// The database's clock is set, by so many ms.
+    /// The database's clock is set forward by this many ms, or back.
     SetClock(i64),
-    /// A standby takes over, whose clock is so many ms behind.
+    /// A standby takes over whose clock is this many ms behind.
     FailOver(i64),
 }
 
-/// How work beside a loop ends.
+/// How a task beside a loop ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Ends {
-    /// Well: all rows of a delivery have left the queue.
+pub(super) enum Ending {
+    /// Successfully: all rows of a delivery have left the queue.
     Settled,
-    /// Its rows are to be tried again, so many ms later; a sweep moves up what it finds, where it would go back to it otherwise.
-    Again(u64),
-    /// The broker did not confirm; what is no delivery fails.
+    /// The rows of a delivery are tried again this many ms later. A sweep moves the rows that it finds below the mark up;
+    /// otherwise it moves the mark back.
+    Retried(u64),
+    /// RabbitMQ did not confirm. A task that is not a delivery fails.
     Unsettled,
-    /// PostgreSQL refuses to finish them; what is no delivery fails.
+    /// PostgreSQL refuses to finish the rows. A task that is not a delivery fails.
     Refused,
-    /// A delivery panicked.
+    /// The delivery panicked.
     Panicked,
 }

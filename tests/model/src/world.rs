@@ -1,27 +1,27 @@
-//! The world around the core: rows, transactions that take a number early and commit late, notifications, several daemons whose
-//! connections fail, brokers that close, a clock that is set. Time is virtual. After every step [`World::step`] says what is
-//! wrong, by the name of the [`Invariant`].
+//! The world around the core, in virtual time: rows, transactions that take a number early and commit late, notifications,
+//! several daemons whose connections fail, brokers that close, a clock that is set. After every step, [`World::step`] checks
+//! each [`Invariant`] and returns the one that is violated.
 
 use std::collections::BTreeSet;
 
 use super::daemon::Daemon;
-use super::invariant::{Invariant, Wrong};
-use super::row::{Place, Row, Told};
+use super::invariant::{Invariant, Violation};
+use super::row::{FoundBy, Place, Row};
 use super::server::{self, Server};
-use super::step::{Ends, Step};
-use super::times::{PATIENCE, START, SWEEP};
+use super::step::{Ending, Step};
+use super::times::{OPEN_FOR_LONG, START, SWEEP};
 
-/// Rows that others had locked are asked for again after at most so long, in ms.
-const AGAIN: u64 = 1_000;
-/// A transaction that found a promise and is open for longer is left to the sweep, in ms.
-const SILENCE: u64 = 4_000;
-/// Statements of a daemon in a minute in which nothing happens, at most: a sweep every 5 s, and one more.
-const IDLE: u32 = 13;
+/// A row that another session had locked is found within this many ms after it is free.
+const RETRY_WITHIN: u64 = 1_000;
+/// Rows of a transaction that found a promise and stayed open for longer than this, in ms, are left to the sweep.
+const POLLED_FOR: u64 = 4_000;
+/// A daemon sends at most this many statements in a minute in which nothing happens: a sweep every 5 s, and one more.
+const MAX_IDLE_STATEMENTS: u32 = 13;
 
-/// Everything.
+/// The state of the world.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct World {
-    /// In ms.
+    /// The time, in ms.
     pub(super) now: u64,
     pub(super) server: Server,
     pub(super) daemons: Vec<Daemon>,
@@ -29,57 +29,58 @@ pub(super) struct World {
 }
 
 impl World {
-    /// So many writers, and a daemon for each of `kinds`, which are those that it serves.
+    /// A world with this many writers, and a daemon for each entry of `kinds`, which lists the kinds that the daemon serves.
     pub(super) fn new(writers: usize, kinds: &[&[usize]]) -> Self {
         let daemons = kinds.iter().enumerate().map(|(number, kinds)| Daemon::new(number, kinds, START)).collect();
         let kinds = kinds.iter().flat_map(|kinds| kinds.iter()).max().map_or(0, |kind| kind + 1);
         Self { now: START, server: Server::new(writers), daemons, kinds }
     }
 
-    /// A row of before, due so many ms ago.
-    pub(super) fn with_row(mut self, kind: usize, ago: i64) -> Self {
-        self.server.old_row(self.now, kind, ago);
+    /// Adds a row that was written before the beginning, due this many ms ago.
+    pub(super) fn with_old_row(mut self, kind: usize, ago: i64) -> Self {
+        self.server.add_old_row(self.now, kind, ago);
         self
     }
 
-    /// One step. What cannot happen now does not.
+    /// Takes one step. A step that is impossible in this state changes nothing.
     ///
     /// # Errors
     ///
-    /// What is wrong afterwards.
-    pub(super) fn step(&mut self, step: Step) -> Result<(), Wrong> {
+    /// The invariant that is violated afterwards.
+    pub(super) fn step(&mut self, step: Step) -> Result<(), Violation> {
         let Self { now, server, daemons, .. } = self;
         let mut notifies = false;
         match step {
             Step::Pass(ms) => {
                 *now += ms;
                 if ms > 0 {
-                    daemons.iter_mut().for_each(Daemon::time_passes);
+                    daemons.iter_mut().for_each(Daemon::reset_actions);
                 }
             }
             Step::Begin(writer) => server.begin(writer),
             Step::Write { writer, kind, large, due_in } => server.write(*now, writer, kind, large, due_in),
             Step::Commit(writer) => notifies = server.commit(*now, writer),
             Step::RollBack(writer) => server.roll_back(writer),
-            Step::Other => drop(server.number()),
-            Step::Run(daemon) => daemons[daemon]
-                .run(*now, server)
-                .map_err(|(invariant, what)| Wrong { invariant, what: format!("{what}\n{:?}", daemons[daemon]) })?,
-            Step::RunBeside(daemon, work, ends) => {
-                let announced: BTreeSet<usize> = daemons.iter().flat_map(Daemon::announces).collect();
-                notifies = daemons[daemon].run_beside(*now, server, work, ends, &announced);
+            Step::OtherTransaction => drop(server.take_xid()),
+            Step::Run(daemon) => daemons[daemon].run(*now, server).map_err(|(invariant, details)| Violation {
+                invariant,
+                details: format!("{details}\n{:?}", daemons[daemon]),
+            })?,
+            Step::RunBackground(daemon, task, ending) => {
+                let announced: BTreeSet<usize> = daemons.iter().flat_map(Daemon::announced_kinds).collect();
+                notifies = daemons[daemon].run_background(*now, server, task, ending, &announced);
             }
-            Step::Notify(daemon) => daemons[daemon].hear(),
-            Step::Deafen(daemon) => daemons[daemon].deafen(),
-            Step::Listen(daemon) => daemons[daemon].listen(),
-            Step::Fail(daemon) => daemons[daemon].fail(*now, server),
-            Step::Doubt(daemon) => daemons[daemon].doubt(),
-            Step::Connections(daemon, connections) => daemons[daemon].connections(connections),
-            Step::Close(daemon) => daemons[daemon].broker(false),
-            Step::Open(daemon) => daemons[daemon].broker(true),
+            Step::Notify(daemon) => daemons[daemon].receive_notifications(),
+            Step::LoseListener(daemon) => daemons[daemon].lose_listener(),
+            Step::RestoreListener(daemon) => daemons[daemon].restore_listener(),
+            Step::LoseSessions(daemon) => daemons[daemon].lose_sessions(*now, server),
+            Step::Doubt(daemon) => daemons[daemon].add_doubt(),
+            Step::SetConnections(daemon, connections) => daemons[daemon].set_connections(connections),
+            Step::CloseBroker(daemon) => daemons[daemon].set_broker_open(false),
+            Step::OpenBroker(daemon) => daemons[daemon].set_broker_open(true),
             Step::Kill(daemon) => daemons[daemon].kill(*now, server),
             Step::Start(daemon) => daemons[daemon].start(*now),
-            Step::Learn(daemon) => daemons[daemon].learn(),
+            Step::LoadPlugins(daemon) => daemons[daemon].load_plugins(),
             Step::Pause(kind) | Step::Resume(kind) => {
                 server.pause(kind, matches!(step, Step::Pause(_)));
                 notifies = true;
@@ -92,124 +93,132 @@ impl World {
             Step::FailOver(behind) => {
                 server.fail_over(behind);
                 for daemon in daemons.iter_mut() {
-                    daemon.fail(*now, server);
-                    daemon.deafen();
+                    daemon.lose_sessions(*now, server);
+                    daemon.lose_listener();
                 }
             }
         }
         if notifies {
-            daemons.iter_mut().for_each(Daemon::is_notified);
+            daemons.iter_mut().for_each(Daemon::notify);
         }
         self.check()
     }
 
-    /// What must be so in every state.
-    fn check(&self) -> Result<(), Wrong> {
+    /// Checks the invariants of every state.
+    fn check(&self) -> Result<(), Violation> {
         for row in &self.server.rows {
-            if row.settled > 1 {
-                return Err(self.wrong(Invariant::Twice, &format!("{row:?}")));
+            if row.settled_count > 1 {
+                return Err(self.violation(Invariant::SettledTwice, &format!("{row:?}")));
             }
-            // The clock that the claim went by may have been set since.
-            if matches!(row.place, Place::Locked(_)) && row.slot > self.server.now(self.now) && !self.server.was_set() {
-                return Err(self.wrong(Invariant::Early, &format!("{row:?}")));
+            // If the clock was set, it may show an earlier time now than at the claim.
+            if matches!(row.place, Place::Locked(_))
+                && row.slot > self.server.clock(self.now)
+                && !self.server.clock_was_set()
+            {
+                return Err(self.violation(Invariant::ClaimedEarly, &format!("{row:?}")));
             }
         }
         for (number, daemon) in self.daemons.iter().enumerate() {
-            if let Some(what) = self.below_the_mark(daemon) {
-                return Err(self.wrong(Invariant::Mark, &what));
+            if let Some(details) = self.row_below_mark(daemon) {
+                return Err(self.violation(Invariant::Mark, &details));
             }
-            if let Some(what) = self.asleep_over(number, daemon) {
-                return Err(self.wrong(Invariant::Asleep, &what));
+            if let Some(details) = self.overslept_row(number, daemon) {
+                return Err(self.violation(Invariant::Oversleeping, &details));
             }
         }
         Ok(())
     }
 
-    fn wrong(&self, invariant: Invariant, what: &str) -> Wrong {
-        let (now, clock) = (self.now - START, self.server.now(self.now));
-        Wrong { invariant, what: format!("{what}\nat {now} ms, clock {clock}\n{:?}\n{:?}", self.daemons, self.server) }
+    fn violation(&self, invariant: Invariant, details: &str) -> Violation {
+        let (now, clock) = (self.now - START, self.server.clock(self.now));
+        Violation {
+            invariant,
+            details: format!("{details}\nat {now} ms, clock {clock}\n{:?}\n{:?}", self.daemons, self.server),
+        }
     }
 
-    /// The mark is never above a row that waits or may still appear, but for a transaction that is open for longer than a
-    /// minute, for what was due a minute before the mark was given up and no sweep has looked for since, and for what was
-    /// written while the clock was behind.
-    fn below_the_mark(&self, daemon: &Daemon) -> Option<String> {
+    /// A row that waits or may still appear and that the mark is above. Three kinds of rows do not count: rows of a
+    /// transaction that is open for longer than a minute, rows that were due a minute before the mark was given up while no
+    /// sweep has looked below it since, and rows that were written while the clock showed an earlier time than before.
+    fn row_below_mark(&self, daemon: &Daemon) -> Option<String> {
         let core = daemon.core()?;
-        let (mark, long_ago) = (core.mark()?, self.server.highest(self.now) - i64::try_from(PATIENCE).ok()?);
+        let (mark, long_ago) = (core.mark()?, self.server.highest_clock(self.now) - i64::try_from(OPEN_FOR_LONG).ok()?);
         let row = self.server.rows.iter().find(|row| {
-            // By the database's clock, which may have been set forward.
-            let open_for_long = matches!(row.place, Place::Unseen(_)) && row.slot <= long_ago;
-            let was_open_for_long = row.seen_at - row.written_at + self.server.set_forward() >= PATIENCE;
+            // The mark goes by the database's clock, which may have been set forward.
+            let open_for_long = matches!(row.place, Place::Uncommitted(_)) && row.slot <= long_ago;
+            let was_open_for_long = row.committed_at - row.written_at + self.server.set_forward() >= OPEN_FOR_LONG;
             let found_by_sweep = !core.is_swept() && row.slot < long_ago;
-            row.is_in_the_queue()
+            row.is_in_queue()
                 && server::at(row.slot) < mark
                 && !open_for_long
                 && !was_open_for_long
                 && !found_by_sweep
                 && !row.clock_behind
-                && !daemon.will_doubt()
+                && !daemon.has_unreported_doubt()
         })?;
         Some(format!("the mark {mark} is above {row:?}"))
     }
 
-    /// Whether a daemon may claim it now.
-    fn is_for(&self, row: &Row, daemon: &Daemon) -> bool {
-        row.place == Place::Waits && daemon.serves(row.kind) && !self.server.is_paused(row.kind)
+    /// Whether a daemon may claim the row, once it is due.
+    fn can_claim(&self, row: &Row, daemon: &Daemon) -> bool {
+        row.place == Place::Waiting && daemon.serves(row.kind) && !self.server.is_paused(row.kind)
     }
 
-    /// No daemon sleeps over a row that it could deliver, and was told of.
-    fn asleep_over(&self, number: usize, daemon: &Daemon) -> Option<String> {
-        let until = daemon.sleeps_undisturbed()?;
+    /// A due row that the daemon could deliver and should find before its sleep ends.
+    fn overslept_row(&self, number: usize, daemon: &Daemon) -> Option<String> {
+        let until = daemon.undisturbed_sleep_until()?;
         let bound = |row: &Row| {
-            let open_for = row.seen_at - row.written_at;
-            let bound = match row.told {
-                Told::Notified => self.now,
-                Told::Daemon(mover) if mover == number => self.now,
-                // It looks ever less often: a row is not found much later, after its commit, than its transaction was open.
-                Told::Promised if open_for < SILENCE => {
-                    let gap = 10 + self.server.since_promise(self.now);
-                    (self.now + gap).max(row.seen_at + open_for + 120)
+            let open_for = row.committed_at - row.written_at;
+            let bound = match row.found_by {
+                FoundBy::Notification => self.now,
+                FoundBy::Daemon(mover) if mover == number => self.now,
+                // Looks become ever less frequent: a row is found after its commit within about the time for which its
+                // transaction was open.
+                FoundBy::Polling if open_for < POLLED_FOR => {
+                    let interval = 10 + self.server.ms_since_promise(self.now);
+                    (self.now + interval).max(row.committed_at + open_for + 120)
                 }
-                Told::Promised | Told::Daemon(_) | Told::Nobody => self.now + SWEEP,
+                FoundBy::Polling | FoundBy::Daemon(_) | FoundBy::Sweep => self.now + SWEEP,
             };
-            // The daemon that had locked it rolled back, which notifies nobody. One that delivers others looks at their end.
-            let again = if daemon.loads().next().is_some() { SWEEP } else { AGAIN };
+            // A daemon that had locked the row and rolled back does not notify. A daemon that is delivering looks at the end
+            // of that delivery.
+            let retry = if daemon.lanes().next().is_some() { SWEEP } else { RETRY_WITHIN };
             let bound = if row.clock_behind { bound.max(self.now + SWEEP) } else { bound };
-            let bound = if row.was_locked { bound.max(self.now + again) } else { bound };
-            // What the clock jumped over is found by the next look.
-            bound.max(self.server.set_forward_at.map_or(0, |at| at + SWEEP + AGAIN))
+            let bound = if row.was_locked { bound.max(self.now + retry) } else { bound };
+            // Rows whose due time the clock jumped over are found by the next look.
+            bound.max(self.server.set_forward_at.map_or(0, |at| at + SWEEP + RETRY_WITHIN))
         };
-        // What may be below the mark is found by the sweep.
-        let from = self.server.from(self.now, daemon.core()?.mark());
+        // Rows that may be below the mark are found by the sweep.
+        let from = self.server.scan_start(self.now, daemon.core()?.mark());
         let row = self.server.rows.iter().find(|row| {
-            let is_due = row.slot <= self.server.now(self.now) && from <= server::at(row.slot);
+            let is_due = row.slot <= self.server.clock(self.now) && from <= server::at(row.slot);
             is_due
-                && self.is_for(row, daemon)
-                && !(row.large && daemon.loads().any(|load| load.large))
+                && self.can_claim(row, daemon)
+                && !(row.large && daemon.lanes().any(|lane| lane.large))
                 && until > bound(row)
         })?;
         Some(format!("it sleeps until {} ms over {row:?}", until - START))
     }
 
-    /// The first row that is due and served by somebody who lives and not paused, or held and served and not paused.
-    fn unrest(&self) -> Option<&Row> {
+    /// The first row that is due or held, whose kind a running daemon serves and is not paused.
+    fn unfinished_row(&self) -> Option<&Row> {
         self.server.rows.iter().find(|row| {
-            let is_due = row.slot <= self.server.now(self.now);
+            let is_due = row.slot <= self.server.clock(self.now);
             let waits = match row.place {
-                Place::Waits | Place::Locked(_) => is_due,
+                Place::Waiting | Place::Locked(_) => is_due,
                 Place::Held => true,
-                Place::Unseen(_) | Place::Done => false,
+                Place::Uncommitted(_) | Place::Settled => false,
             };
             waits && !self.server.is_paused(row.kind) && self.daemons.iter().any(|daemon| daemon.serves(row.kind))
         })
     }
 
-    /// Ends all faults, and runs until nothing is due.
+    /// Ends all faults, and runs until no row is due.
     ///
     /// # Errors
     ///
-    /// What is wrong on the way, or that it does not come to rest in time.
-    pub(super) fn come_to_rest(&mut self) -> Result<(), Wrong> {
+    /// The invariant that is violated on the way, or [`Invariant::Recovery`] if a row is not delivered in time.
+    pub(super) fn recover(&mut self) -> Result<(), Violation> {
         for writer in 0..self.server.writers() {
             self.step(Step::Commit(writer))?;
         }
@@ -217,85 +226,89 @@ impl World {
             self.step(Step::Resume(kind))?;
         }
         for daemon in 0..self.daemons.len() {
-            for step in [Step::Start, Step::Learn, Step::Open, Step::Listen] {
+            for step in [Step::Start, Step::LoadPlugins, Step::OpenBroker, Step::RestoreListener] {
                 self.step(step(daemon))?;
             }
-            self.step(Step::Connections(daemon, 10))?;
+            self.step(Step::SetConnections(daemon, 10))?;
         }
-        // A row falls due meanwhile, or is found by the sweep; each batch of the model is two rows.
+        // Rows become due meanwhile, or are found by the sweep. Each batch has two rows at most.
         let since = self.now;
         loop {
-            self.run_all()?;
-            let Some(row) = self.unrest() else { return Ok(()) };
-            let within = self.daemons.iter().map(|daemon| daemon.finds_within(since)).max().unwrap_or(0);
-            let due_at = self.now - u64::try_from(self.server.now(self.now) - row.slot).unwrap_or(0);
+            self.run_until_asleep()?;
+            let Some(row) = self.unfinished_row() else { return Ok(()) };
+            let within = self.daemons.iter().map(|daemon| daemon.finds_within_ms(since)).max().unwrap_or(0);
+            let due_at = self.now - u64::try_from(self.server.clock(self.now) - row.slot).unwrap_or(0);
             if self.now > since.max(due_at) + within {
-                return Err(self.wrong(Invariant::Rest, &format!("{row:?} is not delivered within {within} ms")));
+                return Err(
+                    self.violation(Invariant::Recovery, &format!("{row:?} is not delivered within {within} ms"))
+                );
             }
-            self.sleep(u64::MAX)?;
+            self.sleep_until_next(u64::MAX)?;
         }
     }
 
-    /// Until the next daemon wakes, or until `end`.
-    fn sleep(&mut self, end: u64) -> Result<(), Wrong> {
-        let next = self.daemons.iter().filter_map(Daemon::until).min().unwrap_or(self.now + SWEEP).min(end);
+    /// Lets time pass until the next daemon wakes, or until `end`.
+    fn sleep_until_next(&mut self, end: u64) -> Result<(), Violation> {
+        let next = self.daemons.iter().filter_map(Daemon::sleeps_until).min().unwrap_or(self.now + SWEEP).min(end);
         self.step(Step::Pass(next.saturating_sub(self.now).max(1)))
     }
 
-    /// Goes on for a minute after it came to rest and some more, and counts the statements.
+    /// Runs until the queue is empty, for 90 s at least, and then counts the statements of a minute.
     ///
     /// # Errors
     ///
-    /// What is wrong on the way, or that there are too many.
-    pub(super) fn idle(&mut self) -> Result<(), Wrong> {
-        let (far, too_far) = (self.now + 90_000, self.now + 1_800_000);
-        while self.now < far || self.server.rows.iter().any(Row::is_in_the_queue) {
-            if self.now > too_far {
-                return Err(self.wrong(Invariant::Rest, "a row that nobody serves is still in the queue"));
+    /// The invariant that is violated on the way, or [`Invariant::Idle`] if there are too many statements.
+    pub(super) fn check_idle(&mut self) -> Result<(), Violation> {
+        let (earliest, latest) = (self.now + 90_000, self.now + 1_800_000);
+        while self.now < earliest || self.server.rows.iter().any(Row::is_in_queue) {
+            if self.now > latest {
+                return Err(self.violation(Invariant::Recovery, "a row that no daemon serves is still in the queue"));
             }
-            self.sleep(u64::MAX)?;
-            self.run_all()?;
+            self.sleep_until_next(u64::MAX)?;
+            self.run_until_asleep()?;
         }
         let before: Vec<u32> = self.daemons.iter().map(Daemon::statements).collect();
         let end = self.now + 60_000;
         while self.now < end {
-            self.sleep(end)?;
-            self.run_all()?;
+            self.sleep_until_next(end)?;
+            self.run_until_asleep()?;
         }
         for (daemon, before) in self.daemons.iter().zip(before) {
             let statements = daemon.statements() - before;
-            // One that looks and one that sweeps, if a sweep was slow.
-            if statements > IDLE || daemon.is_troubled() {
-                return Err(self.wrong(Invariant::Idle, &format!("{statements} statements in a minute by {daemon:?}")));
+            // If a sweep was slow, looks and sweeps are separate statements.
+            if statements > MAX_IDLE_STATEMENTS || daemon.remembers_failure() {
+                return Err(
+                    self.violation(Invariant::Idle, &format!("{statements} statements in a minute by {daemon:?}"))
+                );
             }
         }
         Ok(())
     }
 
-    /// Lets daemons go on as far as it makes no difference when they do.
-    pub(super) fn run_by_themselves(&mut self) -> Result<(), Wrong> {
+    /// Runs the loops of all daemons through stages that no other daemon or writer could notice.
+    pub(super) fn run_unnoticed(&mut self) -> Result<(), Violation> {
         for daemon in 0..self.daemons.len() {
-            while self.daemons[daemon].is_by_itself(self.now) {
+            while self.daemons[daemon].can_continue_unnoticed(self.now) {
                 self.step(Step::Run(daemon))?;
             }
         }
         Ok(())
     }
 
-    /// Lets everything go on that can, until all daemons sleep.
-    pub(super) fn run_all(&mut self) -> Result<(), Wrong> {
+    /// Runs loops and tasks, and delivers notifications, until all daemons sleep.
+    pub(super) fn run_until_asleep(&mut self) -> Result<(), Violation> {
         for _ in 0..10_000 {
             let mut ran = false;
             for daemon in 0..self.daemons.len() {
-                for work in (0..self.daemons[daemon].beside()).rev() {
+                for task in (0..self.daemons[daemon].background_tasks()).rev() {
                     ran = true;
-                    self.step(Step::RunBeside(daemon, work, Ends::Settled))?;
+                    self.step(Step::RunBackground(daemon, task, Ending::Settled))?;
                 }
                 while self.daemons[daemon].has_notifications() {
                     ran = true;
                     self.step(Step::Notify(daemon))?;
                 }
-                if self.daemons[daemon].is_busy(self.now) {
+                if self.daemons[daemon].can_continue(self.now) {
                     ran = true;
                     self.step(Step::Run(daemon))?;
                 }
@@ -304,6 +317,6 @@ impl World {
                 return Ok(());
             }
         }
-        Err(self.wrong(Invariant::Turns, "it never sleeps"))
+        Err(self.violation(Invariant::Spinning, "it never sleeps"))
     }
 }

@@ -1,34 +1,34 @@
-//! Whatever happens, in any order.
+//! Random events in random order.
 
 use proptest::prelude::*;
 
 use super::super::*;
 use super::scene::{START, SWEEP, Scene, ms};
 
-/// What may happen, and how long after the last.
-fn happening() -> impl Strategy<Value = (u64, u8, bool, bool, Option<u64>)> {
+/// An event, and how long after the last it happens.
+fn random_event() -> impl Strategy<Value = (u64, u8, bool, bool, Option<u64>)> {
     (0..3_000_u64, 0..10_u8, any::<bool>(), any::<bool>(), proptest::option::of(0..20_000_u64))
 }
 
 proptest! {
     #[test]
-    fn whatever_happens_it_never_turns_without_waiting_and_never_sleeps_longer_than_the_sweep(
-        happenings in prop::collection::vec(happening(), 1..60),
+    fn the_loop_never_spins_and_never_sleeps_for_longer_than_a_sweep_interval(
+        events in prop::collection::vec(random_event(), 1..60),
     ) {
         let mut scene = Scene { core: Core::new(SWEEP), now: START };
         let (mut lanes, mut hold, mut release, mut sweep) = (0, false, false, false);
-        for (pass, what, first, second, next_in) in happenings {
-            let (mut claim_policy, begun) = (0, scene.now);
+        for (pass, event, first, second, next_in) in events {
+            let (mut actions, begun) = (0, scene.now);
             let until = loop {
-                claim_policy += 1;
+                actions += 1;
                 let passed = scene.now.saturating_sub(begun);
-                prop_assert!(claim_policy < 12 || passed > claim_policy * SHORTEST / 3, "it claim_policy without waiting: {:?}", scene.core);
-                let next_in = next_in.filter(|_| claim_policy < 30).map(ms);
+                prop_assert!(actions < 12 || passed > actions * SHORTEST_SLEEP / 3, "it spins: {:?}", scene.core);
+                let next_in = next_in.filter(|_| actions < 30).map(ms);
                 match scene.next() {
                     Action::Look => scene.looked(first && lanes == 0, next_in),
-                    Action::Claim(wanted) => {
-                        // What is due can be claimed, or others have it.
-                        scene.now = scene.now.max(wanted.not_before);
+                    Action::Claim(request) => {
+                        // The due rows can be claimed, or others have locked them.
+                        scene.now = scene.now.max(request.not_before);
                         lanes += usize::from(second);
                         scene.claimed(second, false, next_in);
                     }
@@ -39,23 +39,23 @@ proptest! {
                 }
             };
             prop_assert!(until > scene.now && until.saturating_sub(scene.now) <= Duration::from_secs(30));
-            prop_assert!(scene.core.rest.is_some() || until.saturating_sub(scene.now) <= SWEEP, "{:?}", scene.core);
+            prop_assert!(scene.core.backing_off.is_some() || until.saturating_sub(scene.now) <= SWEEP, "{:?}", scene.core);
             scene.now = (scene.now + ms(pass)).min(until);
-            match what {
+            match event {
                 0 => scene.woken(Reason::Notification),
                 1 => scene.woken(Reason::Broker),
                 2 | 3 if lanes > 0 => {
                     lanes -= 1;
-                    scene.ended(End::Settled { some_left: first, some_stay: second });
+                    scene.ended(DeliveryEnd::Settled { some_left: first, some_stay: second });
                 }
                 4 if lanes > 0 => {
                     lanes -= 1;
-                    scene.ended(if first { End::Unsettled } else { End::Failed });
+                    scene.ended(if first { DeliveryEnd::Unsettled } else { DeliveryEnd::Failed });
                 }
-                5 if std::mem::take(&mut hold) => scene.happens(Event::Held(first)),
-                6 if std::mem::take(&mut release) => scene.happens(Event::Released),
+                5 if std::mem::take(&mut hold) => scene.handle(Event::Held(first)),
+                6 if std::mem::take(&mut release) => scene.handle(Event::Released),
                 7 if std::mem::take(&mut sweep) => scene.swept(None),
-                8 => scene.happens(Event::Failed(Work::Asking)),
+                8 => scene.handle(Event::Failed(Operation::LookOrClaim)),
                 _ => {}
             }
         }

@@ -1,11 +1,11 @@
-//! What claims, their deliveries and sweeps lead to.
+//! Which actions follow the results of claims, deliveries and sweeps.
 
 use super::super::*;
 use super::ALL_LEFT;
 use super::scene::{OPEN, SWEEP, Scene, look, ms};
 
 #[test]
-fn a_row_that_is_not_quite_due_by_the_clock_of_the_database_is_claimed_again_at_its_moment() {
+fn a_row_that_is_not_quite_due_by_the_clock_of_the_database_is_claimed_again_when_it_is() {
     let mut scene = Scene::quiet();
     for (next_in, again) in [(300, 300), (100, 200)] {
         scene.woken(Reason::Notification);
@@ -20,7 +20,7 @@ fn a_row_that_is_not_quite_due_by_the_clock_of_the_database_is_claimed_again_at_
     scene.looked(true, None);
     scene.claims();
     scene.claimed(false, false, Some(HEAD_START));
-    assert_eq!(scene.next(), Action::Hold, "others may have what is due");
+    assert_eq!(scene.next(), Action::Hold, "others may have locked the due rows");
 }
 
 #[test]
@@ -32,7 +32,7 @@ fn a_claim_tells_when_the_next_row_is_due() {
 }
 
 #[test]
-fn a_delivery_that_the_broker_did_not_confirm_is_no_reason_to_rest_if_the_broker_is_away() {
+fn it_backs_off_after_an_unconfirmed_delivery_only_if_the_broker_is_open() {
     for broker_open in [false, true] {
         let mut scene = Scene::quiet();
         scene.woken(Reason::Notification);
@@ -40,38 +40,39 @@ fn a_delivery_that_the_broker_did_not_confirm_is_no_reason_to_rest_if_the_broker
         scene.claims();
         scene.claimed(true, false, None);
         assert!(matches!(scene.core.next(scene.now, Environment { broker_open, ..OPEN }), Action::Sleep(..)));
-        scene.ended(End::Unsettled);
+        scene.ended(DeliveryEnd::Unsettled);
         scene.woken(Reason::Broker);
         assert_eq!(scene.next() == Action::Look, !broker_open);
     }
 }
 
 #[test]
-fn the_end_of_a_delivery_is_a_reason_to_look_if_it_leaves_something() {
-    let (large, small) = (Load { turn: Turn::Oldest, large: true }, Load { turn: Turn::Oldest, large: false });
-    let left = |some_stay| End::Settled { some_left: true, some_stay };
-    for (load, end, looks) in [(small, left(false), false), (small, left(true), true), (large, left(false), true)] {
+fn it_looks_after_a_delivery_if_rows_stay_or_if_the_row_was_large() {
+    let (large, small) =
+        (Lane { range: ClaimRange::Oldest, large: true }, Lane { range: ClaimRange::Oldest, large: false });
+    let left = |some_stay| DeliveryEnd::Settled { some_left: true, some_stay };
+    for (lane, end, looks) in [(small, left(false), false), (small, left(true), true), (large, left(false), true)] {
         let mut scene = Scene::quiet();
         scene.woken(Reason::Notification);
         scene.looked(true, None);
         scene.claims();
         scene.claimed(true, false, None);
-        scene.happens(Event::DeliveryEnded(load, end));
-        assert_eq!(scene.next() == Action::Look, looks, "{load:?}");
+        scene.handle(Event::DeliveryEnded(lane, end));
+        assert_eq!(scene.next() == Action::Look, looks, "{lane:?}");
     }
 }
 
 #[test]
-fn what_a_sweep_finds_due_is_claimed() {
+fn rows_that_a_sweep_finds_due_are_claimed() {
     let mut scene = Scene::quiet();
     scene.now += SWEEP;
     assert_eq!(scene.next(), Action::Sweep);
-    scene.happens(Event::Swept(Some((scene.now, look(scene.now, true, None)))));
+    scene.handle(Event::Swept(Some((scene.now, look(scene.now, true, None)))));
     scene.claims();
 }
 
 #[test]
-fn a_sweep_is_news_unless_somebody_has_asked_since_it_began() {
+fn the_result_of_a_sweep_counts_unless_a_look_has_answered_since_it_began() {
     for looked in [false, true] {
         let mut scene = Scene::quiet();
         scene.now += SWEEP;
@@ -81,7 +82,7 @@ fn a_sweep_is_news_unless_somebody_has_asked_since_it_began() {
             scene.woken(Reason::Notification);
             scene.looked(false, Some(ms(700)));
         }
-        scene.happens(Event::Swept(Some((asked_at, look(asked_at, false, Some(ms(300)))))));
+        scene.handle(Event::Swept(Some((asked_at, look(asked_at, false, Some(ms(300)))))));
         let expected = if looked { 700 } else { 300 };
         assert_eq!(scene.sleeps(), (ms(expected).saturating_sub(HEAD_START), Reason::Due));
     }

@@ -1,11 +1,11 @@
-//! A core in the hands of a test.
+//! A core that a test drives, and the moment.
 
 use super::super::*;
 use crate::queue::{Below, Look, Outlook, Promise};
 
 pub(super) const SWEEP: Duration = Duration::from_secs(5);
 pub(super) const OPEN: Environment = Environment { broker_open: true, connections: 10, doubt: 0, knows_kinds: true };
-/// Late enough that nothing is ever before the beginning.
+/// The first moment: late enough that no test goes back before the start of the loop.
 pub(super) const START: Moment = Duration::from_hours(1);
 
 pub(super) fn ms(ms: u64) -> Duration {
@@ -39,7 +39,7 @@ pub(super) struct Scene {
 }
 
 impl Scene {
-    /// A daemon that has looked and swept, and found nothing.
+    /// A core that has looked and swept, and found nothing.
     pub(super) fn quiet() -> Self {
         let mut scene = Self { core: Core::new(SWEEP), now: START };
         assert_eq!(scene.next(), Action::Look);
@@ -49,7 +49,7 @@ impl Scene {
         scene
     }
 
-    /// The same daemon, which was then notified, and sees rows that are due.
+    /// A core that was notified, looked, and saw due rows.
     pub(super) fn with_due_rows() -> Self {
         let mut scene = Self::quiet();
         scene.woken(Reason::Notification);
@@ -61,70 +61,70 @@ impl Scene {
         self.core.next(self.now, OPEN)
     }
 
-    pub(super) fn happens(&mut self, event: Event) {
+    pub(super) fn handle(&mut self, event: Event) {
         self.core.handle(self.now, event);
     }
 
     pub(super) fn woken(&mut self, reason: Reason) {
-        self.happens(Event::Woken(reason.into()));
+        self.handle(Event::Woken(reason.into()));
     }
 
     pub(super) fn looked(&mut self, due: bool, next_in: Option<Duration>) {
-        self.happens(Event::Looked(self.now, look(self.now, due, next_in)));
+        self.handle(Event::Looked(self.now, look(self.now, due, next_in)));
     }
 
     pub(super) fn swept(&mut self, below: Option<Below>) {
-        self.happens(Event::Swept(Some((self.now, Look { below, ..look(self.now, false, None) }))));
+        self.handle(Event::Swept(Some((self.now, Look { below, ..look(self.now, false, None) }))));
     }
 
-    /// A claim of the oldest came to this.
+    /// Reports the result of a claim of the oldest rows.
     pub(super) fn claimed(&mut self, rows: bool, more: bool, next_in: Option<Duration>) {
-        let rows = rows.then_some(Batch { xid: 1, large: false });
-        self.happens(Event::Claimed(Claimed {
-            turn: Turn::Oldest,
+        let batch = rows.then_some(Batch { xid: 1, large: false });
+        self.handle(Event::Claimed(ClaimResult {
+            range: ClaimRange::Oldest,
             asked_at: self.now,
             begin: Duration::ZERO,
             at: at(self.now),
             outlook: Outlook { due: more, next_in },
             behind: Duration::ZERO,
-            rows,
+            batch,
         }));
     }
 
-    pub(super) fn ended(&mut self, end: End) {
-        self.happens(Event::DeliveryEnded(Load { turn: Turn::Oldest, large: false }, end));
+    pub(super) fn ended(&mut self, end: DeliveryEnd) {
+        self.handle(Event::DeliveryEnded(Lane { range: ClaimRange::Oldest, large: false }, end));
     }
 
-    /// How long it sleeps now, and why it wakes then.
+    /// How long the core sleeps now, and the reason to wake then.
     pub(super) fn sleeps(&mut self) -> (Duration, Reason) {
         match self.next() {
-            Action::Sleep(until, why) => (until.saturating_sub(self.now), why),
+            Action::Sleep(until, reason) => (until.saturating_sub(self.now), reason),
             other => panic!("{other:?} {:?}", self.core),
         }
     }
 
-    /// Whether it claims now, and from when on.
+    /// Asserts that the core claims now; returns the moment before which the claim is not sent.
     pub(super) fn claims(&mut self) -> Moment {
         match self.next() {
-            Action::Claim(wanted) => wanted.not_before,
+            Action::Claim(request) => request.not_before,
             other => panic!("{other:?}"),
         }
     }
 
-    /// It claims, and gets nothing.
+    /// The core claims, and gets nothing.
     pub(super) fn claims_nothing(&mut self) {
         self.claims();
         self.claimed(false, false, None);
     }
 
-    /// Until it claims, with care if PostgreSQL refuses.
+    /// Answers looks and sweeps with due rows until the core claims; carefully, if PostgreSQL refuses to finish rows.
     pub(super) fn claims_or_looks(&mut self) {
         loop {
             match self.next() {
                 Action::Look => self.looked(true, None),
-                Action::Sweep => self.happens(Event::Swept(Some((self.now, look(self.now, true, None))))),
-                Action::Claim(wanted) => {
-                    assert_eq!(wanted.careful, self.core.refusal().is_some());
+                Action::Sweep => self.handle(Event::Swept(Some((self.now, look(self.now, true, None))))),
+                Action::Claim(request) => {
+                    assert_eq!(request.careful, self.core.refusal().is_some());
                     return;
                 }
                 other => panic!("{other:?}"),

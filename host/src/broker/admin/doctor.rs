@@ -1,24 +1,26 @@
-//! What `tidings doctor` asks of the broker over AMQP: whether what is ours is there, and is what we would declare. Only
-//! what is there is declared, so that nothing is made.
+//! What `tidings doctor` asks of RabbitMQ over AMQP: whether the daemon's exchanges and queues exist, and are as the
+//! daemon would declare them.
+//!
+//! Must never create anything: it declares only what exists.
 
 use lapin::Connection;
 
 use crate::broker::topology;
-use crate::broker::topology::{OwnEntity, Permitted};
+use crate::broker::topology::{DeclareResult, DeclaredEntity};
 use crate::broker::{Broker, BrokerError, CLOSE_DEADLINE, QueueType};
 
-/// What was found of one.
+/// What the doctor found of an exchange or a queue.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Found {
-    /// It is what the daemon would declare; of a queue, with as many letters in it.
+    /// It is as the daemon would declare it. A queue has this many messages.
     Ours(u32),
-    /// It is there, and our user may not declare it, so nobody has compared it; of a queue, with as many letters in it.
+    /// It exists, but the daemon's user may not declare it, so it was not compared. A queue has this many messages.
     AsItIs(u32),
-    /// It is not there, in the broker's words.
+    /// It does not exist, in RabbitMQ's words.
     Absent(String),
 }
 
-/// A connection that only looks.
+/// A connection for the doctor's checks.
 #[derive(Debug)]
 pub struct Visit {
     connection: Connection,
@@ -27,36 +29,37 @@ pub struct Visit {
 }
 
 impl Broker {
-    /// Opens a connection, and declares nothing on it.
+    /// Opens a connection for the doctor's checks, and declares nothing on it.
     ///
     /// # Errors
     ///
-    /// When there is none to be had.
+    /// When no connection can be made.
     pub async fn visit(&self) -> Result<Visit, BrokerError> {
-        let connection = self.connect_only("tidings doctor").await?;
+        let connection = self.connect_without_declaring("tidings doctor").await?;
         Ok(Visit { connection, exchange: self.exchange.clone(), queue_type: self.queue_type })
     }
 }
 
 impl Visit {
-    /// Looks at one of our things.
+    /// Looks at one of the daemon's exchanges or queues.
     ///
     /// # Errors
     ///
-    /// [`BrokerError::Mismatch`] when it is another than the daemon would declare, or when the broker cannot be asked.
-    pub async fn look(&self, own: OwnEntity) -> Result<Found, BrokerError> {
-        let letters = match topology::look(&self.connection, own, &self.exchange).await? {
-            Ok(letters) => letters,
-            Err(said) => return Ok(Found::Absent(said)),
+    /// [`BrokerError::Mismatch`] when it has other properties than the daemon would declare; other errors when RabbitMQ
+    /// does not answer.
+    pub async fn look(&self, entity: DeclaredEntity) -> Result<Found, BrokerError> {
+        let messages = match topology::declare_passively(&self.connection, entity, &self.exchange).await? {
+            Ok(messages) => messages,
+            Err(answer) => return Ok(Found::Absent(answer)),
         };
-        // The passive kind compares nothing. The same again, of what is there, changes nothing.
-        match topology::declare(&self.connection, own, &self.exchange, self.queue_type).await? {
-            Permitted::Done => Ok(Found::Ours(letters)),
-            Permitted::Refused(_) => Ok(Found::AsItIs(letters)),
+        // A passive declaration compares nothing. A declaration of what exists changes nothing.
+        match topology::declare(&self.connection, entity, &self.exchange, self.queue_type).await? {
+            DeclareResult::Done => Ok(Found::Ours(messages)),
+            DeclareResult::NotPermitted(_) => Ok(Found::AsItIs(messages)),
         }
     }
 
-    /// Ends the visit.
+    /// Closes the connection.
     pub async fn close(self) {
         let _ = tokio::time::timeout(CLOSE_DEADLINE, self.connection.close(200, "good-bye".into())).await;
     }

@@ -1,5 +1,5 @@
-//! RabbitMQ's management API, for what AMQP does not tell: the types and policies of our queues, whether one is bound, and
-//! alarms. It may be left out.
+//! A client of RabbitMQ's management API, for what AMQP does not tell: the types and policies of the daemon's queues,
+//! whether `tidings.dead` is bound, and alarms. The API is optional: without its URL in the settings nothing asks it.
 
 use std::time::Duration;
 
@@ -10,89 +10,92 @@ use serde_json::Value;
 use thiserror::Error;
 use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
-use crate::broker::{Broker, OwnEntity, QueueType};
+use crate::broker::{Broker, DeclaredEntity, QueueType};
 use crate::model::secret_url::SecretUrl;
 
-/// For each question, everything included.
-const DEADLINE: Duration = Duration::from_secs(10);
-/// What a policy may say of a queue that makes letters vanish from it.
-const LOSES: [&str; 6] =
+/// How long one request may take, from the connection to the end of the answer.
+const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
+/// The keys of a policy that make RabbitMQ remove messages from a queue.
+const LOSSY_KEYS: [&str; 6] =
     ["message-ttl", "max-length", "max-length-bytes", "expires", "overflow", "dead-letter-exchange"];
-/// A limit on how often a letter may come back that nobody reaches; ours.
-const NEVER: i64 = i32::MAX as i64;
+/// The delivery limit with which the daemon declares quorum queues, and which no message reaches.
+const UNREACHABLE_LIMIT: i64 = i32::MAX as i64;
 
-/// Why it could not be asked.
+/// Why the management API gave no usable answer.
 #[derive(Debug, Error)]
 pub enum ManagementError {
-    /// It does not answer.
+    /// It did not answer.
     #[error("could not ask RabbitMQ's management API at {place}")]
     Ask {
         /// Host and port.
         place: String,
-        /// Why.
+        /// The HTTP client's error.
         #[source]
         source: ureq::Error,
     },
-    /// It answers, and does not tell.
+    /// It answered with an unexpected status.
     #[error("RabbitMQ's management API at {place} answered with status {status}")]
     Status {
         /// Host and port.
         place: String,
-        /// RowRef.
+        /// The HTTP status.
         status: u16,
     },
-    /// It answers, and is something else.
+    /// It answered with something that is not JSON.
     #[error("what answers at {place} is not RabbitMQ's management API")]
-    Foreign {
+    NotJson {
         /// Host and port.
         place: String,
-        /// Why.
+        /// What is wrong with the JSON.
         #[source]
         source: serde_json::Error,
     },
 }
 
-/// Where it is, and who we are there.
+/// The address of the management API, and the login for it.
 #[derive(Clone)]
-#[expect(missing_debug_implementations, reason = "it knows a password")]
+#[expect(missing_debug_implementations, reason = "it contains a password")]
 pub struct Management {
-    base: String,
+    /// The URL without user and password, and without a slash at the end.
+    base_url: String,
+    /// Host and port, for errors.
     place: String,
+    /// The value of the header `Authorization`.
     authorization: Option<String>,
 }
 
-/// What matters of one of our queues, as the API describes it.
+/// What the management API says of one of the daemon's queues.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Seen {
+pub struct QueueInfo {
     /// The names of its policies.
     pub policies: String,
-    /// What of them makes letters vanish.
-    pub loses: Vec<String>,
+    /// The settings in them that remove messages, such as `max-length = 10`.
+    pub lossy_settings: Vec<String>,
     /// `classic`, `quorum` or another.
     pub queue_type: String,
-    /// How often a letter may come back before RabbitMQ throws it away, if anybody may live to see that: by an argument, a
-    /// policy, or the default of RabbitMQ 4.
-    pub limit: Option<i64>,
-    /// Whether the API knows its policies yet, which takes it some seconds.
-    pub complete: bool,
+    /// How often a message may come back before RabbitMQ drops it, by an argument, a policy, or the default of RabbitMQ
+    /// 4; `None` = there is no such limit, or no message reaches it.
+    pub delivery_limit: Option<i64>,
+    /// Whether the API knows its policies yet, which takes some seconds after the queue was declared.
+    pub has_policies: bool,
 }
 
 impl Management {
-    /// Where the settings say it is.
+    /// The API at the URL of the settings.
     ///
     /// # Panics
     ///
-    /// If `url` was not checked by the configuration.
+    /// If `url` is not a URL that [`Management::new`] accepts; the configuration checks it before.
     #[must_use]
     pub fn of(url: &SecretUrl) -> Self {
         Self::new(url).expect("the configuration accepts only URLs that can be understood")
     }
 
-    /// Understands a URL.
+    /// Parses the URL of a management API.
     ///
     /// # Errors
     ///
-    /// When it cannot, without the password in the answer.
+    /// What is wrong with the URL, without the password.
     pub fn new(url: &SecretUrl) -> Result<Self, String> {
         let uri: ureq::http::Uri = url.expose().parse().map_err(|error| format!("{error}"))?;
         let authority = uri.authority().filter(|authority| !authority.host().is_empty());
@@ -107,23 +110,23 @@ impl Management {
         }
         let authorization = user.map(|user| {
             let (name, password) = user.split_once(':').unwrap_or((user, ""));
-            let plain = |part| percent_decode_str(part).decode_utf8_lossy();
-            format!("Basic {}", BASE64.encode(format!("{}:{}", plain(name), plain(password))))
+            let decode = |part| percent_decode_str(part).decode_utf8_lossy();
+            format!("Basic {}", BASE64.encode(format!("{}:{}", decode(name), decode(password))))
         });
         let scheme = uri.scheme_str().unwrap_or("http");
-        let base = format!("{scheme}://{place}{}", uri.path().trim_end_matches('/'));
-        Ok(Self { base, place: place.to_owned(), authorization })
+        let base_url = format!("{scheme}://{place}{}", uri.path().trim_end_matches('/'));
+        Ok(Self { base_url, place: place.to_owned(), authorization })
     }
 
-    /// What matters of one of our queues; `None` = it is not there.
+    /// Asks for one of the daemon's queues; `None` = it does not exist.
     ///
     /// # Errors
     ///
-    /// When it cannot be asked.
-    pub async fn queue(&self, broker: &Broker, own: OwnEntity) -> Result<Option<Seen>, ManagementError> {
-        let path = format!("/api/queues/{}/{}", encoded(&broker.uri.vhost), encoded(&own.name(&broker.exchange)));
+    /// When the API gives no usable answer.
+    pub async fn queue(&self, broker: &Broker, entity: DeclaredEntity) -> Result<Option<QueueInfo>, ManagementError> {
+        let path = format!("/api/queues/{}/{}", encoded(&broker.uri.vhost), encoded(&entity.name(&broker.exchange)));
         match self.get(path).await? {
-            (200, queue) => Ok(Some(seen(&queue))),
+            (200, queue) => Ok(Some(QueueInfo::from_json(&queue))),
             (404, _) => Ok(None),
             (status, _) => Err(ManagementError::Status { place: self.place.clone(), status }),
         }
@@ -133,10 +136,10 @@ impl Management {
     ///
     /// # Errors
     ///
-    /// When it cannot be asked.
+    /// When the API gives no usable answer.
     pub async fn is_bound(&self, broker: &Broker) -> Result<bool, ManagementError> {
-        let [source, queue] =
-            [OwnEntity::DeadLetterExchange, OwnEntity::Dead].map(|own| encoded(&own.name(&broker.exchange)));
+        let [source, queue] = [DeclaredEntity::DeadLetterExchange, DeclaredEntity::DeadQueue]
+            .map(|entity| encoded(&entity.name(&broker.exchange)));
         match self.get(format!("/api/bindings/{}/e/{source}/q/{queue}", encoded(&broker.uri.vhost))).await? {
             (200, bindings) => Ok(bindings.as_array().is_some_and(|bindings| !bindings.is_empty())),
             (404, _) => Ok(false),
@@ -144,40 +147,40 @@ impl Management {
         }
     }
 
-    /// The alarms in effect in the cluster, in words: while there is one, nobody can publish.
+    /// The alarms in effect in the cluster, in words. While there is one, RabbitMQ takes no messages.
     ///
     /// # Errors
     ///
-    /// When it cannot be asked.
+    /// When the API gives no usable answer.
     pub async fn alarms(&self) -> Result<Vec<String>, ManagementError> {
         match self.get("/api/health/checks/alarms".to_owned()).await? {
             (200, _) => Ok(Vec::new()),
-            (503, answer) => Ok(alarms(&answer)),
+            (503, answer) => Ok(describe_alarms(&answer)),
             (status, _) => Err(ManagementError::Status { place: self.place.clone(), status }),
         }
     }
 
     async fn get(&self, path: String) -> Result<(u16, Value), ManagementError> {
         let this = self.clone();
-        // The client blocks; its deadline ends it.
-        let asked = tokio::task::spawn_blocking(move || this.get_blocking(&path));
-        asked.await.expect("asking does not panic")
+        // The HTTP client blocks its thread, at most until its deadline.
+        let answer = tokio::task::spawn_blocking(move || this.get_blocking(&path));
+        answer.await.expect("the request does not panic")
     }
 
     fn get_blocking(&self, path: &str) -> Result<(u16, Value), ManagementError> {
         let failed = |source| ManagementError::Ask { place: self.place.clone(), source };
         let mut config = ureq::Agent::config_builder()
-            .timeout_global(Some(DEADLINE))
+            .timeout_global(Some(REQUEST_DEADLINE))
             .http_status_as_error(false)
-            // It lies beside RabbitMQ, where no proxy is asked either.
+            // No proxy, as for the AMQP connection.
             .proxy(None);
-        if self.base.starts_with("https:") {
-            // Whom this machine trusts, as for the other two servers.
+        if self.base_url.starts_with("https:") {
+            // The certificates that this machine trusts, as for the other two servers.
             let roots = rustls_native_certs::load_native_certs().certs;
             let roots = roots.iter().map(|root| Certificate::from_der(root).to_owned());
             config = config.tls_config(TlsConfig::builder().root_certs(RootCerts::from(roots)).build());
         }
-        let mut request = config.build().new_agent().get(format!("{}{path}", self.base));
+        let mut request = config.build().new_agent().get(format!("{}{path}", self.base_url));
         if let Some(authorization) = &self.authorization {
             request = request.header("Authorization", authorization);
         }
@@ -188,22 +191,23 @@ impl Management {
             return Ok((status, Value::Null));
         }
         let value = serde_json::from_str(&text);
-        let value = value.map_err(|source| ManagementError::Foreign { place: self.place.clone(), source })?;
+        let value = value.map_err(|source| ManagementError::NotJson { place: self.place.clone(), source })?;
         Ok((status, value))
     }
 }
 
 impl Broker {
-    /// What makes letters vanish from one of our queues, or is another than was asked for, each with the way out.
+    /// What is wrong with one of the daemon's queues: a sentence for each setting that removes messages, and for
+    /// another type than the settings ask for, with what to do.
     #[must_use]
-    pub fn complaints(&self, own: OwnEntity, seen: &Seen) -> Vec<String> {
-        seen.complaints(own, &self.exchange, self.queue_type)
+    pub fn complaints(&self, entity: DeclaredEntity, queue: &QueueInfo) -> Vec<String> {
+        queue.complaints(entity, &self.exchange, self.queue_type)
     }
 }
 
-impl Seen {
-    fn complaints(&self, own: OwnEntity, exchange: &str, queue_type: QueueType) -> Vec<String> {
-        let (what, name) = (own.describe(exchange), own.name(exchange));
+impl QueueInfo {
+    fn complaints(&self, entity: DeclaredEntity, exchange: &str, queue_type: QueueType) -> Vec<String> {
+        let (what, name) = (entity.describe(exchange), entity.name(exchange));
         let mut complaints = Vec::new();
         if self.queue_type != queue_type.name() {
             complaints.push(format!(
@@ -212,21 +216,21 @@ impl Seen {
                 queue_type.name()
             ));
         }
-        if !self.loses.is_empty() {
+        if !self.lossy_settings.is_empty() {
             complaints.push(format!(
-                "the policy {} takes letters away from {what} ({}), and they are lost: let its pattern spare this queue",
+                "the policy {} removes messages from {what} ({}), and they are lost: change its pattern so that it does not match this queue",
                 self.policies,
-                self.loses.join(", ")
+                self.lossy_settings.join(", ")
             ));
         }
-        if let Some(limit) = self.limit {
+        if let Some(limit) = self.delivery_limit {
             let by = if self.policies.is_empty() {
                 "by its argument, or by default".to_owned()
             } else {
                 format!("see the policy {}", self.policies)
             };
             complaints.push(format!(
-                "RabbitMQ throws a letter in {what} away when it has come back {limit} times from whoever looked at it or gave up in the middle of a pass ({by}): give the queue a policy with a limit that is never reached, such as {{\"delivery-limit\": {NEVER}}} for ^{}$, above all others, and no lower one in an operator policy",
+                "RabbitMQ drops a message in {what} when it has come back {limit} times ({by}), and each listing and each pass that breaks off makes messages come back: give the queue a policy with a limit that is never reached, such as {{\"delivery-limit\": {UNREACHABLE_LIMIT}}} for ^{}$, with a higher priority than all others, and no lower limit in an operator policy",
                 name.replace('.', "\\.")
             ));
         }
@@ -238,39 +242,43 @@ fn encoded(name: &str) -> String {
     utf8_percent_encode(name, NON_ALPHANUMERIC).to_string()
 }
 
-fn seen(queue: &Value) -> Seen {
-    let names = ["policy", "operator_policy"].iter().filter_map(|name| queue[name].as_str()).collect::<Vec<_>>();
-    // Without a policy it is an empty list.
-    let policy = &queue["effective_policy_definition"];
-    let said = policy.as_object().into_iter().flatten();
-    let loses = said.filter(|(name, _)| LOSES.contains(&name.as_str()));
-    let queue_type = queue["type"].as_str().unwrap_or("classic").to_owned();
-    let limit = if queue_type != "quorum" {
-        None
-    } else if queue["delivery_limit"].is_null() {
-        // Before 4.0 it does not say what comes of both, and has no default.
-        [&queue["arguments"]["x-delivery-limit"], &policy["delivery-limit"]].into_iter().filter_map(Value::as_i64).min()
-    } else {
-        // `unlimited`, or a number.
-        queue["delivery_limit"].as_i64()
-    };
-    Seen {
-        policies: names.join(" and "),
-        loses: loses.map(|(name, value)| format!("{name} = {value}")).collect(),
-        queue_type,
-        limit: limit.filter(|limit| *limit < NEVER),
-        complete: !policy.is_null(),
+impl QueueInfo {
+    fn from_json(queue: &Value) -> Self {
+        let names = ["policy", "operator_policy"].iter().filter_map(|name| queue[name].as_str()).collect::<Vec<_>>();
+        // Without a policy it is an empty list.
+        let policy = &queue["effective_policy_definition"];
+        let settings = policy.as_object().into_iter().flatten();
+        let lossy_settings = settings.filter(|(key, _)| LOSSY_KEYS.contains(&key.as_str()));
+        let queue_type = queue["type"].as_str().unwrap_or("classic").to_owned();
+        let limit = if queue_type != "quorum" {
+            None
+        } else if queue["delivery_limit"].is_null() {
+            // Before 4.0 there is no default, and the API does not say which limit applies: the lower of argument and
+            // policy.
+            let (argument, policy) = (&queue["arguments"]["x-delivery-limit"], &policy["delivery-limit"]);
+            [argument, policy].into_iter().filter_map(Value::as_i64).min()
+        } else {
+            // `unlimited`, or a number.
+            queue["delivery_limit"].as_i64()
+        };
+        Self {
+            policies: names.join(" and "),
+            lossy_settings: lossy_settings.map(|(key, value)| format!("{key} = {value}")).collect(),
+            queue_type,
+            delivery_limit: limit.filter(|limit| *limit < UNREACHABLE_LIMIT),
+            has_policies: !policy.is_null(),
+        }
     }
 }
 
-/// What the API says when it is not well.
-fn alarms(answer: &Value) -> Vec<String> {
-    let words = |alarm: &Value| match (alarm["resource"].as_str(), alarm["node"].as_str()) {
+/// The alarms in the API's answer, each as `memory of rabbit@host`.
+fn describe_alarms(answer: &Value) -> Vec<String> {
+    let describe = |alarm: &Value| match (alarm["resource"].as_str(), alarm["node"].as_str()) {
         (Some(resource), Some(node)) => format!("{resource} of {node}"),
         _ => alarm.to_string(),
     };
     match answer["alarms"].as_array() {
-        Some(alarms) => alarms.iter().map(words).collect(),
+        Some(alarms) => alarms.iter().map(describe).collect(),
         None => vec![answer.to_string()],
     }
 }
@@ -281,78 +289,86 @@ mod tests {
 
     use super::*;
 
-    fn management(url: &str) -> Result<Management, String> {
+    fn parse(url: &str) -> Result<Management, String> {
         Management::new(&SecretUrl::from(url.to_owned()))
     }
 
     #[test]
-    fn a_url_is_taken_apart_and_its_password_decoded() {
-        let there = management("https://user:p%40ss@host:15671/rabbit/").expect("a URL");
-        assert_eq!((there.base.as_str(), there.place.as_str()), ("https://host:15671/rabbit", "host:15671"));
-        assert_eq!(there.authorization, Some(format!("Basic {}", BASE64.encode("user:p@ss"))));
-        assert_eq!(management("http://host").expect("a URL").authorization, None);
+    fn a_url_is_split_and_its_password_is_decoded() {
+        let parsed = parse("https://user:p%40ss@host:15671/rabbit/").expect("a URL");
+        assert_eq!((parsed.base_url.as_str(), parsed.place.as_str()), ("https://host:15671/rabbit", "host:15671"));
+        assert_eq!(parsed.authorization, Some(format!("Basic {}", BASE64.encode("user:p@ss"))));
+        assert_eq!(parse("http://host").expect("a URL").authorization, None);
     }
 
     #[test]
-    fn a_url_that_cannot_be_understood_is_refused_without_its_password() {
+    fn the_error_for_an_invalid_url_does_not_contain_the_password() {
         for url in ["http://user:secret@host:port", "http://user:secret@", "http://user:secret@ho st"] {
-            let error = management(url).map(|there| there.base).expect_err(url);
+            let error = parse(url).map(|parsed| parsed.base_url).expect_err(url);
             assert!(!error.contains("secret"), "{error}");
         }
     }
 
     #[test]
-    fn a_policy_matters_only_if_letters_vanish_by_it() {
-        let none = json!({ "type": "classic", "effective_policy_definition": [], "policy": null });
-        assert!(seen(&none).loses.is_empty());
-        let bad = json!({
+    fn only_policy_settings_that_remove_messages_are_reported() {
+        let no_policy = json!({ "type": "classic", "effective_policy_definition": [], "policy": null });
+        assert!(QueueInfo::from_json(&no_policy).lossy_settings.is_empty());
+        let lossy = json!({
             "type": "classic",
             "policy": "all",
             "operator_policy": "limits",
             "effective_policy_definition": { "message-ttl": 1000, "queue-mode": "lazy", "delivery-limit": 5 },
         });
-        let Seen { policies, loses, limit, .. } = seen(&bad);
-        assert_eq!((&*policies, loses, limit), ("all and limits", vec!["message-ttl = 1000".to_owned()], None));
+        let QueueInfo { policies, lossy_settings, delivery_limit, .. } = QueueInfo::from_json(&lossy);
+        assert_eq!(
+            (&*policies, lossy_settings, delivery_limit),
+            ("all and limits", vec!["message-ttl = 1000".to_owned()], None)
+        );
     }
 
     #[test]
-    fn the_lowest_limit_on_returns_counts_and_ours_is_none() {
-        let quorum = |argument: Value, policy: Value, says: Value| {
+    fn the_lowest_delivery_limit_applies_and_the_daemons_own_is_not_reported() {
+        let reported_limit = |argument: Value, policy: Value, effective: Value| {
             let queue = json!({
                 "type": "quorum",
                 "arguments": { "x-delivery-limit": argument },
                 "effective_policy_definition": { "delivery-limit": policy },
-                "delivery_limit": says,
+                "delivery_limit": effective,
             });
-            seen(&queue).limit
+            QueueInfo::from_json(&queue).delivery_limit
         };
-        let nothing = Value::Null;
-        for (argument, policy, says, limit) in [
-            (&nothing, &nothing, &nothing, None),
-            (&nothing, &nothing, &json!(20), Some(20)),
-            (&json!(NEVER), &nothing, &nothing, None),
-            (&json!(NEVER), &json!(5), &nothing, Some(5)),
-            (&json!(3), &json!(5), &nothing, Some(3)),
-            (&json!(NEVER), &nothing, &json!(NEVER), None),
-            (&json!(NEVER), &json!(5), &json!(5), Some(5)),
-            (&nothing, &json!(-1), &json!("unlimited"), None),
+        let null = Value::Null;
+        for (argument, policy, effective, limit) in [
+            (&null, &null, &null, None),
+            (&null, &null, &json!(20), Some(20)),
+            (&json!(UNREACHABLE_LIMIT), &null, &null, None),
+            (&json!(UNREACHABLE_LIMIT), &json!(5), &null, Some(5)),
+            (&json!(3), &json!(5), &null, Some(3)),
+            (&json!(UNREACHABLE_LIMIT), &null, &json!(UNREACHABLE_LIMIT), None),
+            (&json!(UNREACHABLE_LIMIT), &json!(5), &json!(5), Some(5)),
+            (&null, &json!(-1), &json!("unlimited"), None),
         ] {
-            assert_eq!(quorum(argument.clone(), policy.clone(), says.clone()), limit, "{argument} {policy} {says}");
+            assert_eq!(
+                reported_limit(argument.clone(), policy.clone(), effective.clone()),
+                limit,
+                "{argument} {policy} {effective}"
+            );
         }
     }
 
     #[test]
-    fn a_complaint_names_the_queue_and_the_way_out() {
-        let well = Seen {
+    fn a_complaint_names_the_queue_and_what_to_do() {
+        let healthy = QueueInfo {
             policies: String::new(),
-            loses: Vec::new(),
+            lossy_settings: Vec::new(),
             queue_type: "quorum".into(),
-            limit: None,
-            complete: true,
+            delivery_limit: None,
+            has_policies: true,
         };
-        assert!(well.complaints(OwnEntity::Dead, "shop", QueueType::Quorum).is_empty());
-        let bad = Seen { loses: vec!["expires = 1".into()], policies: "all".into(), limit: Some(20), ..well };
-        let complaints = bad.complaints(OwnEntity::Dead, "shop", QueueType::Classic);
+        assert!(healthy.complaints(DeclaredEntity::DeadQueue, "shop", QueueType::Quorum).is_empty());
+        let lossy_settings = vec!["expires = 1".into()];
+        let bad = QueueInfo { lossy_settings, policies: "all".into(), delivery_limit: Some(20), ..healthy };
+        let complaints = bad.complaints(DeclaredEntity::DeadQueue, "shop", QueueType::Classic);
         assert_eq!(complaints.len(), 3, "{complaints:?}");
         assert!(complaints.iter().all(|complaint| complaint.contains("the queue shop.dead")), "{complaints:?}");
         assert!(complaints[2].contains(r#"{"delivery-limit": 2147483647} for ^shop\.dead$"#), "{complaints:?}");
@@ -361,7 +377,7 @@ mod tests {
     #[test]
     fn alarms_are_named_by_resource_and_node() {
         let answer = json!({ "status": "failed", "alarms": [{ "resource": "memory", "node": "rabbit@one" }] });
-        assert_eq!(alarms(&answer), ["memory of rabbit@one"]);
-        assert_eq!(alarms(&json!({ "status": "failed" })).len(), 1);
+        assert_eq!(describe_alarms(&answer), ["memory of rabbit@one"]);
+        assert_eq!(describe_alarms(&json!({ "status": "failed" })).len(), 1);
     }
 }

@@ -1,6 +1,7 @@
-//! What people ask of RabbitMQ: `tidings doctor`'s checks over AMQP, and its HTTP management API for what AMQP does not tell.
+//! What people ask of RabbitMQ: the checks of `tidings doctor` over AMQP, and RabbitMQ's HTTP management API for what
+//! AMQP does not tell.
 //!
-//! Must never change anything there, and must never be waited for by a loop.
+//! Must never change anything in RabbitMQ, and must never delay the scheduler or a pass.
 
 pub(super) mod doctor;
 pub(super) mod management;

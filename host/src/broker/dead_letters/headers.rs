@@ -1,5 +1,7 @@
-//! What a letter says of itself, and what it says when it is sent on. Anybody may have written its headers: whatever is in
-//! them, it has an answer, and whatever is added to them fits into a frame. No I/O.
+//! Parses the properties of a dead letter, and makes those with which it is published again. No I/O.
+//!
+//! Must never fail or panic, whatever the headers contain, because anyone who may publish can have written them, and
+//! never add more to them than fits into a frame.
 
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable};
@@ -7,9 +9,9 @@ use lapin::types::{AMQPValue, FieldTable};
 use crate::broker::frame_guard::field_table::UNREADABLE;
 use crate::model::dead_letter::{DeadLetter, Unreadable, Unsendable};
 
-/// What the broker itself adds to a message on its way, and would take for its history if it were published again; and what
-/// would send copies elsewhere.
-const NOT_CARRIED_ON: [&str; 10] = [
+/// The headers that a replay removes: those that RabbitMQ adds to a dead letter and would take for its history, and
+/// `CC`, which would send copies to other queues.
+const REMOVED_ON_REPLAY: [&str; 10] = [
     "x-death",
     "x-first-death-exchange",
     "x-first-death-queue",
@@ -21,37 +23,37 @@ const NOT_CARRIED_ON: [&str; 10] = [
     "x-acquired-count",
     "CC",
 ];
-/// The header with which a parked letter says why.
+/// The header that says why a dead letter was parked.
 const PARKED_REASON: &str = "tidings-parked-reason";
-/// A reason is cut to this many bytes. It may name a queue, whose name may be of characters that are written out, six bytes
-/// each; and it must fit into the room that `headers` keeps.
-const REASON_BYTES: usize = 400;
+/// The length to which a reason is cut, in bytes: it must fit into `field_table::RESERVED_BYTES`. A reason may be
+/// longer, because it may contain a queue's name with characters that are escaped, in six bytes each.
+const MAX_REASON_BYTES: usize = 400;
 
-/// Where a letter is sent.
+/// Where a dead letter is published.
 #[derive(Clone, Debug)]
-pub enum SendTo {
-    /// Back into its queue.
-    Back {
-        /// The queue.
+pub enum Destination {
+    /// The queue in which it died.
+    OriginalQueue {
+        /// The name of the queue.
         queue: String,
         /// `expiration`; `None` = it never expires.
         expiration_ms: Option<u64>,
         /// `tidings-replay`.
         replays: i64,
     },
-    /// To the parked ones, with the reason.
-    Park(String),
-    /// To the end of the dead letters, as it is.
-    Tail,
+    /// `tidings.parking`, with the reason.
+    ParkingQueue(String),
+    /// The end of `tidings.dead`, with its headers unchanged.
+    DeadQueue,
 }
 
-/// What a letter says of itself.
+/// Parses the headers of a dead letter.
 #[must_use]
-pub fn read(properties: &BasicProperties) -> DeadLetter {
-    let none = FieldTable::default();
-    let headers = properties.headers().as_ref().unwrap_or(&none);
+pub fn parse(properties: &BasicProperties) -> DeadLetter {
+    let no_headers = FieldTable::default();
+    let headers = properties.headers().as_ref().unwrap_or(&no_headers);
     let death = match headers.inner().get("x-death") {
-        // The newest is the first.
+        // The first entry is the newest.
         Some(AMQPValue::FieldArray(deaths)) => match deaths.as_slice().first() {
             Some(AMQPValue::FieldTable(death)) => Some(death),
             _ => None,
@@ -63,43 +65,44 @@ pub fn read(properties: &BasicProperties) -> DeadLetter {
         Some(AMQPValue::ByteArray(_)) => Some(Unsendable::Carried),
         _ => None,
     };
-    let whole = |name: &str| headers.inner().get(name).and_then(number);
-    let of_death = |name: &str| death.and_then(|death| text(death, name));
+    let number_of = |name: &str| headers.inner().get(name).and_then(number);
+    let text_of_death = |name: &str| death.and_then(|death| text(death, name));
     DeadLetter {
         unreadable,
         id: properties.message_id().as_ref().map(ToString::to_string),
         kind: text(headers, "tidings-kind"),
-        queue: of_death("queue").filter(|queue| queue.len() <= 255),
-        reason: of_death("reason"),
+        queue: text_of_death("queue").filter(|queue| queue.len() <= 255),
+        reason: text_of_death("reason"),
         died_at: death.and_then(|death| match death.inner().get("time") {
             Some(AMQPValue::Timestamp(seconds)) => Some(*seconds),
             _ => None,
         }),
         expires_ms: headers.inner().get("tidings-expires-ms").map(|value| number(value).ok_or(Unreadable)),
-        due_ms: whole("tidings-due-ms"),
+        due_ms: number_of("tidings-due-ms"),
         traceparent: text(headers, "traceparent"),
         tracestate: text(headers, "tracestate"),
-        replays: whole("tidings-replay").unwrap_or(0),
+        replays: number_of("tidings-replay").unwrap_or(0),
     }
 }
 
-/// Why a letter was parked, if it was.
+/// Why a dead letter was parked; `None` = it was not.
 #[must_use]
 pub fn parked_reason(properties: &BasicProperties) -> Option<String> {
     properties.headers().as_ref().and_then(|headers| text(headers, PARKED_REASON))
 }
 
-/// What a letter is sent on with: everything as it was but what the broker added, its remaining life and the count.
+/// The properties with which a dead letter is published to `destination`. A replay removes what RabbitMQ added, and
+/// sets the remaining time to live and the number of replays; all else stays as it was.
 #[must_use]
-pub fn sent_on(properties: &BasicProperties, sending: &SendTo) -> BasicProperties {
+pub fn properties_for(destination: &Destination, properties: &BasicProperties) -> BasicProperties {
     let mut headers = properties.headers().clone().unwrap_or_default();
     let mut expiration = None;
-    match sending {
-        SendTo::Back { expiration_ms, replays, .. } => {
+    match destination {
+        Destination::OriginalQueue { expiration_ms, replays, .. } => {
             headers = headers
                 .inner()
                 .iter()
-                .filter(|(name, _)| !NOT_CARRIED_ON.contains(&name.as_str()) && name.as_str() != PARKED_REASON)
+                .filter(|(name, _)| !REMOVED_ON_REPLAY.contains(&name.as_str()) && name.as_str() != PARKED_REASON)
                 .fold(FieldTable::default(), |mut kept, (name, value)| {
                     kept.insert(name.clone(), value.clone());
                     kept
@@ -107,22 +110,22 @@ pub fn sent_on(properties: &BasicProperties, sending: &SendTo) -> BasicPropertie
             headers.insert("tidings-replay".into(), AMQPValue::LongLongInt(*replays));
             expiration = *expiration_ms;
         }
-        // With its history, for the person who will look at it.
-        SendTo::Park(reason) => {
-            headers.insert(PARKED_REASON.into(), AMQPValue::LongString(cut(reason).into()));
+        // It keeps RabbitMQ's headers, for the person who will look at it.
+        Destination::ParkingQueue(reason) => {
+            headers.insert(PARKED_REASON.into(), AMQPValue::LongString(truncate_reason(reason).into()));
         }
-        SendTo::Tail => {}
+        Destination::DeadQueue => {}
     }
-    carried_on(properties, headers, expiration)
+    copy_properties(properties, headers, expiration)
 }
 
-fn cut(reason: &str) -> String {
-    let end = reason.floor_char_boundary(REASON_BYTES);
+fn truncate_reason(reason: &str) -> String {
+    let end = reason.floor_char_boundary(MAX_REASON_BYTES);
     if end == reason.len() { reason.to_owned() } else { format!("{}…", &reason[..end]) }
 }
 
-/// Every property but those that must not be carried on: the user, which must be whoever publishes, and the old life.
-fn carried_on(old: &BasicProperties, headers: FieldTable, expiration_ms: Option<u64>) -> BasicProperties {
+/// Copies every property except `user_id`, which must be the user who publishes, and the old `expiration`.
+fn copy_properties(old: &BasicProperties, headers: FieldTable, expiration_ms: Option<u64>) -> BasicProperties {
     let mut new = BasicProperties::default().with_headers(headers);
     if let Some(value) = old.content_type() {
         new = new.with_content_type(value.clone());
@@ -192,7 +195,7 @@ mod tests {
     use crate::model::dead_letter::Fate;
     use crate::model::event::LONGEST_TTL_MS;
 
-    /// A value of any type, and those that matter here more often.
+    /// A value of any type; the types that are parsed are more frequent.
     fn value() -> impl Strategy<Value = AMQPValue> {
         let flat = prop_oneof![
             Just(AMQPValue::Void),
@@ -215,7 +218,7 @@ mod tests {
         })
     }
 
-    /// Names that are read, and others.
+    /// A table in which the names that are parsed are more frequent than others.
     fn table(value: impl Strategy<Value = AMQPValue>) -> impl Strategy<Value = FieldTable> {
         let name = prop_oneof![
             4 => proptest::sample::select(&[
@@ -232,7 +235,7 @@ mod tests {
         })
     }
 
-    /// The properties of a letter that died, or that says so.
+    /// The properties of a dead letter, genuine or forged.
     fn properties() -> impl Strategy<Value = BasicProperties> {
         let death = (table(value()), "\\PC{0,9}|[\u{1}-\u{1f}]{0,255}").prop_map(|(mut death, queue)| {
             death.insert("queue".into(), AMQPValue::LongString(queue.into()));
@@ -252,8 +255,8 @@ mod tests {
         )
     }
 
-    /// The payload of the header frame, as the library writes it.
-    fn written(properties: BasicProperties) -> Vec<u8> {
+    /// The payload of a header frame, written by the client library.
+    fn frame_payload(properties: BasicProperties) -> Vec<u8> {
         let header = AMQPContentHeader { class_id: 60, body_size: 0, properties };
         let frame = AMQPFrame::Header(1, header);
         let (frame, _) = gen_frame(&frame)(WriteContext::from(Vec::new())).expect("a frame").into_inner();
@@ -261,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_death_is_the_one_that_counts() {
+    fn the_newest_entry_of_x_death_is_used() {
         let death = |queue: &str| {
             let mut death = FieldTable::default();
             death.insert("queue".into(), AMQPValue::LongString(queue.into()));
@@ -271,36 +274,36 @@ mod tests {
         let mut headers = FieldTable::default();
         headers.insert("x-death".into(), AMQPValue::FieldArray(vec![death("new"), death("old")].into()));
         headers.insert("tidings-expires-ms".into(), AMQPValue::LongString("5".into()));
-        let letter = read(&BasicProperties::default().with_headers(headers));
+        let dead_letter = parse(&BasicProperties::default().with_headers(headers));
         let expected = DeadLetter {
             queue: Some("new".into()),
             died_at: Some(7),
             expires_ms: Some(Err(Unreadable)),
-            ..letter.clone()
+            ..dead_letter.clone()
         };
-        assert_eq!(letter, expected);
-        assert_eq!(read(&BasicProperties::default()), DeadLetter::default());
+        assert_eq!(dead_letter, expected);
+        assert_eq!(parse(&BasicProperties::default()), DeadLetter::default());
     }
 
     #[test]
-    fn a_reason_that_names_a_queue_of_characters_that_are_written_out_still_fits_into_the_frame() {
+    fn a_reason_with_a_long_escaped_queue_name_is_cut_to_fit_into_the_frame() {
         let reason = format!("the queue {:?} it died in is gone", "\u{7f}".repeat(255));
-        let parked = sent_on(&BasicProperties::default(), &SendTo::Park(reason));
+        let parked = properties_for(&Destination::ParkingQueue(reason), &BasicProperties::default());
         let reason = parked_reason(&parked).expect("a reason");
-        assert!(reason.starts_with("the queue") && reason.ends_with('…') && reason.len() <= REASON_BYTES + 3);
-        assert_eq!(cut("short"), "short");
+        assert!(reason.starts_with("the queue") && reason.ends_with('…') && reason.len() <= MAX_REASON_BYTES + 3);
+        assert_eq!(truncate_reason("short"), "short");
     }
 
     proptest! {
         #[test]
-        fn any_headers_are_read_and_no_fate_is_beyond_what_the_broker_takes(
+        fn any_headers_can_be_parsed_and_every_fate_is_within_rabbitmqs_limits(
             properties in properties(),
             now_ms in any::<i64>(),
             max in 0..3_u32,
         ) {
-            let letter = read(&properties);
-            let _ = (letter.since_ms(), parked_reason(&properties));
-            match letter.fate(now_ms, max) {
+            let dead_letter = parse(&properties);
+            let _ = (dead_letter.since_ms(), parked_reason(&properties));
+            match dead_letter.fate(now_ms, max) {
                 Fate::Replay { queue, expiration_ms, replays } => {
                     prop_assert!(ShortString::try_new(queue.as_str()).is_ok() && !queue.is_empty());
                     prop_assert!(expiration_ms.is_none_or(|left| (1..=LONGEST_TTL_MS).contains(&left)));
@@ -316,21 +319,22 @@ mod tests {
         }
 
         #[test]
-        fn what_is_sent_on_fits_into_the_frames_that_it_came_in_and_can_be_read_again(
+        fn a_dead_letter_that_is_published_again_fits_into_its_old_frames_and_is_readable(
             properties in properties(),
             reason in ".{0,900}",
             replays in any::<i64>(),
             expiration_ms in proptest::option::of(1..=LONGEST_TTL_MS),
         ) {
-            let payload = written(properties.clone());
-            // The shortest frames in which it is not too long.
-            let longest = payload.len() + field_table::ROOM;
-            prop_assert_eq!(field_table::instead(&payload, longest), None);
-            let back = SendTo::Back { queue: String::new(), expiration_ms, replays };
-            for sending in [back, SendTo::Park(reason), SendTo::Tail] {
-                let payload = written(sent_on(&properties, &sending));
-                prop_assert!(payload.len() + 8 <= longest, "{} bytes in {longest}", payload.len() + 8);
-                prop_assert_eq!(field_table::instead(&payload, usize::MAX), None);
+            let payload = frame_payload(properties.clone());
+            // The smallest frames that the guard lets it pass in.
+            let max_frame_bytes = payload.len() + field_table::RESERVED_BYTES;
+            prop_assert_eq!(field_table::replacement(&payload, max_frame_bytes), None);
+            let original = Destination::OriginalQueue { queue: String::new(), expiration_ms, replays };
+            for destination in [original, Destination::ParkingQueue(reason), Destination::DeadQueue] {
+                let payload = frame_payload(properties_for(&destination, &properties));
+                let frame_bytes = payload.len() + 8;
+                prop_assert!(frame_bytes <= max_frame_bytes, "{frame_bytes} bytes in {max_frame_bytes}");
+                prop_assert_eq!(field_table::replacement(&payload, usize::MAX), None);
             }
         }
     }

@@ -1,5 +1,7 @@
-//! A look at the letters: at their headers alone, since their bodies never get past the sieve. None is taken: all of them are
-//! back in their queue as soon as the connection is closed, however that comes about.
+//! Lists dead letters by their headers alone, on a connection whose frame guard drops the bodies.
+//!
+//! Must never acknowledge a dead letter: all of them are back in their queue as soon as the connection closes, for
+//! whatever reason it does.
 
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesOrdered;
@@ -7,27 +9,27 @@ use lapin::options::BasicGetOptions;
 use lapin::{Channel, Connection};
 
 use crate::broker::dead_letters::headers;
-use crate::broker::dead_letters::{count_letters, queue};
+use crate::broker::dead_letters::{message_count, queue_name};
 use crate::broker::frame_guard::Bodies;
-use crate::broker::{Broker, BrokerError, CLOSE_DEADLINE, DeadLetterQueue, QueueType, topology, within};
+use crate::broker::{Broker, BrokerError, CLOSE_DEADLINE, DeadLetterQueue, QueueType, topology, with_deadline};
 use crate::model::dead_letter::DeadLetter;
 
-/// Letters that are asked for at once: enough to hide the way to the broker, and few enough for it to hold, which it does while
-/// they are written.
-const AT_ONCE: usize = 16;
+/// How many `basic.get` are under way at once: enough to hide the round trip, and few enough for RabbitMQ, which keeps
+/// the messages in memory while it writes them.
+const GETS_AT_ONCE: usize = 16;
 
-/// A letter without its body.
+/// A dead letter without its body.
 #[derive(Debug)]
 pub struct Looked {
-    /// What it says of itself.
+    /// Its headers, parsed.
     pub says: DeadLetter,
     /// Why it was parked, if it was.
     pub parked_reason: Option<String>,
 }
 
-/// A connection for one look.
+/// A connection for one listing.
 #[derive(Debug)]
-pub struct Look {
+pub struct BrowseSession {
     connection: Connection,
     channel: Channel,
     exchange: String,
@@ -35,57 +37,63 @@ pub struct Look {
 }
 
 impl Broker {
-    /// Opens a connection for one look.
+    /// Opens a connection for one listing.
     ///
     /// # Errors
     ///
-    /// When there is none to be had.
-    pub async fn look(&self) -> Result<Look, BrokerError> {
-        let connection = self.connect_for_letters(Bodies::Drop).await?;
-        let channel = within("open a channel", connection.create_channel()).await?;
-        Ok(Look { connection, channel, exchange: self.exchange.clone(), queue_type: self.queue_type })
+    /// When no connection can be made.
+    pub async fn browse_dead_letters(&self) -> Result<BrowseSession, BrokerError> {
+        let connection = self.connect_for_dead_letters(Bodies::Drop).await?;
+        let channel = with_deadline("open a channel", connection.create_channel()).await?;
+        Ok(BrowseSession { connection, channel, exchange: self.exchange.clone(), queue_type: self.queue_type })
     }
 }
 
-impl Look {
-    /// How many letters lie there now.
+impl BrowseSession {
+    /// How many messages are in the queue now.
     ///
     /// # Errors
     ///
-    /// When there is no such queue, or the broker does not answer.
-    pub async fn waiting(&self, pile: DeadLetterQueue) -> Result<u32, BrokerError> {
-        count_letters(&self.channel, queue(&self.exchange, pile)).await
+    /// When the queue does not exist, or RabbitMQ does not answer.
+    pub async fn message_count(&self, queue: DeadLetterQueue) -> Result<u32, BrokerError> {
+        message_count(&self.channel, queue_name(&self.exchange, queue)).await
     }
 
-    /// Shows the next letters to `see`, in their order: up to `most`, or as many as there are. Another call goes on behind them.
+    /// Calls `see` with the next dead letters of the queue, in their order, at most `most`. The next call continues
+    /// after them.
     ///
     /// # Errors
     ///
-    /// When the queue is another than ours, from which letters that were looked at may not come back, or the broker does not
-    /// answer.
-    pub async fn at(&self, pile: DeadLetterQueue, most: u32, mut see: impl FnMut(Looked)) -> Result<(), BrokerError> {
-        topology::come_back(&self.connection, pile.own(), &self.exchange, self.queue_type).await?;
-        let (mut left, mut asked) = (most, FuturesOrdered::new());
+    /// When the queue has other arguments than the daemon declares, so that messages may not come back, or when
+    /// RabbitMQ does not answer.
+    pub async fn list(
+        &self,
+        queue: DeadLetterQueue,
+        most: u32,
+        mut see: impl FnMut(Looked),
+    ) -> Result<(), BrokerError> {
+        topology::ensure_messages_return(&self.connection, queue.entity(), &self.exchange, self.queue_type).await?;
+        let (mut left, mut gets) = (most, FuturesOrdered::new());
         loop {
-            while left > 0 && asked.len() < AT_ONCE {
-                asked.push_back(self.channel.basic_get(queue(&self.exchange, pile), BasicGetOptions::default()));
+            while left > 0 && gets.len() < GETS_AT_ONCE {
+                gets.push_back(self.channel.basic_get(queue_name(&self.exchange, queue), BasicGetOptions::default()));
                 left -= 1;
             }
-            let next = async { asked.next().await.transpose() };
-            match within("hand out a letter", next).await? {
+            let next = async { gets.next().await.transpose() };
+            match with_deadline("hand out a dead letter", next).await? {
                 Some(Some(message)) => {
                     let properties = &message.delivery.properties;
-                    see(Looked { says: headers::read(properties), parked_reason: headers::parked_reason(properties) });
+                    see(Looked { says: headers::parse(properties), parked_reason: headers::parked_reason(properties) });
                 }
-                // There are no more.
+                // The queue is empty.
                 Some(None) => left = 0,
                 None => return Ok(()),
             }
         }
     }
 
-    /// Ends the look: all of them are back.
+    /// Closes the connection. All dead letters are back in their queue.
     pub async fn close(self) {
-        let _ = tokio::time::timeout(CLOSE_DEADLINE, self.connection.close(200, "the look is over".into())).await;
+        let _ = tokio::time::timeout(CLOSE_DEADLINE, self.connection.close(200, "the listing is over".into())).await;
     }
 }

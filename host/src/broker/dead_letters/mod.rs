@@ -1,8 +1,17 @@
-//! The dead letters and the parked ones: fetched one by one, sent on in windows, and acknowledged only when the broker has
-//! confirmed where they went. A pass has a connection of its own, so that nothing it meets delays a due row.
+//! The dead letters in `tidings.dead` and `tidings.parking`: fetches them one by one, publishes them again in windows,
+//! and acknowledges each after RabbitMQ has confirmed its copy. What becomes of a dead letter is decided in
+//! `model/dead_letter.rs`, and a pass is made by `dead_letters/replayer.rs`.
 //!
-//! Letters are fetched, not consumed: that way a pass holds as many bytes as it wants to and no more. What it does not
-//! acknowledge is back in its queue as soon as its channel is closed, however that comes about.
+//! Must never acknowledge a dead letter before its copy is confirmed, unless it is to be removed, and never publish one
+//! through an exchange that may route it to several queues: a dead letter goes to one queue by its name, through the
+//! default exchange, so copies do not multiply.
+//!
+//! To change it, know that:
+//!
+//! - A pass has a connection of its own, so that nothing that goes wrong with a dead letter delays a row.
+//! - Messages are fetched with `basic.get`, not consumed, so that a pass has no more bytes in memory than it asked for.
+//! - Messages that are not acknowledged are back in their queue as soon as the channel closes, for whatever reason it
+//!   does.
 
 pub mod headers;
 pub(super) mod list;
@@ -19,14 +28,14 @@ use lapin::types::{FieldTable, ShortString};
 use lapin::{Channel, Confirmation, Connection};
 
 use crate::broker::frame_guard::Bodies;
-use crate::broker::{Broker, BrokerError, CLOSE_DEADLINE, OwnEntity, QueueType, topology, within};
+use crate::broker::{Broker, BrokerError, CLOSE_DEADLINE, DeclaredEntity, QueueType, topology, with_deadline};
 use crate::model::dead_letter::DeadLetter;
-use headers::SendTo;
+use headers::Destination;
 
 /// How long the confirms of a window may take.
 const CONFIRM_DEADLINE: Duration = Duration::from_secs(30);
 
-/// One of the daemon's own queues.
+/// One of the daemon's two queues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeadLetterQueue {
     /// `tidings.dead`
@@ -36,36 +45,36 @@ pub enum DeadLetterQueue {
 }
 
 impl DeadLetterQueue {
-    pub(super) fn own(self) -> OwnEntity {
+    pub(super) fn entity(self) -> DeclaredEntity {
         match self {
-            Self::Dead => OwnEntity::Dead,
-            Self::Parked => OwnEntity::Parking,
+            Self::Dead => DeclaredEntity::DeadQueue,
+            Self::Parked => DeclaredEntity::ParkingQueue,
         }
     }
 }
 
-/// A letter that was fetched and is not acknowledged yet.
+/// A dead letter that was fetched and is not acknowledged yet.
 #[derive(Debug)]
-pub struct FetchedLetter {
-    /// What it says of itself.
-    pub says: DeadLetter,
+pub struct FetchedDeadLetter {
+    /// Its headers, parsed.
+    pub parsed: DeadLetter,
     delivery: Delivery,
 }
 
-/// What the broker said of it.
+/// What came of publishing a dead letter again.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SendResult {
-    /// It has it.
+    /// RabbitMQ confirmed it.
     Confirmed,
-    /// There is no such queue.
+    /// The queue does not exist.
     NoQueue,
-    /// The queue did not take it; it is full perhaps.
+    /// The queue did not take it, for instance because it is full.
     Refused,
 }
 
-/// The daemon's own queues, on a connection for one pass.
+/// A connection for one pass over the daemon's queues.
 #[derive(Debug)]
-pub struct DeadLetters {
+pub struct DeadLetterSession {
     connection: Connection,
     channel: Channel,
     exchange: String,
@@ -73,20 +82,21 @@ pub struct DeadLetters {
 }
 
 impl Broker {
-    /// How many letters are dead and how many are parked, asked on the connection that publishes; `None` while it cannot.
+    /// How many messages are in `tidings.dead` and in `tidings.parking`, asked on the connection that publishes; `None`
+    /// while there is none, or RabbitMQ blocks it.
     ///
     /// # Errors
     ///
-    /// When the broker does not answer, or one of the queues is gone.
+    /// When RabbitMQ does not answer, or one of the queues does not exist.
     pub async fn count_letters(&self) -> Result<Option<(u32, u32)>, BrokerError> {
         let connection = self.connection.lock().await.clone();
         let Some(connection) = connection.filter(|_| self.is_open()) else { return Ok(None) };
-        let channel = within("open a channel", connection.create_channel()).await?;
+        let channel = with_deadline("open a channel", connection.create_channel()).await?;
         let mut counts = [0; 2];
-        for (count, pile) in counts.iter_mut().zip([DeadLetterQueue::Dead, DeadLetterQueue::Parked]) {
-            *count = count_letters(&channel, queue(&self.exchange, pile)).await?;
+        for (count, queue) in counts.iter_mut().zip([DeadLetterQueue::Dead, DeadLetterQueue::Parked]) {
+            *count = message_count(&channel, queue_name(&self.exchange, queue)).await?;
         }
-        let _ = within("close a channel", channel.close(200, "counted".into())).await;
+        let _ = with_deadline("close a channel", channel.close(200, "counted".into())).await;
         Ok(Some(counts.into()))
     }
 
@@ -94,107 +104,112 @@ impl Broker {
     ///
     /// # Errors
     ///
-    /// When there is none to be had.
-    pub async fn dead_letters(&self) -> Result<DeadLetters, BrokerError> {
-        let connection = self.connect_for_letters(Bodies::Pass).await?;
-        let channel = within("open a channel", connection.create_channel()).await?;
-        within("turn on publisher confirms", channel.confirm_select(ConfirmSelectOptions::default())).await?;
-        Ok(DeadLetters { connection, channel, exchange: self.exchange.clone(), queue_type: self.queue_type })
+    /// When no connection can be made.
+    pub async fn open_dead_letters(&self) -> Result<DeadLetterSession, BrokerError> {
+        let connection = self.connect_for_dead_letters(Bodies::Pass).await?;
+        let channel = with_deadline("open a channel", connection.create_channel()).await?;
+        with_deadline("turn on publisher confirms", channel.confirm_select(ConfirmSelectOptions::default())).await?;
+        Ok(DeadLetterSession { connection, channel, exchange: self.exchange.clone(), queue_type: self.queue_type })
     }
 }
 
-impl FetchedLetter {
+impl FetchedDeadLetter {
     /// The size of its body, in bytes.
     #[must_use]
-    pub fn size(&self) -> usize {
+    pub fn body_bytes(&self) -> usize {
         self.delivery.data.len()
     }
 
-    /// What tells it from the others of its pass.
+    /// Its delivery tag, which is unique within its pass.
     #[must_use]
-    pub fn tag(&self) -> u64 {
+    pub fn delivery_tag(&self) -> u64 {
         self.delivery.delivery_tag
     }
 }
 
-impl DeadLetters {
-    fn name(&self, pile: DeadLetterQueue) -> ShortString {
-        queue(&self.exchange, pile)
+impl DeadLetterSession {
+    fn name(&self, queue: DeadLetterQueue) -> ShortString {
+        queue_name(&self.exchange, queue)
     }
 
-    /// Makes sure that letters that are not acknowledged come back, as [`topology::come_back`]. The queue must be there.
+    /// Makes sure that messages that are fetched and not acknowledged come back, however often. The queue must exist.
     ///
     /// # Errors
     ///
-    /// When they may not, or the broker does not answer.
-    pub async fn come_back(&self, pile: DeadLetterQueue) -> Result<(), BrokerError> {
-        topology::come_back(&self.connection, pile.own(), &self.exchange, self.queue_type).await
+    /// When the queue has other arguments than the daemon declares, so that messages may not come back, or when
+    /// RabbitMQ does not answer.
+    pub async fn ensure_messages_return(&self, queue: DeadLetterQueue) -> Result<(), BrokerError> {
+        topology::ensure_messages_return(&self.connection, queue.entity(), &self.exchange, self.queue_type).await
     }
 
-    /// How many letters lie there now.
+    /// How many messages are in the queue now.
     ///
     /// # Errors
     ///
-    /// When the broker does not answer.
-    pub async fn waiting(&self, pile: DeadLetterQueue) -> Result<u32, BrokerError> {
-        count_letters(&self.channel, self.name(pile)).await
+    /// When RabbitMQ does not answer, or the queue does not exist.
+    pub async fn message_count(&self, queue: DeadLetterQueue) -> Result<u32, BrokerError> {
+        message_count(&self.channel, self.name(queue)).await
     }
 
-    /// The next letter, if there is one.
+    /// Fetches the next message; `None` = the queue is empty.
     ///
     /// # Errors
     ///
-    /// When the broker does not answer.
-    pub async fn fetch(&self, pile: DeadLetterQueue) -> Result<Option<FetchedLetter>, BrokerError> {
-        let fetched = self.channel.basic_get(self.name(pile), BasicGetOptions::default());
-        let fetched = within("hand out a dead letter", fetched).await?;
+    /// When RabbitMQ does not answer.
+    pub async fn fetch(&self, queue: DeadLetterQueue) -> Result<Option<FetchedDeadLetter>, BrokerError> {
+        let fetched = self.channel.basic_get(self.name(queue), BasicGetOptions::default());
+        let fetched = with_deadline("hand out a dead letter", fetched).await?;
         Ok(fetched.map(|message| {
             let delivery = message.delivery;
-            FetchedLetter { says: headers::read(&delivery.properties), delivery }
+            FetchedDeadLetter { parsed: headers::parse(&delivery.properties), delivery }
         }))
     }
 
-    /// Sends `letters` on, and acknowledges those that were confirmed. The others are given back, with what was said.
+    /// Publishes each dead letter to its destination, and acknowledges those whose copies RabbitMQ confirmed. Returns
+    /// how many were confirmed, and the others with what came of them.
     ///
     /// # Errors
     ///
-    /// When the broker does not answer. Then nobody knows which of them arrived, and none is acknowledged.
+    /// When RabbitMQ does not answer. Then it is unknown which copies arrived, and a dead letter whose acknowledgement
+    /// was not sent comes a second time.
     pub async fn send(
         &self,
-        letters: Vec<(FetchedLetter, SendTo)>,
-    ) -> Result<(u64, Vec<(FetchedLetter, SendResult)>), BrokerError> {
-        if letters.is_empty() {
+        dead_letters: Vec<(FetchedDeadLetter, Destination)>,
+    ) -> Result<(u64, Vec<(FetchedDeadLetter, SendResult)>), BrokerError> {
+        if dead_letters.is_empty() {
             return Ok((0, Vec::new()));
         }
-        let published = tokio::time::timeout(CONFIRM_DEADLINE, self.publish(&letters)).await;
-        let sent = published.map_err(|_| BrokerError::Deadline {
-            doing: format!("confirm {} dead letters", letters.len()),
+        let published = tokio::time::timeout(CONFIRM_DEADLINE, self.publish(&dead_letters)).await;
+        let results = published.map_err(|_| BrokerError::Deadline {
+            doing: format!("confirm {} dead letters", dead_letters.len()),
             after: CONFIRM_DEADLINE,
         })??;
         let (mut confirmed, mut others) = (0, Vec::new());
-        for ((letter, _), sent) in letters.into_iter().zip(sent) {
-            if sent == SendResult::Confirmed {
-                self.acknowledge(&letter).await?;
+        for ((dead_letter, _), result) in dead_letters.into_iter().zip(results) {
+            if result == SendResult::Confirmed {
+                self.acknowledge(&dead_letter).await?;
                 confirmed += 1;
             } else {
-                others.push((letter, sent));
+                others.push((dead_letter, result));
             }
         }
         Ok((confirmed, others))
     }
 
-    async fn publish(&self, letters: &[(FetchedLetter, SendTo)]) -> Result<Vec<SendResult>, BrokerError> {
+    async fn publish(&self, dead_letters: &[(FetchedDeadLetter, Destination)]) -> Result<Vec<SendResult>, BrokerError> {
         let options = BasicPublishOptions { mandatory: true, immediate: false };
         let failed = |source| BrokerError::Operation { doing: "take a dead letter".into(), source };
-        let publishes = letters.iter().map(|(letter, sending)| async move {
-            let (queue, properties) = (self.queue(sending), headers::sent_on(&letter.delivery.properties, sending));
+        let publishes = dead_letters.iter().map(|(dead_letter, destination)| async move {
+            let queue = self.queue(destination);
+            let properties = headers::properties_for(destination, &dead_letter.delivery.properties);
             // Through the default exchange: to this queue and to no other.
-            self.channel.basic_publish("".into(), queue, options, &letter.delivery.data, properties).await
+            self.channel.basic_publish("".into(), queue, options, &dead_letter.delivery.data, properties).await
         });
         let confirms: Result<Vec<_>, _> = join_all(publishes).await.into_iter().collect();
         let confirmations: Result<Vec<_>, _> = join_all(confirms.map_err(failed)?).await.into_iter().collect();
         let confirmations = confirmations.map_err(failed)?;
-        // A returned message comes with whichever confirm is next; its routing key is the queue that does not exist.
+        // The client library attaches a returned message to whichever confirm completes next. Its routing key is the
+        // name of the queue that does not exist.
         let missing: HashSet<&ShortString> = confirmations
             .iter()
             .filter_map(|confirmation| match confirmation {
@@ -203,8 +218,8 @@ impl DeadLetters {
             })
             .map(|returned| &returned.delivery.routing_key)
             .collect();
-        let sent = |((_, sending), confirmation): (&(FetchedLetter, SendTo), &Confirmation)| {
-            if missing.contains(&self.queue(sending)) {
+        let result = |((_, destination), confirmation): (&(FetchedDeadLetter, Destination), &Confirmation)| {
+            if missing.contains(&self.queue(destination)) {
                 SendResult::NoQueue
             } else if matches!(confirmation, Confirmation::Ack(_)) {
                 SendResult::Confirmed
@@ -212,39 +227,39 @@ impl DeadLetters {
                 SendResult::Refused
             }
         };
-        Ok(letters.iter().zip(&confirmations).map(sent).collect())
+        Ok(dead_letters.iter().zip(&confirmations).map(result).collect())
     }
 
-    fn queue(&self, sending: &SendTo) -> ShortString {
-        match sending {
-            SendTo::Back { queue, .. } => queue.as_str().into(),
-            SendTo::Park(_) => self.name(DeadLetterQueue::Parked),
-            SendTo::Tail => self.name(DeadLetterQueue::Dead),
+    fn queue(&self, destination: &Destination) -> ShortString {
+        match destination {
+            Destination::OriginalQueue { queue, .. } => queue.as_str().into(),
+            Destination::ParkingQueue(_) => self.name(DeadLetterQueue::Parked),
+            Destination::DeadQueue => self.name(DeadLetterQueue::Dead),
         }
     }
 
-    /// A letter is done with, for good.
+    /// Acknowledges a dead letter, which removes it from its queue for good.
     ///
     /// # Errors
     ///
-    /// When the connection is gone.
-    pub async fn acknowledge(&self, letter: &FetchedLetter) -> Result<(), BrokerError> {
-        let acknowledged = self.channel.basic_ack(letter.delivery.delivery_tag, BasicAckOptions::default());
-        within("take an acknowledgement", acknowledged).await
+    /// When the connection is lost.
+    pub async fn acknowledge(&self, dead_letter: &FetchedDeadLetter) -> Result<(), BrokerError> {
+        let acknowledged = self.channel.basic_ack(dead_letter.delivery.delivery_tag, BasicAckOptions::default());
+        with_deadline("take an acknowledgement", acknowledged).await
     }
 
-    /// Ends the pass: what was not acknowledged is back in its queue.
+    /// Closes the connection. What was not acknowledged is back in its queue.
     pub async fn close(self) {
         let _ = tokio::time::timeout(CLOSE_DEADLINE, self.connection.close(200, "the pass is over".into())).await;
     }
 }
 
-pub(super) fn queue(exchange: &str, pile: DeadLetterQueue) -> ShortString {
-    pile.own().name(exchange).into()
+pub(super) fn queue_name(exchange: &str, queue: DeadLetterQueue) -> ShortString {
+    queue.entity().name(exchange).into()
 }
 
-pub(super) async fn count_letters(channel: &Channel, queue: ShortString) -> Result<u32, BrokerError> {
+pub(super) async fn message_count(channel: &Channel, queue: ShortString) -> Result<u32, BrokerError> {
     let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-    let doing = format!("count the letters in the queue {queue}");
-    Ok(within(&doing, channel.queue_declare(queue, options, FieldTable::default())).await?.message_count())
+    let doing = format!("count the messages in the queue {queue}");
+    Ok(with_deadline(&doing, channel.queue_declare(queue, options, FieldTable::default())).await?.message_count())
 }

@@ -1,8 +1,17 @@
-//! What stands between the broker and the client library on a connection for dead letters. Anybody who may publish can
-//! write headers that the library cannot read: nested so deeply that it runs out of stack and takes the process with it,
-//! with names that are not UTF-8, at which it stops, or in a frame beyond the limit, at which it hangs up. Such headers are
-//! replaced by one that carries them as they came; everything else passes untouched, or for who only looks at letters all but
-//! the bodies, so that a look holds none, however large they are.
+//! The frame guard: it stands between RabbitMQ and the client library on every connection that reads dead letters, and
+//! replaces headers that the library cannot read.
+//!
+//! Anyone who may publish can write a dead letter's headers. The client library fails at three kinds of them:
+//!
+//! - tables nested a thousand deep overflow its stack, which kills the process;
+//! - a name that is not UTF-8 makes it stop reading;
+//! - a frame longer than the limit makes it close the connection.
+//!
+//! The guard replaces such headers by a single one, `tidings-unreadable`, which carries the original bytes. Everything
+//! else passes unchanged, except that a connection for a listing drops all bodies, so that a listing holds none in
+//! memory, however large they are.
+//!
+//! Must never let a header frame reach the library that it cannot read, and never buffer a body.
 
 pub mod field_table;
 
@@ -18,58 +27,61 @@ use futures_io::{AsyncRead, AsyncWrite};
 use futures_util::Stream;
 use lapin::tcp::AsyncTcpStream;
 
-/// The sockets of tokio, with or without TLS, behind the sieve.
+/// A socket of tokio, with or without TLS, behind the guard.
 pub(super) type GuardedStream = FrameGuard<AsyncTcpStream<<Tokio as Reactor>::TcpStream>>;
 
-/// Of a frame: its type, channel and length before the payload, and the end byte after it.
-const START: usize = 7;
+/// The bytes of a frame before its payload: type, channel and length. After the payload comes one end byte.
+const FRAME_START: usize = 7;
+/// The frame types.
 const METHOD: u8 = 1;
 const HEADER: u8 = 2;
 const BODY: u8 = 3;
-/// Where the frame of a header has the length of the body.
-const BODY_LENGTH: std::ops::Range<usize> = START + 4..START + 12;
-/// Stands for the frame of a body, so that the client library sees that the connection lives.
+/// Where a header frame has the length of the body.
+const BODY_LENGTH: std::ops::Range<usize> = FRAME_START + 4..FRAME_START + 12;
+/// A heartbeat frame. It replaces a body frame that is dropped, so that the client library sees traffic on the
+/// connection.
 const HEARTBEAT: [u8; 8] = [8, 0, 0, 0, 0, 0, 0, 0xCE];
-/// `connection.tune`, after which come the channels and then the longest frame.
+/// Class and method of `connection.tune`. Then come the maximum number of channels (2 bytes) and of bytes in a frame (4
+/// bytes).
 const TUNE: [u8; 4] = [0, 10, 0, 30];
 
-/// A stream whose reading end is sieved.
+/// A stream whose reading side goes through a [`FrameFilter`].
 #[derive(Debug)]
 pub(super) struct FrameGuard<S> {
     stream: S,
-    frames: Frames,
+    filter: FrameFilter,
 }
 
 impl<S> FrameGuard<S> {
     pub(super) fn new(stream: S, bodies: Bodies) -> Self {
-        Self { stream, frames: Frames { bodies, ..Frames::default() } }
+        Self { stream, filter: FrameFilter { bodies, ..FrameFilter::default() } }
     }
 }
 
-/// What becomes of the bodies of messages.
+/// What the guard does with the bodies of messages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Bodies {
-    /// They pass.
+    /// Passes them on.
     #[default]
     Pass,
-    /// Every message has none.
+    /// Drops them: the client library sees messages without a body.
     Drop,
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for FrameGuard<S> {
     fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, into: &mut [u8]) -> Poll<io::Result<usize>> {
-        let Self { stream, frames } = &mut *self;
+        let Self { stream, filter } = &mut *self;
         let mut buffer = [0; 16 * 1024];
-        while frames.done.is_empty() {
+        while filter.output.is_empty() {
             let count = ready!(Pin::new(&mut *stream).poll_read(context, &mut buffer))?;
             if count == 0 {
                 return Poll::Ready(Ok(0));
             }
-            frames.add(&buffer[..count]);
+            filter.add(&buffer[..count]);
         }
-        let count = into.len().min(frames.done.len());
-        into[..count].copy_from_slice(&frames.done[..count]);
-        frames.done.drain(..count);
+        let count = into.len().min(filter.output.len());
+        into[..count].copy_from_slice(&filter.output[..count]);
+        filter.output.drain(..count);
         Poll::Ready(Ok(count))
     }
 }
@@ -88,34 +100,35 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for FrameGuard<S> {
     }
 }
 
-/// Bytes on their way: frames of methods and headers are held until they are whole, bodies pass.
+/// Filters the bytes from RabbitMQ: it holds method and header frames back until they are complete, and passes or drops
+/// the bytes of all other frames as they arrive.
 #[derive(Debug, Default)]
-struct Frames {
-    /// What may be read.
-    done: Vec<u8>,
+struct FrameFilter {
+    /// The bytes that the client library may read.
+    output: Vec<u8>,
     /// The beginning of a frame.
     held: Vec<u8>,
-    /// Bytes of a frame that passes as it is, or does not.
-    passing: usize,
-    /// Those do not.
-    dropping: bool,
+    /// How many bytes of the current frame are still to be passed, or to be dropped.
+    remaining: usize,
+    /// The current frame is dropped.
+    is_dropping: bool,
     bodies: Bodies,
-    /// The longest frame that was agreed upon; 0 = any.
-    longest: usize,
+    /// The maximum number of bytes in a frame, from `connection.tune`; 0 = no limit.
+    max_frame_bytes: usize,
 }
 
-impl Frames {
+impl FrameFilter {
     fn add(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
-            let (taken, rest) = if self.passing > 0 {
-                let (taken, rest) = bytes.split_at(bytes.len().min(self.passing));
-                self.passing -= taken.len();
-                if !self.dropping {
-                    self.done.extend_from_slice(taken);
+            let (taken, rest) = if self.remaining > 0 {
+                let (taken, rest) = bytes.split_at(bytes.len().min(self.remaining));
+                self.remaining -= taken.len();
+                if !self.is_dropping {
+                    self.output.extend_from_slice(taken);
                 }
                 (taken.len(), rest)
             } else {
-                let wanted = self.length().unwrap_or(START) - self.held.len();
+                let wanted = self.frame_bytes().unwrap_or(FRAME_START) - self.held.len();
                 let (taken, rest) = bytes.split_at(bytes.len().min(wanted));
                 self.held.extend_from_slice(taken);
                 (taken.len(), rest)
@@ -126,21 +139,21 @@ impl Frames {
         }
     }
 
-    /// How long the frame is whose beginning is held, as far as that is known.
-    fn length(&self) -> Option<usize> {
-        let length: [u8; 4] = self.held.get(3..START)?.try_into().ok()?;
-        Some(START + u32::from_be_bytes(length) as usize + 1)
+    /// The length of the frame whose beginning is held; `None` until its length field is complete.
+    fn frame_bytes(&self) -> Option<usize> {
+        let length: [u8; 4] = self.held.get(3..FRAME_START)?.try_into().ok()?;
+        Some(FRAME_START + u32::from_be_bytes(length) as usize + 1)
     }
 
-    /// Lets go of what is held, if enough of it is here to know what it is.
+    /// Moves what is held to the output, once enough of the frame has arrived to decide what to do with it.
     fn release(&mut self) {
-        let Some(length) = self.length() else { return };
+        let Some(length) = self.frame_bytes() else { return };
         match self.held[0] {
             METHOD | HEADER if self.held.len() < length => return,
             METHOD => {
-                let payload = &self.held[START..length - 1];
-                if let Some(longest) = payload.strip_prefix(&TUNE).and_then(|tune| tune.get(2..6)?.try_into().ok()) {
-                    self.longest = u32::from_be_bytes(longest) as usize;
+                let payload = &self.held[FRAME_START..length - 1];
+                if let Some(max) = payload.strip_prefix(&TUNE).and_then(|tune| tune.get(2..6)?.try_into().ok()) {
+                    self.max_frame_bytes = u32::from_be_bytes(max) as usize;
                 }
             }
             HEADER => {
@@ -149,28 +162,29 @@ impl Frames {
                 {
                     length.fill(0);
                 }
-                let longest = if self.longest == 0 { usize::MAX } else { self.longest };
-                if let Some(other) = field_table::instead(&self.held[START..length - 1], longest) {
-                    let length = u32::try_from(other.len()).expect("shorter than a frame").to_be_bytes();
-                    self.done.extend([&self.held[..3], &length, &other, &[0xCE]].concat());
+                let max_frame_bytes = if self.max_frame_bytes == 0 { usize::MAX } else { self.max_frame_bytes };
+                if let Some(payload) = field_table::replacement(&self.held[FRAME_START..length - 1], max_frame_bytes) {
+                    let length = u32::try_from(payload.len()).expect("shorter than a frame").to_be_bytes();
+                    self.output.extend([&self.held[..3], &length, &payload, &[0xCE]].concat());
                     self.held.clear();
                     return;
                 }
             }
-            kind => {
-                self.passing = length - self.held.len();
-                self.dropping = kind == BODY && self.bodies == Bodies::Drop;
-                if self.dropping {
+            frame_type => {
+                self.remaining = length - self.held.len();
+                self.is_dropping = frame_type == BODY && self.bodies == Bodies::Drop;
+                if self.is_dropping {
                     self.held.clear();
-                    self.done.extend(HEARTBEAT);
+                    self.output.extend(HEARTBEAT);
                 }
             }
         }
-        self.done.append(&mut self.held);
+        self.output.append(&mut self.held);
     }
 }
 
-/// Tokio's reactor, for a client library that believes that its sockets are sieved ones.
+/// Tokio's reactor, with [`GuardedStream`] as the type of its sockets, which the client library requires of a stream's
+/// reactor.
 #[derive(Clone, Debug)]
 pub(super) struct GuardingReactor(pub(super) Tokio);
 
@@ -178,7 +192,7 @@ impl Reactor for GuardingReactor {
     type TcpStream = GuardedStream;
     type Sleep = <Tokio as Reactor>::Sleep;
 
-    /// For sockets that are connected already, of which there are none.
+    /// For sockets that are connected already: unsupported, because the daemon has none.
     fn register<H: io::Read + io::Write + Send + 'static>(
         &self,
         _: H,
@@ -209,52 +223,53 @@ mod tests {
 
     use super::*;
 
-    fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
+    fn frame(frame_type: u8, payload: &[u8]) -> Vec<u8> {
         let length = u32::try_from(payload.len()).expect("short").to_be_bytes();
-        [&[kind, 0, 1][..], &length, payload, &[0xCE]].concat()
+        [&[frame_type, 0, 1][..], &length, payload, &[0xCE]].concat()
     }
 
-    fn sieved(bytes: &[u8], at_once: usize, bodies: Bodies) -> Vec<u8> {
-        let mut frames = Frames { bodies, ..Frames::default() };
-        for bytes in bytes.chunks(at_once) {
-            frames.add(bytes);
+    fn filtered(bytes: &[u8], chunk_bytes: usize, bodies: Bodies) -> Vec<u8> {
+        let mut filter = FrameFilter { bodies, ..FrameFilter::default() };
+        for chunk in bytes.chunks(chunk_bytes) {
+            filter.add(chunk);
         }
-        frames.done
+        filter.output
     }
 
     proptest! {
         #[test]
-        fn what_can_be_read_passes_untouched_however_it_is_cut(
+        fn readable_frames_pass_unchanged_in_chunks_of_any_size(
             frames in proptest::collection::vec((prop_oneof![Just(1_u8), Just(3), Just(8)], proptest::collection::vec(any::<u8>(), 0..300)), 0..8),
-            at_once in 1..400_usize,
+            chunk_bytes in 1..400_usize,
         ) {
-            let bytes: Vec<u8> = frames.iter().flat_map(|(kind, payload)| frame(*kind, payload)).collect();
-            prop_assert_eq!(sieved(&bytes, at_once, Bodies::Pass), bytes);
+            let bytes: Vec<u8> = frames.iter().flat_map(|(frame_type, payload)| frame(*frame_type, payload)).collect();
+            prop_assert_eq!(filtered(&bytes, chunk_bytes, Bodies::Pass), bytes);
         }
 
         #[test]
-        fn a_look_gets_every_frame_but_those_of_bodies_however_they_are_cut(
+        fn a_listing_gets_every_frame_except_bodies_in_chunks_of_any_size(
             bodies in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..300), 0..4),
-            at_once in 1..400_usize,
+            chunk_bytes in 1..400_usize,
         ) {
             let header = |length: usize| frame(HEADER, &[&[0, 60, 0, 0][..], &(length as u64).to_be_bytes(), &[0, 0]].concat());
             let length = bodies.iter().map(Vec::len).sum();
             let frames = [frame(METHOD, b"method"), header(length)].into_iter();
             let bytes: Vec<u8> = frames.chain(bodies.iter().map(|body| frame(BODY, body))).chain([frame(8, &[])]).flatten().collect();
-            let rest = HEARTBEAT.repeat(bodies.len());
-            let expected = [frame(METHOD, b"method"), header(0), rest, frame(8, &[])].concat();
-            prop_assert_eq!(sieved(&bytes, at_once, Bodies::Drop), expected);
+            let heartbeats = HEARTBEAT.repeat(bodies.len());
+            let expected = [frame(METHOD, b"method"), header(0), heartbeats, frame(8, &[])].concat();
+            prop_assert_eq!(filtered(&bytes, chunk_bytes, Bodies::Drop), expected);
         }
     }
 
     #[test]
-    fn headers_beyond_the_agreed_length_are_replaced_and_those_within_it_are_not() {
-        let tune = |longest: u32| frame(1, &[&TUNE[..], &[0, 9], &longest.to_be_bytes(), &[0, 0]].concat());
-        // Without any property but a content type.
+    fn headers_longer_than_the_negotiated_frame_are_replaced_and_shorter_ones_pass() {
+        let tune =
+            |max_frame_bytes: u32| frame(1, &[&TUNE[..], &[0, 9], &max_frame_bytes.to_be_bytes(), &[0, 0]].concat());
+        // The only property is a content type.
         let header = frame(2, &[&[0, 60, 0, 0][..], &[0; 8], &[0x80, 0, 200], &[b'x'; 200]].concat());
-        for (longest, passes) in [(0, true), (4096, true), (600, false)] {
-            let bytes = [tune(longest), header.clone()].concat();
-            assert_eq!(sieved(&bytes, 10, Bodies::Pass) == bytes, passes, "{longest}");
+        for (max_frame_bytes, passes) in [(0, true), (4096, true), (600, false)] {
+            let bytes = [tune(max_frame_bytes), header.clone()].concat();
+            assert_eq!(filtered(&bytes, 10, Bodies::Pass) == bytes, passes, "{max_frame_bytes}");
         }
     }
 }

@@ -1,5 +1,22 @@
-//! The four things that are ours, two exchanges and two queues: what each must be, and one declaration of each. What exists
-//! already must be the same; consumers' queues are theirs, and never touched.
+//! The daemon's own topology: two exchanges, two queues and one binding. This file says what each must be, and declares
+//! it once; `repair.rs` decides when, and `watch.rs` calls it every few seconds; `definitions.rs` writes the same as
+//! definitions for RabbitMQ to import.
+//!
+//! Must never touch the queues of consumers, and never delete or change anything: an exchange or queue that exists with
+//! other properties is an error for a person.
+//!
+//! All declarations of the daemon go through [`Broker::repair_topology`]: on a new connection, before a pass over the
+//! dead letters, after a publish to an exchange that does not exist, and every 5 s. It first declares each exchange and
+//! queue passively. That needs no permission, and shows what is missing, and since when at most. Then it declares what
+//! is missing, and binds. Once a minute it also declares what exists, because only a declaration makes RabbitMQ compare
+//! the arguments. What the daemon's user may not declare is used as it is; if it is missing as well, the error names
+//! it.
+//!
+//! When an operator deletes `tidings.dead`, for example, the next repair declares and binds it again within seconds.
+//! The messages that were in it, and the messages that consumers rejected before the repair, are lost; the log and the
+//! `notes` of `/readyz` say so for an hour.
+//!
+//! [`Broker::repair_topology`]: crate::broker::Broker::repair_topology
 
 mod definitions;
 pub(super) mod repair;
@@ -10,32 +27,32 @@ use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Connection, ExchangeKind};
 
-use crate::broker::{BrokerError, QueueType, within};
+use crate::broker::{BrokerError, QueueType, with_deadline};
 
-/// One of the four things that the daemon declares.
+/// One of the two exchanges and two queues that the daemon declares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OwnEntity {
+pub enum DeclaredEntity {
     /// `tidings`
     Exchange,
     /// `tidings.dlx`
     DeadLetterExchange,
     /// `tidings.dead`
-    Dead,
+    DeadQueue,
     /// `tidings.parking`
-    Parking,
+    ParkingQueue,
 }
 
-/// Whether RabbitMQ lets us do something that needs a permission.
+/// What came of a declaration or a binding, which need permissions.
 #[derive(Debug)]
-pub(super) enum Permitted {
-    /// It was done.
+pub(super) enum DeclareResult {
+    /// The exchange, queue or binding exists now.
     Done,
-    /// Our user may not, in the broker's words.
-    Refused(BrokerError),
+    /// The daemon's user lacks the permission.
+    NotPermitted(BrokerError),
 }
 
 impl QueueType {
-    /// Its name in `x-queue-type`.
+    /// The value of `x-queue-type`.
     #[must_use]
     pub(super) fn name(self) -> &'static str {
         match self {
@@ -44,9 +61,10 @@ impl QueueType {
         }
     }
 
-    /// What is looked at, or is given up in the middle of a pass, comes back, and that is counted. From 4.0 on, a quorum queue
-    /// throws away what came back 20 times, unless it is told otherwise; -1, which ought to mean never, would be at once on
-    /// 3.10.
+    /// The value of `x-delivery-limit`, so high that no message reaches it. Each listing, and each pass that breaks
+    /// off, returns messages to their queue, and a quorum queue counts that. From RabbitMQ 4.0 on it drops a message
+    /// after 20 returns by default. A limit of -1, which is meant as no limit, would make 3.10 drop a message at its
+    /// first return.
     pub(super) fn delivery_limit(self) -> Option<i32> {
         match self {
             Self::Classic => None,
@@ -55,146 +73,153 @@ impl QueueType {
     }
 }
 
-impl OwnEntity {
-    /// All of them, in the order in which they are declared.
-    pub const ALL: [Self; 4] = [Self::Exchange, Self::DeadLetterExchange, Self::Dead, Self::Parking];
+impl DeclaredEntity {
+    /// All four, in the order in which they are declared.
+    pub const ALL: [Self; 4] = [Self::Exchange, Self::DeadLetterExchange, Self::DeadQueue, Self::ParkingQueue];
 
-    /// Its name.
+    /// The name, derived from that of the exchange that the daemon publishes to.
     #[must_use]
     pub fn name(self, exchange: &str) -> String {
         match self {
             Self::Exchange => exchange.to_owned(),
             Self::DeadLetterExchange => format!("{exchange}.dlx"),
-            Self::Dead => format!("{exchange}.dead"),
-            Self::Parking => format!("{exchange}.parking"),
+            Self::DeadQueue => format!("{exchange}.dead"),
+            Self::ParkingQueue => format!("{exchange}.parking"),
         }
     }
 
-    /// Its name, and what it is.
+    /// What it is and its name, such as `the queue tidings.dead`.
     #[must_use]
     pub fn describe(self, exchange: &str) -> String {
-        let what = if self.kind().is_some() { "exchange" } else { "queue" };
+        let what = if self.exchange_type().is_some() { "exchange" } else { "queue" };
         format!("the {what} {}", self.name(exchange))
     }
 
-    /// All that it must be, for who declares it by other means.
+    /// As [`DeclaredEntity::describe`], followed by every property that it must have, for an operator who declares it.
     #[must_use]
-    pub fn wanted(self, exchange: &str, queue_type: QueueType) -> String {
-        let arguments = match (self.kind(), queue_type.delivery_limit()) {
+    pub fn describe_declaration(self, exchange: &str, queue_type: QueueType) -> String {
+        let arguments = match (self.exchange_type(), queue_type.delivery_limit()) {
             (Some(kind), _) => format!("durable, of the type {kind}"),
             (None, None) => format!("durable, x-queue-type = {}", queue_type.name()),
             (None, Some(limit)) => format!("durable, x-queue-type = {}, x-delivery-limit = {limit}", queue_type.name()),
         };
         let bound = match self {
-            Self::Dead => format!(", bound to {}", Self::DeadLetterExchange.name(exchange)),
+            Self::DeadQueue => format!(", bound to {}", Self::DeadLetterExchange.name(exchange)),
             _ => String::new(),
         };
         format!("{} ({arguments}{bound})", self.describe(exchange))
     }
 
-    /// Of an exchange, how it routes; a queue has none.
+    /// The type of an exchange; `None` for a queue.
     #[must_use]
-    pub(super) fn kind(self) -> Option<&'static str> {
+    pub(super) fn exchange_type(self) -> Option<&'static str> {
         match self {
             Self::Exchange => Some("topic"),
             Self::DeadLetterExchange => Some("fanout"),
-            Self::Dead | Self::Parking => None,
+            Self::DeadQueue | Self::ParkingQueue => None,
         }
     }
 }
 
-/// Looks whether one of ours is there, for which no permission is needed, and compares nothing: how many letters lie in it
-/// (of an exchange, none), or what the broker says of its absence. It says the same of a queue whose node is down.
-pub(super) async fn look(
+/// Declares `entity` passively, which shows whether it exists, needs no permission and compares nothing. Returns the
+/// number of messages in a queue, 0 for an exchange, or RabbitMQ's words if it does not exist. RabbitMQ also answers
+/// that a queue does not exist when the node of that queue is down.
+pub(super) async fn declare_passively(
     connection: &Connection,
-    own: OwnEntity,
+    entity: DeclaredEntity,
     exchange: &str,
 ) -> Result<Result<u32, String>, BrokerError> {
-    let doing = format!("look for {}", own.describe(exchange));
-    // A refusal closes the channel.
-    let channel = within("open a channel", connection.create_channel()).await?;
-    let (name, nothing) = (own.name(exchange).into(), FieldTable::default());
-    let seen = if let Some(kind) = own.kind() {
+    let doing = format!("find {}", entity.describe(exchange));
+    // A channel of its own, because RabbitMQ closes it if the entity does not exist.
+    let channel = with_deadline("open a channel", connection.create_channel()).await?;
+    let (name, no_arguments) = (entity.name(exchange).into(), FieldTable::default());
+    let declared = if let Some(kind) = entity.exchange_type() {
         let passive = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
-        within(&doing, channel.exchange_declare(name, exchange_kind(kind), passive, nothing)).await.map(|()| 0)
+        with_deadline(&doing, channel.exchange_declare(name, exchange_kind(kind), passive, no_arguments))
+            .await
+            .map(|()| 0)
     } else {
         let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-        within(&doing, channel.queue_declare(name, passive, nothing)).await.map(|queue| queue.message_count())
+        with_deadline(&doing, channel.queue_declare(name, passive, no_arguments))
+            .await
+            .map(|queue| queue.message_count())
     };
-    match seen {
-        Ok(letters) => {
-            let _ = within("close a channel", channel.close(200, "seen".into())).await;
-            Ok(Ok(letters))
+    match declared {
+        Ok(messages) => {
+            let _ = with_deadline("close a channel", channel.close(200, "found".into())).await;
+            Ok(Ok(messages))
         }
-        Err(error) => match refusal(&error) {
-            Some((AMQPSoftError::NOTFOUND, said)) => Ok(Err(said)),
+        Err(error) => match soft_error(&error) {
+            Some((AMQPSoftError::NOTFOUND, answer)) => Ok(Err(answer)),
             _ => Err(error),
         },
     }
 }
 
-/// Declares one of ours. What is there already is compared by that, and not changed.
+/// Declares `entity`. If it exists, RabbitMQ compares its arguments, and changes nothing.
 pub(super) async fn declare(
     connection: &Connection,
-    own: OwnEntity,
+    entity: DeclaredEntity,
     exchange: &str,
     queue_type: QueueType,
-) -> Result<Permitted, BrokerError> {
-    let channel = within("open a channel", connection.create_channel()).await?;
-    let what = own.describe(exchange);
-    let (doing, name) = (format!("declare {what}"), own.name(exchange).into());
-    let declared = if let Some(kind) = own.kind() {
+) -> Result<DeclareResult, BrokerError> {
+    let channel = with_deadline("open a channel", connection.create_channel()).await?;
+    let (doing, name) = (format!("declare {}", entity.describe(exchange)), entity.name(exchange).into());
+    let declared = if let Some(kind) = entity.exchange_type() {
         let options = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
-        within(&doing, channel.exchange_declare(name, exchange_kind(kind), options, FieldTable::default())).await
+        with_deadline(&doing, channel.exchange_declare(name, exchange_kind(kind), options, FieldTable::default())).await
     } else {
-        // Never without a type: a virtual host may have another default.
+        // Always with a type: the virtual host may have another default.
         let mut arguments = FieldTable::default();
         arguments.insert("x-queue-type".into(), AMQPValue::LongString(queue_type.name().into()));
         if let Some(limit) = queue_type.delivery_limit() {
             arguments.insert("x-delivery-limit".into(), AMQPValue::LongInt(limit));
         }
-        within(&doing, channel.queue_declare(name, QueueDeclareOptions::durable(), arguments)).await.map(drop)
+        with_deadline(&doing, channel.queue_declare(name, QueueDeclareOptions::durable(), arguments)).await.map(drop)
     };
     match declared {
         Ok(()) => {
-            let _ = within("close a channel", channel.close(200, "declared".into())).await;
-            Ok(Permitted::Done)
+            let _ = with_deadline("close a channel", channel.close(200, "declared".into())).await;
+            Ok(DeclareResult::Done)
         }
-        Err(error) => permitted(error).map_err(|error| mismatch(error, own.wanted(exchange, queue_type))),
+        Err(error) => {
+            not_permitted(error).map_err(|error| mismatch(error, entity.describe_declaration(exchange, queue_type)))
+        }
     }
 }
 
-/// Makes sure that letters of a queue of ours come back if they are only looked at, however often: from a queue that is neither
-/// of those that we declare, RabbitMQ may throw them away after some times. The queue must be there.
-pub(super) async fn come_back(
+/// Makes sure that messages that are fetched from this queue and not acknowledged come back, however often. From a
+/// queue with other arguments than the daemon declares, for classic or for quorum queues, RabbitMQ may drop them after
+/// some returns; such a queue is an error. The queue must exist.
+pub(super) async fn ensure_messages_return(
     connection: &Connection,
-    own: OwnEntity,
+    entity: DeclaredEntity,
     exchange: &str,
     queue_type: QueueType,
 ) -> Result<(), BrokerError> {
-    // A user who may not declare cannot compare, and looks all the same.
-    let Err(error) = declare(connection, own, exchange, queue_type).await else { return Ok(()) };
-    let other = match queue_type {
+    // A user who may not declare cannot compare the arguments; the queue is trusted then.
+    let Err(error) = declare(connection, entity, exchange, queue_type).await else { return Ok(()) };
+    let other_type = match queue_type {
         QueueType::Classic => QueueType::Quorum,
         QueueType::Quorum => QueueType::Classic,
     };
-    let is_other =
-        matches!(error, BrokerError::Mismatch { .. }) && declare(connection, own, exchange, other).await.is_ok();
-    if is_other { Ok(()) } else { Err(error) }
+    let has_other_type = matches!(error, BrokerError::Mismatch { .. })
+        && declare(connection, entity, exchange, other_type).await.is_ok();
+    if has_other_type { Ok(()) } else { Err(error) }
 }
 
-/// Binds `tidings.dead` to `tidings.dlx`, which changes nothing if it is bound.
-pub(super) async fn bind(connection: &Connection, exchange: &str) -> Result<Permitted, BrokerError> {
-    let channel = within("open a channel", connection.create_channel()).await?;
-    let (queue, source) = (OwnEntity::Dead.name(exchange), OwnEntity::DeadLetterExchange.name(exchange));
-    let (options, nothing) = (QueueBindOptions::default(), FieldTable::default());
-    let bound = channel.queue_bind(queue.as_str().into(), source.as_str().into(), "".into(), options, nothing);
-    match within(&format!("bind the queue {queue} to the exchange {source}"), bound).await {
+/// Binds `tidings.dead` to `tidings.dlx`. If it is bound already, this changes nothing.
+pub(super) async fn bind(connection: &Connection, exchange: &str) -> Result<DeclareResult, BrokerError> {
+    let channel = with_deadline("open a channel", connection.create_channel()).await?;
+    let (queue, source) = (DeclaredEntity::DeadQueue.name(exchange), DeclaredEntity::DeadLetterExchange.name(exchange));
+    let (options, no_arguments) = (QueueBindOptions::default(), FieldTable::default());
+    let bound = channel.queue_bind(queue.as_str().into(), source.as_str().into(), "".into(), options, no_arguments);
+    match with_deadline(&format!("bind the queue {queue} to the exchange {source}"), bound).await {
         Ok(()) => {
-            let _ = within("close a channel", channel.close(200, "bound".into())).await;
-            Ok(Permitted::Done)
+            let _ = with_deadline("close a channel", channel.close(200, "bound".into())).await;
+            Ok(DeclareResult::Done)
         }
-        Err(error) => permitted(error),
+        Err(error) => not_permitted(error),
     }
 }
 
@@ -202,8 +227,8 @@ fn exchange_kind(name: &str) -> ExchangeKind {
     if name == "topic" { ExchangeKind::Topic } else { ExchangeKind::Fanout }
 }
 
-/// What the broker refused, if that is what went wrong, and in which words.
-fn refusal(error: &BrokerError) -> Option<(AMQPSoftError, String)> {
+/// The channel error with which RabbitMQ answered, and its text; `None` for any other error.
+fn soft_error(error: &BrokerError) -> Option<(AMQPSoftError, String)> {
     let BrokerError::Operation { source, .. } = error else { return None };
     let lapin::ErrorKind::ProtocolError(protocol) = source.kind() else { return None };
     match protocol.kind() {
@@ -212,17 +237,17 @@ fn refusal(error: &BrokerError) -> Option<(AMQPSoftError, String)> {
     }
 }
 
-/// Tells what our user may not from everything else.
-fn permitted(error: BrokerError) -> Result<Permitted, BrokerError> {
-    match refusal(&error) {
-        Some((AMQPSoftError::ACCESSREFUSED, _)) => Ok(Permitted::Refused(error)),
+/// Turns an error into [`DeclareResult::NotPermitted`] if it says that the daemon's user lacks a permission.
+fn not_permitted(error: BrokerError) -> Result<DeclareResult, BrokerError> {
+    match soft_error(&error) {
+        Some((AMQPSoftError::ACCESSREFUSED, _)) => Ok(DeclareResult::NotPermitted(error)),
         _ => Err(error),
     }
 }
 
-/// Tells a difference, which a person must resolve, from everything else.
+/// Turns an error into [`BrokerError::Mismatch`] if it says that the arguments differ, which a person must resolve.
 fn mismatch(error: BrokerError, what: String) -> BrokerError {
-    match (refusal(&error), error) {
+    match (soft_error(&error), error) {
         (Some((AMQPSoftError::PRECONDITIONFAILED, _)), BrokerError::Operation { source, .. }) => {
             BrokerError::Mismatch { what, source }
         }

@@ -1,5 +1,5 @@
-//! What the daemon does for what is its own, at each new connection and every few seconds: it looks, declares what is gone,
-//! binds, and remembers what was lost. Where it may not declare it uses what is there.
+//! Looks whether the daemon's exchanges, queues and binding exist, declares what is missing, binds, and remembers for
+//! an hour what was lost. The opening of `topology/mod.rs` says when, and in which steps.
 
 use std::time::{Duration, Instant};
 
@@ -7,94 +7,104 @@ use lapin::Connection;
 use tracing::{info, warn};
 
 use crate::broker::topology;
-use crate::broker::topology::{OwnEntity, Permitted};
+use crate::broker::topology::{DeclareResult, DeclaredEntity};
 use crate::broker::{Broker, BrokerError};
 
-/// From one comparison of what is there with what ought to be there to the next.
-const COMPARE: Duration = Duration::from_mins(1);
-/// How long a loss is told of, and how many at most.
-const MEMORY: Duration = Duration::from_hours(1);
-const MEMORIES: usize = 10;
+/// How often what exists is declared as well, so that RabbitMQ compares its arguments.
+const COMPARE_INTERVAL: Duration = Duration::from_mins(1);
+/// How long a loss is reported.
+const LOSS_REPORTED_FOR: Duration = Duration::from_hours(1);
+/// How many losses are reported at most, the newest.
+const MAX_LOSSES: usize = 10;
 
-/// What is known of what is ours.
+/// What the daemon knows of its exchanges, queues and binding.
 #[derive(Debug, Default)]
-pub(in crate::broker) struct Ledger {
-    records: [Record; 4],
-    compared: Option<Instant>,
+pub(in crate::broker) struct TopologyState {
+    /// In the order of [`DeclaredEntity::ALL`].
+    entities: [EntityState; 4],
+    last_compared: Option<Instant>,
+    /// The oldest first.
     losses: Vec<Loss>,
-    /// Our user may not bind.
-    unbindable: bool,
+    /// The daemon's user may not bind.
+    bind_refused: bool,
 }
 
-/// What is known of one.
+/// What the daemon knows of one exchange or queue.
 #[derive(Debug, Default)]
-struct Record {
-    /// When it was there, the last time that somebody looked.
-    seen: Option<Instant>,
-    /// It was not there since.
-    absent: bool,
-    /// It is another than it ought to be.
-    wrong: bool,
-    /// Our user may not declare it.
-    refused: bool,
+struct EntityState {
+    /// When it was last found.
+    last_seen: Option<Instant>,
+    /// It has been missing since then.
+    is_missing: bool,
+    /// It exists with other properties than it must have.
+    has_mismatch: bool,
+    /// The daemon's user may not declare it.
+    declare_refused: bool,
 }
 
-/// Something was gone for a time.
+/// An exchange, a queue or the binding was missing for a time.
 #[derive(Debug)]
 struct Loss {
-    /// `None` = what binds `tidings.dead` to `tidings.dlx`.
-    own: Option<OwnEntity>,
-    /// From when it was seen last to when it was there again: how long it was gone at most.
-    gone: Duration,
+    /// `None` = the binding of `tidings.dead` to `tidings.dlx`.
+    entity: Option<DeclaredEntity>,
+    /// How long it was missing at most: from when it was last seen until it existed again.
+    gone_for: Duration,
     ended: Instant,
 }
 
 impl Broker {
-    /// Looks at what is ours, declares what is gone and binds; now and then it compares, too. Nothing while there is no
-    /// connection, or RabbitMQ blocks it and answers nothing.
+    /// Looks whether the daemon's exchanges and queues exist, declares what is missing, and binds; once a minute it
+    /// also compares what exists. Does nothing while there is no connection, or while RabbitMQ blocks it, since it then
+    /// answers nothing.
     ///
     /// # Errors
     ///
-    /// When something is gone and our user may not declare it, is another than it ought to be, or the broker does not answer.
-    pub async fn keep(&self) -> Result<(), BrokerError> {
+    /// When an exchange or queue is missing and the daemon's user may not declare it, when one has other properties
+    /// than it must have, or when RabbitMQ does not answer.
+    pub async fn repair_topology(&self) -> Result<(), BrokerError> {
         let connection = self.connection.lock().await.clone();
         match connection.filter(|_| self.is_open()) {
-            Some(connection) => self.keep_on(&connection, false).await,
+            Some(connection) => self.repair_topology_on(&connection, false).await,
             None => Ok(()),
         }
     }
 
-    /// The same on this connection; on a `fresh` one everything is compared, and what was refused is tried again.
-    pub(in crate::broker) async fn keep_on(&self, connection: &Connection, fresh: bool) -> Result<(), BrokerError> {
-        let mut ledger = self.ledger.lock().await;
-        let Ledger { records, compared, losses, unbindable } = &mut *ledger;
-        let compare = fresh || compared.is_none_or(|at| at.elapsed() >= COMPARE);
+    /// As [`Broker::repair_topology`], on this connection. On a `fresh` one everything is compared, and declarations
+    /// that were refused are tried again.
+    pub(in crate::broker) async fn repair_topology_on(
+        &self,
+        connection: &Connection,
+        fresh: bool,
+    ) -> Result<(), BrokerError> {
+        let mut state = self.topology_state.lock().await;
+        let TopologyState { entities, last_compared, losses, bind_refused } = &mut *state;
+        let compare = fresh || last_compared.is_none_or(|at| at.elapsed() >= COMPARE_INTERVAL);
         let (mut missing, mut failed) = (Vec::new(), None);
-        for (own, record) in OwnEntity::ALL.into_iter().zip(&mut *records) {
-            record.refused &= !fresh;
-            match self.keep_one(connection, own, record, compare).await {
+        for (entity, entity_state) in DeclaredEntity::ALL.into_iter().zip(&mut *entities) {
+            entity_state.declare_refused &= !fresh;
+            match self.repair_entity(connection, entity, entity_state, compare).await {
                 Ok(Some(loss)) => losses.push(loss),
-                Ok(None) if record.absent => missing.push(self.wanted(own)),
+                Ok(None) if entity_state.is_missing => missing.push(self.wanted(entity)),
                 Ok(None) => {}
                 Err(error) => failed = failed.or(Some(error)),
             }
         }
-        let [.., dead_letter_exchange, dead, _] = &*records;
-        *unbindable &= !fresh;
-        // It may have been lost alone, and over AMQP nobody can ask for it.
-        if !dead_letter_exchange.absent && !dead.absent && !*unbindable {
+        let [.., dead_letter_exchange, dead_queue, _] = &*entities;
+        *bind_refused &= !fresh;
+        // Each time, since the binding may be lost alone, and AMQP has no request that shows whether it exists.
+        if !dead_letter_exchange.is_missing && !dead_queue.is_missing && !*bind_refused {
             match topology::bind(connection, &self.exchange).await {
-                Ok(Permitted::Done) => {}
-                // Whoever declared it has bound it.
-                Ok(Permitted::Refused(_)) if dead.refused => *unbindable = true,
-                Ok(Permitted::Refused(error)) | Err(error) => failed = failed.or(Some(error)),
+                Ok(DeclareResult::Done) => {}
+                // The operator who declared the queue has bound it as well.
+                Ok(DeclareResult::NotPermitted(_)) if dead_queue.declare_refused => *bind_refused = true,
+                Ok(DeclareResult::NotPermitted(error)) | Err(error) => failed = failed.or(Some(error)),
             }
         }
         if compare {
-            *compared = Some(Instant::now());
+            *last_compared = Some(Instant::now());
         }
-        losses.retain(|loss| loss.ended.elapsed() < MEMORY);
-        losses.drain(..losses.len().saturating_sub(MEMORIES));
+        losses.retain(|loss| loss.ended.elapsed() < LOSS_REPORTED_FOR);
+        losses.drain(..losses.len().saturating_sub(MAX_LOSSES));
         if let Some(error) = failed {
             return Err(error);
         }
@@ -104,78 +114,84 @@ impl Broker {
         Ok(())
     }
 
-    /// Returns what was lost, if it is there again.
-    async fn keep_one(
+    /// Declares one exchange or queue if that is necessary. Returns its loss if it was missing and exists again.
+    async fn repair_entity(
         &self,
         connection: &Connection,
-        own: OwnEntity,
-        record: &mut Record,
+        entity: DeclaredEntity,
+        state: &mut EntityState,
         compare: bool,
     ) -> Result<Option<Loss>, BrokerError> {
-        let mut there = topology::look(connection, own, &self.exchange).await?.is_ok();
-        record.absent |= !there;
-        // RabbitMQ logs each refusal: what may not be declared and is there is let be until the next connection.
-        if !there || record.wrong || (compare && !record.refused) {
-            let declared = topology::declare(connection, own, &self.exchange, self.queue_type).await;
-            record.wrong = matches!(declared, Err(BrokerError::Mismatch { .. }));
-            let refused = matches!(declared?, Permitted::Refused(_));
-            if refused && !record.refused && there {
-                info!("RabbitMQ does not let us declare {}: it is used as it is", own.describe(&self.exchange));
+        let mut exists = topology::declare_passively(connection, entity, &self.exchange).await?.is_ok();
+        state.is_missing |= !exists;
+        // RabbitMQ logs each refusal: what exists and may not be declared is not declared again on this connection.
+        if !exists || state.has_mismatch || (compare && !state.declare_refused) {
+            let declared = topology::declare(connection, entity, &self.exchange, self.queue_type).await;
+            state.has_mismatch = matches!(declared, Err(BrokerError::Mismatch { .. }));
+            let refused = matches!(declared?, DeclareResult::NotPermitted(_));
+            if refused && !state.declare_refused && exists {
+                info!(
+                    "RabbitMQ does not let the daemon's user declare {}: it is used as it is",
+                    entity.describe(&self.exchange)
+                );
             }
-            record.refused = refused;
-            there |= !refused;
+            state.declare_refused = refused;
+            exists |= !refused;
         }
-        if !there {
+        if !exists {
             return Ok(None);
         }
-        let (was_absent, seen) = (std::mem::take(&mut record.absent), record.seen.replace(Instant::now()));
-        Ok(seen.filter(|_| was_absent).map(|seen| {
-            let loss = Loss { own: Some(own), gone: seen.elapsed(), ended: Instant::now() };
+        let (was_missing, last_seen) = (std::mem::take(&mut state.is_missing), state.last_seen.replace(Instant::now()));
+        Ok(last_seen.filter(|_| was_missing).map(|last_seen| {
+            let loss = Loss { entity: Some(entity), gone_for: last_seen.elapsed(), ended: Instant::now() };
             warn!("{}", loss.sentence(&self.exchange));
             loss
         }))
     }
 
-    /// Remembers that `tidings.dead` was not bound for so long at most, which AMQP does not tell.
-    pub async fn was_unbound(&self, gone: Duration) {
-        let loss = Loss { own: None, gone, ended: Instant::now() };
+    /// Records that `tidings.dead` was not bound for at most `gone_for`, as the management API showed.
+    pub async fn record_lost_binding(&self, gone_for: Duration) {
+        let loss = Loss { entity: None, gone_for, ended: Instant::now() };
         warn!("{}", loss.sentence(&self.exchange));
-        self.ledger.lock().await.losses.push(loss);
+        self.topology_state.lock().await.losses.push(loss);
     }
 
-    /// One of ours, and all that it must be, for who declares it by other means.
+    /// An exchange or queue with every property that it must have, for an operator who declares it.
     #[must_use]
-    pub fn wanted(&self, own: OwnEntity) -> String {
-        own.wanted(&self.exchange, self.queue_type)
+    pub fn wanted(&self, entity: DeclaredEntity) -> String {
+        entity.describe_declaration(&self.exchange, self.queue_type)
     }
 
-    /// What was gone within the last hour, in sentences: it may be that letters were lost.
-    pub async fn losses(&self) -> Vec<String> {
-        let ledger = self.ledger.lock().await;
+    /// A sentence for each exchange, queue or binding that was missing within the last hour, because messages may have
+    /// been lost.
+    pub async fn recent_losses(&self) -> Vec<String> {
+        let state = self.topology_state.lock().await;
         let sentence = |loss: &Loss| {
             format!("{} ({} min ago)", loss.sentence(&self.exchange), loss.ended.elapsed().as_secs() / 60)
         };
-        ledger.losses.iter().map(sentence).collect()
+        state.losses.iter().map(sentence).collect()
     }
 }
 
 impl Loss {
     fn sentence(&self, exchange: &str) -> String {
-        let with_it = match self.own {
-            Some(OwnEntity::Exchange) => {
-                "the bindings of consumers with it: rows wait until their queues are bound again"
+        let consequence = match self.entity {
+            Some(DeclaredEntity::Exchange) => {
+                "and the bindings of consumers' queues with it: rows wait until the queues are bound again"
             }
-            Some(OwnEntity::Dead) => "with the letters that lay in it, and what consumers rejected meanwhile is lost",
-            Some(OwnEntity::Parking) => "with the letters that lay in it",
-            Some(OwnEntity::DeadLetterExchange) | None => "and what consumers rejected meanwhile is lost",
+            Some(DeclaredEntity::DeadQueue) => {
+                "with the letters that lay in it, and what consumers rejected meanwhile is lost"
+            }
+            Some(DeclaredEntity::ParkingQueue) => "with the letters that lay in it",
+            Some(DeclaredEntity::DeadLetterExchange) | None => "and what consumers rejected meanwhile is lost",
         };
-        let what = if let Some(own) = self.own {
-            own.describe(exchange)
+        let what = if let Some(entity) = self.entity {
+            entity.describe(exchange)
         } else {
             let (queue, source) =
-                (OwnEntity::Dead.describe(exchange), OwnEntity::DeadLetterExchange.describe(exchange));
+                (DeclaredEntity::DeadQueue.describe(exchange), DeclaredEntity::DeadLetterExchange.describe(exchange));
             format!("the binding of {queue} to {source}")
         };
-        format!("{what} was gone for up to {} s, {with_it}; it is there again", self.gone.as_secs() + 1)
+        format!("{what} was gone for up to {} s, {consequence}; it is there again", self.gone_for.as_secs() + 1)
     }
 }

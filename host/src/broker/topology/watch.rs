@@ -1,5 +1,7 @@
-//! Looks after what is ours in RabbitMQ, beside the loops: what is gone is declared again within seconds, and whoever asks
-//! for the daemon's health hears of it.
+//! Repairs the daemon's topology every few seconds, beside the loops, and reports to the daemon's health what is
+//! missing, what was lost, and which policies lose messages.
+//!
+//! Must never delay the scheduler or a pass.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -7,78 +9,78 @@ use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::broker::{Broker, Management, OwnEntity};
+use crate::broker::{Broker, DeclaredEntity, Management};
 use crate::model::health::Health;
 
-/// From one look to the next.
-const EVERY: Duration = Duration::from_secs(5);
-/// From one question to the management API about policies to the next; what goes on being wrong is logged as often.
-const SELDOM: Duration = Duration::from_mins(1);
+/// How often the topology is repaired.
+const REPAIR_INTERVAL: Duration = Duration::from_secs(5);
+/// How often the management API is asked about policies, and how often a trouble that lasts is logged.
+const POLICY_INTERVAL: Duration = Duration::from_mins(1);
 
 /// How long the management API may take to say whether a queue is bound.
-const PATIENCE: Duration = Duration::from_secs(2);
+const BINDING_DEADLINE: Duration = Duration::from_secs(2);
 
-/// What the keeper works with.
+/// The task that repairs the topology.
 #[expect(missing_debug_implementations, reason = "the management API has none")]
 pub struct TopologyWatch {
-    /// Where what is ours is.
+    /// RabbitMQ.
     pub broker: Arc<Broker>,
-    /// What AMQP does not tell, if it may be asked.
+    /// RabbitMQ's management API, for what AMQP does not tell; `None` = it is not configured.
     pub management: Option<Management>,
-    /// Who is told.
+    /// Where troubles and notes are reported.
     pub health: Arc<Health>,
 }
 
-/// What was found the last times.
+/// What the watch remembers from one repair to the next.
 #[derive(Default)]
-struct Before {
-    /// What is logged, and when it was.
-    said: Option<(String, Instant)>,
-    /// When the queue for dead letters was bound.
-    bound: Option<Instant>,
-    /// When the management API was asked about the queues.
-    queues: Option<Instant>,
+struct WatchState {
+    /// The trouble that lasts, and when it was last logged.
+    logged: Option<(String, Instant)>,
+    /// When `tidings.dead` was last bound.
+    last_bound: Option<Instant>,
+    /// When the policies were last checked; `None` = check them at the next repair.
+    policies_checked: Option<Instant>,
 }
 
 impl TopologyWatch {
     /// Runs until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) {
-        let mut before = Before::default();
+        let mut state = WatchState::default();
         loop {
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return,
-                () = self.look(&mut before) => {}
+                () = self.repair_and_report(&mut state) => {}
             }
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return,
-                () = tokio::time::sleep(EVERY) => {}
+                () = tokio::time::sleep(REPAIR_INTERVAL) => {}
             }
         }
     }
 
-    async fn look(&self, before: &mut Before) {
+    async fn repair_and_report(&self, state: &mut WatchState) {
         let unbound = self.is_unbound().await;
-        let kept = self.broker.keep().await;
-        let mut trouble = kept.err().map(|error| format!("{:#}", anyhow::Error::from(error)));
+        let repaired = self.broker.repair_topology().await;
+        let mut trouble = repaired.err().map(|error| format!("{:#}", anyhow::Error::from(error)));
         if unbound && trouble.is_none() {
             if self.is_unbound().await {
-                trouble = Some("what consumers reject is lost: the queue for dead letters is not bound, and our user may not bind it; `tidings topology` prints the binding".into());
-            } else if let Some(bound) = before.bound {
-                self.broker.was_unbound(bound.elapsed()).await;
+                trouble = Some("messages that consumers reject are lost: the queue for dead letters is not bound, and the daemon's user may not bind it; `tidings topology` prints the binding".into());
+            } else if let Some(last_bound) = state.last_bound {
+                self.broker.record_lost_binding(last_bound.elapsed()).await;
             }
         }
         if trouble.is_none() {
-            before.bound = Some(Instant::now());
+            state.last_bound = Some(Instant::now());
         }
-        before.log(trouble.as_deref());
+        state.log(trouble.as_deref());
         self.health.trouble("topology", trouble);
-        let losses = self.broker.losses().await;
+        let losses = self.broker.recent_losses().await;
         self.health.note("losses", (!losses.is_empty()).then(|| losses.join("; ")));
-        if before.queues.is_none_or(|at| at.elapsed() >= SELDOM) {
-            let (complaints, complete) = self.complaints().await;
-            before.queues = complete.then(Instant::now);
+        if state.policies_checked.is_none_or(|at| at.elapsed() >= POLICY_INTERVAL) {
+            let (complaints, complete) = self.queue_complaints().await;
+            state.policies_checked = complete.then(Instant::now);
             for complaint in &complaints {
                 warn!("{complaint}");
             }
@@ -86,23 +88,23 @@ impl TopologyWatch {
         }
     }
 
-    /// Whether the management API says that the queue for dead letters is not bound. Without an answer nobody knows.
+    /// Whether the management API says that `tidings.dead` is not bound; `false` without an answer.
     async fn is_unbound(&self) -> bool {
         let Some(management) = &self.management else { return false };
-        // What is gone does not wait for who is slow.
-        let asked = tokio::time::timeout(PATIENCE, management.is_bound(&self.broker)).await;
-        matches!(asked, Ok(Ok(false)))
+        // A slow management API must not delay the repair.
+        let answer = tokio::time::timeout(BINDING_DEADLINE, management.is_bound(&self.broker)).await;
+        matches!(answer, Ok(Ok(false)))
     }
 
-    /// What the management API says that our queues should not be, and whether it knows all of it yet.
-    async fn complaints(&self) -> (Vec<String>, bool) {
+    /// What is wrong with the two queues according to the management API, and whether it knows all their policies yet.
+    async fn queue_complaints(&self) -> (Vec<String>, bool) {
         let (mut complaints, mut complete) = (Vec::new(), true);
         let Some(management) = &self.management else { return (complaints, complete) };
-        for own in [OwnEntity::Dead, OwnEntity::Parking] {
-            match management.queue(&self.broker, own).await {
-                Ok(Some(seen)) => {
-                    complaints.extend(self.broker.complaints(own, &seen));
-                    complete &= seen.complete;
+        for entity in [DeclaredEntity::DeadQueue, DeclaredEntity::ParkingQueue] {
+            match management.queue(&self.broker, entity).await {
+                Ok(Some(queue)) => {
+                    complaints.extend(self.broker.complaints(entity, &queue));
+                    complete &= queue.has_policies;
                 }
                 Ok(None) => complete = false,
                 Err(error) => return (vec![format!("{:#}", anyhow::Error::from(error))], true),
@@ -112,18 +114,18 @@ impl TopologyWatch {
     }
 }
 
-impl Before {
-    /// Once, and then every minute.
+impl WatchState {
+    /// Logs a trouble once and then every minute, and its end.
     fn log(&mut self, trouble: Option<&str>) {
-        match (trouble, &self.said) {
-            (Some(trouble), Some((said, at))) if trouble == said && at.elapsed() < SELDOM => {}
+        match (trouble, &self.logged) {
+            (Some(trouble), Some((logged, at))) if trouble == logged && at.elapsed() < POLICY_INTERVAL => {}
             (Some(trouble), _) => {
                 warn!("{trouble}");
-                self.said = Some((trouble.to_owned(), Instant::now()));
+                self.logged = Some((trouble.to_owned(), Instant::now()));
             }
             (None, Some(_)) => {
-                info!("what is ours in RabbitMQ is as it ought to be again");
-                self.said = None;
+                info!("the daemon's exchanges and queues in RabbitMQ are in order again");
+                self.logged = None;
             }
             (None, None) => {}
         }

@@ -1,5 +1,10 @@
-//! `tidings doctor`: looks at a deployment from outside, whether the daemon runs or not, and says what is well and what is
-//! not, one line each. It changes nothing. A check that cannot be made because an earlier one failed is left out.
+//! `tidings doctor`: looks at a deployment from outside, whether the daemon runs or not, and prints one line for each
+//! check: what is well, and what is not and what to do about it.
+//!
+//! Must never change anything, read more than a few thousand rows, or wait without a deadline.
+//!
+//! To change it, know: the checks are here, the statements and requests that they need are in `store` and `broker`. A
+//! check that cannot be made because an earlier one failed is left out.
 
 mod daemon;
 mod postgres;
@@ -10,26 +15,26 @@ use std::process::ExitCode;
 
 use serde::Serialize;
 
+use crate::cli::fail_usage;
 use crate::cli::output::Output;
-use crate::cli::usage;
 use crate::config::DoctorArgs;
 use crate::model::error_chain::error_chain;
 
-/// How bad it is, as each line begins.
+/// How serious a line is; the line begins with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Level {
-    /// As it should be.
+    /// It is as it should be.
     Ok,
     /// Worth knowing; nothing to do.
     Note,
-    /// It works, and somebody should do something.
+    /// It works, but the operator should do something.
     Warn,
     /// It does not work.
     Fail,
 }
 
-/// What was found; for people printed as it is found.
+/// The results so far. In the form for people, each is printed at once.
 #[derive(Debug, Serialize)]
 struct Report {
     #[serde(skip)]
@@ -38,18 +43,18 @@ struct Report {
     checks: Vec<Check>,
 }
 
-/// What one check found.
+/// The result of one check.
 #[derive(Debug, Serialize)]
 struct Check {
     level: Level,
     says: String,
 }
 
-/// Checks everything, and says with its exit code whether something failed.
+/// Makes all checks. The exit code is 1 if one failed.
 pub(super) async fn run(args: DoctorArgs, output: Output) -> ExitCode {
     let config = match args.check() {
         Ok(config) => config,
-        Err(mistakes) => return usage(&mistakes),
+        Err(errors) => return fail_usage(&errors),
     };
     let mut report = Report { output, failed: false, checks: Vec::new() };
     postgres::check(&mut report, &config).await;
@@ -72,31 +77,31 @@ impl Level {
 
 impl Report {
     fn ok(&mut self, sentence: impl Display) {
-        self.line(Level::Ok, sentence);
+        self.add(Level::Ok, sentence);
     }
 
     fn note(&mut self, sentence: impl Display) {
-        self.line(Level::Note, sentence);
+        self.add(Level::Note, sentence);
     }
 
     fn warn(&mut self, sentence: impl Display) {
-        self.line(Level::Warn, sentence);
+        self.add(Level::Warn, sentence);
     }
 
     fn fail(&mut self, sentence: impl Display) {
-        self.line(Level::Fail, sentence);
+        self.add(Level::Fail, sentence);
     }
 
-    fn line(&mut self, level: Level, sentence: impl Display) {
+    fn add(&mut self, level: Level, sentence: impl Display) {
         self.failed |= level == Level::Fail;
         let says = one_line(&sentence.to_string());
-        self.output.line(line(level, &says));
+        self.output.line(format_line(level, &says));
         self.checks.push(Check { level, says });
     }
 
-    /// What was asked for; without an answer, a line that says so with `advice`.
-    fn answer<T>(&mut self, asked: Result<T, impl Into<anyhow::Error>>, advice: &str) -> Option<T> {
-        match asked {
+    /// Returns the answer of a server. For an error, adds a failed check with the error and `advice`.
+    fn answer_or_fail<T>(&mut self, answer: Result<T, impl Into<anyhow::Error>>, advice: &str) -> Option<T> {
+        match answer {
             Ok(answer) => Some(answer),
             Err(error) => {
                 self.fail(format_args!("{}; {advice}", error_chain(&*error.into())));
@@ -106,18 +111,18 @@ impl Report {
     }
 }
 
-/// One line, whatever servers and rows say.
+/// Joins the lines of a text into one: texts from servers and rows may have line breaks.
 fn one_line(sentence: &str) -> String {
     let words: Vec<&str> = sentence.split(char::is_control).map(str::trim).filter(|part| !part.is_empty()).collect();
     words.join(" ")
 }
 
-fn line(level: Level, says: &str) -> String {
+fn format_line(level: Level, says: &str) -> String {
     format!("{:<4}  {says}", level.word())
 }
 
-/// A number of rows that were counted up to a limit.
-fn count(rows: i64) -> String {
+/// Writes a number of rows that were counted only up to a limit.
+fn format_count(rows: i64) -> String {
     if rows > crate::store::ENOUGH { format!("more than {}", crate::store::ENOUGH) } else { rows.to_string() }
 }
 
@@ -126,9 +131,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whatever_is_said_becomes_one_line_that_begins_with_its_level() {
-        assert_eq!(line(Level::Ok, "well"), "ok    well");
-        assert_eq!(line(Level::Fail, &one_line("two\n lines\r\n\tof it")), "FAIL  two lines of it");
+    fn a_sentence_becomes_one_line_that_begins_with_its_level() {
+        assert_eq!(format_line(Level::Ok, "well"), "ok    well");
+        assert_eq!(format_line(Level::Fail, &one_line("two\n lines\r\n\tof it")), "FAIL  two lines of it");
     }
 
     #[test]
@@ -138,13 +143,13 @@ mod tests {
         report.note("b");
         report.warn("c");
         assert!(!report.failed);
-        assert_eq!(report.answer::<()>(Err(anyhow::anyhow!("d")), "do this"), None);
+        assert_eq!(report.answer_or_fail::<()>(Err(anyhow::anyhow!("d")), "do this"), None);
         assert!(report.failed);
     }
 
     #[test]
-    fn what_is_too_much_to_count_is_said_to_be_more() {
-        assert_eq!(count(1_000), "1000");
-        assert_eq!(count(1_001), "more than 1000");
+    fn a_count_beyond_the_limit_is_shown_as_more_than_the_limit() {
+        assert_eq!(format_count(1_000), "1000");
+        assert_eq!(format_count(1_001), "more than 1000");
     }
 }

@@ -1,86 +1,86 @@
-//! What the doctor finds in the database.
+//! The doctor's checks of PostgreSQL.
 
-use crate::cli::doctor::{Level, Report, count};
-use crate::cli::{age, pause_sentence};
+use crate::cli::doctor::{Level, Report, format_count};
+use crate::cli::{format_age, pause_sentence};
 use crate::config::Config;
 use crate::http::LATE;
 use crate::model::error_chain::error_chain;
 use crate::store::{Holder, Holding, Skew, Store, StoreError, TOO_LONG};
 
-/// Clocks that differ by less are as good as equal.
+/// Clocks that differ by less are treated as equal.
 const SMALL_SKEW: time::Duration = time::Duration::milliseconds(100);
-/// Clocks that differ by more make a consumer act after a deadline, or refuse before it.
+/// With a larger difference, a consumer acts on a message after its deadline, or refuses it before.
 const LARGE_SKEW: time::Duration = time::Duration::SECOND;
-/// Holders that are named in one line.
-const NAMED: usize = 5;
-/// What to do when a question is not answered.
-const ASK_AGAIN: &str = "run the doctor again, and see what PostgreSQL says in its log";
+/// How many holders of a snapshot one line names at most.
+const MAX_NAMED: usize = 5;
+/// The advice when PostgreSQL does not answer a question.
+const ADVICE: &str = "run the doctor again, and see what PostgreSQL says in its log";
 
 pub(super) async fn check(report: &mut Report, config: &Config) {
     let store = Store::new(&config.servers.database_url, 1);
     let place = store.place();
     if let Err(error) = store.probe().await {
-        return report.fail(unreached(&error));
+        return report.fail(describe_failure(&error));
     }
     report.ok(format_args!("PostgreSQL answers at {place} and lets us in"));
     if let Err(error) = store.check_server().await {
-        return report.fail(unreached(&error));
+        return report.fail(describe_failure(&error));
     }
-    report.ok(format_args!("PostgreSQL at {place} takes writes, and our sessions there are ours alone"));
+    report.ok(format_args!("PostgreSQL at {place} takes writes, and no pooler shares our sessions"));
 
-    let schema = match store.check_schema().await {
+    let schema_is_ok = match store.check_schema().await {
         Ok(()) => {
-            report.ok(format_args!("the schema tidings at {place} is the one that this tidings works with"));
+            report.ok(format_args!("the schema tidings at {place} is the one that this release works with"));
             true
         }
-        // Each says what to do.
+        // The error says what to do.
         Err(error) => {
             report.fail(error_chain(&error));
             false
         }
     };
-    let rights = schema && rights(report, &store).await;
-    version(report, &store).await;
-    notification(report, &store, config).await;
-    if schema {
-        shape(report, &store).await;
+    let rights_are_ok = schema_is_ok && check_rights(report, &store).await;
+    check_version(report, &store).await;
+    check_notification(report, &store, config).await;
+    if schema_is_ok {
+        check_triggers_and_indexes(report, &store).await;
     }
-    clock(report, &store).await;
-    holders(report, &store).await;
-    notification_queue(report, &store).await;
-    if rights {
-        rows(report, &store).await;
+    check_clock(report, &store).await;
+    check_snapshots(report, &store).await;
+    check_notification_queue(report, &store).await;
+    if rights_are_ok {
+        check_rows(report, &store).await;
     }
 }
 
-/// What cannot be used at all, and what to do.
-fn unreached(error: &StoreError) -> String {
+/// Says why PostgreSQL cannot be used, and what to do.
+fn describe_failure(error: &StoreError) -> String {
     let advice = match error {
         StoreError::Connect { .. } | StoreError::Deadline { .. } => {
             "; see that it runs, and that TIDINGS_DATABASE_URL names it"
         }
         StoreError::Statement { .. } => "; see what PostgreSQL says in its log",
-        // The others say it.
+        // The other errors say what to do.
         _ => "",
     };
     format!("{}{advice}", error_chain(error))
 }
 
-async fn rights(report: &mut Report, store: &Store) -> bool {
+async fn check_rights(report: &mut Report, store: &Store) -> bool {
     match store.check_rights().await {
         Ok(()) => {
-            report.ok("our role may do with the tables of the schema tidings what the daemon does with them");
+            report.ok("our role has the rights on the tables of the schema tidings that the daemon needs");
             true
         }
         Err(error) => {
-            report.fail(unreached(&error));
+            report.fail(describe_failure(&error));
             false
         }
     }
 }
 
-async fn version(report: &mut Report, store: &Store) {
-    let Some(version) = report.answer(store.server_version().await, ASK_AGAIN) else { return };
+async fn check_version(report: &mut Report, store: &Store) {
+    let Some(version) = report.answer_or_fail(store.server_version().await, ADVICE) else { return };
     if version.is_supported() {
         report.ok(format_args!("PostgreSQL {} is supported", version.text));
     } else {
@@ -88,14 +88,14 @@ async fn version(report: &mut Report, store: &Store) {
     }
 }
 
-async fn notification(report: &mut Report, store: &Store, config: &Config) {
+async fn check_notification(report: &mut Report, store: &Store, config: &Config) {
     let sweep = humantime::format_duration(config.sweep);
     if !config.notify {
         return report.note(format_args!(
             "TIDINGS_NOTIFY is off: rows that are due when they are written wait for a sweep, up to {sweep}"
         ));
     }
-    match report.answer(store.time_notification().await, ASK_AGAIN) {
+    match report.answer_or_fail(store.time_notification().await, ADVICE) {
         Some(Some(took)) => report.ok(format_args!("a notification takes {:.1} ms", took.as_secs_f64() * 1_000.0)),
         Some(None) => report.fail(format_args!(
             "a notification did not arrive, and rows that are due when they are written wait for a sweep, up to {sweep}: give PostgreSQL's own address in TIDINGS_DATABASE_URL instead of a pooler's, or set TIDINGS_NOTIFY=off"
@@ -104,18 +104,18 @@ async fn notification(report: &mut Report, store: &Store, config: &Config) {
     }
 }
 
-async fn shape(report: &mut Report, store: &Store) {
-    if let Some((flaws, all)) = report.answer(store.check_triggers().await, ASK_AGAIN) {
+async fn check_triggers_and_indexes(report: &mut Report, store: &Store) {
+    if let Some((flaws, all)) = report.answer_or_fail(store.check_triggers().await, ADVICE) {
         if flaws.is_empty() {
             report.ok(format_args!("the {all} triggers of tidings.schedules are there and enabled"));
         } else {
             report.fail(format_args!(
-                "triggers of tidings.schedules do not work, so rows are found late or wrong: {}",
+                "triggers of tidings.schedules do not work, so rows are found late or treated wrongly: {}",
                 flaws.join("; ")
             ));
         }
     }
-    if let Some((flaws, all)) = report.answer(store.check_indexes().await, ASK_AGAIN) {
+    if let Some((flaws, all)) = report.answer_or_fail(store.check_indexes().await, ADVICE) {
         if flaws.is_empty() {
             report.ok(format_args!("the {all} indexes of the schema tidings are there and valid"));
         } else {
@@ -127,8 +127,8 @@ async fn shape(report: &mut Report, store: &Store) {
     }
 }
 
-async fn clock(report: &mut Report, store: &Store) {
-    let Some(Skew { ahead, give_or_take }) = report.answer(store.clock_skew().await, ASK_AGAIN) else { return };
+async fn check_clock(report: &mut Report, store: &Store) {
+    let Some(Skew { ahead, give_or_take }) = report.answer_or_fail(store.clock_skew().await, ADVICE) else { return };
     let direction = if ahead.is_negative() { "behind" } else { "ahead of" };
     let found = format!(
         "this host's clock is {:.3} s {direction} the database's, give or take {:.1} ms",
@@ -138,9 +138,9 @@ async fn clock(report: &mut Report, store: &Store) {
     let level = skew_level(ahead);
     match level {
         Level::Warn => report.warn(format_args!(
-            "{found}: the daemon goes by the database's alone, but consumers with such a clock judge tidings-expires-ms wrongly; let both hosts keep time by NTP"
+            "{found}: the daemon uses only the database's clock, but a consumer with such a clock misjudges tidings-expires-ms; let both hosts keep time by NTP"
         )),
-        level => report.line(level, found),
+        level => report.add(level, found),
     }
 }
 
@@ -152,107 +152,112 @@ fn skew_level(ahead: time::Duration) -> Level {
     }
 }
 
-async fn holders(report: &mut Report, store: &Store) {
-    let Some(holders) = report.answer(store.holders().await, ASK_AGAIN) else { return };
+async fn check_snapshots(report: &mut Report, store: &Store) {
+    let Some(holders) = report.answer_or_fail(store.holders().await, ADVICE) else { return };
     let minutes = TOO_LONG.as_secs() / 60;
-    let too_long: Vec<String> = holders.iter().filter(|holder| holder.is_too_long()).map(name_and_cure).collect();
+    let too_long: Vec<String> =
+        holders.iter().filter(|holder| holder.is_too_long()).map(describe_with_remedy).collect();
     if !too_long.is_empty() {
-        let more =
-            if too_long.len() > NAMED { format!("; and {} more", too_long.len() - NAMED) } else { String::new() };
+        let more = if too_long.len() > MAX_NAMED {
+            format!("; and {} more", too_long.len() - MAX_NAMED)
+        } else {
+            String::new()
+        };
         return report.warn(format_args!(
             "finished rows cannot be cleaned away, which slows the queue down, because of {}{more}",
-            too_long[..too_long.len().min(NAMED)].join("; ")
+            too_long[..too_long.len().min(MAX_NAMED)].join("; ")
         ));
     }
-    // Without the right, the age of other roles' transactions is not told.
+    // Without pg_read_all_stats, PostgreSQL does not show the age of other roles' transactions.
     let unknown = holders.iter().filter(|holder| holder.holding == Holding::Session && holder.age.is_none()).count();
     if unknown > 0 {
         return report.note(format_args!(
-            "{unknown} sessions of other roles hold a snapshot, nobody tells since when: GRANT pg_read_all_stats TO our role, and the doctor sees whether they keep finished rows from being cleaned away"
+            "{unknown} sessions of other roles hold a snapshot, and our role may not see since when: GRANT pg_read_all_stats TO our role, and the doctor checks whether they keep finished rows from being cleaned away"
         ));
     }
     match holders.iter().find(|holder| holder.age.is_some()) {
         Some(oldest) => report.ok(format_args!(
-            "nobody has held a snapshot for more than {minutes} minutes; the oldest is that of {}",
-            name(oldest)
+            "no snapshot has been held for more than {minutes} minutes; the oldest is that of {}",
+            describe(oldest)
         )),
-        None => report.ok(format_args!("nobody has held a snapshot for more than {minutes} minutes")),
+        None => report.ok(format_args!("no snapshot has been held for more than {minutes} minutes")),
     }
 }
 
-fn name(holder: &Holder) -> String {
+fn describe(holder: &Holder) -> String {
     let Holder { name, application, user, behind, .. } = holder;
-    let held = holder.age.map_or_else(|| format!("{behind} transactions behind"), |held| format!("for {}", age(held)));
+    let held =
+        holder.age.map_or_else(|| format!("{behind} transactions behind"), |held| format!("for {}", format_age(held)));
     match holder.holding {
         Holding::Session => format!("the session with the pid {name} ({application}, user {user}), {held}"),
         Holding::Standby => format!("the standby {application} (pid {name}), {held}"),
         Holding::Prepared => format!("the prepared transaction {name} of user {user}, {held}"),
         Holding::Slot => format!("the replication slot {name}, {held}"),
-        Holding::IdleSlot => format!("the replication slot {name}, which nobody uses, {held}"),
+        Holding::IdleSlot => format!("the replication slot {name}, which no client uses, {held}"),
     }
 }
 
-fn name_and_cure(holder: &Holder) -> String {
+fn describe_with_remedy(holder: &Holder) -> String {
     let id = &holder.name;
-    let cure = match holder.holding {
+    let remedy = match holder.holding {
         Holding::Session => format!("end it, if need be with SELECT pg_terminate_backend({id})"),
         Holding::Standby | Holding::Slot => "end the long queries on the standby".to_owned(),
         Holding::Prepared => format!("COMMIT PREPARED or ROLLBACK PREPARED '{id}'"),
-        Holding::IdleSlot => format!("SELECT pg_drop_replication_slot('{id}') if nobody needs it"),
+        Holding::IdleSlot => format!("SELECT pg_drop_replication_slot('{id}') if it is no longer needed"),
     };
-    format!("{} ({cure})", name(holder))
+    format!("{} ({remedy})", describe(holder))
 }
 
-async fn notification_queue(report: &mut Report, store: &Store) {
-    let Some((used, oldest)) = report.answer(store.notification_queue().await, ASK_AGAIN) else { return };
+async fn check_notification_queue(report: &mut Report, store: &Store) {
+    let Some((used, oldest)) = report.answer_or_fail(store.notification_queue().await, ADVICE) else { return };
     let found = format!("PostgreSQL's queue of notifications is {:.0} % full", used * 100.0);
     if used > 0.5 {
         let oldest = oldest.map_or_else(|| "not to be seen now".to_owned(), |oldest| format!("that of {oldest}"));
         report.warn(format_args!(
-            "{found}; when it is full, writers fail: a session that listens does not end its transaction, and the oldest transaction is {oldest}; end it"
+            "{found}; when it is full, writers fail. A listening session does not end its transaction; the oldest transaction is {oldest}: end it"
         ));
     } else {
         report.ok(found);
     }
 }
 
-async fn rows(report: &mut Report, store: &Store) {
-    if let Some(late) = report.answer(store.late(LATE).await, ASK_AGAIN) {
+async fn check_rows(report: &mut Report, store: &Store) {
+    if let Some(late) = report.answer_or_fail(store.late(LATE).await, ADVICE) {
         match late {
             None => report.ok(format_args!("no row has been due for more than {} s", LATE.as_secs())),
             Some(late) => report.fail(format_args!(
                 "{} rows have been due for more than {} s, the oldest, {} of the kind {}, for {}{}: see that a daemon runs, and what its log says",
-                count(late.rows),
+                format_count(late.rows),
                 LATE.as_secs(),
                 late.oldest,
                 late.kind,
-                age(late.overdue),
+                format_age(late.overdue),
                 late.last_error.map(|error| format!(" ({error})")).unwrap_or_default()
             )),
         }
     }
-    let paused = report.answer(store.pauses().await, ASK_AGAIN).unwrap_or_default();
+    let paused = report.answer_or_fail(store.pauses().await, ADVICE).unwrap_or_default();
     for pause in &paused {
         report.note(format_args!("{}; to go on: `tidings resume {}`", pause_sentence(pause), pause.kind));
     }
-    if let Some(mut held) = report.answer(store.some_held().await, ASK_AGAIN) {
+    if let Some(mut held) = report.answer_or_fail(store.some_held().await, ADVICE) {
         held.retain(|(kind, _)| paused.iter().all(|pause| pause.kind != *kind));
         if held.is_empty() {
             report.ok("no row is held");
         } else {
             let kinds: Vec<String> =
-                held.iter().map(|(kind, rows)| format!("{} of the kind {kind}", count(*rows))).collect();
+                held.iter().map(|(kind, rows)| format!("{} of the kind {kind}", format_count(*rows))).collect();
             report.warn(format_args!(
                 "rows are held, since no daemon has a plugin for them: {}; put the plugin into the plugin directory",
                 kinds.join(", ")
             ));
         }
     }
-    if let Some(parked) = report.answer(store.count_parked().await, ASK_AGAIN) {
+    if let Some(parked) = report.answer_or_fail(store.count_parked().await, ADVICE) {
         if parked == 0 {
             report.ok("no row is parked");
         } else {
-            report.note(format_args!("{} rows are parked; `tidings parked list` says why", count(parked)));
+            report.note(format_args!("{} rows are parked; `tidings parked list` says why", format_count(parked)));
         }
     }
 }
@@ -264,7 +269,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn clocks_that_differ_by_more_than_a_second_in_either_direction_are_a_warning() {
+    fn a_clock_that_differs_by_more_than_a_second_in_either_direction_is_a_warning() {
         for sign in [1, -1] {
             let level = |ms: i64| skew_level(time::Duration::milliseconds(sign * ms));
             assert_eq!([level(99), level(100), level(1_000)], [Level::Ok, Level::Note, Level::Note]);
@@ -273,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_holds_a_snapshot_is_named_with_what_to_do() {
+    fn a_holder_of_a_snapshot_is_named_with_what_to_do() {
         let holder = |holding| Holder {
             holding,
             name: "42".into(),
@@ -283,11 +288,11 @@ mod tests {
             behind: 7,
         };
         assert_eq!(
-            name_and_cure(&holder(Holding::Session)),
+            describe_with_remedy(&holder(Holding::Session)),
             "the session with the pid 42 (psql, user bob), for 7m 2s (end it, if need be with SELECT pg_terminate_backend(42))"
         );
-        assert!(name_and_cure(&holder(Holding::Prepared)).contains("ROLLBACK PREPARED '42'"));
+        assert!(describe_with_remedy(&holder(Holding::Prepared)).contains("ROLLBACK PREPARED '42'"));
         let slot = Holder { age: None, ..holder(Holding::IdleSlot) };
-        assert!(name_and_cure(&slot).contains("7 transactions behind (SELECT pg_drop_replication_slot('42')"));
+        assert!(describe_with_remedy(&slot).contains("7 transactions behind (SELECT pg_drop_replication_slot('42')"));
     }
 }

@@ -1,44 +1,46 @@
-//! What the doctor finds in the broker.
+//! The doctor's checks of RabbitMQ.
 
 use std::sync::Arc;
 
-use crate::broker::{Broker, BrokerError, BrokerSettings, Found, Management, ManagementError, OwnEntity};
+use crate::broker::{Broker, BrokerError, BrokerSettings, DeclaredEntity, Found, Management, ManagementError};
 use crate::cli::doctor::Report;
 use crate::model::secret_url::SecretUrl;
 use crate::model::wake::Wake;
 
 pub(super) async fn check(report: &mut Report, settings: &BrokerSettings, management: Option<&SecretUrl>) {
     let broker = Broker::new(settings, Arc::new(Wake::default()));
-    let Some(there) = topology(report, &broker).await else { return };
+    let Some(existing) = check_topology(report, &broker).await else { return };
     let Some(url) = management else {
         return report.note(
-            "policies and alarms are not to be seen over AMQP: give RabbitMQ's management API in TIDINGS_MANAGEMENT_URL, such as http://user:password@host:15672, and they are checked as well",
+            "policies and alarms cannot be seen over AMQP: to have them checked, give RabbitMQ's management API in TIDINGS_MANAGEMENT_URL, such as http://user:password@host:15672",
         );
     };
     let management = Management::of(url);
-    for queue in [OwnEntity::Dead, OwnEntity::Parking].into_iter().filter(|own| there.contains(own)) {
-        if !policy(report, &broker, &management, queue).await {
+    for queue in
+        [DeclaredEntity::DeadQueue, DeclaredEntity::ParkingQueue].into_iter().filter(|own| existing.contains(own))
+    {
+        if !check_policy(report, &broker, &management, queue).await {
             return;
         }
     }
-    if there.contains(&OwnEntity::Dead) && !bound(report, &broker, &management).await {
+    if existing.contains(&DeclaredEntity::DeadQueue) && !check_binding(report, &broker, &management).await {
         return;
     }
-    alarms(report, &management).await;
+    check_alarms(report, &management).await;
 }
 
-/// Looks at the four things that are ours, and returns those that are there.
-async fn topology(report: &mut Report, broker: &Broker) -> Option<Vec<OwnEntity>> {
+/// Looks at the exchanges and queues of the daemon, and returns those that exist.
+async fn check_topology(report: &mut Report, broker: &Broker) -> Option<Vec<DeclaredEntity>> {
     let visit = match broker.visit().await {
         Ok(visit) => visit,
         Err(error) => {
-            report.fail(unreached(error));
+            report.fail(describe_failure(error));
             return None;
         }
     };
     report.ok(format_args!("RabbitMQ answers at {} and lets us in", broker.place()));
-    let (mut there, mut letters) = (Vec::new(), [None; 2]);
-    for own in OwnEntity::ALL {
+    let (mut existing, mut letter_counts) = (Vec::new(), [None; 2]);
+    for own in DeclaredEntity::ALL {
         let what = own.describe(broker.exchange());
         match visit.look(own).await {
             Ok(found @ (Found::Ours(waiting) | Found::AsItIs(waiting))) => {
@@ -46,24 +48,24 @@ async fn topology(report: &mut Report, broker: &Broker) -> Option<Vec<OwnEntity>
                     report.ok(format_args!("{what} is there, as the daemon declares it"));
                 } else {
                     report.note(format_args!(
-                        "{what} is there, and our user may not declare it, so it is not compared: see that it is {}",
+                        "{what} is there, and our user may not declare it, so its arguments are not compared: check that it is {}",
                         broker.wanted(own)
                     ));
                 }
-                there.push(own);
+                existing.push(own);
                 match own {
-                    OwnEntity::Dead => letters[0] = Some(waiting),
-                    OwnEntity::Parking => letters[1] = Some(waiting),
-                    OwnEntity::Exchange | OwnEntity::DeadLetterExchange => {}
+                    DeclaredEntity::DeadQueue => letter_counts[0] = Some(waiting),
+                    DeclaredEntity::ParkingQueue => letter_counts[1] = Some(waiting),
+                    DeclaredEntity::Exchange | DeclaredEntity::DeadLetterExchange => {}
                 }
             }
-            Ok(Found::Absent(said)) => {
+            Ok(Found::Absent(reply)) => {
                 let wanted = broker.wanted(own);
                 report.note(format_args!(
-                    "{wanted} is not there ({said}): `tidings run` declares it when it starts, if its user may"
+                    "{wanted} is not there ({reply}): `tidings run` declares it when it starts, if its user may"
                 ));
             }
-            // It says what to do.
+            // The error says what to do.
             Err(error @ BrokerError::Mismatch { .. }) => report.fail(format_args!("{:#}", anyhow::Error::from(error))),
             Err(error) => report.fail(format_args!(
                 "{:#}; see that the user may configure, write and read {what}, and what RabbitMQ says in its log",
@@ -72,40 +74,40 @@ async fn topology(report: &mut Report, broker: &Broker) -> Option<Vec<OwnEntity>
         }
     }
     visit.close().await;
-    if let [Some(dead), Some(parked)] = letters {
+    if let [Some(dead), Some(parked)] = letter_counts {
         match (dead, parked) {
-            (0, 0) => report.ok("no letter is dead or parked"),
+            (0, 0) => report.ok("no dead letters wait, and none are parked"),
             _ => report.note(format_args!(
                 "{dead} letters are dead, for the next pass, and {parked} are parked; see `tidings dead list` and `tidings parked list`"
             )),
         }
     }
-    Some(there)
+    Some(existing)
 }
 
-/// What cannot be used at all, and what to do.
-fn unreached(error: BrokerError) -> String {
+/// Says why RabbitMQ cannot be used, and what to do.
+fn describe_failure(error: BrokerError) -> String {
     let advice = match &error {
-        // They say it.
+        // These errors say what to do.
         BrokerError::Login { .. } | BrokerError::Certificate { .. } => "",
         _ => "; see that it runs, and that TIDINGS_AMQP_URL names it",
     };
     format!("{:#}{advice}", anyhow::Error::from(error))
 }
 
-/// Returns whether the management API can be asked again.
-async fn policy(report: &mut Report, broker: &Broker, management: &Management, queue: OwnEntity) -> bool {
+/// Checks the policy of a queue. Returns whether the management API answered.
+async fn check_policy(report: &mut Report, broker: &Broker, management: &Management, queue: DeclaredEntity) -> bool {
     let complaints = match management.queue(broker, queue).await {
         Ok(Some(seen)) => broker.complaints(queue, &seen),
-        // It went meanwhile.
+        // The queue was deleted in the meantime.
         Ok(None) => return true,
         Err(error) => {
-            unasked(report, error);
+            warn_unanswered(report, error);
             return false;
         }
     };
     if complaints.is_empty() {
-        report.ok(format_args!("no policy takes letters away from the queue {}", queue.name(broker.exchange())));
+        report.ok(format_args!("no policy removes dead letters from the queue {}", queue.name(broker.exchange())));
     }
     for complaint in complaints {
         report.warn(complaint);
@@ -113,36 +115,38 @@ async fn policy(report: &mut Report, broker: &Broker, management: &Management, q
     true
 }
 
-/// Returns whether the management API can be asked again.
-async fn bound(report: &mut Report, broker: &Broker, management: &Management) -> bool {
-    let (dead, source) =
-        (OwnEntity::Dead.describe(broker.exchange()), OwnEntity::DeadLetterExchange.name(broker.exchange()));
+/// Checks the binding of the queue of dead letters. Returns whether the management API answered.
+async fn check_binding(report: &mut Report, broker: &Broker, management: &Management) -> bool {
+    let (dead, source) = (
+        DeclaredEntity::DeadQueue.describe(broker.exchange()),
+        DeclaredEntity::DeadLetterExchange.name(broker.exchange()),
+    );
     match management.is_bound(broker).await {
         Ok(true) => report.ok(format_args!("{dead} is bound to {source}")),
         Ok(false) => report.fail(format_args!(
             "{dead} is not bound to {source}, and what consumers reject is lost: `tidings run` binds it within seconds, or bind it by hand"
         )),
         Err(error) => {
-            unasked(report, error);
+            warn_unanswered(report, error);
             return false;
         }
     }
     true
 }
 
-async fn alarms(report: &mut Report, management: &Management) {
+async fn check_alarms(report: &mut Report, management: &Management) {
     match management.alarms().await {
         Ok(alarms) if alarms.is_empty() => report.ok("no alarm of RabbitMQ is in effect"),
         Ok(alarms) => report.fail(format_args!(
-            "an alarm of RabbitMQ is in effect, and nobody can publish: {}; free what has run out there",
+            "an alarm of RabbitMQ is in effect, and nobody can publish: {}; free the memory or disk space that has run out there",
             alarms.join(", ")
         )),
-        Err(error) => unasked(report, error),
+        Err(error) => warn_unanswered(report, error),
     }
 }
 
-/// The deployment may be well; what is not is the question.
-fn unasked(report: &mut Report, error: ManagementError) {
+/// Adds a warning, not a failure: the deployment may be well, only the management API did not answer.
+fn warn_unanswered(report: &mut Report, error: ManagementError) {
     report.warn(format_args!(
         "{:#}; see that TIDINGS_MANAGEMENT_URL names it, with a user who has the tag management or monitoring",
         anyhow::Error::from(error)

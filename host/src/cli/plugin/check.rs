@@ -1,4 +1,4 @@
-//! `tidings plugin check`: the loader's own verdict.
+//! `tidings plugin check`: loads a plugin as the daemon does, and shows the result.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ use crate::cli::plugin::PluginArgs;
 use crate::cli::printable;
 use crate::plugins::{Limits, Metering, Plugin};
 
-/// What the daemon would serve.
+/// What `tidings plugin check` answers about a plugin that the daemon would accept.
 #[derive(Debug, Serialize)]
 pub(super) struct Checked {
     file: PathBuf,
@@ -22,13 +22,13 @@ pub(super) struct Checked {
     digest: String,
     size_bytes: usize,
     limits: Limits,
-    /// What it imports of ours.
+    /// The imports from `tidings:plugin`.
     imports: Vec<String>,
-    /// What it imports of WASI, behind which there is nothing.
+    /// The imports from WASI, which give access to nothing.
     inert: Vec<String>,
 }
 
-/// A kind that it would serve.
+/// A kind that the plugin would serve.
 #[derive(Debug, Serialize)]
 struct CheckedKind {
     kind: String,
@@ -83,6 +83,6 @@ impl fmt::Display for Checked {
         )?;
         let list = |names: &[String]| if names.is_empty() { "nothing".to_owned() } else { names.join(", ") };
         writeln!(formatter, "  imports   {}", list(&self.imports))?;
-        write!(formatter, "  inert     {} (nothing is behind what is offered of WASI)", list(&self.inert))
+        write!(formatter, "  inert     {} (these imports from WASI give access to nothing)", list(&self.inert))
     }
 }

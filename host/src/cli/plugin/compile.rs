@@ -1,5 +1,5 @@
-//! `tidings plugin compile`: the process in which the daemon has a component compiled. It reads the component from its
-//! standard input; what is wrong with it goes to the standard error.
+//! `tidings plugin compile`: the process that compiles a component for the daemon, so that the daemon can kill it. It
+//! reads the component from standard input and reports errors on standard error.
 
 use std::io::Read as _;
 use std::path::PathBuf;
@@ -10,7 +10,7 @@ use clap::Args;
 use crate::cli::output::complain;
 use crate::plugins::{CODE_NOT_CACHED, compile_here};
 
-/// How it is called.
+/// The arguments that the daemon passes.
 #[derive(Args, Debug)]
 pub(crate) struct CompileArgs {
     metering: String,
@@ -22,8 +22,8 @@ pub(super) fn compile(args: &CompileArgs) -> anyhow::Result<ExitCode> {
     std::io::stdin().read_to_end(&mut bytes)?;
     match compile_here(&args.metering, &args.cache, &bytes) {
         Ok(None) => Ok(ExitCode::SUCCESS),
-        Ok(Some(why)) => {
-            complain(why);
+        Ok(Some(reason)) => {
+            complain(reason);
             Ok(ExitCode::from(CODE_NOT_CACHED))
         }
         Err(reason) => {

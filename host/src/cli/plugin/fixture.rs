@@ -1,4 +1,5 @@
-//! Rows and what becomes of them, as JSON: what fixtures are written in, and what two versions are compared in.
+//! Rows and their outcomes as JSON. Fixtures are written in this form, and `tidings plugin replay` compares two
+//! versions of a plugin in it.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -14,20 +15,20 @@ use uuid::Uuid;
 use crate::model::event::{BuildError, BuiltEvent, Event};
 use crate::model::schedule::Schedule;
 
-/// The time of a row that says none: 2026-01-01 00:00 UTC.
+/// The time of a fixture without `now-ms`: 2026-01-01 00:00 UTC.
 const NOW_MS: i64 = 1_767_225_600_000;
 
-/// One file of fixtures/.
+/// One file of `fixtures/`.
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Fixture {
-    /// As it was written, so that it can be written again.
+    /// The text of the row as its author wrote it: an update keeps it.
     row: Box<RawValue>,
-    /// What must become of it; absent until `--update` has written it.
+    /// The expected outcome; absent until `--update` has written it.
     pub(super) expect: Option<Value>,
 }
 
-/// A row, in the words of wit/plugin.wit. Only the kind must be given.
+/// A row, with the field names of wit/plugin.wit. Only the kind must be given.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 struct Row {
@@ -39,30 +40,30 @@ struct Row {
     due_ms: Option<i64>,
     now_ms: Option<i64>,
     expires_ms: Option<i64>,
-    #[serde(default = "one")]
+    #[serde(default = "first_attempt")]
     attempt: u32,
-    // Not an option, for which null would be none.
-    #[serde(default = "empty")]
+    // Not an `Option`, which would turn the payload null into `None`.
+    #[serde(default = "empty_object")]
     payload: Box<RawValue>,
     #[serde(default)]
     headers: BTreeMap<String, String>,
 }
 
-fn empty() -> Box<RawValue> {
+fn empty_object() -> Box<RawValue> {
     RawValue::from_string("{}".to_owned()).expect("it is JSON")
 }
 
-fn one() -> u32 {
+fn first_attempt() -> u32 {
     1
 }
 
 impl Fixture {
-    /// Understands the text of a file.
+    /// Reads the text of a file.
     pub(super) fn parse(text: &str) -> anyhow::Result<Self> {
         Ok(serde_json::from_str(text)?)
     }
 
-    /// The row, and the time by which it is built.
+    /// The row, and the time in Unix milliseconds at which it is built.
     pub(super) fn schedule(&self) -> anyhow::Result<(Schedule, i64)> {
         let row: Row = serde_json::from_str(self.row.get()).context("in row")?;
         let now_ms = row.now_ms.unwrap_or(NOW_MS);
@@ -71,8 +72,8 @@ impl Fixture {
             kind: row.kind,
             key: row.key,
             subject: row.subject,
-            due_at: at(row.due_ms.unwrap_or(now_ms)),
-            expires_at: row.expires_ms.map(at),
+            due_at: instant(row.due_ms.unwrap_or(now_ms)),
+            expires_at: row.expires_ms.map(instant),
             payload: row.payload.get().to_owned(),
             headers: row.headers.into_iter().collect(),
             attempts: row.attempt.saturating_sub(1),
@@ -82,22 +83,22 @@ impl Fixture {
         Ok((schedule, now_ms))
     }
 
-    /// The text of the file, with `expect` in it.
-    pub(super) fn text(&self, expect: &Value) -> String {
+    /// Writes the text of the file with `expect` as the expected outcome.
+    pub(super) fn to_text(&self, expect: &Value) -> String {
         let indented = pretty(expect).replace('\n', "\n  ");
         format!("{{\n  \"row\": {},\n  \"expect\": {indented}\n}}\n", self.row.get())
     }
 }
 
-fn at(ms: i64) -> OffsetDateTime {
+fn instant(ms: i64) -> OffsetDateTime {
     OffsetDateTime::UNIX_EPOCH + Duration::milliseconds(ms)
 }
 
-/// What became of a row that was built at `now_ms`, as a fixture says it.
-pub(super) fn outcome(outcome: &Result<BuiltEvent, BuildError>, now_ms: i64) -> Value {
+/// Writes the outcome of a row that was built at `now_ms` in the form of a fixture.
+pub(super) fn outcome_to_json(outcome: &Result<BuiltEvent, BuildError>, now_ms: i64) -> Value {
     match outcome {
         Ok(built) => {
-            let mut value = json!({ "event": event(&built.event) });
+            let mut value = json!({ "event": event_to_json(&built.event) });
             if let Some(expires_ms) = built.expires_ms {
                 value["ttl-ms"] = json!(expires_ms - now_ms);
             }
@@ -115,8 +116,9 @@ pub(super) fn outcome(outcome: &Result<BuiltEvent, BuildError>, now_ms: i64) -> 
     }
 }
 
-/// An event. A body that is JSON, other than a text, is shown as JSON; other text as it is; anything else in hexadecimal.
-fn event(event: &Event) -> Value {
+/// Writes an event. A body that is JSON, but not a JSON string, is shown as JSON, other text as text, and bytes that
+/// are not UTF-8 in hexadecimal.
+fn event_to_json(event: &Event) -> Value {
     let body = match std::str::from_utf8(event.body()) {
         Ok(text) => match serde_json::from_str(text) {
             Ok(Value::String(_)) | Err(_) => json!(text),
@@ -134,17 +136,18 @@ fn event(event: &Event) -> Value {
     })
 }
 
-/// Whether what became of a row is what is expected. Of a failure a part of its sentence is enough: the rest has the digest
-/// of the file in it.
-pub(super) fn meets(became: &Value, expect: &Value) -> bool {
-    match (&became["failed"], &expect["failed"]) {
-        (Value::String(sentence), Value::String(part)) => sentence.contains(part),
-        _ => *became == normal(expect),
+/// Whether the actual outcome of a row is the expected one. For a failure, a part of its message is enough: the whole
+/// message contains the digest of the file.
+pub(super) fn is_expected(actual: &Value, expect: &Value) -> bool {
+    match (&actual["failed"], &expect["failed"]) {
+        (Value::String(message), Value::String(part)) => message.contains(part),
+        _ => *actual == normalize(expect),
     }
 }
 
-/// What the daemon does the same with is the same: `other` ends like `invalid`, and no headers are headers without any.
-pub(super) fn normal(expect: &Value) -> Value {
+/// Rewrites an expected outcome so that outcomes which the daemon treats alike are equal: `other` becomes `invalid`,
+/// absent headers become empty ones, and a `ttl-ms` of null is removed.
+pub(super) fn normalize(expect: &Value) -> Value {
     let mut expect = expect.clone();
     if let Some(object) = expect.as_object_mut() {
         if let Some(reason) = object.remove("other") {
@@ -160,13 +163,13 @@ pub(super) fn normal(expect: &Value) -> Value {
     expect
 }
 
-/// Line by line, what is only in `old` (-) and only in `new` (+).
-pub(super) fn difference(old: &Value, new: &Value) -> String {
+/// Compares two values line by line: a line that is only in `old` begins with -, one that is only in `new` with +.
+pub(super) fn diff(old: &Value, new: &Value) -> String {
     let (old, new) = (pretty(old), pretty(new));
-    let diff = TextDiff::from_lines(&old, &new);
+    let lines = TextDiff::from_lines(&old, &new);
     let mut text = String::new();
-    for group in diff.grouped_ops(2) {
-        for change in group.iter().flat_map(|op| diff.iter_changes(op)) {
+    for group in lines.grouped_ops(2) {
+        for change in group.iter().flat_map(|op| lines.iter_changes(op)) {
             let sign = match change.tag() {
                 ChangeTag::Delete => '-',
                 ChangeTag::Insert => '+',
@@ -187,7 +190,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_fixture_says_what_it_wants_and_the_rest_has_defaults() {
+    fn fields_that_a_fixture_leaves_out_have_defaults_and_misspelt_ones_are_errors() {
         let fixture = Fixture::parse(r#"{"row": {"kind": "a", "payload": {"b": 1.10}, "attempt": 3}}"#).expect("one");
         let (schedule, now_ms) = fixture.schedule().expect("a row");
         assert_eq!((schedule.kind.as_str(), schedule.payload.as_str()), ("a", r#"{"b": 1.10}"#));
@@ -199,22 +202,25 @@ mod tests {
     #[test]
     fn an_update_keeps_the_row_as_it_was_written() {
         let fixture = Fixture::parse(r#"{"row": {"kind":   "a"}, "expect": {"skip": "old"}}"#).expect("one");
-        let text = fixture.text(&json!({ "skip": "new" }));
+        let text = fixture.to_text(&json!({ "skip": "new" }));
         assert_eq!(text, "{\n  \"row\": {\"kind\":   \"a\"},\n  \"expect\": {\n    \"skip\": \"new\"\n  }\n}\n");
         assert_eq!(Fixture::parse(&text).expect("one").expect, Some(json!({ "skip": "new" })));
     }
 
     #[test]
-    fn a_failure_is_met_by_a_part_of_its_sentence_and_other_is_the_same_as_invalid() {
+    fn a_failure_matches_a_part_of_its_message_and_other_is_the_same_as_invalid() {
         let failed = json!({ "failed": "plugin a@1+01234567: it trapped (unreachable)" });
-        assert!(meets(&failed, &json!({ "failed": "it trapped" })));
-        assert!(!meets(&failed, &json!({ "failed": "cpu-ms" })) && !meets(&failed, &json!({ "skip": "it trapped" })));
-        assert!(meets(&json!({ "invalid": "why" }), &json!({ "other": "why" })));
+        assert!(is_expected(&failed, &json!({ "failed": "it trapped" })));
+        assert!(
+            !is_expected(&failed, &json!({ "failed": "cpu-ms" }))
+                && !is_expected(&failed, &json!({ "skip": "it trapped" }))
+        );
+        assert!(is_expected(&json!({ "invalid": "why" }), &json!({ "other": "why" })));
     }
 
     #[test]
-    fn only_what_differs_is_shown() {
-        let difference = difference(&json!({ "skip": "a", "x": 1 }), &json!({ "skip": "b", "x": 1 }));
+    fn a_diff_shows_the_lines_that_differ() {
+        let difference = diff(&json!({ "skip": "a", "x": 1 }), &json!({ "skip": "b", "x": 1 }));
         assert_eq!(
             difference,
             "      {\n    -   \"skip\": \"a\",\n    +   \"skip\": \"b\",\n        \"x\": 1\n      }\n"

@@ -1,4 +1,5 @@
-//! `tidings plugin install`: checked, copied aside, on disk, and then renamed: a daemon never sees half a file.
+//! `tidings plugin install`: checks a plugin, copies it to a hidden file in the plugin directory, syncs it to disk, and
+//! renames it. A daemon therefore never sees half a file.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -11,7 +12,7 @@ use serde::Serialize;
 
 use crate::cli::output::Output;
 use crate::cli::plugin::check::Checked;
-use crate::cli::plugin::{PluginArgs, engine, open};
+use crate::cli::plugin::{PluginArgs, create_engine, open};
 use crate::plugins::{Allowlist, Metering};
 
 /// What to install, and where.
@@ -27,13 +28,13 @@ pub(crate) struct InstallArgs {
     name: Option<String>,
 }
 
-/// What was installed, and where.
+/// What `tidings plugin install` answers.
 #[derive(Debug, Serialize)]
 struct Installed {
     #[serde(flatten)]
     checked: Checked,
     installed_as: PathBuf,
-    /// Why it does not serve yet.
+    /// Why the daemon does not serve it yet.
     #[serde(skip_serializing_if = "Option::is_none")]
     problem: Option<String>,
 }
@@ -41,7 +42,7 @@ struct Installed {
 pub(super) async fn install(args: &InstallArgs, output: Output) -> anyhow::Result<ExitCode> {
     let dir = &args.plugin_dir;
     ensure!(dir.is_dir(), "{} is not a directory; give the daemon's plugin directory with --plugin-dir", dir.display());
-    let engine = engine(&args.plugin.state, Metering::Time)?;
+    let engine = create_engine(&args.plugin.state, Metering::Time)?;
     let plugin = open(&engine, &args.plugin.file, args.plugin.settings.as_deref()).await?;
     let stem = args.name.as_deref().unwrap_or(plugin.name());
     ensure!(
@@ -56,11 +57,11 @@ pub(super) async fn install(args: &InstallArgs, output: Output) -> anyhow::Resul
         if hidden || other == target || other.extension().is_none_or(|extension| extension != "wasm") {
             continue;
         }
-        // What the daemon refuses takes no kind.
+        // A file that the daemon refuses occupies no kind.
         let Ok(other) = open(&engine, &other, None).await else { continue };
         if let Some(kind) = plugin.kinds().keys().find(|kind| other.kinds().contains_key(*kind)) {
             bail!(
-                "the kind {kind:?} is served by {} already; remove that one, or install under its name with --name",
+                "the kind {kind:?} is served by {} already; remove that file, or replace it by giving its name with --name",
                 other.file().display()
             );
         }
@@ -68,11 +69,11 @@ pub(super) async fn install(args: &InstallArgs, output: Output) -> anyhow::Resul
 
     let beside = args.plugin.file.with_extension("toml");
     let settings = args.plugin.settings.clone().or_else(|| beside.exists().then_some(beside));
-    // The settings first: with the old plugin they are there for a moment only.
+    // The settings before the plugin: only the old plugin can be loaded with the new settings, and only for a moment.
     if let Some(settings) = settings {
-        put(&settings, &target.with_extension("toml"))?;
+        copy_atomically(&settings, &target.with_extension("toml"))?;
     }
-    put(&args.plugin.file, &target)?;
+    copy_atomically(&args.plugin.file, &target)?;
     let allowed = Allowlist::read(dir).and_then(|allowed| allowed.check(plugin.digest(), &format!("{stem}.wasm")));
     let problem = allowed.err().map(|error| error.to_string());
     let installed = Installed { checked: Checked::of(&plugin), installed_as: target, problem };
@@ -84,20 +85,20 @@ pub(super) async fn install(args: &InstallArgs, output: Output) -> anyhow::Resul
     Ok(ExitCode::SUCCESS)
 }
 
-/// Copies `from` to `to`, all of it or nothing.
-fn put(from: &Path, to: &Path) -> anyhow::Result<()> {
+/// Copies `from` to `to`. A reader of `to` sees the whole file or none of it.
+fn copy_atomically(from: &Path, to: &Path) -> anyhow::Result<()> {
     let name = to.file_name().expect("it has one").to_string_lossy();
-    let aside = to.with_file_name(format!(".{name}.{}", std::process::id()));
-    let put = || {
+    let temporary = to.with_file_name(format!(".{name}.{}", std::process::id()));
+    let copy = || {
         let bytes = fs::read(from)?;
-        let mut file = File::create(&aside)?;
+        let mut file = File::create(&temporary)?;
         file.write_all(&bytes)?;
         file.sync_all()?;
-        fs::rename(&aside, to)?;
+        fs::rename(&temporary, to)?;
         File::open(to.parent().expect("it lies in a directory"))?.sync_all()
     };
-    put().with_context(|| {
-        let _ = fs::remove_file(&aside);
+    copy().with_context(|| {
+        let _ = fs::remove_file(&temporary);
         format!("could not write {}", to.display())
     })
 }

@@ -8,11 +8,11 @@ use clap::Args;
 use serde_json::Value;
 
 use crate::cli::output::{Output, print};
-use crate::cli::{pause_sentence, printable, usage};
+use crate::cli::{fail_usage, pause_sentence, printable};
 use crate::config::HttpArgs;
 use crate::model::row_status::Pause;
 
-/// Whom to ask.
+/// The daemon to ask.
 #[derive(Args, Debug)]
 pub(crate) struct ListArgs {
     #[command(flatten)]
@@ -22,7 +22,7 @@ pub(crate) struct ListArgs {
 pub(super) fn list(args: ListArgs, output: Output) -> anyhow::Result<ExitCode> {
     let addr = match args.http.check() {
         Ok(addr) => addr,
-        Err(mistakes) => return Ok(usage(&mistakes)),
+        Err(errors) => return Ok(fail_usage(&errors)),
     };
     let agent = ureq::Agent::config_builder().timeout_global(Some(Duration::from_secs(30))).build().new_agent();
     let mut answer = agent
@@ -31,7 +31,7 @@ pub(super) fn list(args: ListArgs, output: Output) -> anyhow::Result<ExitCode> {
         .with_context(|| format!("no daemon answers at {addr}; is it running, and is that its TIDINGS_HTTP_ADDR?"))?;
     let text = answer.body_mut().read_to_string().context("the answer broke off")?;
     let answer: Value = serde_json::from_str(&text).context("the answer is not a daemon's")?;
-    // As the daemon says it.
+    // The daemon's JSON, unchanged.
     output.json(&answer);
     if output == Output::Text {
         show_all(&answer);

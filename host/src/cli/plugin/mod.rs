@@ -1,4 +1,9 @@
-//! `tidings plugin …`: what a plugin's author needs, in the binary that will run the plugin.
+//! `tidings plugin …`: the tools for authors of plugins.
+//!
+//! Must never judge a plugin by rules of its own: the commands use the loader, the engine and the limits of the daemon.
+//!
+//! To change it, know: `compile` is called by the daemon, not by people. `fixture` is the JSON form in which `test` and
+//! `replay` compare outcomes.
 
 mod check;
 mod compile;
@@ -20,7 +25,7 @@ use crate::cli::{NOT_FOUND, fail};
 use crate::config::StateArgs;
 use crate::plugins::{Engine, LoadError, Metering, Plugin, StateDir};
 
-/// What can be done with plugins.
+/// The subcommands.
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
     /// Writes a new plugin that builds as it stands, without a network
@@ -46,7 +51,7 @@ pub(super) enum Command {
     Compile(compile::CompileArgs),
 }
 
-/// A plugin's file, and where what is compiled is kept.
+/// A plugin's file, and the directory for compiled code.
 #[derive(Args, Debug)]
 pub(super) struct PluginArgs {
     /// The plugin, NAME.wasm
@@ -59,7 +64,7 @@ pub(super) struct PluginArgs {
 }
 
 pub(super) async fn run(command: Command, output: Output) -> ExitCode {
-    let done = match command {
+    let result = match command {
         Command::New(args) => new::new(&args, output),
         Command::Check(args) => check::check(&args, output).await,
         Command::Test(args) => test::test(&args, output).await,
@@ -68,32 +73,33 @@ pub(super) async fn run(command: Command, output: Output) -> ExitCode {
         Command::Replay(args) => replay::replay(args, output).await,
         Command::Compile(args) => compile::compile(&args),
     };
-    done.unwrap_or_else(|error| {
-        let missing = error.downcast_ref::<LoadError>().is_some_and(LoadError::is_not_found);
-        fail(if missing { NOT_FOUND } else { 1 }, &error)
+    result.unwrap_or_else(|error| {
+        let is_missing = error.downcast_ref::<LoadError>().is_some_and(LoadError::is_not_found);
+        fail(if is_missing { NOT_FOUND } else { 1 }, &error)
     })
 }
 
 impl PluginArgs {
     /// Loads the plugin as the daemon would.
     async fn open(&self, metering: Metering) -> anyhow::Result<Arc<Plugin>> {
-        open(&engine(&self.state, metering)?, &self.file, self.settings.as_deref()).await
+        open(&create_engine(&self.state, metering)?, &self.file, self.settings.as_deref()).await
     }
 }
 
-/// An engine like the daemon's. Without a directory for compiled code it compiles every time.
-fn engine(state: &StateArgs, metering: Metering) -> anyhow::Result<Arc<Engine>> {
+/// Creates an engine like the daemon's. If the directory for compiled code cannot be used, the engine compiles every
+/// time.
+fn create_engine(state: &StateArgs, metering: Metering) -> anyhow::Result<Arc<Engine>> {
     let state = match StateDir::open(&state.dir()) {
         Ok(state) => Some(state),
         Err(error) => {
-            complain(format_args!("tidings: {:#}; going on without", anyhow::Error::from(error)));
+            complain(format_args!("tidings: {:#}; going on without it", anyhow::Error::from(error)));
             None
         }
     };
     Ok(Engine::new(state.as_ref(), metering)?)
 }
 
-/// Loads one file.
+/// Loads a plugin from a file.
 async fn open(engine: &Arc<Engine>, file: &Path, settings: Option<&Path>) -> anyhow::Result<Arc<Plugin>> {
     let opened = Plugin::open(engine, file, settings).await;
     Ok(Arc::new(

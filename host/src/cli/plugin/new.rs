@@ -1,5 +1,5 @@
-//! `tidings plugin new`: a plugin that builds as it stands. It depends on nothing, so no registry is needed: its bindings
-//! to wit/plugin.wit were generated beforehand.
+//! `tidings plugin new`: writes a plugin that builds without changes. It has no dependencies, so cargo needs no
+//! registry: its bindings to wit/plugin.wit are part of the template.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::cli::output::Output;
 
-/// The files, and what is in them, with the name to be filled in.
+/// The files of the template, each with its text, in which the name is still to be filled in.
 const FILES: [(&str, &str); 9] = [
     ("Cargo.toml", include_str!("../../../template/Cargo.toml.template")),
     ("README.md", include_str!("../../../template/README.md")),
@@ -23,12 +23,12 @@ const FILES: [(&str, &str); 9] = [
     ("fixtures/late.json", include_str!("../../../template/fixtures/late.json")),
     ("fixtures/null.json", include_str!("../../../template/fixtures/null.json")),
 ];
-/// What stands for the name in them.
+/// The placeholder for the name of the plugin.
 const NAME: &str = "__NAME__";
-/// What stands for the kind, which is named after the plugin.
+/// The placeholder for the kind, which has the same name as the plugin.
 const KIND: &str = "__KIND__";
 
-/// What to call it.
+/// The name of the new plugin, and where to write it.
 #[derive(Args, Debug)]
 pub(crate) struct NewArgs {
     /// The name of the plugin, and of its kind: lower-case letters, digits and hyphens
@@ -38,7 +38,7 @@ pub(crate) struct NewArgs {
     dir: Option<PathBuf>,
 }
 
-/// What was written.
+/// What `tidings plugin new` answers.
 #[derive(Debug, Serialize)]
 struct Written<'a> {
     name: &'a str,
@@ -48,7 +48,7 @@ struct Written<'a> {
 pub(super) fn new(args: &NewArgs, output: Output) -> anyhow::Result<ExitCode> {
     let name = &args.name;
     ensure!(
-        is_name(name),
+        is_valid_name(name),
         "{name:?} cannot be the name of a plugin: 1 to 64 lower-case letters, digits and single hyphens, beginning with a letter"
     );
     let dir = args.dir.clone().unwrap_or_else(|| Path::new(name).to_owned());
@@ -68,8 +68,8 @@ pub(super) fn new(args: &NewArgs, output: Output) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A name that is one for cargo, for a file, and for a kind.
-fn is_name(name: &str) -> bool {
+/// Whether a name can be that of a cargo package, of a file and of a kind.
+fn is_valid_name(name: &str) -> bool {
     (1..=64).contains(&name.len())
         && name.starts_with(|char: char| char.is_ascii_lowercase())
         && !name.ends_with('-')
@@ -82,12 +82,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_is_good_for_cargo_for_a_file_and_for_a_kind() {
+    fn a_valid_name_can_be_that_of_a_package_a_file_and_a_kind() {
         for name in ["a", "game-reminder", "x2"] {
-            assert!(is_name(name), "{name}");
+            assert!(is_valid_name(name), "{name}");
         }
         for name in ["", "A", "2x", "-a", "a-", "a--b", "a_b", "a.b", "a/b", "é", &"a".repeat(65)] {
-            assert!(!is_name(name), "{name}");
+            assert!(!is_valid_name(name), "{name}");
         }
     }
 }

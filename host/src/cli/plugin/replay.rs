@@ -1,5 +1,5 @@
-//! `tidings plugin replay`: rows that were delivered, built again with another version of their plugin, and how their
-//! events would differ. Nothing is published, and nothing is written.
+//! `tidings plugin replay`: builds delivered rows again with another version of their plugin, and shows how the events
+//! would differ. It publishes nothing and writes nothing.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -12,15 +12,15 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use crate::cli::output::Output;
-use crate::cli::plugin::fixture::{difference, outcome};
-use crate::cli::plugin::{PluginArgs, engine, open};
-use crate::cli::{printable, usage};
+use crate::cli::plugin::fixture::{diff, outcome_to_json};
+use crate::cli::plugin::{PluginArgs, create_engine, open};
+use crate::cli::{fail_usage, printable};
 use crate::config::DatabaseArgs;
 use crate::model::event::{BuildError, BuiltEvent};
 use crate::plugins::{Engine, Metering, Plugin};
 use crate::store::{Delivered, Store};
 
-/// What to build again, and with what.
+/// Which rows to build again, and with which version.
 #[derive(Args, Debug)]
 pub(crate) struct ReplayArgs {
     #[command(flatten)]
@@ -38,34 +38,34 @@ pub(crate) struct ReplayArgs {
     database: DatabaseArgs,
 }
 
-/// How the events of one row compare.
+/// How the new event of one row compares with the one that was sent.
 enum Comparison {
     /// They are the same, to the byte.
     Same,
-    /// They differ.
+    /// They differ: the old one and the new one.
     Differs(Value, Value),
-    /// What was sent is not known any more, only that this is something else.
+    /// The digest shows that they differ, but no plugin here can build the one that was sent.
     Unknown(Value),
 }
 
-/// How the events of the rows compare.
+/// What `tidings plugin replay` answers.
 #[derive(Debug, Default, Serialize)]
 struct Compared {
     same: usize,
     differ: usize,
-    /// How many would not become an event any more.
+    /// How many rows the new version would not turn into an event.
     broken: usize,
-    /// Those that differ.
+    /// The rows whose events differ.
     rows: Vec<Differing>,
 }
 
-/// A row whose event would be another.
+/// A row whose event would be different.
 #[derive(Debug, Serialize)]
 struct Differing {
     id: Uuid,
     kind: String,
     key: Option<String>,
-    /// What was sent; null = that is not known any more.
+    /// What was sent; null = it cannot be built here.
     old: Option<Value>,
     new: Value,
 }
@@ -73,13 +73,13 @@ struct Differing {
 pub(super) async fn replay(args: ReplayArgs, output: Output) -> anyhow::Result<ExitCode> {
     let url = match args.database.check() {
         Ok(url) => url,
-        Err(mistakes) => return Ok(usage(&mistakes)),
+        Err(errors) => return Ok(fail_usage(&errors)),
     };
-    let engine = engine(&args.plugin.state, Metering::Time)?;
+    let engine = create_engine(&args.plugin.state, Metering::Time)?;
     let new = open(&engine, &args.plugin.file, args.plugin.settings.as_deref()).await?;
     let old = match &args.against {
         Some(file) => vec![open(&engine, file, None).await?],
-        None => serving(&engine, args.plugin_dir.as_deref(), &new).await?,
+        None => open_serving(&engine, args.plugin_dir.as_deref(), &new).await?,
     };
     let kinds: Vec<String> = new.kinds().keys().cloned().collect();
     let rows = Store::new(&url, 1).last_delivered(&kinds, args.last).await?;
@@ -99,14 +99,14 @@ pub(super) async fn replay(args: ReplayArgs, output: Output) -> anyhow::Result<E
                 continue;
             }
             Comparison::Differs(old, new) => {
-                output.line(format_args!("differs {title}\n{}", difference(&old, &new).trim_end()));
+                output.line(format_args!("differs {title}\n{}", diff(&old, &new).trim_end()));
                 (Some(old), new)
             }
             Comparison::Unknown(new) => {
                 let by = row.plugin.as_deref().unwrap_or("a plugin that is not known");
                 output.line(format_args!(
                     "differs {title}\n    from what {by} sent, which cannot be built here any more; now it would be\n{}",
-                    difference(&Value::Null, &new).trim_end()
+                    diff(&Value::Null, &new).trim_end()
                 ));
                 (None, new)
             }
@@ -120,8 +120,8 @@ pub(super) async fn replay(args: ReplayArgs, output: Output) -> anyhow::Result<E
     Ok(if broken == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// The plugins in the directory that serve kinds of `new`.
-async fn serving(
+/// Loads the plugins of the directory that serve kinds of `new`.
+async fn open_serving(
     engine: &Arc<Engine>,
     dir: Option<&std::path::Path>,
     new: &Plugin,
@@ -143,11 +143,11 @@ async fn serving(
     Ok(plugins)
 }
 
-/// Compares what the new version made of a row with what was sent: by the digest of the history if they are the same, else
-/// with what the old version makes of the row at the same time.
+/// Compares the outcome of the new version with the event that was sent. An old version that serves the kind builds the
+/// row again at the same time; without one, the digest in the history tells only whether the events are the same.
 async fn compare(row: &Delivered, built: Result<BuiltEvent, BuildError>, old: &[Arc<Plugin>]) -> Comparison {
     let now_ms = row.now_ms();
-    let new = outcome(&built, now_ms);
+    let new = outcome_to_json(&built, now_ms);
     let Some(plugin) = old.iter().find(|plugin| plugin.kinds().contains_key(&row.schedule.kind)) else {
         let digest = built.ok().map(|built| built.event.digest());
         return if digest.is_some() && digest == row.event_digest {
@@ -162,15 +162,15 @@ async fn compare(row: &Delivered, built: Result<BuiltEvent, BuildError>, old: &[
     if digest(&built).is_some() && digest(&built) == digest(&before) && ttl(&built) == ttl(&before) {
         return Comparison::Same;
     }
-    let old = outcome(&before, now_ms);
+    let old = outcome_to_json(&before, now_ms);
     if old == new && built.is_ok() {
-        // The same to a reader of JSON, and other bytes.
-        return Comparison::Differs(bytes_of(&before), bytes_of(&built));
+        // Equal as JSON, but different bytes.
+        return Comparison::Differs(body_text(&before), body_text(&built));
     }
     Comparison::Differs(old, new)
 }
 
-fn bytes_of(outcome: &Result<BuiltEvent, BuildError>) -> Value {
+fn body_text(outcome: &Result<BuiltEvent, BuildError>) -> Value {
     let body = outcome.as_ref().map(|built| String::from_utf8_lossy(built.event.body()).into_owned());
     Value::String(body.unwrap_or_default())
 }

@@ -1,4 +1,5 @@
-//! `tidings plugin test`: rows in, events out, with the daemon's engine and limits.
+//! `tidings plugin test`: builds the rows of fixtures with the daemon's engine and limits, and compares the outcomes
+//! with the expected ones.
 
 use std::fmt;
 use std::fs;
@@ -11,8 +12,8 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::cli::output::Output;
-use crate::cli::plugin::fixture::{Fixture, difference, meets, normal, outcome};
-use crate::cli::plugin::{PluginArgs, engine, open};
+use crate::cli::plugin::fixture::{Fixture, diff, is_expected, normalize, outcome_to_json};
+use crate::cli::plugin::{PluginArgs, create_engine, open};
 use crate::plugins::{Metering, Plugin};
 
 /// What to test.
@@ -28,27 +29,27 @@ pub(crate) struct TestArgs {
     update: bool,
 }
 
-/// What came of the fixtures.
+/// What `tidings plugin test` answers.
 #[derive(Debug, Serialize)]
 struct Tested {
     /// `name@version+digest8`.
     plugin: String,
     passed: usize,
     failed: usize,
-    fixtures: Vec<Tried>,
+    fixtures: Vec<FixtureResult>,
 }
 
-/// What came of one fixture.
+/// The result of one fixture.
 #[derive(Debug, Serialize)]
-struct Tried {
+struct FixtureResult {
     /// The name of its file.
     fixture: String,
     result: Verdict,
-    /// What the call took; null = there was none.
+    /// How long the call took; null = there was no call.
     took_ms: Option<f64>,
     instructions: Option<u64>,
     memory_bytes: Option<usize>,
-    /// What is expected (-) and what it was (+), or why there was no call.
+    /// The expected (-) and the actual (+) outcome, or why there was no call.
     difference: Option<String>,
 }
 
@@ -62,33 +63,33 @@ enum Verdict {
 }
 
 pub(super) async fn test(args: &TestArgs, output: Output) -> anyhow::Result<ExitCode> {
-    let files = files(&args.fixtures)?;
+    let files = find_fixtures(&args.fixtures)?;
     let plugin = args.plugin.open(Metering::Time).await?;
-    // Instructions are counted by code of its own: the time is that of the daemon's.
-    let counting = engine(&args.plugin.state, Metering::Fuel)?;
+    // Counting instructions needs code that is compiled differently. The times are measured with the daemon's code.
+    let counting = create_engine(&args.plugin.state, Metering::Fuel)?;
     let counting = open(&counting, &args.plugin.file, args.plugin.settings.as_deref()).await?;
     output.line(format_args!("{} with {} fixtures", plugin.label(), files.len()));
     let mut fixtures = Vec::new();
     for file in &files {
-        let tried = one(file, &plugin, &counting, args.update).await.unwrap_or_else(|error| Tried {
-            fixture: name(file),
+        let result = run_fixture(file, &plugin, &counting, args.update).await.unwrap_or_else(|error| FixtureResult {
+            fixture: file_name(file),
             result: Verdict::Failed,
             took_ms: None,
             instructions: None,
             memory_bytes: None,
             difference: Some(format!("{error:#}")),
         });
-        output.line(&tried);
-        fixtures.push(tried);
+        output.line(&result);
+        fixtures.push(result);
     }
-    let failed = fixtures.iter().filter(|tried| tried.result == Verdict::Failed).count();
+    let failed = fixtures.iter().filter(|result| result.result == Verdict::Failed).count();
     let passed = fixtures.len() - failed;
     output.line(format_args!("{passed} passed, {failed} failed"));
     output.json(&Tested { plugin: plugin.label().to_owned(), passed, failed, fixtures });
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn files(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
+fn find_fixtures(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let entries = fs::read_dir(dir).with_context(|| {
         format!("could not read the fixtures in {}; give their directory with --fixtures", dir.display())
     })?;
@@ -104,8 +105,13 @@ fn files(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Passes one fixture, or says how far it is from passing.
-async fn one(file: &Path, plugin: &Arc<Plugin>, counting: &Arc<Plugin>, update: bool) -> anyhow::Result<Tried> {
+/// Builds the row of one fixture and compares the outcome with the expected one.
+async fn run_fixture(
+    file: &Path,
+    plugin: &Arc<Plugin>,
+    counting: &Arc<Plugin>,
+    update: bool,
+) -> anyhow::Result<FixtureResult> {
     let text = fs::read_to_string(file).context("it cannot be read")?;
     let fixture = Fixture::parse(&text)?;
     let (schedule, now_ms) = fixture.schedule()?;
@@ -115,18 +121,18 @@ async fn one(file: &Path, plugin: &Arc<Plugin>, counting: &Arc<Plugin>, update: 
     }
     let trial = plugin.try_row(schedule.clone(), now_ms).await;
     let counted = counting.try_row(schedule, now_ms).await;
-    let became = outcome(&trial.outcome, now_ms);
-    let (result, difference) = if fixture.expect.as_ref().is_some_and(|expect| meets(&became, expect)) {
+    let actual = outcome_to_json(&trial.outcome, now_ms);
+    let (result, difference) = if fixture.expect.as_ref().is_some_and(|expect| is_expected(&actual, expect)) {
         (Verdict::Passed, None)
     } else if update {
-        fs::write(file, fixture.text(&became)).context("it cannot be written")?;
+        fs::write(file, fixture.to_text(&actual)).context("it cannot be written")?;
         (Verdict::Updated, None)
     } else {
-        let expect = fixture.expect.as_ref().map(normal).unwrap_or_default();
-        (Verdict::Failed, Some(difference(&expect, &became)))
+        let expect = fixture.expect.as_ref().map(normalize).unwrap_or_default();
+        (Verdict::Failed, Some(diff(&expect, &actual)))
     };
-    Ok(Tried {
-        fixture: name(file),
+    Ok(FixtureResult {
+        fixture: file_name(file),
         result,
         took_ms: Some(trial.took.as_secs_f64() * 1000.0),
         instructions: counted.fuel,
@@ -135,7 +141,7 @@ async fn one(file: &Path, plugin: &Arc<Plugin>, counting: &Arc<Plugin>, update: 
     })
 }
 
-impl fmt::Display for Tried {
+impl fmt::Display for FixtureResult {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { fixture, result, took_ms, instructions, memory_bytes, difference } = self;
         let verdict = match result {
@@ -158,6 +164,6 @@ impl fmt::Display for Tried {
     }
 }
 
-fn name(file: &Path) -> String {
+fn file_name(file: &Path) -> String {
     file.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }

@@ -1,26 +1,26 @@
-// What is asked of the daemon, and what a person does by hand: with the token, one thing at a time.
+// Requests to the daemon, and the actions of a person: with the token, one at a time.
 
-import { span } from "./plots.js";
-import { button, byId, make, say, sentence, set, users, visible } from "./words.js";
+import { formatSpan } from "./plots.js";
+import { button, byId, make, setText, toSentence, setAttribute, userText, makeVisible } from "./words.js";
 
-/** What the daemon answers, or throws its sentence. */
+/** Sends a request and returns the daemon's answer; throws an error with the daemon's sentence if it refuses. */
 export async function ask(path, options = {}) {
   const answer = await fetch(path, { credentials: "omit", cache: "no-store", redirect: "error", ...options });
   let body;
   try {
     body = await answer.json();
   } catch {
-    throw Object.assign(new Error(`an answer that is not the daemon's (status ${answer.status})`), { status: answer.status });
+    throw Object.assign(new Error(`the answer does not come from the daemon (status ${answer.status})`), { status: answer.status });
   }
   if (!answer.ok) throw Object.assign(new Error(body.error ?? `status ${answer.status}`), { status: answer.status });
   return body;
 }
 
-let afterwards = async () => {};
+let afterActionHook = async () => {};
 
-/** From now on `look` is awaited after whatever was done, with its path. */
-export function afterActing(look) {
-  afterwards = look;
+/** Sets the function that is awaited after each action, with the action's path. */
+export function afterAction(hook) {
+  afterActionHook = hook;
 }
 
 let token = sessionStorage.getItem("tidings-token");
@@ -41,8 +41,8 @@ function post(path, body) {
   });
 }
 
-/** Opens a dialog; whether it was submitted. */
-export function opened(dialog) {
+/** Opens a dialog, and returns whether it was submitted. */
+export function openDialog(dialog) {
   return new Promise((done) => {
     const form = dialog.querySelector("form");
     let submitted = false;
@@ -63,16 +63,16 @@ export function opened(dialog) {
   });
 }
 
-/** Asks for the token until it is right or nobody wants to any more. */
+/** Asks for the token until it is right or the person cancels; returns whether there is one. */
 async function askToken(wrong = "") {
   for (;;) {
-    say(byId("token-wrong"), wrong);
+    setText(byId("token-wrong"), wrong);
     byId("token").value = "";
-    if (!(await opened(byId("token-dialog")))) return false;
+    if (!(await openDialog(byId("token-dialog")))) return false;
     const given = byId("token").value.trim();
     byId("token").value = "";
     if (!/^[\x21-\x7e]+$/.test(given)) {
-      wrong = "The token is wrong: it has no spaces, and only letters, digits and signs of ASCII.";
+      wrong = "The token is wrong: a token has only printable ASCII characters, and no spaces.";
       continue;
     }
     keepToken(given);
@@ -82,40 +82,40 @@ async function askToken(wrong = "") {
     } catch (error) {
       keepToken(null);
       if (error.status !== 401) return notice(`Not done: ${error.message}`, [], true), false;
-      wrong = sentence(error.message);
+      wrong = toSentence(error.message);
     }
   }
 }
 
-/** Says what came of something, until it is closed or something else is said. */
+/** Shows a message until it is closed or another one is shown. `list` has the things with which the action could not be done. */
 export function notice(text, list = [], bad = false) {
   const box = make("div", bad ? "bad-notice" : "");
-  const body = make("div", "", users("span", "", sentence(text)));
-  if (list.length) body.append(make("ul", "", ...list.map(({ id, why }) => users("li", "", `${id ?? "one without an id"}: ${why}`))));
+  const body = make("div", "", userText("span", "", toSentence(text)));
+  if (list.length) body.append(make("ul", "", ...list.map(({ id, why }) => userText("li", "", `${id ?? "a message without an id"}: ${why}`))));
   const close = button("Close", "", "Close this message", () => byId("notice").replaceChildren());
   box.append(body, close);
   byId("notice").replaceChildren(box);
 }
 
-/** Whether something is being done; then it is said. */
+/** Whether an action is running; if so, a message says it. */
 export function isBusy() {
-  if (busy) notice(`${busy}: one thing at a time`);
+  if (busy) notice(`${busy} has not ended yet: one action at a time`);
   return busy !== null;
 }
 
-/** Whether there is a token, asked for if need be. */
+/** Whether there is a token; asks for it if there is none. */
 export async function hasToken() {
   return token !== null || askToken();
 }
 
-/** Does something by hand: with the token, one thing at a time, and says what came of it. */
+/** Does an action with the token, and shows its result. Does nothing while another action is running. */
 export async function act(element, doing, path, body) {
   if (isBusy()) return;
   if (!(await hasToken())) return;
   busy = doing;
   const label = element.textContent;
   const began = performance.now();
-  const progress = () => say(element, performance.now() - began < 1500 ? `${doing} …` : `${doing} … ${span(Math.floor((performance.now() - began) / 1000))}`);
+  const progress = () => setText(element, performance.now() - began < 1500 ? `${doing} …` : `${doing} … ${formatSpan(Math.floor((performance.now() - began) / 1000))}`);
   progress();
   const timer = setInterval(progress, 500);
   element.setAttribute("aria-busy", "true");
@@ -130,7 +130,7 @@ export async function act(element, doing, path, body) {
       } catch (error) {
         if (error.status === 401) {
           keepToken(null);
-          if (await askToken(sentence(error.message))) continue;
+          if (await askToken(toSentence(error.message))) continue;
         } else {
           const unknown = error.status === undefined ? ". Whether it was done is not known: look at the list" : "";
           notice(`Not done: ${error.message}${unknown}`, [], true);
@@ -142,35 +142,35 @@ export async function act(element, doing, path, body) {
     clearInterval(timer);
     busy = null;
     element.removeAttribute("aria-busy");
-    say(element, label);
+    setText(element, label);
     delete document.body.dataset.busy;
     showBusy();
   }
-  await afterwards(path);
+  await afterActionHook(path);
 }
 
 export function showBusy() {
-  for (const element of document.querySelectorAll("button[data-acts]")) set(element, "aria-disabled", busy ? "true" : null);
+  for (const element of document.querySelectorAll("button[data-acts]")) setAttribute(element, "aria-disabled", busy ? "true" : null);
 }
 
-export function actor(text, style, label, press) {
-  const element = button(text, style, label, press);
+export function actionButton(text, style, label, onPress) {
+  const element = button(text, style, label, onPress);
   element.dataset.acts = "true";
   return element;
 }
 
-/** Asks before anything is dropped. */
-export async function sure(title, text) {
+/** Asks for confirmation before something is dropped. */
+export async function confirmDrop(title, text) {
   if (isBusy()) return false;
-  say(byId("drop-title"), title);
-  say(byId("drop-text"), visible(text));
-  return opened(byId("drop-dialog"));
+  setText(byId("drop-title"), title);
+  setText(byId("drop-text"), makeVisible(text));
+  return openDialog(byId("drop-dialog"));
 }
 
-/** Says whether there is a token. */
+/** Shows whether there is a token. */
 function showToken() {
   const unlock = byId("unlock");
-  say(unlock, token === null ? "Give the token" : "Forget the token");
+  setText(unlock, token === null ? "Give the token" : "Forget the token");
 }
 
 byId("unlock").addEventListener("click", async () => {

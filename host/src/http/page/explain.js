@@ -1,11 +1,11 @@
-// Where a row is, and why.
+// The search for a row: shows where it is, and why.
 
 import { ask } from "./act.js";
-import { button, byId, local, make, moment, sentence, users, visible } from "./words.js";
+import { button, byId, formatLocal, make, moment, toSentence, userText, makeVisible } from "./words.js";
 
-export async function explain(which, go) {
+export async function explain(which, scroll) {
   const place = byId("explained");
-  if (go) {
+  if (scroll) {
     byId("which").value = which;
     byId("explain-title").scrollIntoView({ block: "center" });
     byId("explain-title").focus({ preventScroll: true });
@@ -15,15 +15,15 @@ export async function explain(which, go) {
     const row = await ask(`api/rows?${new URLSearchParams({ which })}`);
     const facts = make("dl", "facts");
     const fact = (name, ...value) => facts.append(make("dt", "", name), make("dd", "", ...value));
-    fact("row", users("span", "id", row.id));
-    fact("kind", users("span", "", row.kind));
-    if (row.key !== null) fact("key", users("span", "", row.key));
-    if (row.subject !== null) fact("subject", users("span", "", row.subject));
-    fact("due", `${local(new Date(row.due_at))} (`, moment(row.finished_at ? "ago" : "due", row.due_at), ")");
-    if (row.expires_at !== null) fact("expires", local(new Date(row.expires_at)));
-    place.replaceChildren(users("p", "verdict", sentence(row.explanation)), facts);
+    fact("row", userText("span", "id", row.id));
+    fact("kind", userText("span", "", row.kind));
+    if (row.key !== null) fact("key", userText("span", "", row.key));
+    if (row.subject !== null) fact("subject", userText("span", "", row.subject));
+    fact("due", `${formatLocal(new Date(row.due_at))} (`, moment(row.finished_at ? "ago" : "due", row.due_at), ")");
+    if (row.expires_at !== null) fact("expires", formatLocal(new Date(row.expires_at)));
+    place.replaceChildren(userText("p", "verdict", toSentence(row.explanation)), facts);
   } catch (error) {
-    place.replaceChildren(users("p", "verdict", sentence(error.message)));
+    place.replaceChildren(userText("p", "verdict", toSentence(error.message)));
   }
 }
 
@@ -33,10 +33,10 @@ byId("explain").addEventListener("submit", (event) => {
   if (which) explain(which, false);
 });
 
-/** The short form of an id, which explains its row. */
+/** A button with the short form of an id, which explains its row. */
 export function idButton(id) {
   const short = id.length > 16 ? `${id.slice(0, 8)}…${id.slice(-6)}` : id;
-  const element = button(visible(short), "bare id", `Explain ${id}`, () => explain(id, true));
-  element.title = visible(id);
+  const element = button(makeVisible(short), "bare id", `Explain ${id}`, () => explain(id, true));
+  element.title = makeVisible(id);
   return element;
 }

@@ -1,103 +1,105 @@
-// The letters, dead and parked. They are looked at when their number has changed, since that is to fetch them.
+// The dead letters, and the parked ones. They are listed only when their number has changed, since RabbitMQ must deliver them for
+// that.
 
-import { act, actor, ask, showBusy, sure } from "./act.js";
+import { act, actionButton, ask, showBusy, confirmDrop } from "./act.js";
 import { idButton } from "./explain.js";
-import { count } from "./plots.js";
-import { Table, once } from "./table.js";
-import { byId, make, moment, prose, say, users, visible } from "./words.js";
+import { formatCount } from "./plots.js";
+import { Table, buildOnce } from "./table.js";
+import { byId, make, moment, longUserText, setText, userText, makeVisible } from "./words.js";
 
-const EVERY = 10000;
+const MIN_INTERVAL_MS = 10000;
+const RETRY_INTERVAL_MS = 5000;
 
-function letterTable(id, { path, again, doing, one }) {
+function letterTable(id, { path, again, doing, thing }) {
   return new Table(id, [
     (cell, letter) => cell.replaceChildren(letter.died_at === null ? make("div", "soft", "unknown") : moment("ago", letter.died_at)),
-    (cell, letter) => cell.replaceChildren(letter.kind === null ? make("div", "soft", "not said") : users("div", "strong", letter.kind)),
+    (cell, letter) => cell.replaceChildren(letter.kind === null ? make("div", "soft", "unknown") : userText("div", "strong", letter.kind)),
     (cell, letter) => cell.replaceChildren(
-      letter.queue === null ? make("div", "soft", "no queue") : users("div", "", letter.queue),
-      prose("soft", `${letter.reason ?? "no reason is known"}${letter.replays > 0 ? `; replayed ${count(letter.replays)} ${letter.replays === 1 ? "time" : "times"} before` : ""}`),
+      letter.queue === null ? make("div", "soft", "no queue") : userText("div", "", letter.queue),
+      longUserText("soft", `${letter.reason ?? "no reason is known"}${letter.replays > 0 ? `; replayed ${formatCount(letter.replays)} ${letter.replays === 1 ? "time" : "times"} before` : ""}`),
     ),
     (cell, letter) => cell.replaceChildren(letter.id === null ? make("div", "soft", "without an id") : idButton(letter.id)),
-    (cell, { id: message }) => once(cell, () => {
-      if (message === null) return cell.append(make("div", "soft", "only all at once")), true;
+    (cell, { id: message }) => buildOnce(cell, () => {
+      if (message === null) return cell.append(make("div", "soft", "use the buttons for all")), true;
       cell.append(make("div", "buttons",
-        actor(again, "quiet", `${again} the ${one} ${message}`, (element) => act(element, doing, `api/${path}/${again.toLowerCase()}`, { ids: [message] })),
-        actor("Drop", "quiet drop", `Drop the ${one} ${message}`, async (element) => {
-          if (await sure(`Drop 1 ${one} for good?`, `It is the message ${message}.`)) await act(element, "Dropping", `api/${path}/drop`, { ids: [message] });
+        actionButton(again, "quiet", `${again} the ${thing} ${message}`, (element) => act(element, doing, `api/${path}/${again.toLowerCase()}`, { ids: [message] })),
+        actionButton("Drop", "quiet drop", `Drop the ${thing} ${message}`, async (element) => {
+          if (await confirmDrop(`Drop 1 ${thing} for good?`, `It is the message ${message}.`)) await act(element, "Dropping", `api/${path}/drop`, { ids: [message] });
         }),
       ));
       return true;
     }),
   ]);
 }
-const dead = letterTable("dead", { path: "dead", again: "Replay", doing: "Replaying", one: "dead letter" });
-const letters = letterTable("letters", { path: "parked-letters", again: "Retry", doing: "Retrying", one: "parked letter" });
+const dead = letterTable("dead", { path: "dead", again: "Replay", doing: "Replaying", thing: "dead letter" });
+const letters = letterTable("letters", { path: "parked-letters", again: "Retry", doing: "Retrying", thing: "parked letter" });
 
-/** The buttons for all of them. */
-export function all(id, { again, doing, path, what }) {
+/** Adds the buttons that act on all things of a table. */
+export function addBulkButtons(id, { again, doing, path, things }) {
   const place = byId(`${id}-all`);
-  const counted = () => place.dataset.count ?? "";
+  const total = () => place.dataset.count ?? "";
   place.append(
-    actor(`${again} all`, "quiet", `${again} all ${what}`, (element) => act(element, doing, `api/${path}/${again.toLowerCase()}`, { all: true })),
-    actor("Drop all", "quiet drop", `Drop all ${what}`, async (element) => {
-      if (await sure(`Drop ${counted()} ${what} for good?`, "All that lie there when it is done are dropped, shown here or not.")) await act(element, "Dropping", `api/${path}/drop`, { all: true });
+    actionButton(`${again} all`, "quiet", `${again} all ${things}`, (element) => act(element, doing, `api/${path}/${again.toLowerCase()}`, { all: true })),
+    actionButton("Drop all", "quiet drop", `Drop all ${things}`, async (element) => {
+      if (await confirmDrop(`Drop ${total()} ${things} for good?`, "This drops all that are there at that moment, also those that are not shown here.")) await act(element, "Dropping", `api/${path}/drop`, { all: true });
     }),
   );
 }
-all("dead", { again: "Replay", doing: "Replaying", path: "dead", what: "dead letters" });
-all("letters", { again: "Retry", doing: "Retrying", path: "parked-letters", what: "parked letters" });
+addBulkButtons("dead", { again: "Replay", doing: "Replaying", path: "dead", things: "dead letters" });
+addBulkButtons("letters", { again: "Retry", doing: "Retrying", path: "parked-letters", things: "parked letters" });
 
-/** How many there are, and how many of them are shown. */
-export function showAll(id, shown, total, order) {
+/** Shows how many things there are, and how many of them are in the table. */
+export function showCount(id, shown, total, order) {
   byId(`${id}-all`).hidden = total === "0";
   byId(`${id}-all`).dataset.count = total;
-  say(byId(`${id}-caption`), count(shown) === total ? `${total} in all` : `${order} ${shown} of ${total}`);
+  setText(byId(`${id}-caption`), formatCount(shown) === total ? `${total} in all` : `${order} ${shown} of ${total}`);
 }
 
-let lookedAt = -EVERY;
-let lookedFor = null;
+let listedAt = -MIN_INTERVAL_MS;
+let listedCounts = null;
 let exchange = "tidings";
-let looking = null;
-say(byId("dead-empty"), "Looking …");
+let listing = null;
+setText(byId("dead-empty"), "Looking …");
 
-export function lookAtLetters() {
-  looking ??= look().finally(() => (looking = null));
-  return looking;
+export function listLetters() {
+  listing ??= list().finally(() => (listing = null));
+  return listing;
 }
 
-async function look() {
-  lookedAt = performance.now();
+async function list() {
+  listedAt = performance.now();
   try {
     const found = await ask("api/letters");
-    lookedFor = `${found.dead.waiting} ${found.parked.waiting}`;
+    listedCounts = `${found.dead.waiting} ${found.parked.waiting}`;
     for (const [id, table, { waiting, letters: shown }] of [["dead", dead, found.dead], ["letters", letters, found.parked]]) {
       const seen = new Map();
       table.show(shown.map((letter) => {
-        // An id may occur twice.
+        // Two dead letters may have the same id.
         const times = (seen.get(letter.id) ?? 0) + 1;
         seen.set(letter.id, times);
         return [`${letter.id} ${times}`, letter];
       }));
-      showAll(id, shown.length, count(waiting), "The first");
+      showCount(id, shown.length, formatCount(waiting), "The first");
     }
-    say(byId("dead-empty"), `None. What a consumer rejects comes here, if its queue has x-dead-letter-exchange = ${visible(exchange)}.dlx.`);
+    setText(byId("dead-empty"), `None. A message that a consumer rejects comes here if its queue has x-dead-letter-exchange = ${makeVisible(exchange)}.dlx.`);
     showBusy();
   } catch (error) {
     if (!dead.rows.size) {
       byId("dead-empty").hidden = false;
-      say(byId("dead-empty"), visible(`They cannot be looked at now: ${error.message}.`));
+      setText(byId("dead-empty"), makeVisible(`They cannot be listed now: ${error.message}.`));
     }
-    lookedFor = null;
+    listedCounts = null;
   }
 }
 
-/** Looks at them if they are others than before. `said` is the overview. */
-export function noteLetters(said, busy) {
-  exchange = said.exchange;
-  if (!said.letters) {
-    if (!dead.rows.size) say(byId("dead-empty"), "RabbitMQ does not answer, so nobody can look at them.");
+/** Lists the dead letters again if the counts in the overview have changed. */
+export function refreshLetters(overview, busy) {
+  exchange = overview.exchange;
+  if (!overview.letters) {
+    if (!dead.rows.size) setText(byId("dead-empty"), "RabbitMQ does not answer, so they cannot be listed.");
     return;
   }
-  const counts = `${said.letters.dead} ${said.letters.parked}`;
-  const due = performance.now() - lookedAt >= (lookedFor === null ? 5000 : EVERY);
-  if (!busy && counts !== lookedFor && due) lookAtLetters();
+  const counts = `${overview.letters.dead} ${overview.letters.parked}`;
+  const isTime = performance.now() - listedAt >= (listedCounts === null ? RETRY_INTERVAL_MS : MIN_INTERVAL_MS);
+  if (!busy && counts !== listedCounts && isTime) listLetters();
 }

@@ -1,9 +1,9 @@
-// The two plots of the last hour, as SVG that is built here. Each can be read by pointing, by the arrow keys, and as a table.
-// No text of users ever comes here: only numbers.
+// The two plots of the last hour, as SVG that is built here. Each can be read with the pointer, with the arrow keys, and as a
+// table. They show only numbers, never text of users.
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** What attempts come to, from the bottom of a bar to its top: the field, and its name. */
+/** The outcomes of attempts, from the bottom of a bar to its top: the field, and its name. */
 export const OUTCOMES = [
   ["delivered", "delivered"],
   ["skipped", "skipped"],
@@ -15,11 +15,11 @@ export const OUTCOMES = [
 
 const number = new Intl.NumberFormat("en");
 
-/** A count, as people read it. */
-export const count = (value) => number.format(value);
+/** Writes a count for people. */
+export const formatCount = (value) => number.format(value);
 
-/** A time in seconds, as people read it, to two or three digits. */
-export function span(seconds) {
+/** Writes a time in seconds for people, with two or three digits. */
+export function formatSpan(seconds) {
   const digits = (value) => String(Number(value.toPrecision(value < 10 ? 2 : 3)));
   if (seconds <= 0) return "0 s";
   if (seconds < 0.001) return "under 1 ms";
@@ -52,14 +52,14 @@ function make(parent, name, attributes = {}, text) {
   return element;
 }
 
-/** The least "round" number that is no less. */
-function round(value) {
+/** Rounds up to 1, 2, 4, 5 or 10 times a power of ten. */
+function roundUp(value) {
   const power = 10 ** Math.floor(Math.log10(Math.max(value, 1)));
   return [1, 2, 4, 5, 10].map((step) => step * power).find((step) => step >= value);
 }
 
-/** Which minute it was. */
-function minute(ago, ended) {
+/** Names the minute that was `ago` minutes before `ended`. */
+function minuteName(ago, ended) {
   const clock = new Date(ended - ago * 60000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
   return ago === 0 ? "This minute" : `${ago} min ago (${clock})`;
 }
@@ -149,14 +149,14 @@ class Plot {
     }
     const last = this.minutes.length - 1;
     const index = this.at ?? last;
-    const says = `${minute(last - index, this.ended)}: ${this.say(this.minutes[index])}`;
+    const says = `${minuteName(last - index, this.ended)}: ${this.say(this.minutes[index])}`;
     this.svg.setAttribute("aria-valuenow", String(index - last));
     this.svg.setAttribute("aria-valuetext", says);
     const shown = this.at === null ? this.sum() : says;
     if (this.readout.textContent !== shown) this.readout.textContent = shown;
   }
 
-  /** A line across, and what it stands for. */
+  /** Draws a horizontal line with its label. */
   level(y, text) {
     draw(this.svg, "line", { class: "grid", x1: LEFT, x2: this.width - RIGHT, y1: y, y2: y });
     draw(this.svg, "text", { x: LEFT - 8, y: y + 4, "text-anchor": "end" }, text);
@@ -176,31 +176,31 @@ class Plot {
     const last = this.minutes.length - 1;
     for (let index = last; index >= 0; index -= 1) {
       const row = make(body, "tr");
-      make(row, "td", {}, minute(last - index, this.ended));
+      make(row, "td", {}, minuteName(last - index, this.ended));
       for (const [, show] of this.columns) make(row, "td", {}, show(this.minutes[index]));
     }
     this.tabular.replaceChildren(table);
   }
 }
 
-/** How many rows a minute, by what became of them. */
+/** The rows per minute, by outcome. */
 export class Throughput extends Plot {
   constructor(figure) {
     super(figure, {
       title: "Rows per minute",
       legend: OUTCOMES,
-      columns: OUTCOMES.map(([field, name]) => [name, (minute) => count(minute[field])]),
+      columns: OUTCOMES.map(([field, name]) => [name, (minute) => formatCount(minute[field])]),
     });
   }
 
   paint() {
     const total = (minute) => OUTCOMES.reduce((sum, [field]) => sum + minute[field], 0);
     const most = Math.max(...this.minutes.map(total));
-    const top = round(most);
+    const top = roundUp(most);
     const base = this.height - BOTTOM;
     const y = (value) => base - ((base - TOP) * value) / top;
     for (const part of top === 1 ? [0, 1] : [0, 0.25, 0.5, 0.75, 1]) {
-      if (Number.isInteger(top * part) || part === 0.5) this.level(y(top * part), count(top * part));
+      if (Number.isInteger(top * part) || part === 0.5) this.level(y(top * part), formatCount(top * part));
     }
     if (most === 0) this.nothing("Nothing was due in this hour");
     const width = Math.max(1.5, ((this.width - LEFT - RIGHT) / this.minutes.length) * 0.76);
@@ -209,7 +209,7 @@ export class Throughput extends Plot {
       for (const [field] of OUTCOMES) {
         if (!minute[field]) continue;
         const high = y(below + minute[field]);
-        // Few among many must still be seen.
+        // A small number among large ones must still be visible.
         const tall = Math.max(y(below) - high, 1.5);
         draw(this.svg, "rect", { class: field, x: this.x(index) - width / 2, y: y(below) - tall, width, height: tall });
         below += minute[field];
@@ -218,7 +218,7 @@ export class Throughput extends Plot {
   }
 
   say(minute) {
-    const parts = OUTCOMES.filter(([field]) => minute[field]).map(([field, name]) => `${count(minute[field])} ${name}`);
+    const parts = OUTCOMES.filter(([field]) => minute[field]).map(([field, name]) => `${formatCount(minute[field])} ${name}`);
     return parts.join(", ") || "nothing";
   }
 
@@ -235,10 +235,10 @@ const LEVELS = [
   [3600, "1 h"], [36000, "10 h"], [864000, "10 d"], [31536000, "1 y"], [315360000, "10 y"],
 ];
 
-/** How late what was delivered was. */
+/** The lateness of delivered rows. */
 export class Lateness extends Plot {
   constructor(figure) {
-    const time = (value) => (value === null ? "–" : span(value));
+    const time = (value) => (value === null ? "–" : formatSpan(value));
     super(figure, {
       title: "Lateness",
       legend: [["p50", "half of them (p50)"], ["p99", "99 in 100 (p99)"]],
@@ -281,11 +281,11 @@ export class Lateness extends Plot {
 
   say({ p50, p99, max, delivered }) {
     if (p50 === null) return "nothing was delivered";
-    return `half of ${count(delivered)} within ${span(p50)}, 99 in 100 within ${span(p99)}, the latest ${span(max)}`;
+    return `half of ${formatCount(delivered)} within ${formatSpan(p50)}, 99 in 100 within ${formatSpan(p99)}, the latest ${formatSpan(max)}`;
   }
 
   sum() {
     const latest = Math.max(-1, ...this.minutes.map(({ max }) => max ?? -1));
-    return latest < 0 ? "From the due time to the confirm." : `From the due time to the confirm. The latest of the hour: ${span(latest)}.`;
+    return latest < 0 ? "From the due time to the confirm." : `From the due time to the confirm. The latest of the hour: ${formatSpan(latest)}.`;
   }
 }

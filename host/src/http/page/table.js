@@ -1,8 +1,8 @@
-// Tables whose rows are kept as long as what they show is there, so that focus and selection stay.
+// Tables that keep the element of a row as long as its item is shown, so that focus and selection stay.
 
 import { byId, make } from "./words.js";
 
-/** Cells are made once for a row, and filled whenever what it shows has changed. */
+/** The cells of a row are made once, and filled again when its item has changed. */
 export class Table {
   constructor(id, columns) {
     this.table = byId(id);
@@ -17,8 +17,8 @@ export class Table {
   /** Shows `items`, each `[key, item]`. */
   show(items) {
     const focused = document.activeElement?.closest("tr");
-    const at = focused && this.body.contains(focused) ? [...this.body.rows].indexOf(focused) : -1;
-    const which = at < 0 ? 0 : [...focused.querySelectorAll("button")].indexOf(document.activeElement);
+    const focusedRow = focused && this.body.contains(focused) ? [...this.body.rows].indexOf(focused) : -1;
+    const focusedButton = focusedRow < 0 ? 0 : [...focused.querySelectorAll("button")].indexOf(document.activeElement);
     const keys = new Set(items.map(([key]) => key));
     for (const [key, row] of this.rows) {
       if (keys.has(key)) continue;
@@ -37,10 +37,10 @@ export class Table {
     });
     this.table.classList.toggle("empty-table", !items.length);
     if (this.empty) this.empty.hidden = items.length > 0;
-    // What had the focus is gone: the same button of the next row has it, or the title.
-    if (at >= 0 && !focused.isConnected) {
-      const next = this.body.rows[Math.min(at, items.length - 1)];
-      (next?.querySelectorAll("button")[which] ?? this.title).focus();
+    // If the focused row was removed, the focus moves to the same button of the next row, or else to the title.
+    if (focusedRow >= 0 && !focused.isConnected) {
+      const next = this.body.rows[Math.min(focusedRow, items.length - 1)];
+      (next?.querySelectorAll("button")[focusedButton] ?? this.title).focus();
     }
   }
 
@@ -58,16 +58,16 @@ export class Table {
   }
 }
 
-/** Whether what a cell shows has changed: what a person has opened in it must stay open otherwise. */
-export function changed(cell, ...values) {
+/** Whether the values of a cell have changed. A cell without changes is not filled again, so that details in it stay open. */
+export function hasChanged(cell, ...values) {
   const text = JSON.stringify(values);
   if (cell.shown === text) return false;
   cell.shown = text;
   return true;
 }
 
-/** Fills a cell once, and lets `update` do the rest. */
-export function once(cell, build) {
+/** Builds the contents of a cell the first time, and returns them. */
+export function buildOnce(cell, build) {
   cell.parts ??= build(cell);
   return cell.parts;
 }

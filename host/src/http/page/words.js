@@ -1,32 +1,32 @@
-// Text and time, as they are shown. Whatever users or plugins have written becomes text and never HTML; the page's policy
-// forbids the browser any other way.
+// Text and times on the page. What users or plugins have written becomes text and never HTML; the page's Content-Security-Policy
+// makes the browser enforce that.
 
-import { span } from "./plots.js";
+import { formatSpan } from "./plots.js";
 
 export const byId = (id) => document.getElementById(id);
 
-// Control characters, and those that turn, hide or move the text around them.
+// Control characters, and characters that reverse, hide or move the text around them.
 const ODD = /[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb]/g;
 
-/** What anybody may have written, with a sign in the place of each character that does not show. */
-export function visible(text) {
+/** A text of users, in which each invisible character is replaced by its code. */
+export function makeVisible(text) {
   return String(text).replace(ODD, (char) => {
     if (char === "\n") return "\u21b5 ";
     return `\u2039U+${char.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}\u203a`;
   });
 }
 
-/** Sets text where it has changed, so that nothing is announced or selected anew. */
-export function say(element, text) {
+/** Sets the text of an element only if it has changed, so that screen readers and selections are not disturbed. */
+export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-export function set(element, name, value) {
+export function setAttribute(element, name, value) {
   if (value === null) element.removeAttribute(name);
   else if (element.getAttribute(name) !== value) element.setAttribute(name, value);
 }
 
-/** An element with text, or with children. */
+/** Makes an element with text or children. */
 export function make(name, style, ...children) {
   const element = document.createElement(name);
   if (style) element.className = style;
@@ -34,44 +34,43 @@ export function make(name, style, ...children) {
   return element;
 }
 
-/** Users' text in an element of its own, which goes in its own direction. */
-export function users(name, style, text) {
-  const element = make(name, style, visible(text));
+/** Makes an element with a text of users, which has its own writing direction. */
+export function userText(name, style, text) {
+  const element = make(name, style, makeVisible(text));
   element.dir = "auto";
   return element;
 }
 
-/** The same, where a long one is opened by who wants to read it. */
-export function prose(style, text) {
-  if (text.length <= 180) return users("div", style, text);
-  const details = make("details", `long ${style}`, users("summary", "", `${text.slice(0, 160)} …`), users("div", "", text));
-  return details;
+/** The same for a text that may be long: a long one is folded. */
+export function longUserText(style, text) {
+  if (text.length <= 180) return userText("div", style, text);
+  return make("details", `long ${style}`, userText("summary", "", `${text.slice(0, 160)} …`), userText("div", "", text));
 }
 
-export const clock = (at) => at.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+export const formatClock = (at) => at.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit" });
 
-export function local(at) {
+export function formatLocal(at) {
   const today = at.toDateString() === new Date().toDateString();
-  return today ? clock(at) : at.toLocaleString([], { dateStyle: "medium", timeStyle: "medium" });
+  return today ? formatClock(at) : at.toLocaleString([], { dateStyle: "medium", timeStyle: "medium" });
 }
 
-// --- Time: that of the database, carried on by the browser's own steady clock ---------------------------------------------
+// --- Times: by the database's clock, which the browser's monotonic clock carries on ---------------------------------------
 
 let databaseAhead = null;
 let answeredAt = null;
 
-/** Notes what the database's clock said when the answer that is shown now was made. */
+/** Sets the database's time at which the current answer was made. */
 export function setClock(text) {
   answeredAt = new Date(text).getTime();
   const ahead = answeredAt - performance.now();
-  // An answer may be a second old when it comes: the clock is never behind the newest that came. A larger step is the clock's own.
+  // An answer may be a second old, so a small step back is ignored. A step of 5 s or more is a change of the database's clock.
   const isOld = databaseAhead !== null && ahead < databaseAhead && databaseAhead - ahead < 5000;
   if (!isOld) databaseAhead = ahead;
 }
 
 const now = () => (databaseAhead === null ? Date.now() : performance.now() + databaseAhead);
 
-/** An instant that keeps saying how far it is away: "due" or "ago". */
+/** Makes an element that shows how far away an instant is, and keeps it up to date. `form` is "due" or "ago". */
 export function moment(form, text) {
   const element = document.createElement("time");
   setMoment(element, form, text);
@@ -80,30 +79,30 @@ export function moment(form, text) {
 
 export function setMoment(element, form, text) {
   element.dataset.form = form;
-  set(element, "datetime", text);
+  setAttribute(element, "datetime", text);
   const at = new Date(text);
-  set(element, "title", `${local(at)}, ${at.toISOString()}`);
-  tick(element);
+  setAttribute(element, "title", `${formatLocal(at)}, ${at.toISOString()}`);
+  refreshMoment(element);
 }
 
-/** Says anew how far away the instant is. A row is late only by as much as it was when the answer was made: since then it may
-    have been delivered. */
-export function tick(element) {
+/** Updates how far away the instant is. The lateness of a row is that at the time of the answer: the row may have been delivered
+    since. */
+export function refreshMoment(element) {
   const at = new Date(element.dateTime).getTime();
   const [seconds, late] = [(at - now()) / 1000, answeredAt === null ? 0 : (answeredAt - at) / 1000];
-  if (element.dataset.form === "ago") say(element, -seconds < 1 ? "now" : `${span(Math.floor(-seconds))} ago`);
-  else if (late >= 1) say(element, `late by ${span(Math.floor(late))}`);
-  else say(element, seconds >= 1 ? `in ${span(Math.floor(seconds))}` : "now");
+  if (element.dataset.form === "ago") setText(element, -seconds < 1 ? "now" : `${formatSpan(Math.floor(-seconds))} ago`);
+  else if (late >= 1) setText(element, `late by ${formatSpan(Math.floor(late))}`);
+  else setText(element, seconds >= 1 ? `in ${formatSpan(Math.floor(seconds))}` : "now");
   element.classList.toggle("bad-text", element.dataset.form === "due" && late > 30);
 }
 
-export function button(text, style, label, press) {
+export function button(text, style, label, onPress) {
   const element = make("button", style, text);
   element.type = "button";
-  element.setAttribute("aria-label", visible(label));
-  element.addEventListener("click", () => press(element));
+  element.setAttribute("aria-label", makeVisible(label));
+  element.addEventListener("click", () => onPress(element));
   return element;
 }
 
 /** With a capital letter and a full stop. */
-export const sentence = (text) => `${text.charAt(0).toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
+export const toSentence = (text) => `${text.charAt(0).toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;

@@ -1,8 +1,8 @@
-//! The circuit breaker of one kind in one generation. Pure: the clock is handed in.
+//! The circuit breaker of one kind in one generation. It does no I/O and reads no clock: the caller passes the time.
 //!
-//! A plugin that fails whatever it is asked must not spend the attempts of every row that waits for it. After failures
-//! of several rows in a row, without an answer between them, the breaker opens: rows wait without being built. When the
-//! time is over one row is tried, and its answer closes the breaker again. One bad row alone never opens it.
+//! A plugin that fails for every row must not spend the attempts of all the rows that wait for it. When five different
+//! rows have failed, without an answer in between, the breaker opens: rows wait without being built. When the waiting
+//! time is over, one row is tried, and its answer closes the breaker. One bad row alone never opens it.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -13,34 +13,34 @@ use uuid::Uuid;
 
 use crate::model::backoff::{BUILD, jittered};
 
-/// Different rows that must fail, without an answer between them, before the breaker opens.
-const ROWS: usize = 5;
-/// A generation that opens its breaker within so many calls failed from the start.
+/// How many different rows must fail, without an answer in between, before the breaker opens.
+const ROWS_TO_OPEN: usize = 5;
+/// If the breaker opens for the first time within so many calls, the generation has failed from its start.
 const FIRST_CALLS: u64 = 100;
-/// What rows wait while another one is being tried.
-const PROBE: Duration = Duration::from_secs(1);
+/// How long rows wait while another row is being tried.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What the breaker says about a row.
+/// Whether a row may be built now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::plugins) enum Admission {
-    /// Build it.
+    /// The row may be built.
     Build,
-    /// Not now; ask again after this time.
+    /// The row must wait for this time, and then ask again.
     Wait(Duration),
 }
 
-/// What a failure did to the breaker.
+/// What a failed call changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::plugins) enum Failure {
-    /// It is counted.
+pub(in crate::plugins) enum FailureEffect {
+    /// The failure was counted.
     Counted,
-    /// It opened the breaker.
+    /// The failure opened the breaker.
     Opened,
-    /// It opened the breaker of a generation that has just begun.
-    FromTheStart,
+    /// The failure opened the breaker for the first time, within the first calls of the generation.
+    OpenedFromTheStart,
 }
 
-/// What a breaker looks like from outside.
+/// The state of a breaker, for people.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum BreakerState {
@@ -48,76 +48,84 @@ pub enum BreakerState {
     Closed,
     /// Rows wait.
     Open,
-    /// One row is being tried, the others wait.
+    /// One row is being tried, and the others wait.
     Probing,
 }
 
-/// The breaker and what it counts.
+/// The breaker of one kind, and the calls of the kind that it counts.
 #[derive(Debug, Default)]
 pub(in crate::plugins) struct Breaker {
     phase: Phase,
-    /// Calls that the plugin answered, whatever it said.
-    pub(in crate::plugins) answered: u64,
-    /// Calls that ended in a trap, a blown limit or a broken contract.
-    pub(in crate::plugins) failed: u64,
-    /// What the last one that failed said, and when.
+    /// Calls that the plugin answered, with an event or with a build-error.
+    pub(in crate::plugins) answered_calls: u64,
+    /// Calls that ended in a trap, exceeded a limit or broke the contract.
+    pub(in crate::plugins) failed_calls: u64,
+    /// The error of the last call that failed, and when it failed.
     pub(in crate::plugins) last_error: Option<(Instant, String)>,
-    failing: BTreeSet<Uuid>,
-    /// Times in a row that it opened.
-    openings: u32,
+    /// The different rows that have failed since the last answer.
+    failing_rows: BTreeSet<Uuid>,
+    /// How many times the breaker has opened since the last answer.
+    consecutive_openings: u32,
 }
 
 #[derive(Debug, Default)]
 enum Phase {
     #[default]
     Closed,
+    /// Rows wait until this time.
     Open(Instant),
-    /// The row that is tried, and when to try another one if nothing is heard of it.
+    /// One row is being tried. If it has no result by this time, another row is tried.
     Probing(Instant),
 }
 
 impl Breaker {
-    /// Whether to build a row now. Each `Build` must be followed by `answered`, `failed`, or nothing if it was cut off.
+    /// Whether to build a row now. The caller reports the result of each `Build` with `record_answer` or
+    /// `record_failure`, or reports nothing if the call was cancelled.
     pub(in crate::plugins) fn admit(&mut self, now: Instant) -> Admission {
         match self.phase {
             Phase::Closed => Admission::Build,
             Phase::Open(until) | Phase::Probing(until) if now < until => Admission::Wait(until - now),
             Phase::Open(_) | Phase::Probing(_) => {
-                self.phase = Phase::Probing(now + PROBE);
+                self.phase = Phase::Probing(now + PROBE_TIMEOUT);
                 Admission::Build
             }
         }
     }
 
-    /// The plugin answered: it is well.
-    pub(in crate::plugins) fn answered(&mut self) {
-        self.answered += 1;
+    /// Records that the plugin answered, which closes the breaker.
+    pub(in crate::plugins) fn record_answer(&mut self) {
+        self.answered_calls += 1;
         self.phase = Phase::Closed;
-        self.failing.clear();
-        self.openings = 0;
+        self.failing_rows.clear();
+        self.consecutive_openings = 0;
     }
 
-    /// The plugin failed at `row`; `fresh` if that row had never failed before. A row that had tells nothing new when it
-    /// is tried again: then the others wait as long as they did, not longer.
-    pub(in crate::plugins) fn failed(&mut self, row: Uuid, fresh: bool, now: Instant) -> Failure {
-        self.failed += 1;
-        self.failing.insert(row);
+    /// Records that the plugin failed for `row`. If the row has failed before (`is_first_failure` is false), its
+    /// failure says nothing new about the plugin: the breaker opens again for as long as before, not for longer.
+    pub(in crate::plugins) fn record_failure(
+        &mut self,
+        row: Uuid,
+        is_first_failure: bool,
+        now: Instant,
+    ) -> FailureEffect {
+        self.failed_calls += 1;
+        self.failing_rows.insert(row);
         match self.phase {
-            Phase::Closed if self.failing.len() < ROWS => Failure::Counted,
-            // A row that was admitted before it opened.
-            Phase::Open(until) if now < until => Failure::Counted,
+            Phase::Closed if self.failing_rows.len() < ROWS_TO_OPEN => FailureEffect::Counted,
+            // The row was admitted before the breaker opened.
+            Phase::Open(until) if now < until => FailureEffect::Counted,
             _ => {
-                let first = self.openings == 0;
-                if fresh || self.openings == 0 {
-                    self.openings = self.openings.saturating_add(1);
+                let is_first_opening = self.consecutive_openings == 0;
+                if is_first_failure || self.consecutive_openings == 0 {
+                    self.consecutive_openings = self.consecutive_openings.saturating_add(1);
                 }
-                self.phase = Phase::Open(now + jittered(&BUILD, self.openings - 1));
-                // RowRef rows they were is of no more interest, and there may be many.
-                self.failing.clear();
-                if first && self.answered + self.failed <= FIRST_CALLS {
-                    Failure::FromTheStart
+                self.phase = Phase::Open(now + jittered(&BUILD, self.consecutive_openings - 1));
+                // The rows that failed are not needed any more, and there may be many.
+                self.failing_rows.clear();
+                if is_first_opening && self.answered_calls + self.failed_calls <= FIRST_CALLS {
+                    FailureEffect::OpenedFromTheStart
                 } else {
-                    Failure::Opened
+                    FailureEffect::Opened
                 }
             }
         }
@@ -142,109 +150,109 @@ mod tests {
         Uuid::from_u128(number)
     }
 
-    /// A breaker that five rows have opened at `now`.
-    fn opened(now: Instant) -> Breaker {
+    /// A breaker that was opened by five rows at `now`.
+    fn open_breaker(now: Instant) -> Breaker {
         let mut breaker = Breaker::default();
         for number in 0..4 {
-            assert_eq!(breaker.failed(row(number), true, now), Failure::Counted);
+            assert_eq!(breaker.record_failure(row(number), true, now), FailureEffect::Counted);
         }
-        assert_eq!(breaker.failed(row(4), true, now), Failure::FromTheStart);
+        assert_eq!(breaker.record_failure(row(4), true, now), FailureEffect::OpenedFromTheStart);
         breaker
     }
 
     #[test]
-    fn one_bad_row_never_opens_it_however_often_it_fails() {
+    fn one_bad_row_never_opens_the_breaker_however_often_it_fails() {
         let (now, mut breaker) = (Instant::now(), Breaker::default());
         for _ in 0..100 {
             assert_eq!(breaker.admit(now), Admission::Build);
-            assert_eq!(breaker.failed(row(1), false, now), Failure::Counted);
+            assert_eq!(breaker.record_failure(row(1), false, now), FailureEffect::Counted);
         }
     }
 
     #[test]
-    fn an_answer_between_failures_begins_the_count_again() {
+    fn an_answer_between_failures_restarts_the_count() {
         let (now, mut breaker) = (Instant::now(), Breaker::default());
         for number in 0..100 {
             if number % 4 == 0 {
-                breaker.answered();
+                breaker.record_answer();
             }
-            assert_eq!(breaker.failed(row(number), true, now), Failure::Counted);
+            assert_eq!(breaker.record_failure(row(number), true, now), FailureEffect::Counted);
         }
         assert_eq!(breaker.state(), BreakerState::Closed);
     }
 
     #[test]
-    fn an_open_breaker_lets_one_row_through_when_its_time_is_over_and_its_answer_closes_it() {
+    fn an_open_breaker_admits_one_row_after_its_time_and_the_answer_closes_it() {
         let now = Instant::now();
-        let mut breaker = opened(now);
-        let Admission::Wait(wait) = breaker.admit(now) else { panic!("it is open") };
+        let mut breaker = open_breaker(now);
+        let Admission::Wait(wait) = breaker.admit(now) else { panic!("the breaker is not open") };
         assert!((Duration::from_millis(800)..=Duration::from_millis(1_200)).contains(&wait), "{wait:?}");
         let later = now + wait;
         assert_eq!(breaker.admit(later), Admission::Build);
-        assert_eq!(breaker.admit(later), Admission::Wait(PROBE), "only one");
-        breaker.answered();
+        assert_eq!(breaker.admit(later), Admission::Wait(PROBE_TIMEOUT), "only one row is tried");
+        breaker.record_answer();
         assert_eq!(breaker.admit(later), Admission::Build);
         assert_eq!(breaker.state(), BreakerState::Closed);
     }
 
     #[test]
-    fn a_probe_that_fails_opens_it_for_longer_and_is_not_from_the_start_any_more() {
+    fn a_failed_probe_opens_the_breaker_for_longer_and_does_not_count_as_from_the_start() {
         let now = Instant::now();
-        let mut breaker = opened(now);
+        let mut breaker = open_breaker(now);
         let later = now + Duration::from_secs(2);
         assert_eq!(breaker.admit(later), Admission::Build);
-        assert_eq!(breaker.failed(row(9), true, later), Failure::Opened);
-        let Admission::Wait(wait) = breaker.admit(later) else { panic!("it is open") };
+        assert_eq!(breaker.record_failure(row(9), true, later), FailureEffect::Opened);
+        let Admission::Wait(wait) = breaker.admit(later) else { panic!("the breaker is not open") };
         assert!((Duration::from_millis(1_600)..=Duration::from_millis(2_400)).contains(&wait), "{wait:?}");
     }
 
     #[test]
-    fn rows_that_had_failed_before_do_not_make_the_others_wait_longer() {
+    fn a_row_that_failed_before_does_not_make_other_rows_wait_longer() {
         let mut now = Instant::now();
-        let mut breaker = opened(now);
+        let mut breaker = open_breaker(now);
         for number in 0..20 {
-            let Admission::Wait(wait) = breaker.admit(now) else { panic!("it is open") };
+            let Admission::Wait(wait) = breaker.admit(now) else { panic!("the breaker is not open") };
             assert!(wait <= Duration::from_millis(1_200), "{wait:?}");
             now += wait;
             assert_eq!(breaker.admit(now), Admission::Build);
-            assert_eq!(breaker.failed(row(number % 5), false, now), Failure::Opened);
+            assert_eq!(breaker.record_failure(row(number % 5), false, now), FailureEffect::Opened);
         }
     }
 
     #[test]
-    fn a_probe_that_was_never_heard_of_does_not_keep_it_shut() {
+    fn a_probe_without_a_result_does_not_keep_the_breaker_open() {
         let now = Instant::now();
-        let mut breaker = opened(now);
+        let mut breaker = open_breaker(now);
         let later = now + Duration::from_secs(2);
         assert_eq!(breaker.admit(later), Admission::Build);
-        assert_eq!(breaker.admit(later + PROBE), Admission::Build);
+        assert_eq!(breaker.admit(later + PROBE_TIMEOUT), Admission::Build);
     }
 
     #[test]
-    fn a_generation_that_has_served_long_does_not_fail_from_the_start() {
+    fn a_generation_that_fails_after_its_first_calls_has_not_failed_from_the_start() {
         let (now, mut breaker) = (Instant::now(), Breaker::default());
         for _ in 0..FIRST_CALLS {
-            breaker.answered();
+            breaker.record_answer();
         }
-        let last = (0..5).map(|number| breaker.failed(row(number), true, now)).last();
-        assert_eq!(last, Some(Failure::Opened));
+        let last = (0..5).map(|number| breaker.record_failure(row(number), true, now)).last();
+        assert_eq!(last, Some(FailureEffect::Opened));
     }
 
     proptest! {
         #[test]
-        fn it_is_never_shut_for_longer_than_the_cap_and_an_answer_always_closes_it(
+        fn rows_never_wait_longer_than_the_longest_backoff_and_an_answer_always_closes_the_breaker(
             steps in proptest::collection::vec((any::<bool>(), 0..400_u64, 0..8_u128), 1..200)
         ) {
             let (mut now, mut breaker) = (Instant::now(), Breaker::default());
-            for (well, seconds, number) in steps {
+            for (is_answered, seconds, number) in steps {
                 now += Duration::from_secs(seconds);
                 match breaker.admit(now) {
                     Admission::Wait(wait) => prop_assert!(wait <= Duration::from_mins(6)),
-                    Admission::Build if well => {
-                        breaker.answered();
+                    Admission::Build if is_answered => {
+                        breaker.record_answer();
                         prop_assert_eq!(breaker.admit(now), Admission::Build);
                     }
-                    Admission::Build => drop(breaker.failed(row(number), number % 2 == 0, now)),
+                    Admission::Build => drop(breaker.record_failure(row(number), number % 2 == 0, now)),
                 }
             }
         }

@@ -1,5 +1,5 @@
-//! Rows to events, on the guests' threads: through the breaker, in one store for the rows of a batch, each failure told to
-//! whom it concerns.
+//! Builds the events of rows, on the threads of the guests' runtime. Each row must be admitted by the breaker of its
+//! kind. The rows of a batch share one store until a call fails.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -13,79 +13,80 @@ use crate::model::clock::{DatabaseClock, unix_ms};
 use crate::model::event::{BuildError, BuiltEvent, Event, deadline_ms};
 use crate::model::schedule::Schedule;
 use crate::plugins::Build;
-use crate::plugins::generation::breaker::{Admission, BreakerState, Failure};
+use crate::plugins::generation::breaker::{Admission, BreakerState, FailureEffect};
 use crate::plugins::generation::{Feedback, Plugin};
 use crate::plugins::runtime::bindings::exports::tidings::plugin::builder as wit;
-use crate::plugins::runtime::instance::{CallError, Instance, Used};
+use crate::plugins::runtime::instance::{CallError, Instance, Usage};
 use crate::telemetry::CallResult;
 
-/// As much of what a failed call said is remembered, in characters.
-const SHOWN: usize = 1_000;
+/// How many characters of the last error are kept.
+const MAX_ERROR_CHARS: usize = 1_000;
 
-/// One row, built apart from the queue.
+/// The result of a build outside the queue.
 #[derive(Debug)]
 pub struct TestRun {
-    /// What became of it.
+    /// The event, or why there is none.
     pub outcome: Result<BuiltEvent, BuildError>,
-    /// Wall-clock time of the start of the plugin and the call.
+    /// The wall-clock time of the plugin's start and the call.
     pub took: Duration,
-    /// Memory at its peak, in bytes.
+    /// The plugin's memory at its peak, in bytes.
     pub memory_bytes: usize,
-    /// Instructions, if the engine counts them.
+    /// The number of instructions, if the engine counts them.
     pub fuel: Option<u64>,
 }
 
 impl Plugin {
-    /// Builds `rows` one after the other, on the guests' threads. Rows that were not reached before `until`, or after
-    /// `bodies` (the bytes left for bodies) was used up, have no outcome.
+    /// Builds `rows` one after the other. Rows that were not reached before `until`, or before `body_bytes_left` was
+    /// used up, have no outcome.
     pub(in crate::plugins) async fn build(
         self: Arc<Self>,
         rows: Vec<Schedule>,
         clock: DatabaseClock,
         until: Instant,
-        bodies: Arc<AtomicUsize>,
+        body_bytes_left: Arc<AtomicUsize>,
     ) -> Vec<Build> {
         let plugin = Arc::clone(&self);
-        let task = self.engine.guests().spawn(async move {
-            let _measuring = plugin.engine.measure();
-            let mut instance = plugin.spare.lock().expect("nobody panics with it").take();
+        let task = self.engine.guest_runtime().spawn(async move {
+            let _ticking = plugin.engine.keep_ticking();
+            let mut instance = plugin.spare_instance.lock().expect("no thread panics with this lock").take();
             let mut builds = Vec::with_capacity(rows.len());
             let mut at = Instant::now();
             for schedule in rows {
-                let enough = at >= until || bodies.load(Ordering::Relaxed) == 0;
-                let outcome = if enough {
+                let is_out_of_budget = at >= until || body_bytes_left.load(Ordering::Relaxed) == 0;
+                let outcome = if is_out_of_budget {
                     None
                 } else {
-                    let outcome = plugin.build_row(&mut instance, &schedule, clock, at, &bodies).await;
+                    let outcome = plugin.build_row(&mut instance, &schedule, clock, at, &body_bytes_left).await;
                     at = Instant::now();
                     Some(outcome)
                 };
                 builds.push(Build { schedule, plugin: Arc::clone(&plugin), outcome, at });
             }
-            // After the answer, which the rows wait for.
-            plugin.engine.guests().spawn(Arc::clone(&plugin).replace(instance));
+            // The next instance is started by another task, so that the rows do not wait for it.
+            plugin.engine.guest_runtime().spawn(Arc::clone(&plugin).replace_spare(instance));
             builds
         });
-        // A panic of ours: the rows stay as they are, and are claimed again.
+        // If the daemon's own code panics, the rows stay due and are claimed again.
         task.await.unwrap_or_else(|panic| {
             tracing::error!(
                 error = &panic as &dyn std::error::Error,
                 plugin = &*self.label,
-                "a build panicked, its rows stay"
+                "a build panicked: its rows stay due"
             );
             Vec::new()
         })
     }
 
-    /// Ends the instance of a batch, and starts the next one's. If it does not start, the next batch will say so.
-    async fn replace(self: Arc<Self>, used: Option<Instance>) {
+    /// Drops the instance of a batch, and starts an instance for the next batch. If that fails, the next batch tries
+    /// again and reports the error.
+    async fn replace_spare(self: Arc<Self>, used: Option<Instance>) {
         drop(used);
-        let _measuring = self.engine.measure();
-        let spare = self.start().await.ok();
-        *self.spare.lock().expect("nobody panics with it") = spare;
+        let _ticking = self.engine.keep_ticking();
+        let next = self.start_instance().await.ok();
+        *self.spare_instance.lock().expect("no thread panics with this lock") = next;
     }
 
-    async fn start(&self) -> Result<Instance, String> {
+    async fn start_instance(&self) -> Result<Instance, String> {
         let (label, config) = (Arc::clone(&self.label), Arc::clone(&self.config));
         Instance::new(&self.engine, &self.pre, label, config, &self.limits).await
     }
@@ -96,45 +97,48 @@ impl Plugin {
         schedule: &Schedule,
         clock: DatabaseClock,
         now: Instant,
-        bodies: &AtomicUsize,
+        body_bytes_left: &AtomicUsize,
     ) -> Result<BuiltEvent, BuildError> {
         if let Some(kind) = self.kinds.get(&schedule.kind)
-            && let Admission::Wait(after) = kind.breaker.lock().expect("nobody panics with it").admit(now)
+            && let Admission::Wait(after) = kind.breaker.lock().expect("no thread panics with this lock").admit(now)
         {
-            let reason =
-                format!("plugin {}: it fails at row after row, so this one waits until one succeeds", self.label);
+            let reason = format!(
+                "plugin {}: it failed for several rows, so this row waits until another row succeeds",
+                self.label
+            );
             return Err(BuildError::Unavailable(reason, after));
         }
         let now_ms = unix_ms(clock.at(now));
-        let used = instance.as_ref().is_some_and(|instance| !instance.is_fresh());
-        let outcome = self.try_build(instance, schedule, now_ms).await;
-        // What went wrong in a store that others had used before may be their doing, a leak for instance: a row is
-        // blamed only for what it does in a fresh one.
+        let is_used_store = instance.as_ref().is_some_and(|instance| !instance.is_fresh());
+        let outcome = self.call_and_count(instance, schedule, now_ms).await;
+        // A failure in a store that earlier rows have used may be caused by them, for instance by a leak. So the row is
+        // built again in a fresh store, and only a failure there counts.
         let outcome = match outcome {
-            Err(BuildError::Failed(_) | BuildError::TooLarge(_)) if used => {
-                self.try_build(instance, schedule, now_ms).await
+            Err(BuildError::Failed(_) | BuildError::TooLarge(_)) if is_used_store => {
+                self.call_and_count(instance, schedule, now_ms).await
             }
             outcome => outcome,
         };
         if let Ok(built) = &outcome {
-            let _ = bodies.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+            let _ = body_bytes_left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
                 Some(left.saturating_sub(built.event.body_len()))
             });
             self.peak.output_bytes.fetch_max(built.event.body_len(), Ordering::Relaxed);
         }
-        self.count(schedule, &outcome);
+        self.record_outcome(schedule, &outcome);
         outcome
     }
 
-    /// Tells the breaker, and the registry if it matters to it.
-    fn count(&self, schedule: &Schedule, outcome: &Result<BuiltEvent, BuildError>) {
+    /// Records the outcome with the breaker, and as feedback for the registry if it is the first answer or opens the
+    /// breaker early.
+    fn record_outcome(&self, schedule: &Schedule, outcome: &Result<BuiltEvent, BuildError>) {
         let Some(kind) = self.kinds.get(&schedule.kind) else { return };
-        let mut breaker = kind.breaker.lock().expect("nobody panics with it");
+        let mut breaker = kind.breaker.lock().expect("no thread panics with this lock");
         let feedback = if let Err(BuildError::Failed(error) | BuildError::TooLarge(error)) = outcome {
-            breaker.last_error = Some((Instant::now(), error.chars().take(SHOWN).collect()));
-            match breaker.failed(schedule.id, schedule.failures == 0, Instant::now()) {
-                Failure::Counted => return,
-                Failure::Opened => {
+            breaker.last_error = Some((Instant::now(), error.chars().take(MAX_ERROR_CHARS).collect()));
+            match breaker.record_failure(schedule.id, schedule.failures == 0, Instant::now()) {
+                FailureEffect::Counted => return,
+                FailureEffect::Opened => {
                     tracing::warn!(
                         plugin = &*self.label,
                         generation = self.generation,
@@ -144,7 +148,7 @@ impl Plugin {
                     );
                     return;
                 }
-                Failure::FromTheStart => Feedback::FailedFromTheStart(schedule.kind.clone(), error.clone()),
+                FailureEffect::OpenedFromTheStart => Feedback::FailedFromTheStart(schedule.kind.clone(), error.clone()),
             }
         } else {
             if breaker.state() != BreakerState::Closed {
@@ -155,27 +159,27 @@ impl Plugin {
                     "the breaker is closed: a row succeeded"
                 );
             }
-            breaker.answered();
-            if breaker.answered > 1 {
+            breaker.record_answer();
+            if breaker.answered_calls > 1 {
                 return;
             }
-            Feedback::Answered(schedule.kind.clone())
+            Feedback::FirstAnswer(schedule.kind.clone())
         };
         drop(breaker);
-        self.tell(feedback);
+        self.push_feedback(feedback);
         self.feedback_wake.wake(Reason::Plugins);
     }
 
-    /// Builds one row in a fresh store at `now_ms`, apart from the queue, the breaker and the history.
+    /// Builds one row in a fresh store at `now_ms`, without the queue, the breaker and the history.
     pub async fn try_row(self: &Arc<Self>, schedule: Schedule, now_ms: i64) -> TestRun {
         let plugin = Arc::clone(self);
-        let task = self.engine.guests().spawn(async move {
-            let _measuring = plugin.engine.measure();
+        let task = self.engine.guest_runtime().spawn(async move {
+            let _ticking = plugin.engine.keep_ticking();
             let begun = Instant::now();
             let mut instance = None;
-            let outcome = plugin.try_build(&mut instance, &schedule, now_ms).await;
+            let outcome = plugin.call_and_count(&mut instance, &schedule, now_ms).await;
             let took = begun.elapsed();
-            let used = instance.as_ref().map(Instance::used).unwrap_or_default();
+            let used = instance.as_ref().map(Instance::usage).unwrap_or_default();
             TestRun { outcome, took, memory_bytes: used.memory_bytes, fuel: used.fuel }
         });
         task.await.unwrap_or_else(|panic| TestRun {
@@ -186,8 +190,8 @@ impl Plugin {
         })
     }
 
-    /// Calls the plugin, and counts it.
-    async fn try_build(
+    /// Calls the plugin, and counts the call in the metrics.
+    async fn call_and_count(
         &self,
         instance: &mut Option<Instance>,
         schedule: &Schedule,
@@ -196,11 +200,12 @@ impl Plugin {
         let begun = Instant::now();
         let outcome = self.call(instance, schedule, now_ms).await;
         if let Some(kind) = self.kinds.get(&schedule.kind) {
-            kind.calls(self.name(), &schedule.kind).count(CallResult::from(&outcome), begun.elapsed());
+            kind.call_metrics(self.name(), &schedule.kind).count(CallResult::from(&outcome), begun.elapsed());
         }
         outcome
     }
 
+    /// Calls the plugin in `instance`, or in a fresh one if there is none. After a failed call `instance` is `None`.
     async fn call(
         &self,
         instance: &mut Option<Instance>,
@@ -208,28 +213,28 @@ impl Plugin {
         now_ms: i64,
     ) -> Result<BuiltEvent, BuildError> {
         let failed = |text: String| BuildError::Failed(format!("plugin {}: {text}", self.label));
-        let mut alive = match instance.take() {
-            Some(alive) => alive,
-            None => self.start().await.map_err(failed)?,
+        let mut running = match instance.take() {
+            Some(running) => running,
+            None => self.start_instance().await.map_err(failed)?,
         };
         let mut id = Uuid::encode_buffer();
         let id = schedule.id.hyphenated().encode_lower(&mut id);
         let headers: Vec<_> = schedule.headers.iter().map(|(name, value)| (&**name, &**value)).collect();
-        let row = row(schedule, id, &headers, now_ms);
-        let answer = alive
+        let row = wit_row(schedule, id, &headers, now_ms);
+        let answer = running
             .call(&self.limits.with_payload(schedule.payload.len()), async |store, bindings| {
                 bindings.tidings_plugin_builder().call_build(store, row).await
             })
             .await;
-        let Used { memory_bytes, cpu_ms, .. } = alive.used();
+        let Usage { memory_bytes, cpu_ms, .. } = running.usage();
         self.peak.memory_bytes.fetch_max(memory_bytes, Ordering::Relaxed);
         self.peak.cpu_ms.fetch_max(cpu_ms, Ordering::Relaxed);
-        let answer = answer.map_err(|CallError { text, too_large }| match failed(text) {
-            BuildError::Failed(text) if too_large => BuildError::TooLarge(text),
+        let answer = answer.map_err(|CallError { text, is_too_large }| match failed(text) {
+            BuildError::Failed(text) if is_too_large => BuildError::TooLarge(text),
             failed => failed,
         })?;
-        // It answered: it is well, whatever it said.
-        *instance = Some(alive);
+        // The plugin answered, with an event or with a build-error, so the instance can be used again.
+        *instance = Some(running);
         let built = answer.map_err(|error| match error {
             wit::BuildError::Invalid(reason) | wit::BuildError::Other(reason) => BuildError::Invalid(reason),
             wit::BuildError::Retry(retry) => BuildError::Retry(retry.reason, retry.after_ms),
@@ -243,8 +248,13 @@ impl Plugin {
     }
 }
 
-/// The row as the plugin sees it.
-fn row<'a>(schedule: &'a Schedule, id: &'a str, headers: &'a [(&'a str, &'a str)], now_ms: i64) -> wit::Schedule<'a> {
+/// The row in the form in which the plugin gets it.
+fn wit_row<'a>(
+    schedule: &'a Schedule,
+    id: &'a str,
+    headers: &'a [(&'a str, &'a str)],
+    now_ms: i64,
+) -> wit::Schedule<'a> {
     let unsigned = |ms: i64| u64::try_from(ms).unwrap_or(0);
     wit::Schedule {
         id,

@@ -1,4 +1,18 @@
-//! One generation: a loaded version of a plugin, which builds rows.
+//! One generation: a loaded version of a plugin, which builds events for rows.
+//!
+//! Must never count a failure against a row for what earlier rows did in the same store, and must never let the
+//! failures of one kind hold up another kind.
+//!
+//! To change it, know that
+//!
+//! - each kind of each generation has a breaker of its own. It opens only when five different rows have failed with no
+//!   answer in between, so one bad row spends its own attempts and delays no other row. Rows that wait for an open
+//!   breaker spend no attempts;
+//! - a row that fails in a store which earlier rows have used is built again in a fresh store, and only a failure there
+//!   counts;
+//! - a generation does not know the registry. It leaves [`Feedback`] when it first answers for a row of a kind, and
+//!   when it has failed for every row of a kind from its start; the registry keeps the version for a rollback, or rolls
+//!   it back.
 
 pub(in crate::plugins) mod breaker;
 mod build;
@@ -15,20 +29,20 @@ use crate::plugins::loading::compile::compile;
 use crate::plugins::loading::inspect::inspect;
 use crate::plugins::loading::load_error::LoadError;
 use crate::plugins::loading::settings::Settings;
-use crate::plugins::loading::source::{Identity, Source, settings_file};
+use crate::plugins::loading::source::{Identity, Source, settings_path};
 use crate::plugins::runtime::bindings::PluginPre;
 use crate::plugins::runtime::bindings::tidings::plugin::types::KindInfo;
 use crate::plugins::runtime::engine::Engine;
 use crate::plugins::runtime::host::Guest;
-use crate::plugins::runtime::instance::{Instance, chain};
+use crate::plugins::runtime::instance::{Instance, error_chain};
 use crate::plugins::runtime::limits::Limits;
 use crate::telemetry::Calls;
 use breaker::{Breaker, BreakerState};
 
 pub use build::TestRun;
 
-/// Wasmtime's words for an export of another type than ours.
-const WRONG_TYPE: &str = "failed to convert function to given type";
+/// The beginning of wasmtime's error when an exported function has another type than the contract's.
+const EXPORT_TYPE_MISMATCH: &str = "failed to convert function to given type";
 
 /// One loaded version of a plugin.
 pub struct Plugin {
@@ -44,41 +58,44 @@ pub struct Plugin {
     limits: Limits,
     pre: PluginPre<Guest>,
     engine: Arc<Engine>,
-    peak: Peak,
-    /// Started after the last batch for the next one, which may be of a single row and in a hurry.
-    spare: Mutex<Option<Instance>>,
-    /// What the registry should know of, and its feedback_wake.
+    peak: PeakUsage,
+    /// An instance that was started after the last batch, so that the next batch need not wait for a start.
+    spare_instance: Mutex<Option<Instance>>,
+    /// Feedback that the registry has not taken yet.
     feedback: Mutex<Vec<Feedback>>,
+    /// Wakes the registry's watcher.
     feedback_wake: Arc<Wake>,
 }
 
 /// One kind that a plugin serves.
 pub struct Kind {
-    /// One line for people.
+    /// A line about the kind, for people.
     pub summary: String,
     /// A JSON Schema of the payload.
     pub payload_schema: Option<String>,
-    /// An example payload, JSON text.
+    /// An example payload, as JSON text.
     pub example: Option<String>,
     breaker: Mutex<Breaker>,
-    /// From the moment it serves: what does not serve must not be seen among the metrics.
-    calls: OnceLock<Calls>,
+    /// The metrics of its calls. They are registered only when the plugin begins to serve, so that a plugin that was
+    /// refused does not appear in them.
+    call_metrics: OnceLock<Calls>,
 }
 
-/// The most that calls of one generation have used.
+/// The most that a call of one generation has used.
 #[derive(Debug, Default)]
-struct Peak {
+struct PeakUsage {
     memory_bytes: AtomicUsize,
     cpu_ms: AtomicU64,
     output_bytes: AtomicUsize,
 }
 
-/// What became of a generation.
+/// An event in the life of a generation that the registry must handle.
 #[derive(Debug)]
 pub(super) enum Feedback {
-    /// It has built its first row of this kind.
-    Answered(String),
-    /// It fails at everything of this kind, and has from the start; at last with this error.
+    /// The generation has answered for its first row of this kind.
+    FirstAnswer(String),
+    /// The generation has failed for every row of this kind (the first field) from its start, at last with this error
+    /// (the second).
     FailedFromTheStart(String, String),
 }
 
@@ -89,17 +106,19 @@ impl std::fmt::Debug for Plugin {
 }
 
 impl Plugin {
-    /// Reads `file`, with the settings in `settings` or else those beside it, and loads it apart from any daemon.
+    /// Reads and loads `file` outside the daemon, with the settings in the file `settings`, or in NAME.toml beside
+    /// `file` if `settings` is `None`.
     ///
     /// # Errors
     ///
-    /// When it could not serve.
+    /// When the daemon would refuse the plugin.
     pub async fn open(engine: &Arc<Engine>, file: &Path, settings: Option<&Path>) -> Result<Self, LoadError> {
         let source = Source::read(file, settings)?;
         Self::load(engine, file, source, Arc::default()).await
     }
 
-    /// Compiles, links and describes `source`, which was read from `file`. `feedback_wake` is rung when there is feedback.
+    /// Compiles and links `source`, which was read from `file`, and calls `describe`. `feedback_wake` is woken when
+    /// there is feedback.
     pub(super) async fn load(
         engine: &Arc<Engine>,
         file: &Path,
@@ -107,7 +126,7 @@ impl Plugin {
         feedback_wake: Arc<Wake>,
     ) -> Result<Self, LoadError> {
         let settings = Settings::parse(source.settings.as_deref().unwrap_or_default())
-            .map_err(|reason| LoadError::Settings { file: settings_file(file), reason })?;
+            .map_err(|reason| LoadError::Settings { file: settings_path(file), reason })?;
         let (identity, digest, size) = (source.identity(), source.digest().to_owned(), source.wasm.len());
         let bytes: Arc<[u8]> = source.wasm.into();
         let inspected = tokio::task::spawn_blocking({
@@ -117,10 +136,10 @@ impl Plugin {
         let world = inspected.await.map_err(|panic| LoadError::Damaged(panic.to_string()))??;
         check_world(&world)?;
         let component = compile(engine, bytes).await?;
-        let pre = engine.linker.instantiate_pre(&component).map_err(|error| LoadError::Link(chain(&error)))?;
-        let pre = PluginPre::new(pre).map_err(|error| LoadError::Link(chain(&error)))?;
+        let pre = engine.linker.instantiate_pre(&component).map_err(|error| LoadError::Link(error_chain(&error)))?;
+        let pre = PluginPre::new(pre).map_err(|error| LoadError::Link(error_chain(&error)))?;
         let mut plugin = Self {
-            // Until it has described itself, it is known by its file and its bytes.
+            // Until `describe` has answered, the label has the name of the file and no version.
             label: format!("{}@?+{}", file.file_stem().unwrap_or_default().to_string_lossy(), &digest[..8]).into(),
             file: file.to_owned(),
             generation: 0,
@@ -133,8 +152,8 @@ impl Plugin {
             limits: settings.limits,
             pre,
             engine: Arc::clone(engine),
-            peak: Peak::default(),
-            spare: Mutex::default(),
+            peak: PeakUsage::default(),
+            spare_instance: Mutex::default(),
             feedback: Mutex::default(),
             feedback_wake,
         };
@@ -142,11 +161,12 @@ impl Plugin {
         Ok(plugin)
     }
 
+    /// Calls the plugin's `describe`, checks the answer, and takes over the label and the kinds.
     async fn describe(&mut self) -> Result<(), LoadError> {
         let (engine, pre, limits) = (Arc::clone(&self.engine), self.pre.clone(), self.limits);
         let (label, config) = (Arc::clone(&self.label), Arc::clone(&self.config));
-        let described = self.engine.guests().spawn(async move {
-            let _measuring = engine.measure();
+        let described = self.engine.guest_runtime().spawn(async move {
+            let _ticking = engine.keep_ticking();
             let mut instance = Instance::new(&engine, &pre, label, config, &limits).await?;
             let described = instance
                 .call(&limits, async |store, bindings| bindings.tidings_plugin_builder().call_describe(store).await)
@@ -154,8 +174,8 @@ impl Plugin {
             described.map_err(|error| error.text)
         });
         let info = described.await.map_err(|panic| LoadError::Describe(panic.to_string()))?;
-        // Wasmtime compares the types of exported functions when it starts the component.
-        let info = info.map_err(|text: String| match text.split_once(WRONG_TYPE) {
+        // Wasmtime compares the types of exported functions only when it starts the component.
+        let info = info.map_err(|text: String| match text.split_once(EXPORT_TYPE_MISMATCH) {
             Some((_, types)) => LoadError::Link(format!(
                 "a function of its builder has another type: {}",
                 types.trim_start_matches(": ")
@@ -171,35 +191,35 @@ impl Plugin {
             payload_schema: info.payload_schema,
             example: info.example,
             breaker: Mutex::default(),
-            calls: OnceLock::new(),
+            call_metrics: OnceLock::new(),
         };
         self.kinds = info.kinds.into_iter().map(|info| (info.kind.clone(), kind(info))).collect();
         Ok(())
     }
 
-    /// The file it was loaded from.
+    /// The file from which the plugin was loaded.
     #[must_use]
     pub fn file(&self) -> &Path {
         &self.file
     }
 
-    /// It serves, as this generation.
+    /// Sets the number of the generation, when the plugin begins to serve.
     pub(super) fn set_generation(&mut self, generation: u64) {
         self.generation = generation;
     }
 
-    /// RowRef loaded version it is: counted from 1 over all plugins of a daemon; 0 = it does not serve.
+    /// The number of the generation, counted from 1 over all plugins of a daemon; 0 = it does not serve.
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.generation
     }
 
-    /// Tells it and its settings from every other version.
+    /// Identifies the version: the component and its settings.
     pub(super) fn identity(&self) -> &Identity {
         &self.identity
     }
 
-    /// SHA-256 of the file, in hexadecimal.
+    /// The SHA-256 of the file, in hexadecimal.
     #[must_use]
     pub fn digest(&self) -> &str {
         &self.digest
@@ -211,25 +231,25 @@ impl Plugin {
         self.size
     }
 
-    /// The kinds it serves, in alphabetical order.
+    /// The kinds that the plugin serves, in alphabetical order.
     #[must_use]
     pub fn kinds(&self) -> &BTreeMap<String, Kind> {
         &self.kinds
     }
 
-    /// The interfaces it imports.
+    /// The names of the component's imports.
     #[must_use]
     pub fn imports(&self) -> &[String] {
         &self.imports
     }
 
-    /// What it may use.
+    /// The limits of its calls.
     #[must_use]
     pub fn limits(&self) -> Limits {
         self.limits
     }
 
-    /// The name that it gives itself.
+    /// The name that the plugin's `describe` has given.
     #[must_use]
     pub fn name(&self) -> &str {
         self.label.split('@').next().unwrap_or_default()
@@ -241,29 +261,29 @@ impl Plugin {
         &self.label
     }
 
-    /// The most that its calls have used: memory in bytes, CPU time in ms, output in bytes.
+    /// The most that a call has used: memory in bytes, CPU time in ms, output in bytes.
     #[must_use]
     pub fn peak(&self) -> (usize, u64, usize) {
-        let Peak { memory_bytes, cpu_ms, output_bytes } = &self.peak;
+        let PeakUsage { memory_bytes, cpu_ms, output_bytes } = &self.peak;
         let relaxed = Ordering::Relaxed;
         (memory_bytes.load(relaxed), cpu_ms.load(relaxed), output_bytes.load(relaxed))
     }
 
-    /// From now on its calls are seen among the metrics, none so far.
-    pub(super) fn show_calls(&self) {
+    /// Registers the metrics of its calls, which begin at zero.
+    pub(super) fn register_call_metrics(&self) {
         for (name, kind) in &self.kinds {
-            kind.calls(self.name(), name);
+            kind.call_metrics(self.name(), name);
         }
     }
 
-    /// Notes what has happened.
-    pub(super) fn tell(&self, feedback: Feedback) {
-        self.feedback.lock().expect("nobody panics with it").push(feedback);
+    /// Leaves feedback for the registry.
+    pub(super) fn push_feedback(&self, feedback: Feedback) {
+        self.feedback.lock().expect("no thread panics with this lock").push(feedback);
     }
 
-    /// What has happened since this was asked last.
+    /// Takes the feedback that was left since the last time.
     pub(super) fn take_feedback(&self) -> Vec<Feedback> {
-        std::mem::take(&mut *self.feedback.lock().expect("nobody panics with it"))
+        std::mem::take(&mut *self.feedback.lock().expect("no thread panics with this lock"))
     }
 }
 
@@ -274,22 +294,22 @@ impl std::fmt::Debug for Kind {
 }
 
 impl Kind {
-    /// Where its calls are counted; `name` is its own.
-    fn calls(&self, plugin: &str, name: &str) -> &Calls {
-        self.calls.get_or_init(|| Calls::of(plugin, name))
+    /// The metrics of the kind's calls, registered if they are not yet. `name` is the name of the kind.
+    fn call_metrics(&self, plugin: &str, name: &str) -> &Calls {
+        self.call_metrics.get_or_init(|| Calls::of(plugin, name))
     }
 
-    /// The state of the breaker, and how many calls were answered and failed.
+    /// The state of the breaker, and how many calls were answered and how many failed.
     #[must_use]
     pub fn breaker(&self) -> (BreakerState, u64, u64) {
-        let breaker = self.breaker.lock().expect("nobody panics with it");
-        (breaker.state(), breaker.answered, breaker.failed)
+        let breaker = self.breaker.lock().expect("no thread panics with this lock");
+        (breaker.state(), breaker.answered_calls, breaker.failed_calls)
     }
 
-    /// What the last call that failed said, and how long ago; `None` = none has.
+    /// How long ago the last call failed, and its error; `None` = no call has failed.
     #[must_use]
     pub fn last_error(&self) -> Option<(Duration, String)> {
-        let breaker = self.breaker.lock().expect("nobody panics with it");
+        let breaker = self.breaker.lock().expect("no thread panics with this lock");
         breaker.last_error.as_ref().map(|(at, error)| (at.elapsed(), error.clone()))
     }
 }
@@ -300,7 +320,7 @@ mod tests {
     use crate::plugins::runtime::engine::Metering;
 
     #[tokio::test]
-    async fn the_engine_sets_up_and_links_everything_it_offers() {
+    async fn the_engine_links_all_its_interfaces_and_refuses_a_missing_file() {
         let engine = Engine::new(None, Metering::Time).expect("an engine");
         let refused = Plugin::open(&engine, Path::new("/nonexistent.wasm"), None).await.err();
         assert!(matches!(refused, Some(LoadError::Read(_))), "{refused:?}");

@@ -1,13 +1,14 @@
-//! Why a file does not serve, in sentences for the plugin's author.
+//! The reasons why a file does not serve, as sentences for the plugin's author.
 
 use std::path::PathBuf;
 
 use thiserror::Error;
 
-/// The version of the package that is served, without the last number, which tells nothing about compatibility.
-pub(in crate::plugins) const SERVED: &str = "0.1";
+/// The version of the WIT package that the daemon serves, without the last number, which does not matter for
+/// compatibility.
+pub(in crate::plugins) const SERVED_VERSION: &str = "0.1";
 /// The interface that a plugin must export.
-pub(in crate::plugins) const BUILDER: &str = "tidings:plugin/builder@0.1.0";
+pub(in crate::plugins) const BUILDER_INTERFACE: &str = "tidings:plugin/builder@0.1.0";
 
 /// Why a file does not serve.
 #[derive(Debug, Error)]
@@ -27,19 +28,19 @@ pub enum LoadError {
     NotAComponent(&'static str),
     #[error("{} cannot be used: {reason}", .file.display())]
     Settings { file: PathBuf, reason: String },
-    #[error("it is damaged, cut off perhaps, or uses what this daemon does not know: {0}")]
+    #[error("it is damaged, perhaps cut off, or uses a feature of WebAssembly that this daemon does not support: {0}")]
     Damaged(String),
     #[error("it is too costly to compile: it has or needs {0}")]
     TooCostly(String),
     #[error("the process that compiles it could not be run: {0}")]
     Process(std::io::Error),
     #[error(
-        "it speaks tidings:plugin {0}; this daemon serves {SERVED}: build it with the wit/plugin.wit of this daemon"
+        "it speaks tidings:plugin {0}; this daemon serves {SERVED_VERSION}: build it with the wit/plugin.wit of this daemon"
     )]
     Version(String),
     #[error("it imports {0}")]
     Imports(String),
-    #[error("it does not export {BUILDER}{0}; build it for the world plugin of wit/plugin.wit")]
+    #[error("it does not export {BUILDER_INTERFACE}{0}; build it for the world plugin of wit/plugin.wit")]
     NoBuilder(String),
     #[error("it does not fit wit/plugin.wit: {0}")]
     Link(String),
@@ -49,7 +50,7 @@ pub enum LoadError {
     Description(String),
     #[error("its digest is not in {}; if you trust it, add the line: {line}", .list.display())]
     NotAllowed { list: PathBuf, line: String },
-    #[error("the list {} cannot be used: {reason}; write it with sha256sum, or remove it and anything may serve", .file.display())]
+    #[error("the list {} cannot be used: {reason}; write it with sha256sum, or remove it to let every plugin serve", .file.display())]
     List { file: PathBuf, reason: String },
     #[error("the kind {kind:?} is served by {} already", .by.display())]
     KindTaken { kind: String, by: PathBuf },
@@ -60,19 +61,19 @@ pub enum LoadError {
 }
 
 impl LoadError {
-    /// It is the list that says no, and may say yes of the same bytes later.
-    pub(in crate::plugins) fn is_by_the_list(&self) -> bool {
+    /// Whether the allowlist is the reason. If the list changes, the same bytes may serve.
+    pub(in crate::plugins) fn is_from_allowlist(&self) -> bool {
         matches!(self, Self::NotAllowed { .. } | Self::List { .. })
     }
 
-    /// There is no such file.
+    /// Whether the file does not exist.
     #[must_use]
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::Read(error) if error.kind() == std::io::ErrorKind::NotFound)
     }
 }
 
-/// The first characters of a text that may be endless.
-pub(in crate::plugins) fn start(text: &str) -> String {
+/// The first 120 characters of a text that may be of any length, for an error.
+pub(in crate::plugins) fn first_chars(text: &str) -> String {
     text.chars().take(120).collect()
 }

@@ -1,5 +1,5 @@
-//! `NAME.toml` beside `NAME.wasm`: the plugin's own configuration and its limits. A broken one is a refused plugin: half
-//! a configuration would be worse.
+//! The settings file of a plugin, `NAME.toml` beside `NAME.wasm`: its configuration and its limits. If the file has a
+//! mistake, the plugin is refused rather than loaded with a part of its configuration.
 
 use std::collections::BTreeMap;
 
@@ -7,25 +7,25 @@ use serde::Deserialize;
 
 use crate::plugins::runtime::limits::Limits;
 
-/// What NAME.toml may say.
+/// The contents of NAME.toml.
 #[derive(Debug, Default, Deserialize, PartialEq, Eq)]
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
-    /// What `host.config` returns.
+    /// The values that the plugin gets from `host.config`.
     pub config: BTreeMap<String, String>,
-    /// What the plugin may use.
+    /// The limits of the plugin's calls.
     pub limits: Limits,
 }
 
 impl Settings {
-    /// Understands the text of the file.
+    /// Parses the text of the file.
     ///
     /// # Errors
     ///
-    /// With what is wrong with it, and where.
+    /// When the text has a mistake: a sentence that says what is wrong, and where.
     pub fn parse(text: &str) -> Result<Self, String> {
         let settings: Self = toml::from_str(text).map_err(|error| error.to_string())?;
-        settings.limits.mistake().map_or(Ok(settings), Err)
+        settings.limits.find_mistake().map_or(Ok(settings), Err)
     }
 }
 
@@ -36,7 +36,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_not_given_has_the_default() {
+    fn a_setting_that_is_missing_has_its_default() {
         assert_eq!(Settings::parse(""), Ok(Settings::default()));
         let settings = Settings::parse("[config]\ncurrency = \"EUR\"\n[limits]\ncpu-ms = 500\n").expect("settings");
         assert_eq!(settings.config["currency"], "EUR");
@@ -44,7 +44,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_misspelt_of_another_type_or_out_of_range_is_named() {
+    fn a_setting_that_is_misspelt_of_a_wrong_type_or_out_of_range_is_named() {
         for (text, named) in [
             ("[limits]\ncpu_ms = 5", "cpu_ms"),
             ("[limit]", "limit"),
@@ -58,7 +58,7 @@ mod tests {
     }
 
     #[test]
-    fn tables_in_tables_without_end_are_refused_and_cost_no_stack() {
+    fn deeply_nested_tables_are_refused_without_a_stack_overflow() {
         for (part, text) in
             [("[", "a = "), ("{a=", "a = "), ("a.", ""), ("[a.", ""), ("[[a.", ""), ("[a]\n[a.a]\n", "")]
         {
@@ -68,7 +68,7 @@ mod tests {
         }
     }
 
-    /// Lines that are settings, or look like it.
+    /// Lines that are settings, or look like settings.
     fn lines() -> impl Strategy<Value = String> {
         let number = prop_oneof![(0..200_000_u64).prop_map(|number| number.to_string()), "-?[0-9a-z_.\"]{1,25}"];
         let line = prop_oneof![
@@ -80,7 +80,7 @@ mod tests {
         proptest::collection::vec(line, 0..7).prop_map(|lines| lines.join("\n"))
     }
 
-    /// Limits, each within its own or not.
+    /// Limits, each inside or outside its range.
     fn limits() -> impl Strategy<Value = String> {
         let number = prop_oneof![0..20_u64, 4_090..4_100_u64, 59_990..60_010_u64, 131_070..131_075_u64, any::<u64>()];
         let names = proptest::sample::subsequence(vec!["cpu-ms", "wall-ms", "memory-mib", "output-kib"], 0..3);
@@ -92,14 +92,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_the_file_says_the_limits_are_within_theirs_or_it_is_said_where_the_mistake_is(
+        fn limits_outside_their_range_are_refused_with_the_line_of_the_mistake(
             text in prop_oneof![3 => limits(), 3 => lines(), 1 => "(.|\n){0,60}"],
         ) {
             match Settings::parse(&text) {
                 Ok(Settings { limits, .. }) => {
-                    prop_assert_eq!(limits.mistake(), None);
+                    prop_assert_eq!(limits.find_mistake(), None);
                     prop_assert!(limits.memory_bytes() <= 4 << 30 && limits.output_bytes() <= 128 << 20);
-                    prop_assert!(limits.wall() <= std::time::Duration::from_mins(1));
+                    prop_assert!(limits.wall_time() <= std::time::Duration::from_mins(1));
                 }
                 Err(reason) => prop_assert!(
                     reason.starts_with("TOML parse error at line ") || reason.starts_with("[limits] "),

@@ -1,4 +1,4 @@
-//! The bytes of one plugin and of the settings beside it, read so that no half-written file is taken for a whole one.
+//! Reads the bytes of one plugin and of its settings file, and notices if a file is still being written.
 
 use std::fmt;
 use std::io::Read as _;
@@ -10,12 +10,12 @@ use ring::digest::{SHA256, digest};
 use crate::model::event::hex;
 use crate::plugins::loading::load_error::LoadError;
 
-/// A larger file is not read. Interpreters of other languages are 10 to 40 MiB.
-pub(in crate::plugins) const FILE_BYTES: u64 = 64 * 1024 * 1024;
-/// Settings are a page of text.
-const SETTINGS_BYTES: u64 = 64 * 1024;
+/// A larger plugin is not read. Plugins that contain the interpreter of another language have 10 to 40 MiB.
+pub(in crate::plugins) const MAX_WASM_BYTES: u64 = 64 * 1024 * 1024;
+/// A larger settings file is not read. Settings are usually less than a page of text.
+const MAX_SETTINGS_BYTES: u64 = 64 * 1024;
 
-/// What a plugin is made of.
+/// The bytes of one version of a plugin.
 #[derive(Clone)]
 pub(in crate::plugins) struct Source {
     /// The component.
@@ -31,7 +31,7 @@ impl fmt::Debug for Source {
     }
 }
 
-/// Tells versions apart: the SHA-256 of the component and, if there are any, of its settings.
+/// Identifies a version: the SHA-256 of the component and, if it has settings, the beginning of theirs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::plugins) struct Identity(String);
 
@@ -41,7 +41,7 @@ impl fmt::Display for Identity {
     }
 }
 
-/// What can be seen of a file without reading it. A change of anything is a change.
+/// The `stat` data of a file. If any of them differs, the file has changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::plugins) struct Stat {
     device: u64,
@@ -53,7 +53,7 @@ pub(in crate::plugins) struct Stat {
 }
 
 impl Stat {
-    /// Of what `path` leads to; `None` if that is nothing, or cannot be seen.
+    /// Reads the `stat` data of the file that `path` leads to; `None` = there is none, or they cannot be read.
     pub(in crate::plugins) fn of(path: &Path) -> Option<Self> {
         std::fs::metadata(path).ok().as_ref().map(Self::from)
     }
@@ -61,7 +61,7 @@ impl Stat {
 
 #[cfg(test)]
 impl Stat {
-    /// As of a file of another length.
+    /// Makes them those of a file with another length.
     pub(in crate::plugins) fn set_len(&mut self, len: u64) {
         self.len = len;
     }
@@ -86,19 +86,20 @@ impl Source {
         Self { wasm, settings, digest }
     }
 
-    /// Reads `file`, and the settings: those in `settings`, or else those beside the file if there are any.
+    /// Reads `file`, and the settings from the file `settings`. If `settings` is `None`, reads NAME.toml beside `file`
+    /// if it exists.
     pub(in crate::plugins) fn read(file: &Path, settings: Option<&Path>) -> Result<Self, LoadError> {
-        let beside = settings_file(file);
-        let text = match read(settings.unwrap_or(&beside), SETTINGS_BYTES) {
+        let default_path = settings_path(file);
+        let text = match read_stable_file(settings.unwrap_or(&default_path), MAX_SETTINGS_BYTES) {
             Ok(bytes) => Some(String::from_utf8(bytes).map_err(|_| "it is not UTF-8".to_owned())),
             Err(LoadError::Read(error)) if error.kind() == std::io::ErrorKind::NotFound && settings.is_none() => None,
             Err(error) => Some(Err(error.to_string())),
         };
-        let text = text.transpose().map_err(|reason| LoadError::Settings { file: beside, reason })?;
-        Ok(Self::new(read(file, FILE_BYTES)?, text))
+        let text = text.transpose().map_err(|reason| LoadError::Settings { file: default_path, reason })?;
+        Ok(Self::new(read_stable_file(file, MAX_WASM_BYTES)?, text))
     }
 
-    /// SHA-256 of the component, in hexadecimal.
+    /// The SHA-256 of the component, in hexadecimal.
     pub(in crate::plugins) fn digest(&self) -> &str {
         &self.digest
     }
@@ -111,18 +112,19 @@ impl Source {
     }
 }
 
-/// `NAME.toml` beside `NAME.wasm`.
-pub(in crate::plugins) fn settings_file(wasm: &Path) -> PathBuf {
+/// The path of `NAME.toml` beside `NAME.wasm`.
+pub(in crate::plugins) fn settings_path(wasm: &Path) -> PathBuf {
     wasm.with_extension("toml")
 }
 
-/// Reads a regular file of at most `limit` bytes that does not change meanwhile.
-pub(in crate::plugins) fn read(path: &Path, limit: u64) -> Result<Vec<u8>, LoadError> {
-    // Before it is opened: opening a pipe waits for its writer. And once more after, without waiting.
+/// Reads a regular file of at most `limit` bytes. Fails if the file changes meanwhile.
+pub(in crate::plugins) fn read_stable_file(path: &Path, limit: u64) -> Result<Vec<u8>, LoadError> {
+    // The type is checked before the file is opened, since opening a pipe would wait for a writer. It is checked again
+    // after a non-blocking open, in case the file was replaced in between.
     if !std::fs::metadata(path).map_err(LoadError::Read)?.is_file() {
         return Err(LoadError::NotAFile);
     }
-    let nonblocking = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).expect("a bit among the lower ones");
+    let nonblocking = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).expect("O_NONBLOCK is one of the lower bits");
     let mut file =
         std::fs::OpenOptions::new().read(true).custom_flags(nonblocking).open(path).map_err(LoadError::Read)?;
     let before = file.metadata().map_err(LoadError::Read)?;

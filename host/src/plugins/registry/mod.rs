@@ -1,9 +1,20 @@
-//! RowRef plugins serve. The directory says what should; this says what does: a file that cannot serve changes nothing,
-//! the last good generation goes on. Every change is one swap of the whole set, so that a batch sees one set from
-//! beginning to end, and the generation it uses lives until the batch ends.
+//! The registry: which generations serve. It follows the plugin directory: loads files that are new or have changed,
+//! and stops serving files that are gone.
 //!
-//! Only the watcher changes anything here. Files are read and compiled side by side, and serve one after the other in the
-//! order of their names, so that of two with the same kind it is always the same that does. Everybody else reads.
+//! Must never change which generations serve when a reload fails: if a file cannot serve, the generation that served
+//! from it before goes on. The allowlist is the one exception: a generation whose digest is not on it any more is
+//! stopped.
+//!
+//! To change it, know that
+//!
+//! - only `Registry::admit` lets a generation serve, after everything about the generation has succeeded;
+//! - each change replaces the whole [`PluginSet`] at once. A batch uses the set with which it began, and the
+//!   generations in that set live until the batch ends;
+//! - only the watcher's task changes the registry, and every other task only reads it;
+//! - files are read and compiled concurrently, but admitted one after the other in the order of their names. So if two
+//!   files serve the same kind when the daemon starts, it is always the first by name that serves;
+//! - file events are hints. A file counts as written when two looks in a row have seen the same, and the watcher looks
+//!   every 5 s without a hint.
 
 mod loading;
 mod rollback;
@@ -25,34 +36,34 @@ use crate::model::wake::Wake;
 use crate::plugins::PluginSet;
 use crate::plugins::generation::Plugin;
 use crate::plugins::generation::breaker::BreakerState;
-use crate::plugins::loading::directory::{Seen, Settling, look};
+use crate::plugins::loading::directory::{FileStats, SettleTracker, look};
 use crate::plugins::loading::load_error::LoadError;
 use crate::plugins::loading::source::Identity;
 use crate::plugins::runtime::engine::Engine;
-use crate::plugins::state::{Memory, StateDir};
+use crate::plugins::state::{StateDir, VersionStore};
 use crate::telemetry::{Reload, count_reload, serve};
 
 use loading::Prepared;
 
 pub use status::{GenerationStatus, KindStatus, PluginStatus};
 
-/// Files that are being made ready at once: as many as wait for each other's reading, as few as fit into memory. How many of
-/// them are compiled at once the engine decides.
-const AHEAD: usize = 16;
+/// How many files are read and loaded concurrently. All of them are in memory at the same time. The engine decides how
+/// many of them are compiled at the same time.
+const MAX_PREPARING: usize = 16;
 
 /// The plugins of one directory.
 #[expect(missing_debug_implementations, reason = "the engine has none")]
 pub struct Registry {
     engine: Arc<Engine>,
     dir: PathBuf,
-    memory: Memory,
+    versions: VersionStore,
     set: ArcSwap<PluginSet>,
     kinds: watch::Sender<Vec<String>>,
-    /// Whether everything that lay in the directory when the daemon started was dealt with.
+    /// Whether each file that was in the directory when the daemon started has been loaded or refused.
     complete: watch::Sender<bool>,
-    /// Rung when another set serves.
+    /// Wakes the scheduler when the set has changed.
     wake: Arc<Wake>,
-    /// Rung when a plugin has feedback, or the directory.
+    /// Wakes the watcher when a plugin has feedback, or a file in the directory has changed.
     pub(super) feedback_wake: Arc<Wake>,
     health: Arc<Health>,
     slots: Mutex<Slots>,
@@ -60,34 +71,35 @@ pub struct Registry {
 
 #[derive(Debug, Default)]
 struct Slots {
-    settling: Settling,
+    settle_tracker: SettleTracker,
     by_file: BTreeMap<String, Slot>,
-    generations: u64,
+    last_generation: u64,
     dir_problem: Option<String>,
 }
 
 /// One file of the directory.
 #[derive(Debug, Default)]
 struct Slot {
-    /// What it looked like when it was dealt with.
-    seen: Option<Seen>,
-    /// What serves.
+    /// The file as it was seen when it was last loaded or refused.
+    stats: Option<FileStats>,
+    /// The generation that serves; `None` = nothing from this file serves.
     active: Option<Arc<Plugin>>,
-    /// Why the file that lies there does not serve, and which version that is.
+    /// Why the file's present version does not serve, and the identity of that version. The identity is `None` if
+    /// another attempt with the same bytes may end differently.
     problem: Option<(String, Option<Identity>)>,
-    /// It would serve, were it not for another file with the same kind.
+    /// Whether the file was refused only because another file serves one of its kinds.
     waits_for_kind: bool,
 }
 
 impl Registry {
-    /// The plugins in `dir`; none is loaded yet. `wake` is rung whenever others serve; `health` is told if `state` cannot be
-    /// written.
+    /// Makes a registry of the plugins in `dir`, of which none is loaded yet. `wake` is woken whenever the set has
+    /// changed; `health` gets a note while `state` cannot be written.
     #[must_use]
     pub fn new(engine: Arc<Engine>, dir: &Path, state: StateDir, wake: Arc<Wake>, health: Arc<Health>) -> Self {
         Self {
             engine,
             dir: dir.to_owned(),
-            memory: Memory::of(state, dir),
+            versions: VersionStore::for_plugin_dir(state, dir),
             set: ArcSwap::default(),
             kinds: watch::Sender::new(Vec::new()),
             complete: watch::Sender::new(false),
@@ -104,67 +116,69 @@ impl Registry {
         self.set.load_full()
     }
 
-    /// The kinds that are served, whenever they change.
+    /// The kinds that are served, and each change of them.
     #[must_use]
     pub fn kinds(&self) -> watch::Receiver<Vec<String>> {
         self.kinds.subscribe()
     }
 
-    /// The directory.
+    /// The plugin directory.
     #[must_use]
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// Has the watcher look at the directory now.
+    /// Makes the watcher look at the directory now.
     pub fn look_again(&self) {
         self.feedback_wake.wake(Reason::Plugins);
     }
 
-    /// Waits until everything that lay in the directory when the daemon started serves or was refused. Cancel-safe.
+    /// Waits until each file that was in the directory when the daemon started serves or was refused. Cancel-safe.
     pub async fn completed(&self) {
-        self.complete.subscribe().wait_for(|complete| *complete).await.expect("we have the sender");
+        self.complete.subscribe().wait_for(|complete| *complete).await.expect("the registry holds the sender");
     }
 
-    /// Whether that is so: a kind that nobody serves may be one whose plugin comes in a moment before.
+    /// Whether each file that was in the directory when the daemon started serves or was refused. Before that, the
+    /// plugin of a kind that is not served may still be loading.
     #[must_use]
     pub fn is_complete(&self) -> bool {
         *self.complete.borrow()
     }
 
-    /// Loads what lies in the directory when the daemon starts; each serves as soon as it is ready, and those before it.
+    /// Loads the files that are in the directory when the daemon starts. Each serves as soon as it is ready, and the
+    /// files before it by name have been admitted or refused.
     ///
     /// # Errors
     ///
     /// When the directory cannot be read.
     pub async fn load_all(&self) -> std::io::Result<()> {
-        let seen = look(&self.dir)?;
-        self.slots().settling.settled(&seen);
-        self.reconcile(seen).await;
-        self.health.note("state", self.memory.in_trouble());
+        let stats = look(&self.dir)?;
+        self.slots().settle_tracker.record_look(&stats);
+        self.reconcile(stats).await;
+        self.health.note("state", self.versions.write_failure());
         self.complete.send_replace(true);
         self.wake.wake(Reason::Plugins);
         Ok(())
     }
 
-    /// Looks at the directory, loads what has changed and settled, and hears the feedback of what serves. Returns whether
-    /// something is still changing, so that another look should follow in a moment.
+    /// Handles the feedback of the plugins that serve, looks at the directory, and loads the files that have changed
+    /// and settled. Returns whether a file is still changing, so that another look should follow in a moment.
     pub(super) async fn refresh(&self) -> bool {
-        self.memory.try_again();
+        self.versions.retry_writes();
         self.apply_feedback().await;
-        let changing = self.look_at_files().await;
-        self.health.note("state", self.memory.in_trouble());
-        changing
+        let is_changing = self.look_at_files().await;
+        self.health.note("state", self.versions.write_failure());
+        is_changing
     }
 
     async fn look_at_files(&self) -> bool {
-        let seen = match look(&self.dir) {
-            Ok(seen) => {
+        let stats = match look(&self.dir) {
+            Ok(stats) => {
                 self.slots().dir_problem = None;
-                seen
+                stats
             }
             Err(error) => {
-                // It may be a mount that comes back. What serves goes on.
+                // The directory may be on a mount that comes back, so the plugins that serve go on.
                 let problem = error.to_string();
                 if self.slots().dir_problem.replace(problem.clone()) != Some(problem) {
                     warn!(%error, "the plugin directory {} cannot be read, what serves goes on", self.dir.display());
@@ -172,81 +186,86 @@ impl Registry {
                 return false;
             }
         };
-        let (settled, changing) = self.slots().settling.settled(&seen);
+        let (settled, is_changing) = self.slots().settle_tracker.record_look(&stats);
         self.reconcile(settled).await;
-        changing
+        is_changing
     }
 
-    /// Deals with files that do not look as they did when they were dealt with.
-    async fn reconcile(&self, settled: BTreeMap<String, Seen>) {
+    /// Loads, refuses or removes the files of a look that differ from what their slots have seen.
+    async fn reconcile(&self, settled: BTreeMap<String, FileStats>) {
         let (mut changed, mut gone) = (Vec::new(), Vec::new());
         {
             let slots = self.slots();
-            for (file, seen) in settled {
+            for (file, stats) in settled {
                 match slots.by_file.get(&file) {
-                    Some(slot) if slot.seen == Some(seen) => {}
-                    Some(_) if !seen.listed => gone.push(file),
-                    None if !seen.listed => {}
-                    _ => changed.push((file, seen)),
+                    Some(slot) if slot.stats == Some(stats) => {}
+                    Some(_) if !stats.is_listed => gone.push(file),
+                    None if !stats.is_listed => {}
+                    _ => changed.push((file, stats)),
                 }
             }
         }
-        // What is gone and what comes may be one file with a new name: then the kinds change hands without a gap.
-        let dealt_with = !changed.is_empty() || !gone.is_empty();
-        let prepared = futures_util::stream::iter(changed).map(|(file, seen)| async move {
-            let prepared = self.prepare(&file, Some(seen)).await;
-            (file, seen, prepared)
+        // A file that is gone and a file that is new may be one file that was renamed. So the new files are admitted
+        // before those that are gone are removed, and the kinds are served without a gap.
+        let has_changes = !changed.is_empty() || !gone.is_empty();
+        let prepared = futures_util::stream::iter(changed).map(|(file, stats)| async move {
+            let prepared = self.prepare(&file, Some(stats)).await;
+            (file, stats, prepared)
         });
-        // In their order, however long each takes.
-        let mut prepared = std::pin::pin!(prepared.buffered(AHEAD));
-        while let Some((file, seen, prepared)) = prepared.next().await {
-            self.deal_with(&file, Some(seen), prepared, &gone).await;
+        // `buffered` keeps the order of the names, however long each file takes.
+        let mut prepared = std::pin::pin!(prepared.buffered(MAX_PREPARING));
+        while let Some((file, stats, prepared)) = prepared.next().await {
+            self.apply_prepared(&file, Some(stats), prepared, &gone).await;
         }
         for file in gone {
             self.remove(&file);
         }
-        if !dealt_with {
+        if !has_changes {
             return;
         }
-        // A kind may have become free.
+        // A kind may have become free for a file that waits for it.
         loop {
             let waiting: Vec<String> = {
                 let slots = self.slots();
                 slots.by_file.iter().filter(|(_, slot)| slot.waits_for_kind).map(|(file, _)| file.clone()).collect()
             };
-            let mut progress = false;
+            let mut has_progress = false;
             for file in waiting {
                 let prepared = self.prepare(&file, None).await;
-                self.deal_with(&file, None, prepared, &[]).await;
-                progress |= self.slots().by_file.get(&file).is_some_and(|slot| !slot.waits_for_kind);
+                self.apply_prepared(&file, None, prepared, &[]).await;
+                has_progress |= self.slots().by_file.get(&file).is_some_and(|slot| !slot.waits_for_kind);
             }
-            if !progress {
+            if !has_progress {
                 return;
             }
         }
     }
 
-    /// Lets what was made of a file serve, or notes why it does not. Files in `gone` do not stand in its way.
-    async fn deal_with(&self, file: &str, seen: Option<Seen>, prepared: Prepared, gone: &[String]) {
+    /// Admits a file that was prepared, or records why it does not serve. The kinds of files in `gone` count as free.
+    async fn apply_prepared(&self, file: &str, stats: Option<FileStats>, prepared: Prepared, gone: &[String]) {
         let (error, identity) = match prepared {
-            Prepared::Nothing => return,
+            Prepared::Unchanged => return,
             Prepared::Refused(error, identity) => (error, identity),
-            Prepared::Plugin(plugin, identity) => match self.admit(file, *plugin, gone) {
-                Ok(before) => {
-                    // A version that fails when it is replaced is nothing to go back to.
-                    let kinds = before.iter().flat_map(|before| before.kinds());
+            Prepared::Ready(plugin, identity) => match self.admit(file, *plugin, gone) {
+                Ok(previous) => {
+                    // A version whose breaker is not closed when it is replaced is not kept as one to roll back to.
+                    let kinds = previous.iter().flat_map(|previous| previous.kinds());
                     for (kind, _) in kinds.filter(|(_, kind)| kind.breaker().0 != BreakerState::Closed) {
-                        self.memory.forget_kind(kind);
+                        self.versions.forget_kind(kind);
                     }
                     return;
                 }
                 Err(error) => (error, Some(identity)),
             },
         };
-        self.refuse(file, seen, &error, identity, gone).await;
+        self.refuse(file, stats, &error, identity, gone).await;
     }
 
-    /// Lets `plugin` serve in place of what served from this file, which is returned.
+    /// Lets `plugin` serve, and returns the generation that it replaces. The kinds of files in `gone` count as free.
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError::KindTaken`] when another file serves one of its kinds.
     fn admit(&self, file: &str, mut plugin: Plugin, gone: &[String]) -> Result<Option<Arc<Plugin>>, LoadError> {
         let mut slots = self.slots();
         for (other, slot) in &slots.by_file {
@@ -258,15 +277,15 @@ impl Registry {
                 return Err(LoadError::KindTaken { kind: kind.clone(), by: active.file().to_owned() });
             }
         }
-        slots.generations += 1;
-        plugin.set_generation(slots.generations);
-        plugin.show_calls();
+        slots.last_generation += 1;
+        plugin.set_generation(slots.last_generation);
+        plugin.register_call_metrics();
         let plugin = Arc::new(plugin);
         let slot = slots.by_file.entry(file.to_owned()).or_default();
         slot.problem = None;
         slot.waits_for_kind = false;
-        let before = slot.active.replace(Arc::clone(&plugin));
-        // What comes from a file with another name takes over from it at once.
+        let previous = slot.active.replace(Arc::clone(&plugin));
+        // If the file was renamed, the generation that served under the old name leaves in the same swap.
         let same_kind = |slot: &Slot| {
             slot.active.as_ref().is_some_and(|other| other.kinds().keys().any(|kind| plugin.kinds().contains_key(kind)))
         };
@@ -275,7 +294,7 @@ impl Registry {
         for other in &renamed {
             slots.by_file.remove(*other);
         }
-        self.publish(&slots);
+        self.swap_set(&slots);
         drop(slots);
         count_reload(Reload::Loaded);
         let kinds: Vec<&str> = plugin.kinds().keys().map(String::as_str).collect();
@@ -283,21 +302,22 @@ impl Registry {
             plugin = plugin.label(),
             generation = plugin.generation(),
             kinds = kinds.join(" "),
-            replaces = before.as_deref().map(Plugin::label),
+            replaces = previous.as_deref().map(Plugin::label),
             "loaded {}",
             plugin.file().display()
         );
         for other in renamed {
-            self.memory.forget(other);
+            self.versions.forget_file(other);
         }
-        Ok(before)
+        Ok(previous)
     }
 
-    /// Notes why a file does not serve. What served from it goes on; if nothing did, the version that built rows last.
+    /// Records why a file does not serve. The generation that served from it goes on. If none did, the version from
+    /// this file that built rows last is loaded, if it was kept.
     async fn refuse(
         &self,
         file: &str,
-        seen: Option<Seen>,
+        stats: Option<FileStats>,
         error: &LoadError,
         identity: Option<Identity>,
         gone: &[String],
@@ -306,7 +326,7 @@ impl Registry {
         let active = {
             let mut slots = self.slots();
             let slot = slots.by_file.entry(file.to_owned()).or_default();
-            slot.seen = seen.or(slot.seen);
+            slot.stats = stats.or(slot.stats);
             slot.waits_for_kind = waits_for_kind;
             let problem = (error.to_string(), identity);
             if slot.problem.replace(problem.clone()) == Some(problem) {
@@ -324,16 +344,18 @@ impl Registry {
         if waits_for_kind {
             return;
         }
-        if let Some(source) = self.memory.good_of_file(file)
-            && self.memory.quarantined(&source.identity()).is_none()
+        if let Some(source) = self.versions.last_good_version(file)
+            && self.versions.quarantine_reason(&source.identity()).is_none()
         {
-            let kept = (self.slots().by_file.get_mut(file)).and_then(|slot| slot.problem.take());
+            let problem = (self.slots().by_file.get_mut(file)).and_then(|slot| slot.problem.take());
             match self.load(file, source).await.and_then(|plugin| self.admit(file, plugin, gone)) {
                 Ok(_) => warn!("in place of {}, the version that built rows last serves", path.display()),
-                Err(error) => warn!(reason = %error, "nor does the version that built rows last serve"),
+                Err(error) => {
+                    warn!(reason = %error, "in place of {}, the version that built rows last cannot serve either", path.display())
+                }
             }
             if let Some(slot) = self.slots().by_file.get_mut(file) {
-                slot.problem = kept;
+                slot.problem = problem;
             }
         }
     }
@@ -341,31 +363,31 @@ impl Registry {
     fn remove(&self, file: &str) {
         let mut slots = self.slots();
         let Some(slot) = slots.by_file.remove(file) else { return };
-        self.publish(&slots);
+        self.swap_set(&slots);
         drop(slots);
         if let Some(plugin) = slot.active {
             count_reload(Reload::Removed);
             info!(plugin = plugin.label(), "removed {}: rows of its kinds are held", plugin.file().display());
         }
-        self.memory.forget(file);
+        self.versions.forget_file(file);
     }
 
-    /// Lets what the slots say serve.
-    fn publish(&self, slots: &Slots) {
+    /// Replaces the set with the active generations of `slots`, and wakes the scheduler.
+    fn swap_set(&self, slots: &Slots) {
         let set = PluginSet::of(slots.by_file.values().filter_map(|slot| slot.active.clone()));
         let kinds = set.kinds().to_vec();
-        // Before they serve, so that none of their rows is counted as another's.
+        // The metrics learn the kinds before the kinds are served, so that no row of theirs is counted as `(unserved)`.
         serve(&kinds);
         self.set.store(Arc::new(set));
-        self.kinds.send_if_modified(|before| {
-            let modified = *before != kinds;
-            *before = kinds;
+        self.kinds.send_if_modified(|previous| {
+            let modified = *previous != kinds;
+            *previous = kinds;
             modified
         });
         self.wake.wake(Reason::Plugins);
     }
 
     fn slots(&self) -> std::sync::MutexGuard<'_, Slots> {
-        self.slots.lock().expect("nobody panics with it")
+        self.slots.lock().expect("no thread panics with this lock")
     }
 }

@@ -1,5 +1,6 @@
-//! What a generation has to tell of itself, and what follows: a version that has built a row is what can be gone back to;
-//! one that fails at everything from the start is put aside, and the version before it serves again.
+//! Handles the feedback of the generations that serve. A version that has answered for a row of a kind is kept as the
+//! version to roll back to. A version that fails for every row of a kind from its start is quarantined, and the version
+//! that was kept before serves again.
 
 use std::sync::Arc;
 
@@ -12,7 +13,7 @@ use crate::plugins::registry::Registry;
 use crate::telemetry::{Reload, count_reload};
 
 impl Registry {
-    /// What serving plugins have to tell: the first row built of a kind, or that nothing works.
+    /// Handles what the generations that serve have reported since the last call.
     pub(super) async fn apply_feedback(&self) {
         let plugins: Vec<(String, Arc<Plugin>)> = {
             let slots = self.slots();
@@ -21,21 +22,21 @@ impl Registry {
         for (file, plugin) in plugins {
             for feedback in plugin.take_feedback() {
                 match feedback {
-                    // What cannot be kept now is when it can.
-                    Feedback::Answered(kind) if !self.remember(&kind, &file, &plugin).await => {
-                        plugin.tell(Feedback::Answered(kind));
+                    // The version could not be kept: the feedback goes back, so that the next call tries again.
+                    Feedback::FirstAnswer(kind) if !self.keep_good_version(&kind, &file, &plugin).await => {
+                        plugin.push_feedback(Feedback::FirstAnswer(kind));
                     }
-                    Feedback::Answered(_) => {}
-                    Feedback::FailedFromTheStart(kind, why) => self.roll_back(&kind, &file, &plugin, &why).await,
+                    Feedback::FirstAnswer(_) => {}
+                    Feedback::FailedFromTheStart(kind, reason) => self.roll_back(&kind, &file, &plugin, &reason).await,
                 }
             }
         }
     }
 
-    /// Keeps the bytes of a generation that has built a row, unless the file is another one already. Returns `false` if it
-    /// must be tried again.
-    async fn remember(&self, kind: &str, file: &str, plugin: &Plugin) -> bool {
-        if self.memory.in_trouble().is_some() {
+    /// Keeps the bytes of a generation that has answered for a row of `kind`, unless the file has changed since it was
+    /// loaded. Returns `false` if the bytes could not be written and the caller must try again.
+    async fn keep_good_version(&self, kind: &str, file: &str, plugin: &Plugin) -> bool {
+        if self.versions.write_failure().is_some() {
             return false;
         }
         let path = self.dir.join(file);
@@ -43,34 +44,38 @@ impl Registry {
         if let Ok(Ok(source)) = read
             && source.identity() == *plugin.identity()
         {
-            return self.memory.remember(kind, file, &source);
+            return self.versions.keep_good_version(kind, file, &source);
         }
         true
     }
 
-    /// Puts the version that built rows of `kind` before in the place of one that never could.
-    async fn roll_back(&self, kind: &str, file: &str, plugin: &Plugin, why: &str) {
+    /// Replaces `plugin`, which never answered for a row of `kind`, with the version that was kept for the kind, and
+    /// quarantines it. If no other version was kept, `plugin` goes on and its breaker stays open.
+    async fn roll_back(&self, kind: &str, file: &str, plugin: &Plugin, reason: &str) {
         let label = plugin.label();
-        let Some(source) = self.memory.good(kind, file).filter(|source| source.identity() != *plugin.identity()) else {
+        let Some(source) =
+            self.versions.good_version(kind, file).filter(|source| source.identity() != *plugin.identity())
+        else {
             warn!(
                 plugin = label,
                 generation = plugin.generation(),
                 schedule.kind = kind,
-                error = why,
+                error = reason,
                 "the breaker is open from the start: rows of the kind wait until one succeeds"
             );
             return;
         };
-        let why = format!("{label} failed at every row of the kind {kind:?} from the start, at last: {why}");
-        self.memory.quarantine(plugin.identity(), &why);
+        let reason = format!("{label} failed at every row of the kind {kind:?} from the start, at last: {reason}");
+        self.versions.quarantine(plugin.identity(), &reason);
         match self.load(file, source).await.and_then(|plugin| self.admit(file, plugin, &[])) {
             Ok(_) => {
                 let mut slots = self.slots();
                 let slot = slots.by_file.entry(file.to_owned()).or_default();
-                slot.problem = Some((LoadError::Quarantined(why.clone()).to_string(), Some(plugin.identity().clone())));
+                slot.problem =
+                    Some((LoadError::Quarantined(reason.clone()).to_string(), Some(plugin.identity().clone())));
                 let serves = slot.active.as_deref().map_or("nothing", Plugin::label);
                 count_reload(Reload::RolledBack);
-                error!(reason = why, "rolled back {}: {serves} serves again", self.dir.join(file).display());
+                error!(reason, "rolled back {}: {serves} serves again", self.dir.join(file).display());
             }
             Err(error) => error!(reason = %error, "could not roll back {}", self.dir.join(file).display()),
         }

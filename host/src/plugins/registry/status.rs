@@ -1,63 +1,63 @@
-//! What serves and what does not, for people: the answer of the daemon's HTTP interface.
+//! The status of each plugin file, as the daemon's HTTP API reports it to people.
 
 use serde::Serialize;
 
 use crate::plugins::registry::{Registry, Slot};
 use crate::plugins::{BreakerState, Kind, Limits, Plugin};
 
-/// What serves, and what does not, for people.
+/// The status of one file in the plugin directory.
 #[derive(Debug, Serialize)]
 pub struct PluginStatus {
     /// The name of the file.
     pub file: String,
-    /// What serves; `None` = nothing.
+    /// The generation that serves; `None` = none.
     pub active: Option<GenerationStatus>,
-    /// Why the file that lies there does not serve.
+    /// Why the file's present version does not serve; `None` = it does.
     pub problem: Option<String>,
 }
 
-/// One generation, for people.
+/// The status of one generation.
 #[derive(Debug, Serialize)]
 pub struct GenerationStatus {
-    /// Counted from 1 over all plugins.
+    /// The generation's number, counted from 1 over all plugins of the daemon.
     pub generation: u64,
     /// `name@version+digest8`.
     pub plugin: String,
     /// SHA-256 of the file.
     pub digest: String,
-    /// The kinds it serves.
+    /// The kinds that the generation serves.
     pub kinds: Vec<KindStatus>,
-    /// What it may use.
+    /// The limits of its calls.
     pub limits: Limits,
     /// The most memory that a call has used, in bytes.
     pub peak_memory_bytes: usize,
     /// The most CPU time that a call has used, in ms, in steps of 10.
     pub peak_cpu_ms: u64,
-    /// The largest body that it has built, in bytes.
+    /// The largest body that a call has built, in bytes.
     pub peak_output_bytes: usize,
 }
 
-/// One kind of a generation, for people.
+/// The status of one kind of a generation.
 #[derive(Debug, Serialize)]
 pub struct KindStatus {
-    /// Its name.
+    /// The kind's name.
     pub kind: String,
-    /// One line about it.
+    /// What the plugin says about the kind, in one line.
     pub summary: String,
-    /// Whether rows are built.
+    /// Whether rows of the kind are built.
     pub breaker: BreakerState,
-    /// Calls that were answered.
+    /// How many calls the plugin answered.
     pub answered: u64,
-    /// Calls that ended in a trap, a blown limit or a broken contract.
+    /// How many calls ended in a trap, exceeded a limit or broke the contract.
     pub failed: u64,
-    /// What the last call that failed said.
+    /// The error of the last call that failed.
     pub last_error: Option<String>,
-    /// How long ago that was, in seconds.
+    /// How long ago that call failed, in seconds.
     pub last_error_seconds_ago: Option<u64>,
 }
 
 impl Registry {
-    /// Every file and what serves of it, in the order of their names.
+    /// The status of each file, in the order of their names.
     #[must_use]
     pub fn status(&self) -> Vec<PluginStatus> {
         let slots = self.slots();

@@ -1,5 +1,6 @@
-//! Watches the plugin directory. Events of the file system are only hints to look; a look every few seconds finds what
-//! they do not tell of: bind mounts, network file systems, swapped symbolic links, events that were lost.
+//! Watches the plugin directory, and has the registry reload files that change. File events are only hints to look. A
+//! look every 5 s finds the changes that cause no event: in bind mounts and network file systems, by swapped symbolic
+//! links, or because an event was lost.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
@@ -15,72 +16,73 @@ use tracing::warn;
 use crate::model::wake::Wake;
 use crate::plugins::registry::Registry;
 
-/// How often the directory is looked at without a hint.
-const RESCAN: Duration = Duration::from_secs(5);
-/// Between the two looks that must see the same. Were it too short, half a file would be read and refused, and read again
-/// when it has changed.
-const SETTLE: Duration = Duration::from_millis(20);
+/// How long the watcher waits for a hint before it looks without one.
+const RESCAN_INTERVAL: Duration = Duration::from_secs(5);
+/// How long the watcher waits between the two looks that must see the same. If this were too short, a half-written file
+/// would be read and refused, and read again after it has changed.
+const SETTLE_DELAY: Duration = Duration::from_millis(20);
 
-/// What has been watched, as its device and number: a directory that was made anew is another one.
-type Inode = (u64, u64);
+/// A directory's device and inode number. A directory that was removed and created again has another one, and must be
+/// watched anew.
+type DirectoryId = (u64, u64);
 
 /// Keeps `registry` up to date until `shutdown`.
 pub async fn watch(registry: Arc<Registry>, shutdown: CancellationToken) {
-    let mut watching: Option<(Inode, RecommendedWatcher)> = None;
-    let mut told = false;
+    let mut watching: Option<(DirectoryId, RecommendedWatcher)> = None;
+    let mut has_warned = false;
     loop {
-        let inode = inode(registry.dir());
-        if inode != watching.as_ref().map(|(inode, _)| *inode) {
-            // Before the look: what changes between the two is seen by one of them.
-            watching = match inode
-                .map(|inode| start(registry.dir(), &registry.feedback_wake).map(|watcher| (inode, watcher)))
-            {
+        let directory_id = directory_id(registry.dir());
+        if directory_id != watching.as_ref().map(|(directory_id, _)| *directory_id) {
+            // The watch begins before the look, so that a change between the two is seen by one of them.
+            watching = match directory_id.map(|directory_id| {
+                start_watcher(registry.dir(), &registry.feedback_wake).map(|watcher| (directory_id, watcher))
+            }) {
                 Some(Ok(watching)) => Some(watching),
-                Some(Err(error)) if !told => {
-                    told = true;
+                Some(Err(error)) if !has_warned => {
+                    has_warned = true;
                     warn!(
                         %error,
-                        "no events from {}: new plugins are found within {} s instead of at once (fs.inotify.max_user_watches or max_user_instances may be used up)",
+                        "cannot watch {} for changes: new plugins are found within {} s instead of at once (fs.inotify.max_user_watches or max_user_instances may be used up)",
                         registry.dir().display(),
-                        RESCAN.as_secs()
+                        RESCAN_INTERVAL.as_secs()
                     );
                     None
                 }
                 _ => None,
             };
         }
-        let changing = registry.refresh().await;
+        let is_changing = registry.refresh().await;
         tokio::select! {
             biased;
             () = shutdown.cancelled() => return,
-            // While something changes, more hints tell nothing new.
-            _ = registry.feedback_wake.woken(), if !changing => {}
-            () = tokio::time::sleep(if changing { SETTLE } else { RESCAN }) => {}
+            // While a file is changing, the next look comes soon, and a hint must not bring it any sooner.
+            _ = registry.feedback_wake.woken(), if !is_changing => {}
+            () = tokio::time::sleep(if is_changing { SETTLE_DELAY } else { RESCAN_INTERVAL }) => {}
         }
     }
 }
 
-/// Whether events can be had from `dir`. Without them [`watch`] finds changes by looking.
+/// Checks that file events can be received for `dir`. Without events, [`watch`] finds changes only by looking.
 ///
 /// # Errors
 ///
-/// When they cannot.
+/// When `dir` cannot be watched.
 pub fn try_watch(dir: &Path) -> notify::Result<()> {
-    start(dir, &Arc::new(Wake::default())).map(drop)
+    start_watcher(dir, &Arc::new(Wake::default())).map(drop)
 }
 
-fn inode(dir: &Path) -> Option<Inode> {
+fn directory_id(dir: &Path) -> Option<DirectoryId> {
     std::fs::metadata(dir).ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
-fn start(dir: &Path, feedback_wake: &Arc<Wake>) -> notify::Result<RecommendedWatcher> {
+fn start_watcher(dir: &Path, feedback_wake: &Arc<Wake>) -> notify::Result<RecommendedWatcher> {
     let feedback_wake = Arc::clone(feedback_wake);
     let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-        // Our own reading is an event as well, and must not be a reason to read.
-        let ours = event.is_ok_and(
+        // The daemon's own reads are events as well, and must not cause another look.
+        let is_read = event.is_ok_and(
             |event| matches!(event.kind, EventKind::Access(kind) if kind != AccessKind::Close(AccessMode::Write)),
         );
-        if !ours {
+        if !is_read {
             feedback_wake.wake(Reason::Plugins);
         }
     })?;

@@ -1,4 +1,7 @@
-//! One wasmtime engine, what is linked to every plugin, the clock that ends their loops, and threads of their own.
+//! What all plugins share: the wasmtime engine, the interfaces that are linked to every plugin, the thread that
+//! measures CPU time, and the tokio runtime in which guests run.
+//!
+//! Must never link an interface that reaches outside the daemon.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,15 +19,16 @@ use crate::plugins::runtime::host::Guest;
 use crate::plugins::runtime::limits::TICK;
 use crate::plugins::state::StateDir;
 
-/// What a plugin's own calls may use of the stack; a deeper recursion traps.
-const STACK_BYTES: usize = 1 << 20;
+/// The stack of a plugin's own function calls. A deeper recursion traps.
+const MAX_STACK_BYTES: usize = 1 << 20;
 
-/// The compiled code that is kept; the least used is removed beyond that.
-const CACHE_BYTES: u64 = 1 << 30;
+/// The compiled code in wasmtime's cache. Beyond that, wasmtime removes the code that was used least recently.
+const MAX_CACHE_BYTES: u64 = 1 << 30;
 
-/// The interfaces that are linked, without their versions. Those of WASI are there since ordinary toolchains import
-/// them; nothing is behind them. Sockets and HTTP are not linked, so that a plugin with them is refused when it is loaded.
-pub(in crate::plugins) const OFFERED: [(&str, &str); 22] = [
+/// The interfaces that are linked, each with the beginning of the versions that fit. The interfaces of WASI are linked
+/// because ordinary toolchains import them, but nothing is behind them. Sockets and HTTP are not linked, so a plugin
+/// that imports them is refused when it is loaded.
+pub(in crate::plugins) const LINKED_INTERFACES: [(&str, &str); 22] = [
     ("tidings:plugin/types", "0.1."),
     ("tidings:plugin/host", "0.1."),
     ("wasi:cli/environment", "0.2."),
@@ -52,20 +56,21 @@ pub(in crate::plugins) const OFFERED: [(&str, &str); 22] = [
 /// Why plugins cannot run here.
 #[derive(Debug, Error)]
 pub enum EngineError {
-    /// Wasmtime does not support this machine.
+    /// Wasmtime could not be set up, for instance because it does not support this machine.
     #[error("could not set up WebAssembly: {0}")]
     WebAssembly(String),
-    /// There are no threads for them.
+    /// A thread could not be started.
     #[error("could not start a thread for plugins")]
     Threads(#[from] std::io::Error),
 }
 
-/// How the work of plugins is measured.
+/// How the work of a plugin is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Metering {
-    /// By time, which costs next to nothing.
+    /// By time, which costs almost nothing.
     Time,
-    /// By counting instructions as well: the same on every machine, at half the speed. For `tidings plugin test`.
+    /// By time, and by counting instructions, of which a call needs the same number on every machine. Guests run at
+    /// half the speed. For `tidings plugin test`.
     Fuel,
 }
 
@@ -77,12 +82,13 @@ impl Metering {
         }
     }
 
-    pub(in crate::plugins) fn named(name: &str) -> Option<Self> {
+    pub(in crate::plugins) fn from_name(name: &str) -> Option<Self> {
         [Self::Time, Self::Fuel].into_iter().find(|metering| metering.name() == name)
     }
 }
 
-/// Wasmtime, set up as everywhere here: compiled code is found again only under the same configuration.
+/// Makes a wasmtime engine. The daemon and the child process that compiles must use the same configuration, since
+/// wasmtime finds code in the cache only under the configuration with which it was compiled.
 pub(in crate::plugins) fn wasmtime_engine(
     cache: Option<Cache>,
     metering: Metering,
@@ -92,58 +98,63 @@ pub(in crate::plugins) fn wasmtime_engine(
         .strategy(Strategy::Cranelift)
         .epoch_interruption(true)
         .consume_fuel(metering == Metering::Fuel)
-        .max_wasm_stack(STACK_BYTES)
-        // What the host's functions need on the same stack stays free.
-        .async_stack_size(STACK_BYTES * 4)
+        .max_wasm_stack(MAX_STACK_BYTES)
+        // Host functions run on the same stack and need the rest of it.
+        .async_stack_size(MAX_STACK_BYTES * 4)
         .wasm_memory64(false)
         .wasm_relaxed_simd(false);
     config.cache(cache);
     wasmtime::Engine::new(&config).map_err(|error| format!("{error:#}"))
 }
 
-/// Where compiled code is kept.
+/// Opens wasmtime's cache in `dir`.
 pub(in crate::plugins) fn open_cache(dir: &Path) -> Result<Cache, String> {
     let mut config = CacheConfig::new();
-    config.with_directory(dir).with_files_total_size_soft_limit(CACHE_BYTES);
+    config.with_directory(dir).with_files_total_size_soft_limit(MAX_CACHE_BYTES);
     Cache::new(config).map_err(|error| format!("{error:#}"))
 }
 
-/// What all plugins share.
+/// The wasmtime engine, and everything else that all plugins share.
 #[expect(missing_debug_implementations, reason = "wasmtime's linker has none")]
 pub struct Engine {
     pub(in crate::plugins) wasmtime: wasmtime::Engine,
     pub(in crate::plugins) linker: Linker<Guest>,
-    /// Where compiled code is kept.
+    /// The directory that holds the cache of compiled code.
     pub(in crate::plugins) state: Option<StateDir>,
-    /// Who compiles takes his turn here; and how many turns there are.
-    pub(in crate::plugins) compilers: (Semaphore, u32),
+    /// Permits to compile, `max_compilers` of them. A large file needs all.
+    pub(in crate::plugins) compile_permits: Semaphore,
+    /// How many files may be compiled at the same time: one for each core, at most 8.
+    pub(in crate::plugins) max_compilers: u32,
     pub(in crate::plugins) metering: Metering,
     ticker: Arc<Ticker>,
-    /// Guests run here: one that computes for long never delays the daemon's own tasks. `None` only while dropping.
-    guests: Option<Runtime>,
+    /// The runtime in which guests run, so that a guest that computes for long never delays the daemon's own tasks.
+    /// `None` only while the engine is dropped.
+    guest_runtime: Option<Runtime>,
 }
 
 impl Engine {
-    /// Sets everything up. `state` is where compiled code is kept; without it every file is compiled in this process, without
-    /// limits.
+    /// Makes an engine, and starts its threads. `state` holds the cache of compiled code; without it, each file is
+    /// compiled in this process, without limits.
     ///
     /// # Errors
     ///
-    /// When this machine cannot run WebAssembly, or has no threads left.
+    /// When wasmtime cannot be set up on this machine, or a thread cannot be started.
     pub fn new(state: Option<&StateDir>, metering: Metering) -> Result<Arc<Self>, EngineError> {
-        // If its directory cannot be made, the state directory has said so, and the code is kept nowhere.
+        // If the cache's directory cannot be created, the state directory has logged that already, and no code is
+        // cached.
         let cache = state.and_then(|state| open_cache(&state.cache()).ok());
         let wasmtime = wasmtime_engine(cache, metering).map_err(EngineError::WebAssembly)?;
         let linker = link(&wasmtime).map_err(|error| EngineError::WebAssembly(format!("{error:#}")))?;
 
-        let ticker = Arc::new(Ticker { active: AtomicUsize::new(0), thread: std::sync::OnceLock::new() });
+        let ticker = Arc::new(Ticker { running_guests: AtomicUsize::new(0), thread: std::sync::OnceLock::new() });
         let (weak, engine) = (Arc::downgrade(&ticker), wasmtime.weak());
-        let thread = std::thread::Builder::new().name("plugin-ticker".into()).spawn(move || tick(&weak, &engine))?;
-        ticker.thread.set(thread.thread().clone()).expect("set once, here");
+        let thread =
+            std::thread::Builder::new().name("plugin-ticker".into()).spawn(move || run_ticker(&weak, &engine))?;
+        ticker.thread.set(thread.thread().clone()).expect("it is set only here");
 
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        let compilers = u32::try_from(cores).unwrap_or(u32::MAX).min(8);
-        let guests = tokio::runtime::Builder::new_multi_thread()
+        let max_compilers = u32::try_from(cores).unwrap_or(u32::MAX).min(8);
+        let guest_runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads((cores / 2).clamp(1, 4))
             .thread_name("plugin")
             .enable_time()
@@ -152,34 +163,36 @@ impl Engine {
             wasmtime,
             linker,
             state: state.cloned(),
-            compilers: (Semaphore::new(compilers as usize), compilers),
+            compile_permits: Semaphore::new(max_compilers as usize),
+            max_compilers,
             metering,
             ticker,
-            guests: Some(guests),
+            guest_runtime: Some(guest_runtime),
         }))
     }
 
-    /// Where guests run.
-    pub(in crate::plugins) fn guests(&self) -> &Handle {
-        self.guests.as_ref().expect("taken only by drop").handle()
+    /// The runtime in which guests run.
+    pub(in crate::plugins) fn guest_runtime(&self) -> &Handle {
+        self.guest_runtime.as_ref().expect("taken only by drop").handle()
     }
 
-    /// While the answer lives, the CPU time of guests is measured.
-    pub(in crate::plugins) fn measure(&self) -> Measuring {
-        if self.ticker.active.fetch_add(1, Ordering::AcqRel) == 0
+    /// Measures the CPU time of guests as long as the returned guard exists.
+    pub(in crate::plugins) fn keep_ticking(&self) -> TickerGuard {
+        if self.ticker.running_guests.fetch_add(1, Ordering::AcqRel) == 0
             && let Some(thread) = self.ticker.thread.get()
         {
             thread.unpark();
         }
-        Measuring(Arc::clone(&self.ticker))
+        TickerGuard(Arc::clone(&self.ticker))
     }
 }
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        // The ordinary drop of a runtime blocks, which must not happen inside another one.
-        if let Some(guests) = self.guests.take() {
-            guests.shutdown_background();
+        // Dropping a tokio runtime blocks, which panics inside another tokio runtime. `shutdown_background` does not
+        // block.
+        if let Some(runtime) = self.guest_runtime.take() {
+            runtime.shutdown_background();
         }
         if let Some(thread) = self.ticker.thread.get() {
             thread.unpark();
@@ -187,30 +200,32 @@ impl Drop for Engine {
     }
 }
 
-/// Advances the engine's epoch while guests run, and sleeps otherwise: an idle daemon burns nothing.
+/// The state of the thread that advances the engine's epoch. The thread sleeps while no guest runs, so an idle daemon
+/// uses no CPU.
 struct Ticker {
-    active: AtomicUsize,
+    running_guests: AtomicUsize,
     thread: std::sync::OnceLock<std::thread::Thread>,
 }
 
-/// Guests are running.
-pub(in crate::plugins) struct Measuring(Arc<Ticker>);
+/// The ticker's thread advances the epoch as long as such a guard exists.
+pub(in crate::plugins) struct TickerGuard(Arc<Ticker>);
 
-impl Drop for Measuring {
+impl Drop for TickerGuard {
     fn drop(&mut self) {
-        self.0.active.fetch_sub(1, Ordering::AcqRel);
+        self.0.running_guests.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
-/// The thread of the ticker: not a task, since a runtime that is stuck must not stop the clock that would free it.
-fn tick(ticker: &Weak<Ticker>, engine: &EngineWeak) {
+/// The work of the ticker's thread. It is a thread rather than a task, because a guest that blocks the runtime's
+/// threads would block the task that is to interrupt it.
+fn run_ticker(ticker: &Weak<Ticker>, engine: &EngineWeak) {
     while let (Some(ticker), Some(engine)) = (ticker.upgrade(), engine.upgrade()) {
-        let idle = ticker.active.load(Ordering::Acquire) == 0;
-        if !idle {
+        let is_idle = ticker.running_guests.load(Ordering::Acquire) == 0;
+        if !is_idle {
             engine.increment_epoch();
         }
         drop((ticker, engine));
-        if idle {
+        if is_idle {
             std::thread::park();
         } else {
             std::thread::sleep(TICK);
@@ -218,21 +233,21 @@ fn tick(ticker: &Weak<Ticker>, engine: &EngineWeak) {
     }
 }
 
-/// Names the data behind `wasi:io`, for which wasmtime-wasi has a name of its own but does not export it.
+/// Tells wasmtime which data of a store `wasi:io` uses. The type for this in wasmtime-wasi is not public.
 struct HasIo;
 
 impl HasData for HasIo {
     type Data<'a> = &'a mut ResourceTable;
 }
 
-/// Names the data behind our own interface.
+/// Tells wasmtime which data of a store the interfaces of `tidings:plugin` use.
 pub(in crate::plugins) struct HasGuest;
 
 impl HasData for HasGuest {
     type Data<'a> = &'a mut Guest;
 }
 
-/// Links what [`OFFERED`] lists.
+/// Links the interfaces of [`LINKED_INTERFACES`].
 fn link(engine: &wasmtime::Engine) -> wasmtime::Result<Linker<Guest>> {
     use wasmtime_wasi::cli::{WasiCli, WasiCliView as _};
     use wasmtime_wasi::clocks::{WasiClocks, WasiClocksView as _};

@@ -1,4 +1,5 @@
-//! The host's side of one store: what a plugin's imports reach, which is next to nothing, and what it has used.
+//! The host's side of one store: the functions behind a plugin's imports, which reach almost nothing, and the counters
+//! of what its calls have used.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,12 +14,12 @@ use crate::plugins::runtime::bindings::tidings::plugin::{host, types};
 use crate::plugins::runtime::limits::{Limiter, Limits};
 use crate::plugins::runtime::stderr_tail::StderrTail;
 
-/// Lines that one call may log.
-const LOG_LINES: u32 = 100;
-/// Bytes of one line.
-const LOG_LINE_BYTES: usize = 4 * 1024;
-/// Resources that a plugin may hold at once.
-const HANDLES: usize = 1_000;
+/// How many lines one call may log. Further lines are dropped.
+const MAX_LOG_LINES: u32 = 100;
+/// How many bytes of a line are logged.
+const MAX_LOG_LINE_BYTES: usize = 4 * 1024;
+/// How many resources a plugin may hold at the same time.
+const MAX_HANDLES: usize = 1_000;
 
 /// The data of one store.
 pub(in crate::plugins) struct Guest {
@@ -27,27 +28,27 @@ pub(in crate::plugins) struct Guest {
     pub(in crate::plugins) limiter: Limiter,
     wasi: WasiCtx,
     table: ResourceTable,
-    last_words: StderrTail,
+    stderr_tail: StderrTail,
     log_lines: u32,
-    ticks: u64,
-    ticks_allowed: u64,
+    ticks_used: u64,
+    max_ticks: u64,
 }
 
 impl Guest {
-    /// A fresh store for one plugin. `label` names it in the log.
-    pub(in crate::plugins) fn store(
+    /// Makes a fresh store for one plugin. `label` names the plugin in the log.
+    pub(in crate::plugins) fn new_store(
         engine: &wasmtime::Engine,
         label: Arc<str>,
         config: Arc<BTreeMap<String, String>>,
         limits: &Limits,
     ) -> Store<Self> {
-        let last_words = StderrTail::default();
+        let stderr_tail = StderrTail::default();
         let mut table = ResourceTable::new();
-        table.set_max_capacity(HANDLES);
+        table.set_max_capacity(MAX_HANDLES);
         let wasi = WasiCtx::builder()
-            .stderr(last_words.clone())
-            .wall_clock(NoClock)
-            .monotonic_clock(NoClock)
+            .stderr(stderr_tail.clone())
+            .wall_clock(StoppedClock)
+            .monotonic_clock(StoppedClock)
             .secure_random(Deterministic::new(vec![0]))
             .insecure_random(Deterministic::new(vec![0]))
             .insecure_random_seed(0)
@@ -59,46 +60,47 @@ impl Guest {
             limiter: Limiter::new(limits),
             wasi,
             table,
-            last_words,
+            stderr_tail,
             log_lines: 0,
-            ticks: 0,
-            ticks_allowed: limits.ticks(),
+            ticks_used: 0,
+            max_ticks: limits.max_cpu_ticks(),
         };
         let mut store = Store::new(engine, guest);
         store.limiter(|guest| &mut guest.limiter);
         store.set_hostcall_fuel(limits.output_bytes());
-        store.set_max_component_handles(HANDLES);
+        store.set_max_component_handles(MAX_HANDLES);
         store.set_epoch_deadline(1);
         store.epoch_deadline_callback(|mut context| {
             let guest = context.data_mut();
-            guest.ticks += 1;
-            Ok(if guest.ticks > guest.ticks_allowed {
+            guest.ticks_used += 1;
+            Ok(if guest.ticks_used > guest.max_ticks {
                 UpdateDeadline::Interrupt
             } else {
-                // Tokio would run a task that merely yields again at once; this lets the others go first.
+                // With wasmtime's plain yield, tokio would run the same task again at once. `yield_now` lets other
+                // tasks go first.
                 UpdateDeadline::YieldCustom(1, Box::pin(tokio::task::yield_now()))
             })
         });
         store
     }
 
-    /// Starts to count anew, for the next call.
-    pub(in crate::plugins) fn begin_call(&mut self, limits: &Limits) {
-        self.ticks = 0;
-        self.ticks_allowed = limits.ticks();
-        self.limiter.set(limits);
+    /// Resets the counters for the next call.
+    pub(in crate::plugins) fn reset_for_call(&mut self, limits: &Limits) {
+        self.ticks_used = 0;
+        self.max_ticks = limits.max_cpu_ticks();
+        self.limiter.set_limits(limits);
         self.log_lines = 0;
-        self.last_words.clear();
+        self.stderr_tail.clear();
     }
 
-    /// The end of what the plugin wrote to its standard error during this call.
-    pub(in crate::plugins) fn last_words(&self) -> String {
-        self.last_words.text()
+    /// The end of the text that the plugin wrote to its standard error during this call.
+    pub(in crate::plugins) fn stderr_text(&self) -> String {
+        self.stderr_tail.text()
     }
 
     /// CPU time of this call so far, in steps of [`TICK`](crate::plugins::runtime::limits::TICK).
     pub(in crate::plugins) fn cpu_ticks(&self) -> u64 {
-        self.ticks
+        self.ticks_used
     }
 }
 
@@ -113,13 +115,14 @@ impl types::Host for Guest {}
 impl host::Host for Guest {
     fn log(&mut self, level: host::Level, message: String) {
         self.log_lines = self.log_lines.saturating_add(1);
-        if self.log_lines > LOG_LINES {
+        if self.log_lines > MAX_LOG_LINES {
             return;
         }
-        let text = printable(&message);
-        // A plugin without a standard error logs the text of its panic: if it traps next, these are its last words.
+        let text = printable_line(&message);
+        // A plugin that was built without a standard error logs the text of its panic. If it traps next, the error
+        // shows this text.
         if level == host::Level::Error {
-            self.last_words.hear(&text);
+            self.stderr_tail.push_line(&text);
         }
         let plugin = &*self.label;
         match level {
@@ -136,16 +139,16 @@ impl host::Host for Guest {
     }
 }
 
-/// One line that cannot do anything to a terminal.
-fn printable(message: &str) -> String {
-    let end = message.floor_char_boundary(message.len().min(LOG_LINE_BYTES));
+/// Cuts `message` to the maximum, and replaces control characters, so that it is one line and cannot change a terminal.
+fn printable_line(message: &str) -> String {
+    let end = message.floor_char_boundary(message.len().min(MAX_LOG_LINE_BYTES));
     message[..end].chars().map(|char| if char.is_control() { ' ' } else { char }).collect()
 }
 
-/// Stands still at zero: a plugin's only clock is the row's `now-ms`.
-struct NoClock;
+/// A clock that stands still at zero: a plugin's only clock is the row's `now-ms`.
+struct StoppedClock;
 
-impl HostWallClock for NoClock {
+impl HostWallClock for StoppedClock {
     fn resolution(&self) -> std::time::Duration {
         std::time::Duration::from_secs(1)
     }
@@ -155,7 +158,7 @@ impl HostWallClock for NoClock {
     }
 }
 
-impl HostMonotonicClock for NoClock {
+impl HostMonotonicClock for StoppedClock {
     fn resolution(&self) -> u64 {
         1_000_000_000
     }
@@ -171,7 +174,7 @@ mod tests {
 
     #[test]
     fn a_log_line_is_one_short_line_without_control_characters() {
-        assert_eq!(printable("a\nb\u{1b}[31mc"), "a b [31mc");
-        assert_eq!(printable(&"é".repeat(5_000)).len(), LOG_LINE_BYTES);
+        assert_eq!(printable_line("a\nb\u{1b}[31mc"), "a b [31mc");
+        assert_eq!(printable_line(&"é".repeat(5_000)).len(), MAX_LOG_LINE_BYTES);
     }
 }

@@ -1,5 +1,5 @@
-//! What a plugin writes to its standard error, where toolchains put the text of a panic: the end of it, for the error
-//! message. However much it writes, a few kilobytes are kept.
+//! A plugin's standard error, to which toolchains write the text of a panic. Only the end of the text is kept, for the
+//! error of a call that fails, however much the plugin writes.
 
 use std::sync::{Arc, Mutex};
 
@@ -8,17 +8,17 @@ use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
 use wasmtime_wasi::p2::{OutputStream, Pollable, StreamResult};
 use wasmtime_wasi_io::bytes::Bytes;
 
-/// Bytes that are kept: a panic's sentence with its place, not what went before.
-const KEPT_BYTES: usize = 2_000;
+/// How many bytes are kept: room for the text and the place of a panic.
+const MAX_KEPT_BYTES: usize = 2_000;
 
-/// The end of what was written.
+/// The end of the text that was written.
 #[derive(Clone, Debug, Default)]
 pub(in crate::plugins) struct StderrTail(Arc<Mutex<Vec<u8>>>);
 
 impl StderrTail {
     /// The text, without the note on backtraces that Rust adds.
     pub(in crate::plugins) fn text(&self) -> String {
-        let kept = self.0.lock().expect("no writer panicked");
+        let kept = self.0.lock().expect("no thread panics with this lock");
         String::from_utf8_lossy(&kept)
             .lines()
             .map(str::trim)
@@ -29,21 +29,21 @@ impl StderrTail {
     }
 
     /// Adds a line.
-    pub(in crate::plugins) fn hear(&self, line: &str) {
-        self.keep(line.as_bytes());
-        self.keep(b"\n");
+    pub(in crate::plugins) fn push_line(&self, line: &str) {
+        self.push_bytes(line.as_bytes());
+        self.push_bytes(b"\n");
     }
 
-    fn keep(&self, bytes: &[u8]) {
-        let mut kept = self.0.lock().expect("no writer panicked");
-        kept.extend_from_slice(&bytes[bytes.len().saturating_sub(KEPT_BYTES)..]);
-        let surplus = kept.len().saturating_sub(KEPT_BYTES);
+    fn push_bytes(&self, bytes: &[u8]) {
+        let mut kept = self.0.lock().expect("no thread panics with this lock");
+        kept.extend_from_slice(&bytes[bytes.len().saturating_sub(MAX_KEPT_BYTES)..]);
+        let surplus = kept.len().saturating_sub(MAX_KEPT_BYTES);
         kept.drain(..surplus);
     }
 
     /// Forgets everything, for the next call.
     pub(in crate::plugins) fn clear(&self) {
-        self.0.lock().expect("no writer panicked").clear();
+        self.0.lock().expect("no thread panics with this lock").clear();
     }
 }
 
@@ -55,7 +55,7 @@ impl IsTerminal for StderrTail {
 
 impl StdoutStream for StderrTail {
     fn async_stream(&self) -> Box<dyn AsyncWrite + Send + Sync> {
-        // Of WASI 0.3, which is not linked.
+        // Only WASI 0.3 uses this stream, and it is not linked.
         Box::new(tokio::io::sink())
     }
 
@@ -66,7 +66,7 @@ impl StdoutStream for StderrTail {
 
 impl OutputStream for StderrTail {
     fn write(&mut self, bytes: Bytes) -> StreamResult<()> {
-        self.keep(&bytes);
+        self.push_bytes(&bytes);
         Ok(())
     }
 
@@ -89,17 +89,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_end_is_kept_and_it_is_one_line() {
-        let mut words = StderrTail::default();
+    fn only_the_end_is_kept_as_one_line() {
+        let mut tail = StderrTail::default();
         for _ in 0..100 {
-            words.write(Bytes::from(vec![b'x'; 70_000])).expect("written");
+            tail.write(Bytes::from(vec![b'x'; 70_000])).expect("written");
         }
-        words
-            .write("\nthread panicked at src/lib.rs:1:2:\nas\u{1b}[1m asked\nnote: run with `RUST_BACKTRACE=1`".into())
+        tail.write("\nthread panicked at src/lib.rs:1:2:\nas\u{1b}[1m asked\nnote: run with `RUST_BACKTRACE=1`".into())
             .expect("written");
-        assert!(words.text().ends_with("x thread panicked at src/lib.rs:1:2: as [1m asked"), "{}", words.text());
-        assert!(words.text().len() <= KEPT_BYTES);
-        words.clear();
-        assert_eq!(words.text(), "");
+        assert!(tail.text().ends_with("x thread panicked at src/lib.rs:1:2: as [1m asked"), "{}", tail.text());
+        assert!(tail.text().len() <= MAX_KEPT_BYTES);
+        tail.clear();
+        assert_eq!(tail.text(), "");
     }
 }

@@ -1,16 +1,25 @@
-//! What the daemon remembers of plugins across restarts, in a private directory: compiled code, the last good bytes of
-//! every kind, and the digests that were rolled back. All of it may be lost without a row being lost.
+//! The state directory: what the daemon remembers of plugins across restarts. It holds compiled code, the version of
+//! each kind to roll back to, and the versions that are quarantined.
+//!
+//! Must never be writable by another user, who could make the daemon run code of his own. Must never be needed: if
+//! files in it are lost, or nothing can be written, plugins are compiled again and no row is lost.
 //!
 //! ```text
-//!   cache/                    compiled code, wasmtime's own
-//!   quarantined/IDENTITY      why a version was rolled back; removing the file lets it serve again
+//!   cache/                    compiled code, in the format of wasmtime's cache
+//!   quarantined/IDENTITY      why a version was rolled back; removing the file lets the version serve again
 //!   good/DIR8/bytes/IDENTITY.wasm, .toml    versions that have built rows
-//!   good/DIR8/kinds/KIND      which of them built the kind last, and its file's name
+//!   good/DIR8/kinds/KIND      the identity of the version that built rows of the kind last, and the name of its file
 //! ```
 //!
-//! Whoever can write here can make the daemon run code of theirs, so nobody else may.
+//! To change it, know that
+//!
+//! - IDENTITY is the SHA-256 of a component, with the beginning of its settings' SHA-256 if it has any. DIR8 is the
+//!   beginning of the SHA-256 of the plugin directory's path, since several daemons may share a state directory;
+//! - the version to roll back to is kept for each kind, from when the version has first answered for a row of the kind;
+//! - a directory that belongs to another user is an error when the daemon starts. A directory that is full or read-only
+//!   is not: it is a warning, and a note in the daemon's health, until it can be written again.
 
-mod memory;
+mod version_store;
 
 use std::fmt::Display;
 use std::io;
@@ -21,34 +30,34 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use thiserror::Error;
 use tracing::{debug, info, warn};
 
-pub(super) use memory::Memory;
+pub(super) use version_store::VersionStore;
 
-/// What lies in the directory.
-const PARTS: [&str; 3] = ["cache", "quarantined", "good"];
+/// The directories inside the state directory.
+const SUBDIRECTORIES: [&str; 3] = ["cache", "quarantined", "good"];
 
-/// At least so much must fit in before it is said that the directory can be written again.
-const LEAST_ROOM: usize = 64 * 1024;
+/// At least so many bytes must fit into each subdirectory before the state directory counts as writable again.
+const MIN_PROBE_BYTES: usize = 64 * 1024;
 
-/// Why a directory cannot be used.
+/// Why a state directory cannot be used.
 #[derive(Debug, Error)]
 pub enum StateError {
-    /// It belongs to another user, who could make us run code.
+    /// It belongs to another user, who could make the daemon run code.
     #[error("the state directory {} belongs to another user (uid {owner}): give one of its own with TIDINGS_STATE_DIR", .dir.display())]
     Foreign {
         /// The directory.
         dir: PathBuf,
-        /// Its owner.
+        /// The user id of its owner.
         owner: u32,
     },
-    /// There is no room in it, or nothing may be written: plugins serve all the same.
-    #[error("{}", no_room(.dir, .source))]
+    /// It is full or read-only. Plugins serve all the same.
+    #[error("{}", explain_write_failure(.dir, .source))]
     NoRoom {
         /// The directory.
         dir: PathBuf,
         /// Why.
         source: io::Error,
     },
-    /// It cannot be made or written.
+    /// It cannot be created, read or written for another reason.
     #[error("the state directory {} cannot be used: give another one with TIDINGS_STATE_DIR", .dir.display())]
     Unusable {
         /// The directory.
@@ -59,45 +68,45 @@ pub enum StateError {
     },
 }
 
-/// The directory. It may be full or read-only, now or from the start: then what should be written is lost, and everything
+/// The state directory. If it is full or read-only, when the daemon starts or later, writes to it fail and everything
 /// else goes on.
 #[derive(Clone, Debug)]
 pub struct StateDir {
     dir: PathBuf,
-    trouble: Arc<Mutex<Option<Trouble>>>,
+    failure: Arc<Mutex<Option<WriteFailure>>>,
 }
 
-/// What could not be written.
+/// A write that failed, since when the directory counts as not writable.
 #[derive(Debug)]
-struct Trouble {
-    /// Why.
+struct WriteFailure {
+    /// The error of the last write.
     error: String,
-    /// How much.
+    /// How many bytes must be written without an error before the directory counts as writable again.
     bytes: usize,
 }
 
 impl StateDir {
-    /// Makes the directory if need be, and sees to it that nobody else can read or write it. A directory for whose parts
-    /// there is no room is used as it is, and [`StateDir::in_trouble`] says so.
+    /// Creates the directory if it does not exist, and makes it readable and writable only for the daemon's user. If it
+    /// is full or read-only, it is used as it is, and [`StateDir::write_failure`] says so.
     ///
     /// # Errors
     ///
-    /// When that cannot be.
+    /// When the directory belongs to another user, or cannot be used for a reason other than being full or read-only.
     pub fn open(dir: &Path) -> Result<Self, StateError> {
         let absolute = std::path::absolute(dir);
         let dir = absolute.map_err(|source| StateError::Unusable { dir: dir.to_owned(), source })?;
-        let state = Self { dir, trouble: Arc::default() };
-        state.make()?;
+        let state = Self { dir, failure: Arc::default() };
+        state.create_directories()?;
         Ok(state)
     }
 
-    fn make(&self) -> Result<(), StateError> {
+    fn create_directories(&self) -> Result<(), StateError> {
         let unusable = |source| StateError::Unusable { dir: self.dir.clone(), source };
         let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.dir);
         let metadata = match made.and_then(|()| self.dir.metadata()) {
             Ok(metadata) => metadata,
-            Err(error) if is_no_room(&error) => {
-                self.cannot_write(&error, 0);
+            Err(error) if is_full_or_read_only(&error) => {
+                self.record_write_failure(&error, 0);
                 return Ok(());
             }
             Err(error) => return Err(unusable(error)),
@@ -108,10 +117,10 @@ impl StateDir {
         if metadata.mode() & 0o077 != 0 {
             std::fs::set_permissions(&self.dir, std::fs::Permissions::from_mode(0o700)).map_err(unusable)?;
         }
-        for part in PARTS {
+        for part in SUBDIRECTORIES {
             match std::fs::create_dir_all(self.dir.join(part)) {
-                Err(error) if is_no_room(&error) => {
-                    self.cannot_write(&error, 0);
+                Err(error) if is_full_or_read_only(&error) => {
+                    self.record_write_failure(&error, 0);
                     return Ok(());
                 }
                 made => made.map_err(unusable)?,
@@ -120,51 +129,50 @@ impl StateDir {
         Ok(())
     }
 
-    /// Notes that `bytes` could not be written, and says so if that is new.
-    pub(super) fn cannot_write(&self, error: &impl Display, bytes: usize) {
+    /// Records that `bytes` could not be written, and logs the error if it differs from the last one.
+    pub(super) fn record_write_failure(&self, error: &impl Display, bytes: usize) {
         let error = error.to_string();
-        let mut trouble = self.trouble();
-        let before = trouble.take();
-        let bytes = bytes.max(before.as_ref().map_or(LEAST_ROOM, |before| before.bytes));
+        let mut failure = self.lock_failure();
+        let before = failure.take();
+        let bytes = bytes.max(before.as_ref().map_or(MIN_PROBE_BYTES, |before| before.bytes));
         if before.is_none_or(|before| before.error != error) {
-            warn!("{}", no_room(&self.dir, &error));
+            warn!("{}", explain_write_failure(&self.dir, &error));
         }
-        *trouble = Some(Trouble { error, bytes });
+        *failure = Some(WriteFailure { error, bytes });
     }
 
-    /// If something could not be written, finds out whether it can be now.
-    pub(super) fn try_again(&self) {
-        let Some(bytes) = self.trouble().as_ref().map(|trouble| trouble.bytes) else { return };
+    /// If a write has failed, tries whether the directory can be written now.
+    pub(super) fn retry_writes(&self) {
+        let Some(bytes) = self.lock_failure().as_ref().map(|failure| failure.bytes) else { return };
         let room = vec![0; bytes];
-        let try_parts = || PARTS.iter().try_for_each(|part| try_to_write(&self.dir.join(part), &room));
-        let tried = self.make().map_err(io::Error::other).and_then(|()| try_parts());
+        let try_parts = || SUBDIRECTORIES.iter().try_for_each(|part| probe_write(&self.dir.join(part), &room));
+        let tried = self.create_directories().map_err(io::Error::other).and_then(|()| try_parts());
         match tried {
             Ok(()) => {
                 info!("the state directory {} can be written again", self.dir.display());
-                *self.trouble() = None;
+                *self.lock_failure() = None;
             }
             Err(error) => debug!(%error, "the state directory {} still cannot be written", self.dir.display()),
         }
     }
 
-    /// That it cannot be written, and why, in a sentence; `None` = as far as is known it can.
+    /// Why the directory cannot be written, as a sentence; `None` = as far as the daemon knows, it can.
     #[must_use]
-    pub fn in_trouble(&self) -> Option<String> {
-        let trouble = self.trouble();
-        let Trouble { error, .. } = trouble.as_ref()?;
-        Some(no_room(&self.dir, error))
+    pub fn write_failure(&self) -> Option<String> {
+        let failure = self.lock_failure();
+        let WriteFailure { error, .. } = failure.as_ref()?;
+        Some(explain_write_failure(&self.dir, error))
     }
 
-    fn trouble(&self) -> MutexGuard<'_, Option<Trouble>> {
-        self.trouble.lock().expect("nobody panics with it")
+    fn lock_failure(&self) -> MutexGuard<'_, Option<WriteFailure>> {
+        self.failure.lock().expect("no thread panics with this lock")
     }
 
-    /// Whether [`StateDir::open`] could use the directory, without making or changing anything; `false` = it is not there
-    /// yet.
+    /// Checks whether [`StateDir::open`] could use the directory, and changes nothing; `false` = it does not exist yet.
     ///
     /// # Errors
     ///
-    /// When it could not.
+    /// When `open` could not use it, or could not write to it.
     pub fn check(dir: &Path) -> Result<bool, StateError> {
         let unusable = |source| StateError::Unusable { dir: dir.to_owned(), source };
         let metadata = match dir.metadata() {
@@ -179,45 +187,49 @@ impl StateDir {
         }
         let missing = |source: io::Error| {
             let dir = dir.to_owned();
-            if is_no_room(&source) { StateError::NoRoom { dir, source } } else { StateError::Unusable { dir, source } }
+            if is_full_or_read_only(&source) {
+                StateError::NoRoom { dir, source }
+            } else {
+                StateError::Unusable { dir, source }
+            }
         };
-        let parts = PARTS.map(|part| dir.join(part)).into_iter().filter(|part| part.exists());
+        let parts = SUBDIRECTORIES.map(|part| dir.join(part)).into_iter().filter(|part| part.exists());
         for part in std::iter::once(dir.to_owned()).chain(parts) {
             let access = rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
             rustix::fs::access(&part, access).map_err(|error| missing(error.into()))?;
         }
-        // A file system that cannot say how much is left has room as far as we know.
+        // Some file systems do not report their free space. They count as not full.
         if rustix::fs::statvfs(dir).is_ok_and(|fs| fs.f_blocks > 0 && fs.f_bavail == 0) {
             return Err(missing(rustix::io::Errno::NOSPC.into()));
         }
         Ok(true)
     }
 
-    /// Where compiled code is kept.
+    /// The directory of wasmtime's cache.
     pub(super) fn cache(&self) -> PathBuf {
         self.dir.join("cache")
     }
 }
 
-/// What that means, for people.
-fn no_room(dir: &Path, error: &impl Display) -> String {
+/// A sentence about a write that failed and what follows from it, for people.
+fn explain_write_failure(dir: &Path, error: &impl Display) -> String {
     format!(
-        "the state directory {} cannot be written ({error}): plugins are compiled in memory and serve; after a restart they are compiled again, what was rolled back may serve again, and there may be no version to go back to",
+        "the state directory {} cannot be written ({error}): plugins are compiled in memory and serve. After a restart they are compiled again, versions that were rolled back may serve again, and there may be no version to roll back to",
         dir.display()
     )
 }
 
-/// Whether `bytes` can be written into `dir`. Nothing of it stays.
-pub(super) fn try_to_write(dir: &Path, bytes: &[u8]) -> io::Result<()> {
+/// Writes `bytes` into a file in `dir` and removes the file, to find out whether `dir` can be written.
+pub(super) fn probe_write(dir: &Path, bytes: &[u8]) -> io::Result<()> {
     let probe = dir.join(format!(".{}.probe", std::process::id()));
     let written = std::fs::write(&probe, bytes);
     let _ = std::fs::remove_file(&probe);
     written
 }
 
-/// Whether there is no room for what should be written, or nothing may be written at all: that can change, and is nobody's
-/// attempt to have us run code.
-fn is_no_room(error: &io::Error) -> bool {
+/// Whether a write failed because the file system is full, over its quota or read-only. These can pass, and are no sign
+/// of an attempt to make the daemon run foreign code.
+fn is_full_or_read_only(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::ReadOnlyFilesystem

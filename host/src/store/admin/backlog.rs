@@ -1,5 +1,5 @@
-//! Rows that wait, and rows that nobody takes: late, held and parked ones, counted for `tidings doctor` and for the metrics
-//! without reading many of them.
+//! Counts rows that wait, are late, held or parked, for `tidings doctor`, the page and the metrics. Must never read
+//! more than about a thousand rows for one count.
 
 use std::time::Duration;
 
@@ -7,50 +7,52 @@ use uuid::Uuid;
 
 use crate::store::{Store, StoreError};
 
-/// Nothing is counted beyond this: few enough that an index is read and not the table, however many rows there are.
+/// No count goes further than one more than this: few enough that an index is read rather than the table, however many
+/// rows there are.
 pub const ENOUGH: i64 = 1_000;
-/// Kinds that are named at most.
-const KINDS: i64 = 20;
+/// The most kinds that are listed.
+const MAX_KINDS: i64 = 20;
 
-/// Rows that are late.
+/// Late rows.
 #[derive(Clone, Debug)]
 pub struct Late {
     /// How many, up to one more than [`ENOUGH`].
     pub rows: i64,
-    /// The oldest of them.
+    /// The id of the oldest.
     pub oldest: Uuid,
     /// Its kind.
     pub kind: String,
     /// For how long it has been due.
     pub overdue: Duration,
-    /// Why it is still there, if anybody knows.
+    /// The last error that was recorded for it.
     pub last_error: Option<String>,
 }
 
-/// What waits.
+/// How many rows wait.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Backlog {
-    /// Rows: counted up to [`ENOUGH`], more as PostgreSQL's statistics estimate it.
+    /// Pending rows. Counted up to [`ENOUGH`]; beyond that, the estimate of PostgreSQL's statistics.
     pub pending: u64,
-    /// Those of them that are held, up to one more than [`ENOUGH`].
+    /// Of the pending rows, those that are held, up to one more than [`ENOUGH`].
     pub held: u64,
-    /// Rows that are parked, up to one more than [`ENOUGH`].
+    /// Parked rows, up to one more than [`ENOUGH`].
     pub parked: u64,
-    /// For how long the row at the head of the queue has been due, as in [`Store::overdue`].
+    /// For how long the first row of the queue has been due, as in [`Store::overdue`].
     pub overdue: Duration,
 }
 
 impl Store {
-    /// What waits, without counting a million rows, from the low-water mark on, if there is one.
+    /// How many rows wait, without counting a million of them. The queue is read from the low-water mark on, if there
+    /// is one.
     ///
     /// # Errors
     ///
     /// When the database cannot be asked.
     pub async fn backlog(&self) -> Result<Backlog, StoreError> {
-        let mark = self.mark();
+        let mark = self.low_water_mark();
         let mut connection = self.connection().await?;
         let row = connection
-            .run("look at what waits", async |connection| {
+            .run("count the rows that wait", async |connection| {
                 sqlx::query!(
                     r#"
                     WITH head AS MATERIALIZED (
@@ -101,13 +103,13 @@ impl Store {
         })
     }
 
-    /// The rows that nothing holds back and that have been due for longer than `time`, if there are any. As in
-    /// [`Store::overdue`], a row that is held is among them when its deadline has come: it waits for nobody but a daemon.
+    /// The rows that could have been claimed for longer than `limit`; `None` = there are none. As in
+    /// [`Store::overdue`], a held row is among them once its deadline has passed, since then any daemon may claim it.
     ///
     /// # Errors
     ///
     /// When the database cannot be asked.
-    pub async fn late(&self, time: Duration) -> Result<Option<Late>, StoreError> {
+    pub async fn late(&self, limit: Duration) -> Result<Option<Late>, StoreError> {
         let mut connection = self.connection().await?;
         let row = connection
             .run("look for late rows", async |connection| {
@@ -130,7 +132,7 @@ impl Store {
                     ORDER BY slot_at
                     LIMIT 1
                     "#,
-                    time.as_secs_f64(),
+                    limit.as_secs_f64(),
                     ENOUGH + 1,
                 )
                 .fetch_optional(connection)
@@ -146,8 +148,8 @@ impl Store {
         }))
     }
 
-    /// How many rows are held, since nobody serves them or they are paused, by kind, of the first few kinds, each up to one
-    /// more than [`ENOUGH`].
+    /// How many rows are held, because no daemon serves their kind or it is paused: for the first 20 kinds in their
+    /// order, each up to one more than [`ENOUGH`].
     ///
     /// # Errors
     ///
@@ -185,7 +187,7 @@ impl Store {
                     LIMIT $2
                     "#,
                     ENOUGH + 1,
-                    KINDS,
+                    MAX_KINDS,
                 )
                 .fetch_all(connection)
                 .await

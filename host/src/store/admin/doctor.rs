@@ -1,78 +1,80 @@
-//! What `tidings doctor` asks of the database. It reads, and sends itself one notification on a channel of its own; no
-//! row is written, and however many there are, few are read.
+//! What `tidings doctor` asks of the database server. It reads, and sends itself one notification on a channel of its
+//! own. Must never write a row, nor read more than a few rows, however many there are.
 
 use std::time::Duration;
 
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
-use crate::store::dead_letter_pass::ask;
+use crate::store::dead_letter_pass::run_bounded;
 use crate::store::{Store, StoreError};
 
-/// The oldest release that the migrations and the statements work with, as `server_version_num`.
+/// The oldest release of PostgreSQL that the migrations and the statements work with, as `server_version_num`.
 const OLDEST_SUPPORTED: i32 = 150_000;
-/// The channel that the doctor alone uses: nothing is woken by it.
+/// The channel that only `tidings doctor` uses. No daemon listens on it.
 const CHANNEL: &str = "tidings_doctor";
-/// A notification takes a millisecond; one that takes this long does not come.
+/// How long to wait for a notification, which usually takes a millisecond.
 const NOTIFY_DEADLINE: Duration = Duration::from_secs(5);
-/// Times that the clocks are compared: the shortest round trip tells most.
+/// How often the clocks are compared. The reading with the shortest round trip is the most exact.
 const READINGS: usize = 5;
-/// Whoever holds back the horizon of VACUUM for longer is named.
+/// A session or a prepared transaction that holds back the horizon of VACUUM for longer than this is reported.
 pub const TOO_LONG: Duration = Duration::from_mins(5);
-/// Of a replication slot or a standby the server does not tell since when it holds back the horizon, only by how many
-/// transactions; so many are more than any server makes in passing.
-const TOO_FAR: i32 = 1_000_000;
-/// RowRef release a server is.
+/// A replication slot or a standby that holds back the horizon by more transactions than this is reported. The server
+/// does not tell since when it does so; a healthy one never lags this far behind.
+const MAX_TRANSACTIONS_BEHIND: i32 = 1_000_000;
+
+/// The release of a PostgreSQL server.
 #[derive(Clone, Debug)]
 pub struct ServerVersion {
+    /// As `server_version_num`.
     number: i32,
-    /// For people.
+    /// As `server_version`, for people.
     pub text: String,
 }
 
-/// How two clocks differ.
+/// How far two clocks differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Skew {
     /// How far this host's clock is ahead of the database's; negative = behind.
     pub ahead: time::Duration,
-    /// Half the round trip: more cannot be told.
+    /// The error of `ahead`: half the round trip of the reading.
     pub give_or_take: Duration,
 }
 
-/// What it is that holds back the horizon of VACUUM.
+/// What can hold back the horizon of VACUUM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Holding {
-    /// A session, in a transaction.
+    /// A session in a transaction.
     Session,
-    /// A standby that reports its queries, without a slot.
+    /// A standby that reports its queries (`hot_standby_feedback`), without a slot.
     Standby,
-    /// A transaction that was prepared and neither committed nor rolled back.
+    /// A prepared transaction that was neither committed nor rolled back.
     Prepared,
     /// A replication slot that is in use.
     Slot,
-    /// A replication slot that nobody uses.
+    /// A replication slot that is not in use.
     IdleSlot,
 }
 
-/// Somebody because of whom rows that are finished cannot be cleaned away.
+/// What holds back the horizon of VACUUM, so that PostgreSQL cannot remove finished rows.
 #[derive(Clone, Debug)]
 pub struct Holder {
     /// What it is.
     pub holding: Holding,
-    /// A session's pid, or its name.
+    /// The pid of a session or standby; the name of a prepared transaction or slot.
     pub name: String,
-    /// What it calls itself.
+    /// Its `application_name`, if it is a session or standby.
     pub application: String,
-    /// Whose it is.
+    /// Its role, unless it is a slot.
     pub user: String,
-    /// For how long; `None` = the server does not tell, or does not tell our role.
+    /// For how long it has held the horizon back; `None` = the server does not tell, or not to our role.
     pub age: Option<Duration>,
-    /// By how many transactions.
+    /// How many transactions the horizon is behind.
     pub behind: i32,
 }
 
 impl ServerVersion {
-    /// Whether Tidings works with it.
+    /// Whether Tidings works with this release.
     #[must_use]
     pub fn is_supported(&self) -> bool {
         self.number >= OLDEST_SUPPORTED
@@ -80,20 +82,20 @@ impl ServerVersion {
 }
 
 impl Holder {
-    /// Whether a person ought to see to it.
+    /// Whether a person ought to end it.
     #[must_use]
     pub fn is_too_long(&self) -> bool {
         match self.holding {
             Holding::Session | Holding::Prepared => self.age.is_some_and(|age| age > TOO_LONG),
-            Holding::Standby | Holding::Slot => self.behind > TOO_FAR,
-            // It holds until somebody uses it again or drops it.
+            Holding::Standby | Holding::Slot => self.behind > MAX_TRANSACTIONS_BEHIND,
+            // It holds the horizon until it is used again or dropped.
             Holding::IdleSlot => true,
         }
     }
 }
 
 impl Store {
-    /// RowRef release the server is.
+    /// Asks the server for its release.
     ///
     /// # Errors
     ///
@@ -101,7 +103,7 @@ impl Store {
     pub async fn server_version(&self) -> Result<ServerVersion, StoreError> {
         let mut connection = self.connection().await?;
         connection
-            .run("tell its version", async |connection| {
+            .run("report its version", async |connection| {
                 sqlx::query_as!(
                     ServerVersion,
                     r#"
@@ -116,27 +118,27 @@ impl Store {
             .await
     }
 
-    /// How long a notification takes from one connection to another; `None` if it does not come.
+    /// Measures how long a notification takes from one connection to another; `None` = none arrived within 5 s.
     ///
     /// # Errors
     ///
     /// When the database does not answer.
     pub async fn time_notification(&self) -> Result<Option<Duration>, StoreError> {
         let mut listener = self.listener(NOTIFY_DEADLINE).await?;
-        ask("listen for notifications", listener.listen(CHANNEL)).await?;
-        // Another doctor may be at work.
-        let mark = format!("{:016x}", fastrand::u64(..));
+        run_bounded("listen for notifications", listener.listen(CHANNEL)).await?;
+        // Tells our notification from that of another `tidings doctor`.
+        let token = format!("{:016x}", fastrand::u64(..));
         let sent_at = Instant::now();
         let mut connection = self.connection().await?;
         connection
             .run("send a notification", async |connection| {
-                sqlx::query!("SELECT pg_notify($1, $2)", CHANNEL, mark).execute(connection).await
+                sqlx::query!("SELECT pg_notify($1, $2)", CHANNEL, token).execute(connection).await
             })
             .await?;
         let arrived = tokio::time::timeout(NOTIFY_DEADLINE, async {
             loop {
                 match listener.try_recv().await? {
-                    Some(notification) if notification.payload() == mark => return Ok(sent_at.elapsed()),
+                    Some(notification) if notification.payload() == token => return Ok(sent_at.elapsed()),
                     Some(_) => {}
                     None => return Err(sqlx::Error::Io(std::io::ErrorKind::ConnectionAborted.into())),
                 }
@@ -150,7 +152,7 @@ impl Store {
         }
     }
 
-    /// How this host's clock and the database's differ.
+    /// Measures how far this host's clock and the database's differ.
     ///
     /// # Errors
     ///
@@ -161,17 +163,18 @@ impl Store {
         for _ in 0..READINGS {
             let (asked_at, sent) = (Instant::now(), OffsetDateTime::now_utc());
             let read = connection
-                .run("tell the time", async |connection| {
+                .run("read the clock", async |connection| {
                     sqlx::query_scalar!(r#"SELECT clock_timestamp() AS "now!""#).fetch_one(connection).await
                 })
                 .await?;
-            let skew = skew(sent, asked_at.elapsed(), read);
+            let skew = skew_from_reading(sent, asked_at.elapsed(), read);
             best = Some(best.map_or(skew, |best| if skew.give_or_take < best.give_or_take { skew } else { best }));
         }
         Ok(best.expect("there is at least one reading"))
     }
 
-    /// Who holds back the horizon of VACUUM in this database at this moment, however short, the longest first.
+    /// What holds back the horizon of VACUUM in this database at this moment, for however short a time, the oldest
+    /// first.
     ///
     /// # Errors
     ///
@@ -179,7 +182,7 @@ impl Store {
     pub async fn holders(&self) -> Result<Vec<Holder>, StoreError> {
         let mut connection = self.connection().await?;
         let rows = connection
-            .run("list who holds back VACUUM", async |connection| {
+            .run("list what holds back VACUUM", async |connection| {
                 sqlx::query!(
                     r#"
                     SELECT
@@ -231,8 +234,9 @@ impl Store {
         Ok(holders.collect())
     }
 
-    /// How full the server's queue of notifications is, from 0 to 1; and, from one half on, the session with the oldest
-    /// transaction. Who listens is not told, but whoever keeps the queue from getting shorter is in a transaction.
+    /// How full the server's queue of notifications is, from 0 to 1; and, if it is more than half full, the session
+    /// with the oldest transaction. PostgreSQL does not tell which session listens, but one that keeps the queue from
+    /// shrinking is in a transaction.
     ///
     /// # Errors
     ///
@@ -263,8 +267,8 @@ impl Store {
     }
 }
 
-/// What a reading of the database's clock, asked for at `sent` and here after `round_trip`, tells of ours.
-fn skew(sent: OffsetDateTime, round_trip: Duration, read: OffsetDateTime) -> Skew {
+/// Compares this host's clock with a reading of the database's, which was asked for at `sent` and took `round_trip`.
+fn skew_from_reading(sent: OffsetDateTime, round_trip: Duration, read: OffsetDateTime) -> Skew {
     let half = round_trip / 2;
     Skew { ahead: sent + half - read, give_or_take: half }
 }
@@ -279,20 +283,21 @@ mod tests {
     }
 
     #[test]
-    fn half_the_round_trip_is_taken_for_the_way_there() {
+    fn the_clock_is_taken_to_be_read_half_a_round_trip_after_the_question() {
         let sent = OffsetDateTime::UNIX_EPOCH + Duration::from_secs(10);
         let ahead = |read_ms| {
             let read = OffsetDateTime::UNIX_EPOCH + Duration::from_millis(read_ms);
-            skew(sent, Duration::from_millis(40), read).ahead
+            skew_from_reading(sent, Duration::from_millis(40), read).ahead
         };
         assert_eq!(ahead(10_020), time::Duration::ZERO);
         assert_eq!(ahead(8_020), time::Duration::seconds(2));
         assert_eq!(ahead(11_020), time::Duration::seconds(-1));
-        assert_eq!(skew(sent, Duration::from_millis(40), sent).give_or_take, Duration::from_millis(20));
+        let give_or_take = skew_from_reading(sent, Duration::from_millis(40), sent).give_or_take;
+        assert_eq!(give_or_take, Duration::from_millis(20));
     }
 
     #[test]
-    fn a_snapshot_is_held_too_long_after_five_minutes_if_anybody_knows_since_when() {
+    fn a_session_or_prepared_transaction_holds_too_long_after_five_minutes_if_its_age_is_known() {
         for holding in [Holding::Session, Holding::Prepared] {
             assert!(!holder(holding, Some(300), i32::MAX).is_too_long());
             assert!(holder(holding, Some(301), 0).is_too_long());
@@ -301,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slot_holds_too_long_if_nobody_uses_it_or_it_is_far_behind() {
+    fn a_slot_holds_too_long_if_it_is_idle_or_far_behind() {
         for holding in [Holding::Slot, Holding::Standby] {
             assert!(!holder(holding, None, 1_000_000).is_too_long());
             assert!(holder(holding, None, 1_000_001).is_too_long());

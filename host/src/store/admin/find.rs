@@ -1,39 +1,39 @@
-//! Finds one row wherever it is: among those that wait, those that are parked, or in the history.
+//! Finds one row: among those that wait, among those that are parked, or in the history. Must never lock it.
 
 use crate::model::row_status::{FoundRow, Pending, RowRef, RowStatus, seconds};
 use crate::store::{Store, StoreError};
 
 impl Store {
-    /// Where a row is. If several had the same key, the one that waits, else the one that is parked, else the latest of the
-    /// history; `None` = there is none. By its key a row of the history is found by reading, no further back than
-    /// `minutes`, if they are given.
+    /// Finds a row and tells where it is and why; `None` = there is none. If several rows had the same key, the answer
+    /// is the row that waits, else the row that was parked last, else the latest of the history. The history has no
+    /// index of keys: there a key is looked for by reading, no further back than `max_minutes` if that is given.
     ///
     /// # Errors
     ///
     /// When the database cannot be asked.
-    pub async fn find(&self, which: &RowRef, minutes: Option<f64>) -> Result<Option<FoundRow>, StoreError> {
-        if let Some(found) = self.find_pending(which).await? {
+    pub async fn find(&self, row_ref: &RowRef, max_minutes: Option<f64>) -> Result<Option<FoundRow>, StoreError> {
+        if let Some(found) = self.find_pending(row_ref).await? {
             return Ok(Some(found));
         }
-        if let Some(found) = self.find_parked(which).await? {
+        if let Some(found) = self.find_parked(row_ref).await? {
             return Ok(Some(found));
         }
-        // Look further back only if need be.
-        let windows: &[f64] = match which {
+        // In minutes. A longer part of the history is read only if the shorter one does not have the row.
+        let windows: &[f64] = match row_ref {
             RowRef::Id(_) => &[f64::INFINITY],
             RowRef::Key { .. } => &[15.0, 240.0, 2880.0, f64::INFINITY],
         };
-        let furthest = minutes.filter(|_| matches!(which, RowRef::Key { .. })).unwrap_or(f64::INFINITY);
+        let furthest = max_minutes.filter(|_| matches!(row_ref, RowRef::Key { .. })).unwrap_or(f64::INFINITY);
         for minutes in windows.iter().filter(|minutes| **minutes <= furthest) {
-            if let Some(found) = self.find_finished(which, *minutes).await? {
+            if let Some(found) = self.find_finished(row_ref, *minutes).await? {
                 return Ok(Some(found));
             }
         }
         Ok(None)
     }
 
-    async fn find_pending(&self, which: &RowRef) -> Result<Option<FoundRow>, StoreError> {
-        let (id, kind, key) = parts(which);
+    async fn find_pending(&self, row_ref: &RowRef) -> Result<Option<FoundRow>, StoreError> {
+        let (id, kind, key) = split_ref(row_ref);
         let mut connection = self.connection().await?;
         let row = connection
             .run("look for a pending row", async |connection| {
@@ -92,8 +92,8 @@ impl Store {
         }))
     }
 
-    async fn find_parked(&self, which: &RowRef) -> Result<Option<FoundRow>, StoreError> {
-        let (id, kind, key) = parts(which);
+    async fn find_parked(&self, row_ref: &RowRef) -> Result<Option<FoundRow>, StoreError> {
+        let (id, kind, key) = split_ref(row_ref);
         let mut connection = self.connection().await?;
         let row = connection
             .run("look for a parked row", async |connection| {
@@ -125,11 +125,11 @@ impl Store {
         }))
     }
 
-    async fn find_finished(&self, which: &RowRef, minutes: f64) -> Result<Option<FoundRow>, StoreError> {
-        let (id, kind, key) = parts(which);
+    async fn find_finished(&self, row_ref: &RowRef, minutes: f64) -> Result<Option<FoundRow>, StoreError> {
+        let (id, kind, key) = split_ref(row_ref);
         let mut connection = self.connection().await?;
         let row = connection
-            .run("look into the history", async |connection| {
+            .run("look for a row in the history", async |connection| {
                 sqlx::query!(
                     r#"
                     SELECT id, kind, key, subject, due_at, expires_at, attempts, finished_at, outcome, plugin, detail
@@ -157,7 +157,7 @@ impl Store {
             let row_status = match row.outcome.as_str() {
                 "expired" => RowStatus::Expired { finished_at, reason: row.detail },
                 "skipped" => RowStatus::Skipped { finished_at, reason: row.detail, plugin: row.plugin },
-                // The table's constraint admits no other.
+                // A constraint of the table allows no other outcome.
                 _ => RowStatus::Delivered {
                     finished_at,
                     late_seconds: seconds(finished_at - row.due_at),
@@ -177,7 +177,7 @@ impl Store {
         }))
     }
 
-    /// How many daemons serve a kind at this moment.
+    /// Counts the daemons that serve a kind at this moment.
     ///
     /// # Errors
     ///
@@ -185,7 +185,7 @@ impl Store {
     pub async fn count_daemons(&self, kind: &str) -> Result<i64, StoreError> {
         let mut connection = self.connection().await?;
         connection
-            .run("ask who serves a kind", async |connection| {
+            .run("count the daemons that serve a kind", async |connection| {
                 sqlx::query_scalar!(
                     r#"
                     SELECT count(*) AS "daemons!"
@@ -203,9 +203,9 @@ impl Store {
     }
 }
 
-/// Id, kind and key, as far as they are known.
-fn parts(which: &RowRef) -> (Option<uuid::Uuid>, Option<&str>, Option<&str>) {
-    match which {
+/// Returns either the id, or the kind and the key.
+fn split_ref(row_ref: &RowRef) -> (Option<uuid::Uuid>, Option<&str>, Option<&str>) {
+    match row_ref {
         RowRef::Id(id) => (Some(*id), None, None),
         RowRef::Key { kind, key } => (None, Some(kind), Some(key)),
     }

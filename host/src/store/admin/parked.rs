@@ -1,4 +1,4 @@
-//! `tidings.parked`, for people: what lies there, back into the queue, or gone for good.
+//! Parked rows, for people: lists them, puts them back into the queue, or removes them for good.
 
 use serde::Serialize;
 use time::OffsetDateTime;
@@ -6,18 +6,18 @@ use uuid::Uuid;
 
 use crate::store::{Store, StoreError};
 
-/// A row that was set aside.
+/// A parked row.
 #[derive(Clone, Debug, Serialize)]
 pub struct ParkedRow {
-    /// Its id, as ever.
+    /// Its id, the same as before it was parked.
     pub id: Uuid,
     /// Its kind.
     pub kind: String,
     /// The key that it had, if it had one.
     pub key: Option<String>,
-    /// `name@version+digest8` of the plugin that was asked.
+    /// `name@version+digest8` of the plugin that was called, if one was.
     pub plugin: Option<String>,
-    /// When it was set aside.
+    /// When it was parked.
     #[serde(with = "time::serde::rfc3339")]
     pub parked_at: OffsetDateTime,
     /// Why.
@@ -25,7 +25,7 @@ pub struct ParkedRow {
 }
 
 impl Store {
-    /// Every parked row, the oldest first.
+    /// Lists every parked row, the one that was parked first at the beginning.
     ///
     /// # Errors
     ///
@@ -44,7 +44,8 @@ impl Store {
             .await
     }
 
-    /// The parked rows that were scheduled last, those first, with the beginning of their reasons.
+    /// Lists the parked rows that were scheduled last, the newest first, with the first 1,000 characters of their
+    /// reasons.
     ///
     /// # Errors
     ///
@@ -53,7 +54,7 @@ impl Store {
         let mut connection = self.connection().await?;
         connection
             .run("list the newest parked rows", async |connection| {
-                // Ids begin with the time; there is an index of them alone.
+                // By id, which begins with the time of scheduling: of these columns only the id has an index.
                 sqlx::query_as!(
                     ParkedRow,
                     r#"
@@ -70,7 +71,7 @@ impl Store {
             .await
     }
 
-    /// The ids of the parked rows that were scheduled first.
+    /// Lists the ids of the parked rows that were scheduled first.
     ///
     /// # Errors
     ///
@@ -86,12 +87,11 @@ impl Store {
             .await
     }
 
-    /// Puts these parked rows back into the queue, due now. Returns how many there were. Either all go back or none: a key
-    /// may be taken by now.
+    /// Puts these parked rows back into the queue, due now. Returns how many there were. Either all go back or none.
     ///
     /// # Errors
     ///
-    /// When the database cannot do it, with its sentence.
+    /// When the database cannot do it, for instance since a key is taken by now.
     pub async fn unpark(&self, ids: &[Uuid]) -> Result<usize, StoreError> {
         let mut connection = self.connection().await?;
         let done = connection

@@ -1,6 +1,5 @@
-//! `tidings.pauses`: kinds that a person stopped. What it means is in the statements of the queue: a claim leaves paused
-//! kinds alone, their due rows are held, and when the pause is over they are released. Whoever pauses or resumes
-//! notifies, so that the daemons look at once.
+//! Pauses and resumes kinds, in `tidings.pauses`, and notifies, so that all daemons look at once. What a pause does to
+//! the rows of its kind is in `queue/kinds.rs`.
 
 use std::time::Duration;
 
@@ -12,20 +11,20 @@ use crate::store::{Store, StoreError};
 /// When a pause ends by itself.
 #[derive(Clone, Copy, Debug)]
 pub enum Until {
-    /// Only when somebody resumes the kind.
+    /// Never: it ends when a person resumes the kind.
     Resumed,
     /// At this instant.
     At(OffsetDateTime),
-    /// After this time, from now on by the database clock.
+    /// This long from now, by the database clock.
     After(Duration),
 }
 
 impl Store {
-    /// Pauses a kind, or changes its pause. From the commit on no daemon claims a row of it.
+    /// Pauses a kind, or changes its pause. From the commit on no daemon claims a row of the kind.
     ///
     /// # Errors
     ///
-    /// When the database cannot do it, or a rule is broken.
+    /// When the database cannot do it, or a value breaks a rule of the schema.
     pub async fn pause(&self, kind: &str, until: Until, reason: Option<&str>) -> Result<Pause, StoreError> {
         let (until, seconds) = match until {
             Until::Resumed => (None, None),
@@ -89,7 +88,7 @@ impl Store {
         Ok(resumed.unwrap_or(false))
     }
 
-    /// The pauses that have not ended, by kind.
+    /// Lists the pauses that have not ended, by kind.
     ///
     /// # Errors
     ///
@@ -97,7 +96,7 @@ impl Store {
     pub async fn pauses(&self) -> Result<Vec<Pause>, StoreError> {
         let mut connection = self.connection().await?;
         connection
-            .run("list what is paused", async |connection| {
+            .run("list the pauses", async |connection| {
                 sqlx::query_as!(
                     Pause,
                     r#"

@@ -1,5 +1,5 @@
-//! Schedules and cancels by hand, as an application would: through the functions of the schema, with a notification, and
-//! with the patience to wait for a claim in flight.
+//! Schedules and cancels rows by hand, as an application would: through the functions of the schema, with a
+//! notification, and with a lock timeout that is long enough for a claim in flight to end.
 
 use std::time::Duration;
 
@@ -8,40 +8,40 @@ use uuid::Uuid;
 
 use crate::store::{Store, StoreError};
 
-/// What to schedule.
+/// A row to schedule.
 #[derive(Clone, Debug)]
 pub struct NewSchedule {
     /// Its kind.
     pub kind: String,
-    /// When it is due; `Err` = after this time, from now on by the database clock.
+    /// When it is due; `Err` = this long from now, by the database clock.
     pub due: Result<OffsetDateTime, Duration>,
     /// Its key, if it has one.
     pub key: Option<String>,
     /// Its subject, if it has one.
     pub subject: Option<String>,
-    /// Its deadline; `Err` = this long after its due time.
+    /// Its deadline, if it has one; `Err` = this long after its due time.
     pub expires: Option<Result<OffsetDateTime, Duration>>,
-    /// JSON text.
+    /// Its payload, as JSON text.
     pub payload: String,
-    /// A JSON object of strings.
+    /// Its headers, as a JSON object of strings.
     pub headers: String,
-    /// What to do if its key is taken: `replace`, `keep` or `error`.
+    /// What to do if its key is taken by a pending row: `replace`, `keep` or `error`.
     pub on_conflict: &'static str,
 }
 
 impl Store {
-    /// Schedules a row. Returns its id, or with `keep` that of the row that stays.
+    /// Schedules a row. Returns its id or, if `keep` kept another row, that row's id.
     ///
     /// # Errors
     ///
-    /// When the database cannot do it, or a rule is broken.
+    /// When the database cannot do it, or a value breaks a rule of the schema.
     pub async fn schedule(&self, new: &NewSchedule) -> Result<Uuid, StoreError> {
         let (due_at, due_in) = (new.due.ok(), new.due.err().map(|time| time.as_secs_f64()));
         let expires_at = new.expires.and_then(Result::ok);
         let expires_in = new.expires.and_then(Result::err).map(|time| time.as_secs_f64());
         let mut connection = self.connection().await?;
         connection
-            .run("schedule", async |connection| {
+            .run("schedule a row", async |connection| {
                 sqlx::query_scalar!(
                     r#"
                     -- Our own statements do without a notification, and give up waiting for a lock after 5 s; a claim may
@@ -81,7 +81,7 @@ impl Store {
             .await
     }
 
-    /// Removes the pending row with this key of this kind. Returns whether there was one.
+    /// Removes the pending row with this kind and key. Returns whether there was one.
     ///
     /// # Errors
     ///
@@ -89,7 +89,7 @@ impl Store {
     pub async fn cancel(&self, kind: &str, key: &str) -> Result<bool, StoreError> {
         let mut connection = self.connection().await?;
         connection
-            .run("cancel", async |connection| {
+            .run("cancel a row", async |connection| {
                 sqlx::query_scalar!(
                     r#"
                     WITH settings AS MATERIALIZED (SELECT set_config('lock_timeout', '18s', true))
@@ -112,7 +112,7 @@ impl Store {
     pub async fn cancel_subject(&self, subject: &str) -> Result<i64, StoreError> {
         let mut connection = self.connection().await?;
         connection
-            .run("cancel", async |connection| {
+            .run("cancel the rows of a subject", async |connection| {
                 sqlx::query_scalar!(
                     r#"
                     WITH settings AS MATERIALIZED (SELECT set_config('lock_timeout', '18s', true))

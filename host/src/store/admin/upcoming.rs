@@ -1,4 +1,4 @@
-//! What is due next, for people: the head of the queue as it is, and about how much comes after it.
+//! Which rows are due next, for people: the first rows of the queue, and about how many come after them.
 
 use std::time::Duration;
 
@@ -9,24 +9,24 @@ use uuid::Uuid;
 
 use crate::store::{Connection, ENOUGH, Store, StoreError};
 
-/// The head of the queue.
+/// The first rows of the queue.
 #[derive(Clone, Debug)]
 pub struct Upcoming {
     /// The database clock.
     pub now: OffsetDateTime,
     /// The rows, earliest first.
     pub rows: Vec<UpcomingRow>,
-    /// How many more there are.
+    /// How many rows come after them.
     pub more: u64,
-    /// There are too many to count, so this is what PostgreSQL's statistics say.
+    /// There are too many to count, so `more` is an estimate of PostgreSQL's planner.
     pub more_is_estimate: bool,
 }
 
 /// A row of the queue.
 #[derive(Clone, Debug, Serialize)]
 pub struct UpcomingRow {
-    /// When it is delivered: when it is due, or at the end of its backoff, or at once if that is past; a row that is held
-    /// expires then.
+    /// When it can be claimed: when it is due or its backoff ends, or at once if that is past. For a held row, its
+    /// deadline.
     #[serde(with = "time::serde::rfc3339")]
     pub at: OffsetDateTime,
     /// When it is due.
@@ -40,25 +40,25 @@ pub struct UpcomingRow {
     pub key: Option<String>,
     /// Its subject, if it has one.
     pub subject: Option<String>,
-    /// Builds so far that failed, or that the plugin wanted to try again.
+    /// How many builds have failed, or ended with the plugin asking for another attempt.
     pub attempts: i32,
-    /// It waits for a plugin, or for the end of a pause, until its deadline.
+    /// It waits for a plugin or for the end of a pause, at most until its deadline.
     pub held: bool,
 }
 
 impl Store {
-    /// The database clock, and the first `limit` rows of the queue, from the low-water mark on, if there is one.
+    /// The database's time, and the first `limit` rows of the queue, from the low-water mark on, if there is one.
     ///
     /// # Errors
     ///
     /// When the database cannot be asked.
     pub async fn next_rows(&self, limit: i64) -> Result<(OffsetDateTime, Vec<UpcomingRow>), StoreError> {
-        let mark = self.mark();
-        head(&mut self.connection().await?, mark, None, None, limit).await
+        let mark = self.low_water_mark();
+        read_head(&mut self.connection().await?, mark, None, None, limit).await
     }
 
-    /// The first `limit` rows of the queue, within a time from now on if one is given, and of one kind if one is given.
-    /// Rows that are held without a deadline stand nowhere in it.
+    /// The first `limit` rows of the queue, if given only those due `within` a time from now and of one `kind`. Rows
+    /// that are held and have no deadline are not among them.
     ///
     /// # Errors
     ///
@@ -72,7 +72,7 @@ impl Store {
         let within = within.map(|time| time.as_secs_f64());
         let limit = i64::from(limit);
         let mut connection = self.connection().await?;
-        let (now, rows) = head(&mut connection, None, within, kind, limit).await?;
+        let (now, rows) = read_head(&mut connection, None, within, kind, limit).await?;
         if rows.len() < usize::try_from(limit).unwrap_or(usize::MAX) {
             return Ok(Upcoming { now, rows, more: 0, more_is_estimate: false });
         }
@@ -113,13 +113,13 @@ impl Store {
                 plan.try_get_unchecked::<String, _>(0)
             })
             .await?;
-        let estimate = planned_rows(&estimate).saturating_sub(limit.unsigned_abs());
+        let estimate = parse_planned_rows(&estimate).saturating_sub(limit.unsigned_abs());
         Ok(Upcoming { now, rows, more: estimate.max(counted.unsigned_abs()), more_is_estimate: true })
     }
 }
 
-/// The clock, and the first rows from a slot on.
-async fn head(
+/// Reads the database's time, and the first rows from a slot on.
+async fn read_head(
     connection: &mut Connection,
     from: Option<OffsetDateTime>,
     within: Option<f64>,
@@ -128,7 +128,7 @@ async fn head(
 ) -> Result<(OffsetDateTime, Vec<UpcomingRow>), StoreError> {
     connection
         .run("look at what is due next", async |connection| {
-            // A question of its own: the clock is asked even if there are no rows.
+            // In a statement of its own, since the time is needed even if there are no rows.
             let now = sqlx::query_scalar!(r#"SELECT statement_timestamp() AS "now!""#);
             let now = now.fetch_one(&mut *connection).await?;
             let rows = sqlx::query_as!(
@@ -155,8 +155,8 @@ async fn head(
         .await
 }
 
-/// How many rows a plan in JSON expects; 0 = it does not say.
-fn planned_rows(plan: &str) -> u64 {
+/// Reads from a plan in JSON how many rows it expects; 0 = it does not say.
+fn parse_planned_rows(plan: &str) -> u64 {
     let plan: serde_json::Value = serde_json::from_str(plan).unwrap_or_default();
     plan[0]["Plan"]["Plan Rows"].as_u64().unwrap_or(0)
 }
@@ -166,8 +166,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_plan_says_how_many_rows_it_expects() {
-        assert_eq!(planned_rows(r#"[{"Plan": {"Node Type": "Seq Scan", "Plan Rows": 4711}}]"#), 4711);
-        assert_eq!(planned_rows("no plan"), 0);
+    fn the_expected_rows_are_read_from_a_plan() {
+        assert_eq!(parse_planned_rows(r#"[{"Plan": {"Node Type": "Seq Scan", "Plan Rows": 4711}}]"#), 4711);
+        assert_eq!(parse_planned_rows("no plan"), 0);
     }
 }

@@ -1,46 +1,47 @@
-//! When a connection to PostgreSQL last broke, so that those which are as old are not used again.
+//! Remembers when a connection to PostgreSQL last broke, so that no connection that was open then is used again.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// When a connection last broke. The others were broken by the same event as often as not (a restart, a failover, a dead
-/// link), and to find out one by one would cost a failure and a longer pause each.
+/// When a connection last broke. The same event (a restart, a failover, a dead link) has often broken the others as
+/// well, and finding out about each in turn would cost a failure and an ever longer pause.
 #[derive(Clone, Debug)]
 pub(in crate::store) struct Doubt {
-    began: Instant,
-    /// In ms since `began`; 0 = never.
-    at_ms: Arc<AtomicU64>,
+    created_at: Instant,
+    /// When a connection last broke, in ms since `created_at`; 0 = never.
+    raised_at_ms: Arc<AtomicU64>,
 }
 
 impl Doubt {
     pub(in crate::store) fn new() -> Self {
-        Self { began: Instant::now(), at_ms: Arc::new(AtomicU64::new(0)) }
+        Self { created_at: Instant::now(), raised_at_ms: Arc::new(AtomicU64::new(0)) }
     }
 
-    /// A connection has just broken.
+    /// Records that a connection has just broken.
     pub(in crate::store) fn raise(&self) {
-        self.at_ms.store(self.now_ms(), Ordering::Relaxed);
+        self.raised_at_ms.store(self.now_ms(), Ordering::Relaxed);
     }
 
-    /// Whether no connection has broken since one of this age was opened.
-    pub(in crate::store) fn spares(&self, age: Duration) -> bool {
-        spares(self.last(), self.now_ms(), age)
+    /// Whether a connection of this age may be used: none has broken since it was opened.
+    pub(in crate::store) fn can_use(&self, age: Duration) -> bool {
+        is_younger(age, self.last_ms(), self.now_ms())
     }
 
-    /// RowRef was the last; equal as long as there was none since.
-    pub(in crate::store) fn last(&self) -> u64 {
-        self.at_ms.load(Ordering::Relaxed)
+    /// When a connection last broke. The number stays the same until the next one breaks.
+    pub(in crate::store) fn last_ms(&self) -> u64 {
+        self.raised_at_ms.load(Ordering::Relaxed)
     }
 
     fn now_ms(&self) -> u64 {
-        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
+        u64::try_from(self.created_at.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 }
 
-fn spares(doubted_ms: u64, now_ms: u64, age: Duration) -> bool {
+/// Whether a connection of this age was opened after `raised_at_ms`; 0 = no connection has broken.
+fn is_younger(age: Duration, raised_at_ms: u64, now_ms: u64) -> bool {
     let age_ms = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
-    doubted_ms == 0 || now_ms.saturating_sub(age_ms) > doubted_ms
+    raised_at_ms == 0 || now_ms.saturating_sub(age_ms) > raised_at_ms
 }
 
 #[cfg(test)]
@@ -48,11 +49,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn after_a_doubt_only_younger_connections_are_used() {
-        let old = Duration::from_secs(10);
-        assert!(spares(0, 60_000, old), "nothing has happened");
-        assert!(!spares(55_000, 60_000, old), "it was open when another broke");
-        assert!(!spares(50_000, 60_000, old), "it may have been");
-        assert!(spares(49_999, 60_000, old), "it was opened after that");
+    fn only_connections_opened_after_the_last_one_broke_are_used() {
+        let age = Duration::from_secs(10);
+        assert!(is_younger(age, 0, 60_000), "no connection has broken");
+        assert!(!is_younger(age, 55_000, 60_000), "it was open when another broke");
+        assert!(!is_younger(age, 50_000, 60_000), "it may have been open when another broke");
+        assert!(is_younger(age, 49_999, 60_000), "it was opened after another broke");
     }
 }

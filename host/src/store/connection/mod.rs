@@ -1,5 +1,14 @@
-//! The connections of the pool: every statement has a name and a deadline, and after a doubt about one connection none
-//! that is as old is used again.
+//! Connections to PostgreSQL: those of the pool, for statements, and single sessions beside it.
+//!
+//! Must never run a statement without a name and a deadline, use a connection again whose statement failed or did not
+//! end, or use one that was open when another broke.
+//!
+//! **Doubt.** After a restart or on a dead link, every connection of the pool is as broken as the one that fails first.
+//! When one breaks, the store records that moment, and uses no connection that was open then. So recovery costs one
+//! failure rather than one for each connection, and lanes that fail together count as one failure.
+//!
+//! **A server that is full.** While the server refuses further sessions, the pool goes on with those that it has. A
+//! session beside the pool (of the listener, a pass, a check) makes the pool give one up.
 
 mod doubt;
 pub(super) mod pool;
@@ -14,71 +23,73 @@ use crate::model::backoff::CONNECT;
 use crate::model::error_chain::error_chain;
 use crate::store::{CONNECT_DEADLINE, STATEMENT_DEADLINE, Store, StoreError};
 pub(super) use doubt::Doubt;
-use pool::{LentSession, Session};
+use pool::{Session, SessionPermit};
 
-/// The server may count a session that has just been closed for a moment still.
-const MOMENT: Duration = Duration::from_millis(100);
+/// The shortest pause before a server that refused a connection for its limit is asked again: for a moment it still
+/// counts a session that has just been closed.
+const MIN_PAUSE_WHEN_FULL: Duration = Duration::from_millis(100);
 
 impl Store {
-    /// Some connection of ours has broken: none of the pool that was open then is used again.
+    /// Records that a connection broke. No connection of the pool that was open at that moment is used again.
     pub fn doubt(&self) {
         self.doubt.raise();
     }
 
-    /// RowRef doubt was the last; equal as long as there was none since.
+    /// Identifies the last doubt: the number stays the same until the next connection breaks.
     #[must_use]
     pub fn last_doubt(&self) -> u64 {
-        self.doubt.last()
+        self.doubt.last_ms()
     }
 
-    /// How many connections claims may keep, so that one is left for everything else: at least 1.
+    /// How many connections claims may hold, so that one is left for everything else: at least 1.
     #[must_use]
     pub fn connections_for_claims(&self) -> usize {
-        self.pool.for_claims()
+        self.pool.sessions_for_claims()
     }
 
-    /// Why the database gave us no connection when it was last asked for one, in its own words.
+    /// Why no connection could be opened at the last attempt; `None` = one could.
     #[must_use]
     pub fn trouble(&self) -> Option<String> {
-        self.pool.trouble()
+        self.pool.last_error()
     }
 
-    /// What the database says, if it gives us fewer connections than a daemon needs.
+    /// The server's refusal, if it grants us fewer connections than a daemon needs.
     #[must_use]
     pub fn shortage(&self) -> Option<String> {
         self.pool.shortage()
     }
 
-    /// A connection of the pool.
+    /// Borrows a connection of the pool.
     pub(super) async fn connection(&self) -> Result<Connection, StoreError> {
-        self.connection_of_pool(false).await
+        self.borrow_connection(false).await
     }
 
-    /// A connection for looks and claims: the one that was used last, and so is warm.
-    pub(super) async fn hot_connection(&self) -> Result<Connection, StoreError> {
-        self.connection_of_pool(true).await
+    /// Borrows a connection for looks and claims: of those that have their statements prepared, the one that was used
+    /// last.
+    pub(super) async fn warm_connection(&self) -> Result<Connection, StoreError> {
+        self.borrow_connection(true).await
     }
 
-    async fn connection_of_pool(&self, warm: bool) -> Result<Connection, StoreError> {
-        if self.pool.may_ask_for_more()
+    async fn borrow_connection(&self, warm: bool) -> Result<Connection, StoreError> {
+        if self.pool.is_time_to_grow()
             && let Ok(Ok(connection)) = tokio::time::timeout(CONNECT_DEADLINE, self.options.connect()).await
         {
             self.pool.grow(Session::new(connection));
         }
         let deadline = tokio::time::Instant::now() + CONNECT_DEADLINE;
-        let mut full = None;
+        let mut refusal = None;
         loop {
-            let Ok(lent) = timeout_at(deadline, self.pool.lend()).await else {
+            let Ok(permit) = timeout_at(deadline, self.pool.acquire()).await else {
                 let late = StoreError::Deadline { doing: "give us a connection", after: CONNECT_DEADLINE };
-                return Err(full.unwrap_or(late));
+                return Err(refusal.unwrap_or(late));
             };
-            let session = match lent.take(warm, &self.doubt).await {
+            let session = match permit.take_idle(warm, &self.doubt).await {
                 Some(session) => session,
                 None => match self.open(deadline, true).await {
                     Ok(connection) => Session::new(connection),
                     Err(error @ StoreError::Full { .. }) if tokio::time::Instant::now() < deadline => {
-                        // Another comes back.
-                        full = Some(error);
+                        // Wait for a session that is in use to come back.
+                        refusal = Some(error);
                         continue;
                     }
                     Err(error) => return Err(error),
@@ -86,47 +97,48 @@ impl Store {
             };
             return Ok(Connection {
                 session: Some(session),
-                lent: Some(lent),
+                permit: Some(permit),
                 warm,
-                spoilt: false,
+                must_close: false,
                 doubt: self.doubt.clone(),
             });
         }
     }
 
-    /// Opens a session that is not of the pool.
+    /// Opens a session outside the pool.
     pub(super) async fn connect(&self) -> Result<sqlx::PgConnection, StoreError> {
         self.open(tokio::time::Instant::now() + CONNECT_DEADLINE, false).await
     }
 
-    /// Opens a session. While the server starts, or has none for us, it is asked again until `deadline`; `for_pool`, only if
-    /// the pool has no other.
+    /// Opens a session. While the server is full, it is asked again until `deadline`. With `for_pool` it is also asked
+    /// again while it starts; and if it is full and the pool has other sessions, the error is returned instead.
     async fn open(&self, deadline: tokio::time::Instant, for_pool: bool) -> Result<sqlx::PgConnection, StoreError> {
         let mut failures = 0;
         loop {
             let source = match timeout_at(deadline, self.options.connect()).await {
                 Ok(Ok(connection)) => {
-                    self.pool.note(None);
+                    self.pool.set_last_error(None);
                     return Ok(connection);
                 }
                 Ok(Err(source)) => source,
                 Err(_) => return Err(StoreError::Deadline { doing: "accept a connection", after: CONNECT_DEADLINE }),
             };
-            let full = is_full(&source);
-            let again = full || for_pool && is_temporary(&source);
-            let error = self.connect_error(source);
+            let is_full = is_too_many_connections(&source);
+            let can_retry = is_full || for_pool && is_temporary(&source);
+            let error = self.explain_connect_error(source);
             let why = error_chain(&error);
-            let pause = if full { MOMENT.max(CONNECT.delay(failures)) } else { CONNECT.delay(failures) };
-            // Those that have just been closed are counted for a moment. For a session that is not of the pool, one of the
-            // pool makes room.
-            let shrinks = full && (failures == 1 || (for_pool && failures > 1));
+            let pause =
+                if is_full { MIN_PAUSE_WHEN_FULL.max(CONNECT.delay(failures)) } else { CONNECT.delay(failures) };
+            // Not at the first failure: the server may still count sessions that have just been closed. A session
+            // outside the pool takes the place of one of the pool.
+            let must_shrink = is_full && (failures == 1 || (for_pool && failures > 1));
             // While a pass has its session, none is kept free for it.
-            let has_beside = for_pool && self.beside.available_permits() == 0;
-            if shrinks && self.pool.shrink(&why, for_pool, usize::from(!has_beside)) && for_pool {
+            let is_extra_in_use = for_pool && self.extra_session.available_permits() == 0;
+            if must_shrink && self.pool.shrink(&why, for_pool, usize::from(!is_extra_in_use)) && for_pool {
                 return Err(error);
             }
-            self.pool.note(Some(why));
-            if !again || tokio::time::Instant::now() + pause > deadline {
+            self.pool.set_last_error(Some(why));
+            if !can_retry || tokio::time::Instant::now() + pause > deadline {
                 return Err(error);
             }
             tokio::time::sleep(pause).await;
@@ -135,46 +147,46 @@ impl Store {
     }
 }
 
-/// A connection of the pool.
+/// A borrowed connection of the pool. Dropping it gives it back or, if it must not be used again, closes it.
 #[derive(Debug)]
 pub(super) struct Connection {
     /// `None` only while dropping.
     session: Option<Session>,
     /// `None` only while dropping.
-    lent: Option<LentSession>,
-    /// For looks and claims.
+    permit: Option<SessionPermit>,
+    /// It is used for looks and claims.
     warm: bool,
-    /// Nobody may use it after us: a statement has begun and not ended, or failed.
-    spoilt: bool,
+    /// It must not go back to the pool: a statement has failed, or has begun and not ended.
+    must_close: bool,
     doubt: Doubt,
 }
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        let (Some(mut session), Some(lent)) = (self.session.take(), self.lent.take()) else { return };
+        let (Some(mut session), Some(permit)) = (self.session.take(), self.permit.take()) else { return };
         session.warm |= self.warm;
-        if self.spoilt {
-            session.close_soon();
-            lent.give_back(None);
+        if self.must_close {
+            session.close_in_background();
+            permit.give_back(None);
         } else {
-            lent.give_back(Some(session));
+            permit.give_back(Some(session));
         }
     }
 }
 
 impl Connection {
-    /// Runs one statement. Not cancel-safe: a connection whose statement was cancelled must be dropped by
-    /// [`Connection::discard`].
+    /// Runs one statement; `doing` says in the error what it is for. Not cancel-safe: a connection whose statement was
+    /// cancelled must be dropped by [`Connection::discard`].
     pub(super) async fn run<T>(
         &mut self,
         doing: &'static str,
         statement: impl AsyncFnOnce(&mut sqlx::PgConnection) -> Result<T, sqlx::Error>,
     ) -> Result<T, StoreError> {
         let session = self.session.as_mut().expect("taken only by drop");
-        let spoilt = std::mem::replace(&mut self.spoilt, true);
+        let must_close = std::mem::replace(&mut self.must_close, true);
         match tokio::time::timeout(STATEMENT_DEADLINE, statement(&mut session.connection)).await {
             Ok(Ok(answer)) => {
-                self.spoilt = spoilt;
+                self.must_close = must_close;
                 Ok(answer)
             }
             Ok(Err(source)) => {
@@ -196,18 +208,18 @@ impl Connection {
         }
     }
 
-    /// Closes the connection instead of giving it back: the server rolls back whatever was open.
+    /// Makes the drop close the connection instead of giving it back. The server then rolls back an open transaction.
     pub(super) fn discard(&mut self) {
-        self.spoilt = true;
+        self.must_close = true;
     }
 }
 
-/// Whether the server has no connection for us: `too_many_connections`.
-pub(super) fn is_full(error: &sqlx::Error) -> bool {
+/// Whether the server's limit of connections, or our role's, is reached: `too_many_connections`.
+pub(super) fn is_too_many_connections(error: &sqlx::Error) -> bool {
     error.as_database_error().is_some_and(|error| error.code().as_deref() == Some("53300"))
 }
 
-/// Whether the same may succeed in a moment: the server starts, or has no connection for us now.
+/// Whether connecting may succeed in a moment: the server is starting, or is full just now.
 fn is_temporary(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Io(error) => error.kind() == std::io::ErrorKind::ConnectionRefused,
@@ -216,10 +228,10 @@ fn is_temporary(error: &sqlx::Error) -> bool {
     }
 }
 
-/// Whether the connection is lost, rather than a statement refused.
+/// Whether the connection is lost, rather than the statement refused.
 fn is_broken(error: &sqlx::Error) -> bool {
     match error.as_database_error() {
-        // The server shuts down, has crashed, or was told to end the session.
+        // Class 57P: the server shuts down, has crashed, or was told to end the session.
         Some(error) => error.code().is_some_and(|code| code.starts_with("57P")),
         None => true,
     }

@@ -1,8 +1,9 @@
-//! The sessions that the store keeps for its statements. It opens one when it is first needed, up to a number, and goes on
-//! with those that it has while the server gives no more of them (`ALTER ROLE … CONNECTION LIMIT`, `max_connections`).
+//! The pool: the sessions that the store keeps for its statements. A session is opened when it is first needed, up to a
+//! maximum. While the server refuses more (`ALTER ROLE … CONNECTION LIMIT`, `max_connections`), the pool goes on with
+//! those that it has.
 //!
-//! sqlx's own pool would ask the server again and again for one more, past those that come back meanwhile, and ask each for
-//! a sign of life before it lends it.
+//! sqlx's own pool would keep asking the server for another session although some come back meanwhile, and would ping
+//! each session before it lends it.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -14,79 +15,79 @@ use tracing::warn;
 
 use crate::store::connection::doubt::Doubt;
 
-/// A session takes more memory the longer it lives; it is not used for longer.
-const LIFETIME: Duration = Duration::from_mins(30);
-/// One that nobody has used for this long is closed.
-const IDLE: Duration = Duration::from_mins(10);
-/// From one question for a session more than the server gave to the next.
-const AGAIN: Duration = Duration::from_secs(30);
-/// The same while they are too few.
-const SOON: Duration = Duration::from_secs(3);
-/// To say goodbye takes no longer.
-const GOODBYE: Duration = Duration::from_secs(1);
-/// One for a claim, and one for everything else.
-const LEAST: usize = 2;
+/// How long a session may be used. The longer it lives, the more memory its process on the server takes.
+const MAX_LIFETIME: Duration = Duration::from_mins(30);
+/// A session that was not used for this long is closed.
+const MAX_IDLE: Duration = Duration::from_mins(10);
+/// After the server has refused a session, the time until the pool tries to grow again.
+const GROW_INTERVAL: Duration = Duration::from_secs(30);
+/// The same, while the pool has fewer than [`MIN_SESSIONS`].
+const GROW_INTERVAL_WHEN_SHORT: Duration = Duration::from_secs(3);
+/// How long closing a session may take.
+const CLOSE_DEADLINE: Duration = Duration::from_secs(1);
+/// One session for a claim, and one for everything else.
+const MIN_SESSIONS: usize = 2;
 
-/// The sessions, shared by all who use the store.
+/// The sessions, shared by all clones of the store.
 #[derive(Debug)]
 pub(in crate::store) struct Pool {
-    /// One for each session that may be in use.
+    /// One permit for each session that may be in use.
     permits: Arc<Semaphore>,
     sessions: Mutex<Sessions>,
 }
 
 #[derive(Debug)]
 struct Sessions {
-    /// Those that nobody uses, the one that was given back last at the end.
+    /// Sessions that are not in use. The one that was given back last is at the end.
     idle: VecDeque<Session>,
-    /// Permits that are lent, with a session or for one that is being opened.
+    /// How many permits are held, with a session or to open one.
     in_use: usize,
-    /// As many may be in use now.
+    /// How many sessions the pool may have now.
     size: usize,
-    /// Permits beyond that, which are lent still.
+    /// How many of the held permits are beyond `size`. They are forgotten when they come back.
     surplus: usize,
-    /// As many as may ever be in use.
-    most: usize,
-    /// When the server last gave us no more, and what it said, while it gives us fewer than `most`.
+    /// How many sessions the pool may ever have.
+    max_size: usize,
+    /// When the pool last tried in vain to grow, and the server's error; `None` = `size` is `max_size`.
     refused: Option<(Instant, String)>,
-    /// Why none could be opened, when it was last tried.
-    trouble: Option<String>,
+    /// Why no session could be opened at the last attempt; `None` = one could.
+    last_error: Option<String>,
 }
 
 /// A session with the server.
 #[derive(Debug)]
 pub(in crate::store) struct Session {
     pub(in crate::store) connection: PgConnection,
-    opened: Instant,
-    used: Instant,
-    /// It has learned the statements of looks and claims.
+    opened_at: Instant,
+    used_at: Instant,
+    /// The statements of looks and claims are prepared on it.
     pub(in crate::store) warm: bool,
 }
 
-/// The right to use one session.
+/// The right to use one session. Dropping it gives the right back.
 #[derive(Debug)]
-pub(in crate::store) struct LentSession {
+pub(in crate::store) struct SessionPermit {
     pool: Arc<Pool>,
     permit: Option<OwnedSemaphorePermit>,
 }
 
 impl Session {
     pub(in crate::store) fn new(connection: PgConnection) -> Self {
-        Self { connection, opened: Instant::now(), used: Instant::now(), warm: false }
+        Self { connection, opened_at: Instant::now(), used_at: Instant::now(), warm: false }
     }
 
-    fn is_good(&self, doubt: &Doubt) -> bool {
-        let age = self.opened.elapsed();
-        doubt.spares(age) && age < LIFETIME
+    fn is_usable(&self, doubt: &Doubt) -> bool {
+        let age = self.opened_at.elapsed();
+        doubt.can_use(age) && age < MAX_LIFETIME
     }
 
-    /// Says goodbye, so that the server ends the session at once.
+    /// Closes the session, so that the server ends it at once.
     pub(in crate::store) async fn close(self) {
-        let _ = tokio::time::timeout(GOODBYE, sqlx::Connection::close(self.connection)).await;
+        let _ = tokio::time::timeout(CLOSE_DEADLINE, sqlx::Connection::close(self.connection)).await;
     }
 
-    /// The same, for who cannot wait for it.
-    pub(in crate::store) fn close_soon(self) {
+    /// Closes the session in a task of its own.
+    pub(in crate::store) fn close_in_background(self) {
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             runtime.spawn(self.close());
         }
@@ -94,41 +95,50 @@ impl Session {
 }
 
 impl Pool {
-    /// Without a session. `most` is at least 1.
-    pub(in crate::store) fn new(most: usize) -> Arc<Self> {
-        let sessions =
-            Sessions { idle: VecDeque::new(), in_use: 0, size: most, surplus: 0, most, refused: None, trouble: None };
-        Arc::new(Self { permits: Arc::new(Semaphore::new(most)), sessions: Mutex::new(sessions) })
+    /// A pool without sessions. `max_size` must be at least 1.
+    pub(in crate::store) fn new(max_size: usize) -> Arc<Self> {
+        let sessions = Sessions {
+            idle: VecDeque::new(),
+            in_use: 0,
+            size: max_size,
+            surplus: 0,
+            max_size,
+            refused: None,
+            last_error: None,
+        };
+        Arc::new(Self { permits: Arc::new(Semaphore::new(max_size)), sessions: Mutex::new(sessions) })
     }
 
     fn sessions(&self) -> MutexGuard<'_, Sessions> {
-        self.sessions.lock().expect("nobody panics with it")
+        self.sessions.lock().expect("no holder of the lock panics")
     }
 
     /// Waits until one more session may be in use.
-    pub(in crate::store) async fn lend(self: &Arc<Self>) -> LentSession {
-        let permit = Arc::clone(&self.permits).acquire_owned().await.expect("it is never closed");
+    pub(in crate::store) async fn acquire(self: &Arc<Self>) -> SessionPermit {
+        let permit = Arc::clone(&self.permits).acquire_owned().await.expect("the semaphore is never closed");
         self.sessions().in_use += 1;
-        LentSession { pool: Arc::clone(self), permit: Some(permit) }
+        SessionPermit { pool: Arc::clone(self), permit: Some(permit) }
     }
 
-    /// Whether it is time to ask the server for one more than it gave: when all are in use, or they are too few.
-    pub(in crate::store) fn may_ask_for_more(&self) -> bool {
+    /// Whether to ask the server again for a session that it refused before: if all are in use, or there are too few.
+    /// If so, the caller must ask, and the interval until the next attempt begins.
+    pub(in crate::store) fn is_time_to_grow(&self) -> bool {
         let mut sessions = self.sessions();
-        let short = sessions.size < LEAST.min(sessions.most);
-        let wanted = short || self.permits.available_permits() == 0;
+        let is_short = sessions.is_short();
+        let is_wanted = is_short || self.permits.available_permits() == 0;
         let Some((asked_at, _)) = &mut sessions.refused else { return false };
-        let ask = wanted && asked_at.elapsed() > if short { SOON } else { AGAIN };
-        if ask {
+        let interval = if is_short { GROW_INTERVAL_WHEN_SHORT } else { GROW_INTERVAL };
+        let is_time = is_wanted && asked_at.elapsed() > interval;
+        if is_time {
             *asked_at = Instant::now();
         }
-        ask
+        is_time
     }
 
-    /// The server gave us one more.
+    /// Adds a session that the server granted beyond the current size.
     pub(in crate::store) fn grow(&self, session: Session) {
         let mut sessions = self.sessions();
-        if sessions.size < sessions.most {
+        if sessions.size < sessions.max_size {
             sessions.size += 1;
             if sessions.surplus > 0 {
                 sessions.surplus -= 1;
@@ -136,86 +146,94 @@ impl Pool {
                 self.permits.add_permits(1);
             }
         }
-        if sessions.size == sessions.most {
+        if sessions.size == sessions.max_size {
             sessions.refused = None;
         }
-        sessions.trouble = None;
+        sessions.last_error = None;
         sessions.idle.push_front(session);
     }
 
-    /// The server gives us no more than those that are open, of which so many are `wanted_elsewhere`: the others are used from
-    /// now on, but always one. `lent`: the one that was refused has a permit. Whether others are open, which come back.
-    pub(in crate::store) fn shrink(&self, why: &str, lent: bool, wanted_elsewhere: usize) -> bool {
+    /// Reduces the pool to the sessions that are open, minus the number `wanted_elsewhere`, but at least to one, after
+    /// the server refused another with the error `why`. `has_permit`: the refused session was for the pool and holds a
+    /// permit. Returns whether other sessions of the pool are open: the caller can wait until one of them is given
+    /// back.
+    pub(in crate::store) fn shrink(&self, why: &str, has_permit: bool, wanted_elsewhere: usize) -> bool {
         let mut sessions = self.sessions();
         sessions.refused = Some((Instant::now(), why.to_owned()));
-        let in_use = sessions.in_use.saturating_sub(lent.into());
+        let in_use = sessions.in_use.saturating_sub(has_permit.into());
         let open = sessions.idle.len() + in_use;
         let size = open.saturating_sub(wanted_elsewhere).max(1);
         if size < sessions.size {
-            warn!(sessions = size, "going on with fewer sessions, since PostgreSQL gives us no more of them: {why}");
-            let gone = sessions.size - size;
-            sessions.surplus += gone - self.permits.forget_permits(gone);
+            warn!(sessions = size, "continuing with fewer sessions, since PostgreSQL refuses to open more: {why}");
+            let removed = sessions.size - size;
+            sessions.surplus += removed - self.permits.forget_permits(removed);
             sessions.size = size;
         }
         while sessions.idle.len() + in_use > sessions.size {
             let Some(session) = sessions.idle.pop_front() else { break };
-            session.close_soon();
+            session.close_in_background();
         }
         open > 0
     }
 
-    /// Notes why none could be opened, or that one could.
-    pub(in crate::store) fn note(&self, trouble: Option<String>) {
-        self.sessions().trouble = trouble;
+    /// Records why a session could not be opened; `None` = one could.
+    pub(in crate::store) fn set_last_error(&self, error: Option<String>) {
+        self.sessions().last_error = error;
     }
 
-    /// Why none could be opened, when it was last tried and not since.
-    pub(in crate::store) fn trouble(&self) -> Option<String> {
-        self.sessions().trouble.clone()
+    /// Why no session could be opened at the last attempt; `None` = one could.
+    pub(in crate::store) fn last_error(&self) -> Option<String> {
+        self.sessions().last_error.clone()
     }
 
-    /// How many sessions claims may keep, so that one is left for everything else: at least 1.
-    pub(in crate::store) fn for_claims(&self) -> usize {
+    /// How many sessions claims may hold, so that one is left for everything else: at least 1.
+    pub(in crate::store) fn sessions_for_claims(&self) -> usize {
         self.sessions().size.saturating_sub(1).max(1)
     }
 
-    /// What the server said, if it gives us too few to deliver and to be asked at the same time.
+    /// The server's error, if it grants too few sessions to deliver and to answer other questions at the same time.
     pub(in crate::store) fn shortage(&self) -> Option<String> {
         let sessions = self.sessions();
-        let short = sessions.size < LEAST.min(sessions.most);
-        sessions.refused.as_ref().filter(|_| short).map(|(_, why)| why.clone())
+        sessions.refused.as_ref().filter(|_| sessions.is_short()).map(|(_, why)| why.clone())
     }
 }
 
-impl LentSession {
-    /// A session that is open already; `None` = one may be opened. A `warm` one is kept for whoever wants it warm, if another
-    /// can be had. None is used that was open when another broke: those are closed first, so that the server does not count
-    /// them any more.
-    pub(in crate::store) async fn take(&self, warm: bool, doubt: &Doubt) -> Option<Session> {
-        let (taken, old) = {
+impl Sessions {
+    fn is_short(&self) -> bool {
+        self.size < MIN_SESSIONS.min(self.max_size)
+    }
+}
+
+impl SessionPermit {
+    /// Takes an idle session; `None` = the caller may open one. A session that is warm is left for callers that want a
+    /// `warm` one, if another is idle or can be opened. Sessions that are too old, or were open when another broke, are
+    /// closed first, so that the server does not count them any more.
+    pub(in crate::store) async fn take_idle(&self, warm: bool, doubt: &Doubt) -> Option<Session> {
+        let (taken, unusable) = {
             let mut sessions = self.pool.sessions();
-            let (good, old) = std::mem::take(&mut sessions.idle).into_iter().partition(|idle| idle.is_good(doubt));
-            sessions.idle = good;
-            let room = sessions.idle.len() + sessions.in_use <= sessions.size;
-            let found = if warm {
+            let (usable, unusable) =
+                std::mem::take(&mut sessions.idle).into_iter().partition(|idle| idle.is_usable(doubt));
+            sessions.idle = usable;
+            let can_open = sessions.idle.len() + sessions.in_use <= sessions.size;
+            let index = if warm {
                 sessions.idle.iter().rposition(|idle| idle.warm).or_else(|| sessions.idle.len().checked_sub(1))
             } else {
                 let cold = sessions.idle.iter().position(|idle| !idle.warm);
-                cold.or_else(|| (!room && !sessions.idle.is_empty()).then_some(0))
+                cold.or_else(|| (!can_open && !sessions.idle.is_empty()).then_some(0))
             };
-            let taken = found.and_then(|at| sessions.idle.remove(at));
-            (taken, old)
+            let taken = index.and_then(|index| sessions.idle.remove(index));
+            (taken, unusable)
         };
-        let old: VecDeque<Session> = old;
-        // Side by side: a dead link may keep each for a while.
-        let closing: Vec<_> = old.into_iter().map(|session| tokio::spawn(session.close())).collect();
+        let unusable: VecDeque<Session> = unusable;
+        // All at once: on a dead link each takes until its deadline.
+        let closing: Vec<_> = unusable.into_iter().map(|session| tokio::spawn(session.close())).collect();
         for closed in closing {
             let _ = closed.await;
         }
         taken
     }
 
-    /// Gives the session back, if it can be used again.
+    /// Gives the right back, and the session if it can be used again.
     pub(in crate::store) fn give_back(mut self, session: Option<Session>) {
         self.end(session);
     }
@@ -225,14 +243,14 @@ impl LentSession {
         let mut sessions = self.pool.sessions();
         sessions.in_use -= 1;
         if let Some(mut session) = session {
-            session.used = Instant::now();
+            session.used_at = Instant::now();
             sessions.idle.push_back(session);
         }
         while sessions.idle.len() + sessions.in_use > sessions.size
-            || sessions.idle.front().is_some_and(|idle| idle.used.elapsed() > IDLE)
+            || sessions.idle.front().is_some_and(|idle| idle.used_at.elapsed() > MAX_IDLE)
         {
             let Some(session) = sessions.idle.pop_front() else { break };
-            session.close_soon();
+            session.close_in_background();
         }
         if sessions.surplus > 0 {
             sessions.surplus -= 1;
@@ -241,7 +259,7 @@ impl LentSession {
     }
 }
 
-impl Drop for LentSession {
+impl Drop for SessionPermit {
     fn drop(&mut self) {
         self.end(None);
     }
@@ -251,54 +269,54 @@ impl Drop for LentSession {
 mod tests {
     use super::*;
 
-    /// Lends `count` permits at once.
-    async fn lend(pool: &Arc<Pool>, count: usize) -> Vec<LentSession> {
-        let mut lent = Vec::new();
+    /// Acquires `count` permits at once.
+    async fn acquire(pool: &Arc<Pool>, count: usize) -> Vec<SessionPermit> {
+        let mut permits = Vec::new();
         for _ in 0..count {
-            lent.push(pool.lend().await);
+            permits.push(pool.acquire().await);
         }
-        lent
+        permits
     }
 
     #[tokio::test]
-    async fn as_many_are_used_as_the_server_gives_but_one_that_is_wanted_elsewhere() {
+    async fn a_refused_pool_keeps_its_open_sessions_except_one_that_is_wanted_elsewhere() {
         let pool = Pool::new(11);
-        assert_eq!((pool.for_claims(), pool.shortage()), (10, None));
-        // Three are in use, and whoever wants a fourth is refused.
-        let lent = lend(&pool, 4).await;
+        assert_eq!((pool.sessions_for_claims(), pool.shortage()), (10, None));
+        // Three are in use, and the server refuses a fourth.
+        let permits = acquire(&pool, 4).await;
         assert!(pool.shrink("too many connections", true, 1));
-        assert_eq!((pool.for_claims(), pool.shortage()), (1, None));
-        // Only two may be in use at once from now on.
-        drop(lent);
+        assert_eq!((pool.sessions_for_claims(), pool.shortage()), (1, None));
+        // From now on only two may be in use at once.
+        drop(permits);
         assert_eq!(pool.permits.available_permits(), 2);
-        assert_eq!(lend(&pool, 2).await.len(), 2);
-        assert!(!pool.may_ask_for_more(), "it was asked a moment ago");
+        assert_eq!(acquire(&pool, 2).await.len(), 2);
+        assert!(!pool.is_time_to_grow(), "the server refused a session a moment ago");
     }
 
     #[tokio::test]
-    async fn all_that_are_open_are_used_while_none_is_wanted_elsewhere() {
+    async fn a_refused_pool_keeps_all_open_sessions_if_none_is_wanted_elsewhere() {
         let pool = Pool::new(11);
-        let _lent = lend(&pool, 3).await;
+        let _permits = acquire(&pool, 3).await;
         assert!(pool.shrink("full", true, 0));
-        assert_eq!((pool.for_claims(), pool.shortage()), (1, None));
+        assert_eq!((pool.sessions_for_claims(), pool.shortage()), (1, None));
     }
 
     #[tokio::test]
-    async fn one_that_is_left_is_a_shortage_and_always_stays() {
+    async fn the_last_session_stays_and_is_reported_as_a_shortage() {
         let pool = Pool::new(11);
-        let lent = lend(&pool, 2).await;
+        let permits = acquire(&pool, 2).await;
         assert!(pool.shrink("full", true, 1));
-        assert_eq!((pool.for_claims(), pool.shortage().as_deref()), (1, Some("full")));
-        drop(lent);
-        let _lent = pool.lend().await;
-        assert!(!pool.shrink("full", true, 1), "nobody else has one that could come back");
+        assert_eq!((pool.sessions_for_claims(), pool.shortage().as_deref()), (1, Some("full")));
+        drop(permits);
+        let _permit = pool.acquire().await;
+        assert!(!pool.shrink("full", true, 1), "no other session is open that could come back");
         assert_eq!(pool.permits.available_permits(), 0);
     }
 
     #[test]
-    fn a_pool_of_one_is_not_short_of_what_it_never_wanted() {
+    fn a_pool_of_one_session_is_never_short() {
         let pool = Pool::new(1);
         pool.shrink("full", false, 1);
-        assert_eq!((pool.for_claims(), pool.shortage()), (1, None));
+        assert_eq!((pool.sessions_for_claims(), pool.shortage()), (1, None));
     }
 }

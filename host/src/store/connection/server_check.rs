@@ -1,11 +1,12 @@
-//! Whether this server can be used at all: it takes writes, our role may do what we do, and a session is ours alone.
+//! Checks whether the server can be used at all: it must take writes, our role must have the rights that the daemon
+//! needs, and no pooler may share our sessions with others.
 
 use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection, Row as _};
 
-use crate::store::dead_letter_pass::ask;
+use crate::store::dead_letter_pass::run_bounded;
 use crate::store::{CONNECT_DEADLINE, SchemaError, Store, StoreError};
 
-/// What the daemon does with each table, and must have the right to.
+/// The rights that the daemon needs on each table.
 pub(in crate::store) const RIGHTS: [(&str, &[&str]); 6] = [
     ("_sqlx_migrations", &["SELECT"]),
     ("schedules", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
@@ -15,28 +16,28 @@ pub(in crate::store) const RIGHTS: [(&str, &[&str]); 6] = [
     ("paused", &["SELECT"]),
 ];
 
-/// What is wrong behind a pooler that lends sessions out, and what to do.
-const SHARED: &str = "our sessions are shared, as behind PgBouncer in transaction mode, and notifications and session locks do not \
+/// A pooler gives each transaction another session.
+const SESSIONS_SHARED: &str = "our sessions are shared, as behind PgBouncer in transaction mode, and notifications and session locks do not \
     work there; give PostgreSQL's own address: Tidings keeps about ten connections";
-/// What is wrong in front of a pooler that does not know the settings of a session, and what to do.
-pub(in crate::store) const NO_SETTINGS: &str = "what stands in front of it, a pooler for instance, does not pass our settings on, and without them a frozen \
-    daemon would keep its rows for ever; give PostgreSQL's own address: Tidings keeps about ten connections";
+/// A pooler drops or refuses the settings that a session asks for.
+pub(in crate::store) const SETTINGS_NOT_PASSED_ON: &str = "a pooler or proxy in front of it does not pass our settings on, and without them a frozen \
+    daemon would keep its rows locked for ever; give PostgreSQL's own address: Tidings keeps about ten connections";
 
 impl Store {
-    /// Everything that a daemon needs of its database.
+    /// Checks everything that a daemon needs of its database.
     ///
     /// # Errors
     ///
     /// What is wrong and what to do.
     pub async fn check(&self) -> Result<(), SchemaError> {
-        // In words, if it cannot be reached or lets nobody in.
+        // First, since its error says why the server cannot be reached or refuses the login.
         self.probe().await?;
         self.check_server().await?;
         self.check_rights().await?;
         self.check_schema().await
     }
 
-    /// Checks that the server is the primary, and that nobody shares our sessions.
+    /// Checks that the server is the primary, and that no pooler shares our sessions.
     ///
     /// # Errors
     ///
@@ -45,7 +46,7 @@ impl Store {
         self.check_session().await?;
         let mut connection = self.connection().await?;
         let standby = connection
-            .run("ask whether it is a standby", async |connection| {
+            .run("tell whether it is a standby", async |connection| {
                 sqlx::query_scalar!(r#"SELECT pg_is_in_recovery() AS "standby!""#).fetch_one(connection).await
             })
             .await?;
@@ -55,30 +56,31 @@ impl Store {
         Ok(())
     }
 
-    /// Behind a pooler that lends each transaction another session, nothing that belongs to a session works: neither
-    /// LISTEN nor the locks that announce our kinds. What one of our sessions sets, another must not see.
+    /// Checks that what one of our sessions sets cannot be seen in another. Behind a pooler that gives each transaction
+    /// another session, nothing that belongs to a session works: neither LISTEN nor the locks that announce our kinds.
     ///
-    /// In the simple protocol, since prepared statements may fail there as well.
+    /// Uses the simple protocol, since behind such a pooler prepared statements may fail as well.
     async fn check_session(&self) -> Result<(), StoreError> {
-        let mark = format!("{:016x}", fastrand::u64(..));
-        let doing = "say whether a session is ours alone";
-        let _alone = self.beside.acquire().await;
-        let mut one = self.connect().await?;
-        let set = format!("SET tidings.session = '{mark}'");
-        ask(doing, async { one.execute(AssertSqlSafe(set)).await }).await?;
-        let mut other = self.connection().await?;
-        let (seen, settings_stand) = other.run(doing, async |other| session(other).await).await?;
-        if seen == Some(mark) {
-            return Err(self.unfit(SHARED));
+        let token = format!("{:016x}", fastrand::u64(..));
+        let doing = "check that no session is shared";
+        let _permit = self.extra_session.acquire().await;
+        let mut first = self.connect().await?;
+        let set = format!("SET tidings.session = '{token}'");
+        run_bounded(doing, async { first.execute(AssertSqlSafe(set)).await }).await?;
+        let mut second = self.connection().await?;
+        let (seen, has_settings) = second.run(doing, async |second| read_settings(second).await).await?;
+        if seen == Some(token) {
+            return Err(self.unfit(SESSIONS_SHARED));
         }
-        if !settings_stand {
-            return Err(self.unfit(NO_SETTINGS));
+        if !has_settings {
+            return Err(self.unfit(SETTINGS_NOT_PASSED_ON));
         }
-        let _ = tokio::time::timeout(CONNECT_DEADLINE, one.close()).await;
+        let _ = tokio::time::timeout(CONNECT_DEADLINE, first.close()).await;
         Ok(())
     }
 
-    /// Checks that our role may do with each table what we do with it. Tables that are missing are another matter.
+    /// Checks that our role has the rights that the daemon needs on each table. Missing tables are left to
+    /// [`Store::check_schema`].
     ///
     /// # Errors
     ///
@@ -91,7 +93,7 @@ impl Store {
             pairs.map(|(table, right)| (table, right.to_owned())).unzip();
         let mut connection = self.connection().await?;
         let missing = connection
-            .run("ask for our rights", async |connection| {
+            .run("check the rights of our role", async |connection| {
                 sqlx::query_scalar!(
                     r#"
                     SELECT r.may || ' ' || r.relation AS "missing!"
@@ -119,10 +121,10 @@ impl Store {
     }
 }
 
-/// What `tidings.session` is, and whether a setting that we asked for when we connected stands.
-async fn session(connection: &mut PgConnection) -> Result<(Option<String>, bool), sqlx::Error> {
-    let asked = "SELECT current_setting('tidings.session', true),
+/// Reads `tidings.session`, and whether the session has a setting that we asked for when we connected.
+async fn read_settings(connection: &mut PgConnection) -> Result<(Option<String>, bool), sqlx::Error> {
+    let query = "SELECT current_setting('tidings.session', true),
                         current_setting('idle_in_transaction_session_timeout') = '30s'";
-    let row = connection.fetch_one(asked).await?;
+    let row = connection.fetch_one(query).await?;
     Ok((row.try_get(0)?, row.try_get(1)?))
 }

@@ -1,4 +1,5 @@
-//! Schedules the canary, as an application would: with a notification, which our other statements do without.
+//! Schedules the canary as an application would: with a notification, which the triggers otherwise omit for the
+//! daemon's statements.
 
 use std::time::Duration;
 
@@ -7,8 +8,8 @@ use uuid::Uuid;
 use crate::store::{Store, StoreError};
 
 impl Store {
-    /// Writes a row of the kind `message` for `routing_key` that is due after `ahead` and expires after `life`. Returns its
-    /// id.
+    /// Writes a row of the kind `message` for `routing_key` that is due in `ahead` and expires in `life`, both from
+    /// now. Returns its id.
     ///
     /// # Errors
     ///

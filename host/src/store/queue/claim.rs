@@ -1,7 +1,17 @@
-//! A claim: due rows, locked in one open transaction until it is settled. Dropping it rolls back, which leaves every
-//! row as it was; so does a crash.
+//! A claim: due rows, locked in one open transaction until it is settled. Dropping the claim closes its connection, and
+//! the server rolls back, which leaves every row as it was; so does a crash.
 //!
-//! The transaction waits for nobody: rows that others have locked are skipped.
+//! Must never wait for a lock: rows that another transaction has locked are skipped.
+//!
+//! **Size.** A claim is limited in bytes of JSON text, counted while PostgreSQL reads the rows, since a compressed
+//! payload can be far longer as text than as it is stored. A row that does not fit is neither read nor locked, except
+//! the first such row, which shows that there are more. A row that is larger than a whole claim goes alone. Only one
+//! such row is delivered at a time, and the other lanes skip further ones meanwhile. A row is parked if its payload is
+//! longer than 32 MiB as text, or if PostgreSQL cannot write it as text at all (`large_payload.rs`).
+//!
+//! **Age.** PostgreSQL ends a transaction in which nothing has happened for 30 s, and then another daemon may deliver
+//! its rows. So before a delivery publishes the rows of a claim that is older than 5 s, it checks that the transaction
+//! still lives ([`Claim::confirm_held`]): a daemon that was frozen must not publish what another may have published.
 
 use std::time::Duration;
 
@@ -13,35 +23,35 @@ use crate::model::clock::DatabaseClock;
 use crate::model::schedule::Schedule;
 use crate::store::{Connection, Store, StoreError};
 
-/// The payloads of one claim have at most this many bytes together, as JSON text, or it is a single row. Several claims are on
-/// their way at once, and each holds its payloads, their bodies and the frames of these.
+/// The most bytes of JSON text that the payloads of one claim have together, unless it is a single row. Several claims
+/// are delivered at once, and each holds its payloads, the bodies of its messages and their frames in memory.
 pub(crate) const CLAIM_BYTES: i64 = 2 * 1024 * 1024;
 
-/// RowRef rows to claim.
+/// Which rows to claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wanted {
-    /// At most so many.
+    /// At most this many rows.
     pub limit: i64,
-    /// Of those whose slot is at this time or later; `None` = of those of the last minute.
+    /// Only rows whose slot is at this time or later; `None` = only those of the last minute.
     pub since: Option<OffsetDateTime>,
-    /// None that would have to go alone.
+    /// No row that is so large that it would have to go alone.
     pub no_large: bool,
 }
 
-/// What a claim came to.
+/// The result of a claim.
 #[derive(Debug)]
 pub struct Claimed {
-    /// The rows; `None` = there are none that nobody else has locked.
+    /// The rows; `None` = no wanted row was free.
     pub claim: Option<Claim>,
-    /// When the next row is due that is not yet, and whether more are due than were claimed.
+    /// Whether more rows are due than were claimed, and when the next row becomes due.
     pub outlook: Outlook,
     /// For how long the first row had been due.
     pub behind: Duration,
     /// The database's time.
     pub at: OffsetDateTime,
-    /// When it was asked.
+    /// When the statement was sent.
     pub asked_at: Instant,
-    /// How long it took until it could be asked.
+    /// How long it took to get a connection and to begin the transaction.
     pub begin: Duration,
 }
 
@@ -50,15 +60,15 @@ pub struct Claimed {
 pub struct Claim {
     pub(in crate::store) transaction: Transaction,
     clock: DatabaseClock,
-    /// The rows, earliest first. The loop takes them out.
+    /// The rows, earliest first. The delivery takes them out.
     pub rows: Vec<Schedule>,
-    /// The number of the transaction, which it took after the database told its time.
+    /// The number of the transaction, assigned after the database read the time of the claim.
     pub xid: i64,
-    /// It is a row that goes alone, since its payload is larger than those of a claim may be together.
+    /// It is a single row whose payload is larger than all payloads of a claim may be together.
     pub large: bool,
 }
 
-/// A connection in a transaction. Dropped before its end, the connection is closed, and the server rolls back.
+/// A connection in a transaction. If it is dropped before its end, the connection is closed, and the server rolls back.
 #[derive(Debug)]
 pub(in crate::store) struct Transaction {
     pub(in crate::store) connection: Connection,
@@ -66,17 +76,18 @@ pub(in crate::store) struct Transaction {
 }
 
 impl Store {
-    /// Locks due rows of `kinds`, but for those that are paused, and due rows of any kind that are past their deadline: those
-    /// that have been due for longest, as many as are `wanted` and fit into [`CLAIM_BYTES`]. No more is read or locked, but for
-    /// the first that does not fit. Before `not_before`, everything is made ready and nothing is asked.
+    /// Locks due rows, those that have been due for longest first, as many as are `wanted` and fit into
+    /// [`CLAIM_BYTES`]: rows of `kinds` that are not paused, and rows of any kind whose deadline has passed. No other
+    /// row is read or locked, except the first that does not fit. Begins the transaction at once, and sends the
+    /// statement no earlier than `not_before`.
     ///
     /// # Errors
     ///
-    /// When the database cannot do it; then nothing is locked.
+    /// When the database cannot do it; then no row is locked.
     pub async fn claim(&self, kinds: &[String], wanted: Wanted, not_before: Instant) -> Result<Claimed, StoreError> {
         let claimed = self.try_claim(kinds, wanted, not_before).await;
         if claimed.as_ref().is_err_and(StoreError::is_out_of_memory) {
-            // A row's doing, perhaps, and so would it be the next time.
+            // The cause may be a row's payload, and then the next claim would fail for it as well.
             self.park_unreadable().await?;
         }
         claimed
@@ -86,7 +97,7 @@ impl Store {
     async fn try_claim(&self, kinds: &[String], wanted: Wanted, not_before: Instant) -> Result<Claimed, StoreError> {
         let Wanted { limit, since, no_large } = wanted;
         let begun_at = Instant::now();
-        let mut transaction = Transaction::begin(self.hot_connection().await?).await?;
+        let mut transaction = Transaction::begin(self.warm_connection().await?).await?;
         let begin = begun_at.elapsed();
         let early = not_before.saturating_duration_since(Instant::now());
         if !early.is_zero() {
@@ -188,18 +199,18 @@ impl Store {
             })
             .await?;
 
-        let answered = rows.pop().expect("what is ahead, after the rows");
-        let at = answered.now.expect("the time, which is never null");
-        let next_in = answered.next_at.map(|next_at| Duration::try_from(next_at - at).unwrap_or(Duration::ZERO));
+        let summary = rows.pop().expect("the statement ends with a row without an id");
+        let at = summary.now.expect("the clock is never null");
+        let next_in = summary.next_at.map(|next_at| Duration::try_from(next_at - at).unwrap_or(Duration::ZERO));
         let first_slot = rows.first().and_then(|row| row.slot_at);
         let behind = first_slot.map(|slot_at| Duration::try_from(at - slot_at).unwrap_or(Duration::ZERO));
         let is_cut = rows.last().is_some_and(|row| row.fits == Some(false));
         let units: i64 = rows.iter().filter(|row| row.fits == Some(true)).filter_map(|row| row.units).sum();
         let large = rows.iter().find(|row| row.fits == Some(true) && row.payload.is_none()).and_then(|row| row.id);
-        let mut whole = None;
+        let mut large_payload = None;
         if let Some(id) = large {
-            whole = transaction.read_large(id).await?;
-            if whole.is_none() {
+            large_payload = transaction.read_large(id).await?;
+            if large_payload.is_none() {
                 transaction.park(id, "its payload is too long as JSON text").await?;
             }
         }
@@ -213,18 +224,20 @@ impl Store {
                     subject: row.subject,
                     due_at: row.due_at?,
                     expires_at: row.expires_at,
-                    payload: row.payload.or_else(|| if row.fits == Some(true) { whole.take() } else { None })?,
-                    headers: headers(&row.headers?),
-                    attempts: count(row.attempts?),
-                    failures: count(row.failures?),
-                    refusals: count(row.refusals?),
+                    payload: row
+                        .payload
+                        .or_else(|| if row.fits == Some(true) { large_payload.take() } else { None })?,
+                    headers: parse_headers(&row.headers?),
+                    attempts: to_u32(row.attempts?),
+                    failures: to_u32(row.failures?),
+                    refusals: to_u32(row.refusals?),
                 })
             })
             .collect();
         let due = is_cut || units == limit;
         let (outlook, behind) = (Outlook { due, next_in }, behind.unwrap_or_default());
-        let (Some(xid), false) = (answered.xid, rows.is_empty()) else {
-            // Without a row nothing was changed, unless one was parked.
+        let (Some(xid), false) = (summary.xid, rows.is_empty()) else {
+            // Without rows there is nothing to commit, unless a row was parked.
             transaction.end(if large.is_some() { "COMMIT" } else { "ROLLBACK" }).await?;
             return Ok(Claimed { claim: None, outlook, behind, at, asked_at, begin });
         };
@@ -234,15 +247,15 @@ impl Store {
 }
 
 impl Claim {
-    /// Whether the rows are still ours, after a long time in which the server may have given us up.
+    /// Checks that the transaction still holds its rows, after a time in which the server may have ended the session.
     ///
     /// # Errors
     ///
-    /// When they are not.
+    /// When it does not.
     pub async fn confirm_held(&mut self) -> Result<(), StoreError> {
         let connection = &mut self.transaction.connection;
-        let alive = async |connection: &mut sqlx::PgConnection| sqlx::query("SELECT 1").execute(connection).await;
-        connection.run("say whether a claim still holds", alive).await.map(drop)
+        let ping = async |connection: &mut sqlx::PgConnection| sqlx::query("SELECT 1").execute(connection).await;
+        connection.run("say whether a claim still holds", ping).await.map(drop)
     }
 
     /// The database clock, as of this claim.
@@ -254,7 +267,7 @@ impl Claim {
 
 impl Transaction {
     pub(in crate::store) async fn begin(mut connection: Connection) -> Result<Self, StoreError> {
-        connection.run("begin to claim", async |connection| sqlx::query("BEGIN").execute(connection).await).await?;
+        connection.run("begin a claim", async |connection| sqlx::query("BEGIN").execute(connection).await).await?;
         Ok(Self { connection, open: true })
     }
 
@@ -274,8 +287,8 @@ impl Drop for Transaction {
     }
 }
 
-/// The headers of a row: the table's constraint has seen to it that they are an object of strings.
-pub(in crate::store) fn headers(json: &str) -> Vec<(String, String)> {
+/// Parses the headers of a row. A constraint of the table ensures that they are an object of strings.
+pub(in crate::store) fn parse_headers(json: &str) -> Vec<(String, String)> {
     if json == "{}" {
         return Vec::new();
     }
@@ -284,7 +297,7 @@ pub(in crate::store) fn headers(json: &str) -> Vec<(String, String)> {
     object.into_iter().collect()
 }
 
-fn count(number: i32) -> u32 {
+fn to_u32(number: i32) -> u32 {
     u32::try_from(number).unwrap_or(0)
 }
 
@@ -296,25 +309,25 @@ mod tests {
 
     #[test]
     fn the_headers_of_a_row_are_read_from_its_json() {
-        assert_eq!(headers("{}"), []);
-        assert_eq!(headers(r#"{"b": "2", "a": "\u00e9"}"#), [("a".into(), "é".into()), ("b".into(), "2".into())]);
+        assert_eq!(parse_headers("{}"), []);
+        assert_eq!(parse_headers(r#"{"b": "2", "a": "\u00e9"}"#), [("a".into(), "é".into()), ("b".into(), "2".into())]);
     }
 
     proptest! {
         #[test]
-        fn whatever_names_and_values_are_they_are_read_as_they_were_written(
+        fn headers_are_read_with_the_names_and_values_they_were_written_with(
             object in proptest::collection::btree_map("\\PC{0,9}|(.|\n){0,9}", "\\PC{0,20}|(.|\n){0,20}", 0..6),
         ) {
             let listed: Vec<(String, String)> = object.clone().into_iter().collect();
             let written = serde_json::to_string(&object).expect("strings");
-            prop_assert_eq!(headers(&written), listed.clone());
-            // As PostgreSQL may write it: all that is not ASCII escaped, with spaces, in another order.
+            prop_assert_eq!(parse_headers(&written), listed.clone());
+            // PostgreSQL may write the same object escaped, with spaces, and in another order.
             let text = |text: &String| {
                 let units: Vec<String> = text.encode_utf16().map(|unit| format!("\\u{unit:04x}")).collect();
                 format!("\"{}\"", units.concat())
             };
             let entries: Vec<String> = object.iter().rev().map(|(name, value)| format!("{}: {}", text(name), text(value))).collect();
-            prop_assert_eq!(headers(&format!("{{{}}}", entries.join(", "))), listed);
+            prop_assert_eq!(parse_headers(&format!("{{{}}}", entries.join(", "))), listed);
         }
     }
 }

@@ -1,14 +1,35 @@
-//! Kinds that are served, and rows of kinds that are not or that a person has paused: held, out of the queue, until a
-//! daemon comes that serves them, or the pause ends.
+//! Announces the kinds that this daemon serves. Holds due rows of kinds that no daemon serves or that are paused, which
+//! takes them out of the queue, and releases them.
 //!
-//! A daemon announces its kinds by holding a shared advisory lock for each, on a connection that lives as long as it
-//! does. So whether anybody serves a kind is known to the server at every moment, without a heartbeat, and a crash
-//! withdraws the announcement. A row is held under the exclusive lock of its kind: a daemon that arrives at this very
-//! moment waits, and then finds the row held and releases it.
+//! Must never hold a row that a daemon could deliver now, nor one that is past its deadline: such rows may be claimed
+//! by any daemon, which finishes them as expired.
+//!
+//! # A kind without a plugin
+//!
+//! A daemon announces its kinds by a shared advisory lock for each of them, on the listener's connection, which lives
+//! as long as the daemon. So PostgreSQL knows at every moment which kinds are served, without heartbeats, and a crash
+//! withdraws the announcement.
+//!
+//! A look finds a due row, the claim gets none, and so the scheduler holds due rows of the kinds that its own daemon
+//! does not serve. A row is held under the exclusive lock of its kind, which is tried without waiting: if another
+//! daemon serves the kind, the lock is taken, and the row stays. A daemon that arrives at this very moment waits for
+//! its shared lock. Its looks then report held rows of its kinds, and it releases them.
+//!
+//! # A kind is paused
+//!
+//! `tidings pause` writes a row into `tidings.pauses` and notifies. Every claim reads that table itself, so the pause
+//! holds from its commit on, whatever a daemon knew and whenever it started. Its due rows are held, since otherwise
+//! each claim would step over them. A daemon that serves the kind holds them, a few thousand at a time beside the loop,
+//! when a look finds one of them at the head of the queue (`paused_first`) or a claim gets nothing. No other daemon
+//! holds them, since only a daemon that serves the kind releases them.
+//!
+//! `tidings resume` removes the row and notifies; the end of a pause with a time limit is one of the instants at which
+//! the scheduler looks. From then on looks report the held rows of the kind, and they are released as when a plugin
+//! arrives.
 
 use crate::store::{Store, StoreError};
 
-/// Rows that are held or released by one statement: few enough that nobody waits for it.
+/// The most rows that one statement holds or releases: few enough that no other statement waits for it.
 const BATCH: i64 = 5_000;
 
 /// Announces `kinds` for as long as `connection` lives.
@@ -32,7 +53,7 @@ pub(crate) async fn announce(connection: impl sqlx::PgExecutor<'_>, kinds: &[Str
     .map(drop)
 }
 
-/// Withdraws `kinds`: whether another daemon serves them decides what becomes of their rows.
+/// Withdraws the announcement of `kinds`. Their rows are held unless another daemon serves them.
 ///
 /// # Errors
 ///
@@ -54,16 +75,16 @@ pub(crate) async fn withdraw(connection: impl sqlx::PgExecutor<'_>, kinds: &[Str
 }
 
 impl Store {
-    /// Holds due rows of kinds that no daemon serves, at most a few thousand at a time. Returns how many, by kind.
+    /// Holds due rows of kinds that no daemon serves, at most a few thousand of them. Returns how many, by kind.
     ///
     /// # Errors
     ///
     /// When the database cannot do it.
     pub async fn hold_unserved(&self, our_kinds: &[String]) -> Result<Vec<(String, i64)>, StoreError> {
-        let mark = self.mark();
+        let mark = self.low_water_mark();
         let mut connection = self.connection().await?;
         let rows = connection
-            .run("hold rows that nobody serves", async |connection| {
+            .run("hold rows that no daemon serves", async |connection| {
                 sqlx::query!(
                     r#"
                     WITH due AS MATERIALIZED (
@@ -101,17 +122,15 @@ impl Store {
         Ok(rows.into_iter().map(|row| (row.kind, row.rows)).collect())
     }
 
-    /// Holds due rows of those of our kinds that are paused, at most a few thousand at a time: a claim leaves them alone, and
-    /// would have to step over them each time. Those past their deadline are left to it. Returns how many, by kind.
-    ///
-    /// Only a daemon that serves the kind does it, since it also releases them: whenever it has held some, it looks again,
-    /// and sees if the pause has ended meanwhile.
+    /// Holds due rows of those of our kinds that are paused, at most a few thousand of them. Rows past their deadline
+    /// are left to the claims. Returns how many were held, by kind. After it has held some, the scheduler must look
+    /// again, to see whether the pause has ended meanwhile.
     ///
     /// # Errors
     ///
     /// When the database cannot do it.
     pub async fn hold_paused(&self, our_kinds: &[String]) -> Result<Vec<(String, i64)>, StoreError> {
-        let mark = self.mark();
+        let mark = self.low_water_mark();
         let mut connection = self.connection().await?;
         let rows = connection
             .run("hold rows that are paused", async |connection| {
@@ -148,7 +167,7 @@ impl Store {
         Ok(rows.into_iter().map(|row| (row.kind, row.rows)).collect())
     }
 
-    /// How many rows are held since no daemon serves them, by kind.
+    /// How many rows are held because no daemon serves them, by kind.
     ///
     /// # Errors
     ///
@@ -173,13 +192,13 @@ impl Store {
         Ok(rows.into_iter().map(|row| (row.kind, row.rows)).collect())
     }
 
-    /// Puts held rows of `kinds`, but for those that are paused, back into the queue, due now, a few thousand at a time, and
-    /// calls `some` after each. Returns how many.
+    /// Puts held rows of `kinds` back into the queue, due now, except rows of paused kinds: a few thousand at a time,
+    /// and `after_batch` is called after each. Returns how many.
     ///
     /// # Errors
     ///
     /// When the database cannot do it.
-    pub async fn release_held(&self, kinds: &[String], some: impl Fn()) -> Result<u64, StoreError> {
+    pub async fn release_held(&self, kinds: &[String], after_batch: impl Fn()) -> Result<u64, StoreError> {
         let mut released = 0;
         for kind in kinds {
             loop {
@@ -211,7 +230,7 @@ impl Store {
                     })
                     .await?;
                 released += answer.rows_affected();
-                some();
+                after_batch();
                 if answer.rows_affected() < BATCH.unsigned_abs() {
                     break;
                 }

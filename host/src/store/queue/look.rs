@@ -1,26 +1,48 @@
-//! A look at the head of the queue: what is due, when the next row will be, what waits for us. It costs the same few pages of
-//! the indexes however many rows wait, and however many were delivered; it locks nothing and changes nothing.
+//! A look at the head of the queue: whether rows are due, when the next one will be, and which held rows this daemon
+//! must release. It costs the same few index pages however many rows wait and were delivered. It must never lock or
+//! change a row.
 
 use std::time::Duration;
 
-use tidings_core::queue::{Below, Look, Outlook, Promise};
+use tidings_core::queue::{Below, Look, Outlook, PROMISE, Promise};
 use time::OffsetDateTime;
 
-use crate::store::queue::sweep::BACKLOG;
+use crate::store::queue::sweep::BACKLOG_ROWS;
 use crate::store::{Connection, Store, StoreError};
 
+/// Promises that every daemon looks at the queue every few milliseconds for the time [`PROMISE`], so that the triggers
+/// need not notify (`host/core/src/polling.rs`). Kept in a sequence, which all transactions see at once.
+///
+/// The promise binds all daemons, since each of them may be the only one that serves its kinds; so it is notified. And
+/// it is short, so that it ends soon if this daemon dies.
+///
+/// # Errors
+///
+/// When the database cannot do it.
+pub(crate) async fn promise_to_poll(connection: impl sqlx::PgExecutor<'_>) -> Result<(), sqlx::Error> {
+    sqlx::query!(
+        "SELECT
+            setval('tidings.polling_until', ((extract(epoch FROM clock_timestamp()) + $1::float8) * 1e6)::bigint),
+            pg_notify('tidings', '')",
+        PROMISE.as_secs_f64(),
+    )
+    .fetch_one(connection)
+    .await
+    .map(drop)
+}
+
 impl Store {
-    /// Looks at the head of the queue, from the low-water mark on, in one statement and no transaction. It must begin after the
-    /// wake was armed.
+    /// Looks at the head of the queue, from the low-water mark on, in one statement without a transaction. It must
+    /// begin after the wake was armed.
     ///
     /// # Errors
     ///
     /// When the database cannot be asked.
     pub async fn look(&self, kinds: &[String], mark: Option<OffsetDateTime>) -> Result<Look, StoreError> {
-        self.look_from(kinds, mark, false, self.hot_connection().await?).await
+        self.look_from(kinds, mark, false, self.warm_connection().await?).await
     }
 
-    /// The same; a `sweep` looks below the mark as well.
+    /// Does the same; a `sweep` looks below the mark as well.
     pub(in crate::store) async fn look_from(
         &self,
         kinds: &[String],
@@ -30,8 +52,8 @@ impl Store {
     ) -> Result<Look, StoreError> {
         let row = connection
             .run("look at the queue", async |connection| {
-                // Each part reads one entry of an index, however many rows wait, whatever the planner believes: held rows are
-                // asked for in the order of their index, kind by kind, and pauses are few.
+                // Each part reads one index entry, however many rows wait and whatever the planner estimates: held rows
+                // are read in the order of their index, kind by kind, and there are few pauses.
                 sqlx::query!(
                     r#"
                     WITH ours AS MATERIALIZED (
@@ -103,7 +125,7 @@ impl Store {
                     kinds,
                     mark,
                     sweep,
-                    BACKLOG,
+                    BACKLOG_ROWS,
                 )
                 .fetch_one(connection)
                 .await
@@ -123,17 +145,17 @@ impl Store {
         })
     }
 
-    /// For how long the row at the head of the queue has been due, which nothing holds back: it is neither held nor backing
-    /// off. From the low-water mark on, if there is one.
+    /// For how long the first row of the queue, from the low-water mark on if there is one, has been due; 0 = no row is
+    /// due. A row that is held or backing off does not count: its slot lies ahead.
     ///
     /// # Errors
     ///
     /// When the database cannot be asked.
     pub async fn overdue(&self) -> Result<Duration, StoreError> {
-        let mark = self.mark();
+        let mark = self.low_water_mark();
         let mut connection = self.connection().await?;
         let seconds = connection
-            .run("ask how late we are", async |connection| {
+            .run("measure how late the first row is", async |connection| {
                 sqlx::query_scalar!(
                     r#"
                     SELECT coalesce(

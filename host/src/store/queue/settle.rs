@@ -1,7 +1,7 @@
-//! How a claim ends: every row moves on as its settlement says, in one transaction with the claim.
+//! Settles a claim: every row moves on as its settlement says, in the transaction of the claim.
 //!
-//! Nothing here may fail because of a row's data, since its message may have been confirmed already: no unique constraint
-//! on history, texts made fit beforehand.
+//! Must never fail because of a row's data, since its message may have been confirmed already: the history has no
+//! unique constraint, and texts are made storable first.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -18,11 +18,10 @@ use crate::store::{Connection, StoreError};
 
 /// An error text is cut to this many bytes.
 const TEXT_BYTES: usize = 4 * 1024;
+/// If PostgreSQL refuses this many single rows before it finishes any, the others are not tried.
+const MAX_REFUSED_ROWS: usize = 4;
 
-/// If as many rows in a row are refused each alone, and none is finished, the others are not tried.
-const ENOUGH_REFUSED: usize = 4;
-
-/// What becomes of one claimed row. A row without a settlement stays as it is, and due.
+/// What becomes of one claimed row. A row without a settlement stays as it is, due.
 #[derive(Debug)]
 pub struct Settlement {
     /// The row.
@@ -36,31 +35,31 @@ pub struct Settlement {
 /// The ways to settle a row.
 #[derive(Clone, Debug)]
 pub enum Outcome {
-    /// Its message was confirmed, which only the publisher can say.
+    /// RabbitMQ confirmed its message. Only the publisher makes a [`Confirmed`].
     Delivered {
         /// The confirm.
         confirmed: Confirmed,
         /// SHA-256 of the event.
         event_digest: String,
-        /// The `now-ms` that the plugin was given: with it the event can be built again.
+        /// The `now-ms` that the plugin was given, with which the event can be built again.
         built_ms: i64,
     },
-    /// Its deadline has come before its message was published.
+    /// Its deadline came before its message was published. With the details.
     Expired(String),
-    /// The plugin says that there is nothing to send.
+    /// The plugin said that there is nothing to send. With its reason.
     Skipped(String),
-    /// It is set aside for a person.
+    /// It is set aside for a person. With the reason.
     Parked(String),
-    /// Its plugin failed, or asks for another attempt: due again later.
+    /// Its plugin failed, or asked for another attempt: due again later.
     Retry {
         /// Why, for people.
         error: String,
         /// From now.
         after: Duration,
-        /// Whether it counts towards the maximum.
+        /// Whether the attempt counts towards the maximum.
         failed: bool,
     },
-    /// Its plugin is not asked for a while, since it fails at everything: due again later, without an attempt spent.
+    /// Its plugin's breaker is open: due again later, without an attempt spent.
     Waits {
         /// Why, for people.
         error: String,
@@ -92,69 +91,69 @@ impl Claim {
     ///
     /// # Errors
     ///
-    /// When the database does not answer. Then nobody knows whether it committed; the next claim will show.
+    /// When the database does not answer. Then it is unknown whether the rows moved; the next claim will show.
     pub async fn settle(mut self, settlements: &[Settlement]) -> Result<(), StoreError> {
         self.move_rows(settlements).await?;
         self.transaction.end("COMMIT").await
     }
 
-    /// Moves the rows as [`Claim::settle`] does, but for those that PostgreSQL refuses to move: they wait, and hold up no
-    /// other. Returns them, with its words. Takes some round trips more, and many when it refuses some of many.
+    /// Moves the rows as [`Claim::settle`] does, except those that PostgreSQL refuses to move. It postpones these, so
+    /// they delay no other row, and returns them with its messages. Costs more round trips, many if it refuses several.
     ///
     /// # Errors
     ///
-    /// When the database does not answer, or refuses even to let those rows wait. Then nobody knows which rows moved.
+    /// When the database does not answer, or refuses even to postpone those rows. Then it is unknown which rows moved.
     pub async fn settle_each(mut self, settlements: &[Settlement]) -> Result<HashMap<Uuid, String>, StoreError> {
-        // What would be checked for all of them when they are committed is checked row by row.
-        self.run("check at once", "SET CONSTRAINTS ALL IMMEDIATE").await?;
+        // Otherwise deferred constraints would be checked at the commit, for all rows together.
+        self.run("check constraints at once", "SET CONSTRAINTS ALL IMMEDIATE").await?;
         let (mut refused, mut finished) = (HashMap::new(), false);
         let mut parts = vec![settlements];
         while let Some(part) = parts.pop() {
-            if refused.len() >= ENOUGH_REFUSED && !finished {
-                // They wait as well, and show later whether they are refused.
-                let words: String = refused.values().next().cloned().unwrap_or_default();
-                refused.extend(part.iter().map(|other| (other.row.id, words.clone())));
+            if refused.len() >= MAX_REFUSED_ROWS && !finished {
+                // The others are postponed as well. Their next delivery shows whether PostgreSQL refuses them too.
+                let message: String = refused.values().next().cloned().unwrap_or_default();
+                refused.extend(part.iter().map(|other| (other.row.id, message.clone())));
                 continue;
             }
-            self.run("mark a place in a claim", "SAVEPOINT part").await?;
+            self.run("set a savepoint in a claim", "SAVEPOINT part").await?;
             match self.move_rows(part).await {
                 Ok(()) => finished = true,
                 Err(error) => {
-                    let Some(words) = error.refusal() else { return Err(error) };
-                    self.run("go back in a claim", "ROLLBACK TO SAVEPOINT part").await?;
-                    if let [one] = part {
-                        refused.insert(one.row.id, words.to_owned());
+                    let Some(message) = error.refusal() else { return Err(error) };
+                    self.run("roll back to a savepoint in a claim", "ROLLBACK TO SAVEPOINT part").await?;
+                    if let [single] = part {
+                        refused.insert(single.row.id, message.to_owned());
                     } else {
                         let (first, second) = part.split_at(part.len() / 2);
                         parts.extend([second, first]);
                     }
                 }
             }
-            self.run("go on in a claim", "RELEASE SAVEPOINT part").await?;
+            self.run("release a savepoint in a claim", "RELEASE SAVEPOINT part").await?;
         }
-        let mut moved = Moved::default();
+        let mut postponed = Postponed::default();
         for Settlement { row, .. } in settlements {
-            if let Some(words) = refused.get(&row.id) {
-                let error = format!("PostgreSQL refuses to finish it: {words}");
-                moved.add(row.id, &error, jittered(&REFUSED, row.refusals), 0, 0, 1);
+            if let Some(message) = refused.get(&row.id) {
+                let error = format!("PostgreSQL refuses to finish it: {message}");
+                postponed.add(row.id, &error, jittered(&REFUSED, row.refusals), 0, 0, 1);
             }
         }
-        self.run("mark a place in a claim", "SAVEPOINT part").await?;
-        let waits = match moved.execute(&mut self.transaction.connection).await {
+        self.run("set a savepoint in a claim", "SAVEPOINT part").await?;
+        let result = match postponed.execute(&mut self.transaction.connection).await {
             Err(error) if error.refusal().is_some() => {
-                self.run("go back in a claim", "ROLLBACK TO SAVEPOINT part").await?;
+                self.run("roll back to a savepoint in a claim", "ROLLBACK TO SAVEPOINT part").await?;
                 Err(error)
             }
-            moved => moved,
+            result => result,
         };
         self.transaction.end("COMMIT").await?;
-        waits.map(|()| refused)
+        result.map(|()| refused)
     }
 
     async fn move_rows(&mut self, settlements: &[Settlement]) -> Result<(), StoreError> {
         let mut finished = Finished::default();
         let mut parked = Parked::default();
-        let mut moved = Moved::default();
+        let mut postponed = Postponed::default();
         let clock = self.clock();
         for Settlement { row: Schedule { id, .. }, plugin, outcome } in settlements {
             let (id, plugin) = (*id, plugin.as_deref());
@@ -165,26 +164,26 @@ impl Claim {
                 }
                 Outcome::Expired(detail) => finished.add(id, "expired", clock.now(), plugin, Some(detail), None),
                 Outcome::Skipped(detail) => finished.add(id, "skipped", clock.now(), plugin, Some(detail), None),
-                Outcome::Waits { error, after } => moved.add(id, error, *after, 0, 0, 0),
+                Outcome::Waits { error, after } => postponed.add(id, error, *after, 0, 0, 0),
                 Outcome::Parked(reason) => parked.add(id, reason, plugin),
-                Outcome::Retry { error, after, failed } => moved.add(id, error, *after, 1, (*failed).into(), 0),
-                Outcome::Refused { error, after } => moved.add(id, error, *after, 0, 0, 1),
+                Outcome::Retry { error, after, failed } => postponed.add(id, error, *after, 1, (*failed).into(), 0),
+                Outcome::Refused { error, after } => postponed.add(id, error, *after, 0, 0, 1),
             }
         }
         let connection = &mut self.transaction.connection;
         finished.execute(connection).await?;
         parked.execute(connection).await?;
-        moved.execute(connection).await
+        postponed.execute(connection).await
     }
 
-    /// Runs a statement without parameters and without an answer.
+    /// Runs a statement that has no parameters and returns no rows.
     async fn run(&mut self, doing: &'static str, sql: &'static str) -> Result<(), StoreError> {
         self.transaction.connection.run(doing, async |session| sqlx::query(sql).execute(session).await).await.map(drop)
     }
 }
 
 impl Transaction {
-    /// Sets a row aside of which no plugin was asked.
+    /// Parks a row for which no plugin was called.
     pub(in crate::store) async fn park(&mut self, id: Uuid, reason: &str) -> Result<(), StoreError> {
         warn!(schedule.id = %id, reason, "parked {id}");
         let mut parked = Parked::default();
@@ -193,7 +192,7 @@ impl Transaction {
     }
 }
 
-/// Rows that move to the history, column by column.
+/// Rows that move to the history, as arrays of their columns.
 #[derive(Debug, Default)]
 struct Finished<'a> {
     ids: Vec<Uuid>,
@@ -219,8 +218,8 @@ impl<'a> Finished<'a> {
         self.ids.push(id);
         self.outcomes.push(outcome);
         self.finished_at.push(at);
-        self.plugins.push(plugin.map(storable));
-        self.details.push(detail.map(storable));
+        self.plugins.push(plugin.map(to_storable));
+        self.details.push(detail.map(to_storable));
         self.digests.push(digest);
         self.built_ms.push(built_ms);
     }
@@ -267,7 +266,7 @@ impl<'a> Finished<'a> {
     }
 }
 
-/// Rows that are set aside, column by column.
+/// Rows that are parked, as arrays of their columns.
 #[derive(Debug, Default)]
 struct Parked {
     ids: Vec<Uuid>,
@@ -278,8 +277,8 @@ struct Parked {
 impl Parked {
     fn add(&mut self, id: Uuid, reason: &str, plugin: Option<&str>) {
         self.ids.push(id);
-        self.reasons.push(storable(reason));
-        self.plugins.push(plugin.map(storable));
+        self.reasons.push(to_storable(reason));
+        self.plugins.push(plugin.map(to_storable));
     }
 
     async fn execute(&self, connection: &mut Connection) -> Result<(), StoreError> {
@@ -317,9 +316,9 @@ impl Parked {
     }
 }
 
-/// Rows that stay and wait, column by column.
+/// Rows that stay in the queue and are due again later, as arrays of their columns.
 #[derive(Debug, Default)]
-struct Moved {
+struct Postponed {
     ids: Vec<Uuid>,
     errors: Vec<String>,
     delays: Vec<f64>,
@@ -328,10 +327,10 @@ struct Moved {
     refusals: Vec<i32>,
 }
 
-impl Moved {
+impl Postponed {
     fn add(&mut self, id: Uuid, error: &str, after: Duration, attempts: i32, failures: i32, refusals: i32) {
         self.ids.push(id);
-        self.errors.push(storable(error));
+        self.errors.push(to_storable(error));
         self.delays.push(after.as_secs_f64());
         self.attempts.push(attempts);
         self.failures.push(failures);
@@ -342,7 +341,7 @@ impl Moved {
         if self.ids.is_empty() {
             return Ok(());
         }
-        connection.run("make rows wait", async |session| self.update(session).await).await
+        connection.run("postpone rows", async |session| self.update(session).await).await
     }
 
     async fn update(&self, session: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {
@@ -376,8 +375,8 @@ impl Moved {
     }
 }
 
-/// A text that PostgreSQL takes: without NUL, which it cannot store, and not endless. Plugins write some of them.
-fn storable(text: &str) -> String {
+/// Replaces NUL, which PostgreSQL cannot store, and cuts the text. Plugins write some of these texts.
+fn to_storable(text: &str) -> String {
     let mut text = text.replace('\0', "\u{FFFD}");
     if text.len() > TEXT_BYTES {
         text.truncate(text.floor_char_boundary(TEXT_BYTES));
@@ -391,9 +390,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_text_with_nul_or_without_end_can_be_stored() {
-        assert_eq!(storable("a\0b"), "a\u{FFFD}b");
-        let long = storable(&"é".repeat(TEXT_BYTES));
+    fn texts_with_nul_or_too_long_become_storable() {
+        assert_eq!(to_storable("a\0b"), "a\u{FFFD}b");
+        let long = to_storable(&"é".repeat(TEXT_BYTES));
         assert!(long.len() <= TEXT_BYTES + '…'.len_utf8());
         assert!(long.ends_with('…'));
     }

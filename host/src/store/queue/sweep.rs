@@ -1,4 +1,5 @@
-//! A sweep: a look that also asks what waits below the low-water mark, where looks and claims do not go.
+//! A sweep: a look that also reads below the low-water mark, where other looks and claims do not. It finds the rows
+//! that the proof of the mark does not cover, for instance rows that were written with the triggers off.
 
 use std::time::Duration;
 
@@ -8,15 +9,16 @@ use tokio::time::Instant;
 
 use crate::store::{Store, StoreError};
 
-/// So many rows below the mark are a backlog: claims that go back there are full, and step over little for each row.
-pub(in crate::store) const BACKLOG: i64 = 1_000;
-/// What a claim that goes back there may step over, in time.
-const CHEAP: Duration = Duration::from_millis(5);
+/// From this many rows below the mark on they are a backlog: claims that go back to them are full, and step over few
+/// dead entries for each row.
+pub(in crate::store) const BACKLOG_ROWS: i64 = 1_000;
+/// How long reading below the mark may take for claims to go back there whatever the number of rows.
+const CHEAP_READ: Duration = Duration::from_millis(5);
 
 impl Store {
-    /// Looks at the head of the queue and below the low-water `mark`. If something waits there, the mark goes back to it; or, if
-    /// what lies between is so much that claims would be late by it, the few rows are moved up to the mark, where their slot is
-    /// now.
+    /// Looks at the head of the queue and below the low-water `mark`. If rows wait below it, the mark must go back to
+    /// the first of them. But if there are few, and so many dead entries that stepping over them would delay each
+    /// claim, the rows are moved up instead: their slot becomes now.
     ///
     /// # Errors
     ///
@@ -25,15 +27,16 @@ impl Store {
         let asked_at = Instant::now();
         let mut look = self.look_from(kinds, mark, true, self.connection().await?).await?;
         if let Some(below) = &mut look.below {
-            // What is locked cannot be moved, and must not be forgotten.
-            below.go_back =
-                goes_back(below.rows, asked_at.elapsed()) || self.move_up(below.first, look.from).await? < below.rows;
+            // A locked row cannot be moved, and must not be missed: then the mark goes back after all.
+            below.go_back = should_go_back(below.rows, asked_at.elapsed())
+                || self.move_up(below.first, look.from).await? < below.rows;
         }
         Ok(look)
     }
 
-    /// Moves rows from below the mark to where they would stand if they were written now, but for those that are locked, and
-    /// returns how many. A row that is held stands there since its deadline has come, and is any claim's.
+    /// Moves rows from below the mark to the slot that they would have if they were written now, except locked rows,
+    /// and returns how many. A held row is below the mark because its deadline has come; it is released, and any daemon
+    /// may claim it.
     async fn move_up(&self, first: OffsetDateTime, mark: OffsetDateTime) -> Result<i64, StoreError> {
         let mut connection = self.connection().await?;
         connection
@@ -58,7 +61,7 @@ impl Store {
                     "#,
                     first,
                     mark,
-                    BACKLOG,
+                    BACKLOG_ROWS,
                 )
                 .fetch_optional(connection)
                 .await
@@ -68,9 +71,9 @@ impl Store {
     }
 }
 
-/// Whether the mark goes back to rows below it, of which there are so many, when to look for all of them took so long.
-fn goes_back(rows: i64, took: Duration) -> bool {
-    rows >= BACKLOG || took <= CHEAP
+/// Whether the mark goes back to the rows below it; `took` is how long reading them took.
+fn should_go_back(rows: i64, took: Duration) -> bool {
+    rows >= BACKLOG_ROWS || took <= CHEAP_READ
 }
 
 #[cfg(test)]
@@ -78,9 +81,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn claims_go_back_if_that_is_cheap_or_if_there_is_much_to_claim() {
-        assert!(goes_back(1, Duration::from_millis(1)));
-        assert!(!goes_back(1, Duration::from_millis(600)));
-        assert!(goes_back(BACKLOG, Duration::from_millis(600)));
+    fn the_mark_goes_back_if_reading_was_fast_or_a_backlog_waits() {
+        assert!(should_go_back(1, Duration::from_millis(1)));
+        assert!(!should_go_back(1, Duration::from_millis(600)));
+        assert!(should_go_back(BACKLOG_ROWS, Duration::from_millis(600)));
     }
 }

@@ -1,5 +1,5 @@
-//! What lies in the schema, and whether it is what the migrations that ran have made: a schema may be somebody else's, or
-//! restored in part.
+//! Reads what the schema contains, and compares it with what the migrations that ran have made: a schema may have been
+//! made by other software, or restored in part.
 
 use std::collections::BTreeSet;
 
@@ -8,30 +8,30 @@ use sqlx::PgConnection;
 use crate::store::schema::migrations::{MIGRATOR, SchemaError};
 use crate::store::schema::row_security;
 
-/// Names that are listed in one sentence.
-const NAMED: usize = 5;
+/// The most names that one sentence lists.
+const MAX_LISTED: usize = 5;
 
-/// What a look at the schema found.
+/// What the schema contains.
 #[derive(Debug, Default)]
-pub(in crate::store) struct Found {
-    /// Whether there is the schema.
+pub(in crate::store) struct Inspection {
+    /// Whether the schema exists.
     pub(in crate::store) schema: bool,
-    /// Whose it is, if our role may not make anything in it.
+    /// The schema's owner, if our role may create nothing in it.
     pub(in crate::store) closed_by: Option<String>,
     /// Its tables, views, sequences, functions and types.
     pub(in crate::store) objects: Vec<String>,
-    /// Tables of ours whose rows are hidden from our role, or from their owner.
+    /// Our tables whose rows row-level security hides from our role, or from their owner.
     pub(in crate::store) hidden: Vec<String>,
-    /// Of the database.
+    /// The encoding of the database.
     pub(in crate::store) encoding: String,
     /// The migrations that ran, with their checksums, oldest first.
     pub(in crate::store) applied: Vec<(i64, Vec<u8>)>,
 }
 
-impl Found {
-    /// Looks, in two statements.
-    pub(in crate::store) async fn look(connection: &mut PgConnection) -> Result<Self, sqlx::Error> {
-        let (tables, commands) = row_security::needs();
+impl Inspection {
+    /// Reads what the schema contains, in two statements.
+    pub(in crate::store) async fn read(connection: &mut PgConnection) -> Result<Self, sqlx::Error> {
+        let (tables, commands) = row_security::list_needed_commands();
         let found = sqlx::query!(
             r#"
             SELECT
@@ -90,8 +90,8 @@ impl Found {
         .await?;
         let mut applied = Vec::new();
         if found.recorded {
-            let asked = "SELECT version, checksum FROM tidings._sqlx_migrations WHERE success ORDER BY version";
-            applied = sqlx::query_as(asked).fetch_all(connection).await?;
+            let query = "SELECT version, checksum FROM tidings._sqlx_migrations WHERE success ORDER BY version";
+            applied = sqlx::query_as(query).fetch_all(connection).await?;
         }
         Ok(Self {
             schema: found.schema,
@@ -103,60 +103,62 @@ impl Found {
         })
     }
 
-    /// Checks that what ran are migrations of this binary, and that all that they have made is there.
+    /// Checks that all migrations that ran are migrations of this binary, and that everything that they made is there.
     ///
     /// # Errors
     ///
     /// With what is wrong.
     pub(in crate::store) fn check(&self, place: &str) -> Result<(), SchemaError> {
         let place = || place.to_owned();
-        let known = |(version, checksum): &(i64, Vec<u8>)| {
+        // `None` = this binary has no migration of that number; else whether the checksum is that of ours.
+        let compare = |(version, checksum): &(i64, Vec<u8>)| {
             let ours = MIGRATOR.iter().find(|migration| migration.version == *version)?;
             Some(*ours.checksum == **checksum)
         };
-        let ours = self.applied.iter().any(|applied| known(applied) == Some(true));
-        if !ours && !self.objects.is_empty() && !self.is_only_begun() {
-            return Err(SchemaError::Foreign { place: place(), objects: listed(self.objects.iter()) });
+        let is_ours = self.applied.iter().any(|applied| compare(applied) == Some(true));
+        if !is_ours && !self.objects.is_empty() && !self.has_only_empty_record() {
+            return Err(SchemaError::Foreign { place: place(), objects: list_names(self.objects.iter()) });
         }
         for applied in &self.applied {
             let version = applied.0;
-            match known(applied) {
+            match compare(applied) {
                 None => return Err(SchemaError::Newer { place: place(), version }),
                 Some(false) => return Err(SchemaError::Different { place: place(), version }),
                 Some(true) => {}
             }
         }
-        let missing = self.made(true).filter(|name| !self.has(name)).collect::<BTreeSet<_>>();
+        let missing = self.objects_of_migrations(true).filter(|name| !self.has(name)).collect::<BTreeSet<_>>();
         if !missing.is_empty() {
-            return Err(SchemaError::Part {
+            return Err(SchemaError::Partial {
                 place: place(),
-                objects: listed(missing),
-                how: "missing, though a migration that ran has made them",
+                objects: list_names(missing),
+                problem: "missing, though a migration that ran has made them",
             });
         }
         Ok(())
     }
 
-    /// Checks, beside that, that what is to be made is not there yet.
+    /// Checks the same, and that no object exists already that a migration which has not run would make.
     ///
     /// # Errors
     ///
-    /// With what is.
+    /// With what is wrong.
     pub(in crate::store) fn check_before_migrating(&self, place: &str) -> Result<(), SchemaError> {
         self.check(place)?;
-        let early = self.made(false).filter(|name| self.has(name)).collect::<BTreeSet<_>>();
+        let early = self.objects_of_migrations(false).filter(|name| self.has(name)).collect::<BTreeSet<_>>();
         if early.is_empty() {
             return Ok(());
         }
-        Err(SchemaError::Part {
+        Err(SchemaError::Partial {
             place: place.to_owned(),
-            objects: listed(early),
-            how: "there already, though no migration that ran has made them",
+            objects: list_names(early),
+            problem: "there already, though no migration that ran has made them",
         })
     }
 
-    /// Whether there is nothing but the record of migrations, and nothing in it: one was broken off at its very beginning.
-    fn is_only_begun(&self) -> bool {
+    /// Whether the schema contains nothing but an empty record of migrations: an earlier attempt to migrate ended right
+    /// at its beginning.
+    fn has_only_empty_record(&self) -> bool {
         self.applied.is_empty() && self.objects.iter().all(|name| name == "_sqlx_migrations")
     }
 
@@ -164,92 +166,93 @@ impl Found {
         self.objects.iter().any(|object| object == name)
     }
 
-    /// What the migrations make that ran, or that did not.
-    fn made(&self, ran: bool) -> impl Iterator<Item = &'static str> {
+    /// The names of the objects that those migrations make that ran or, with `ran` false, that did not run.
+    fn objects_of_migrations(&self, ran: bool) -> impl Iterator<Item = &'static str> {
         MIGRATOR
             .iter()
             .filter(move |migration| self.applied.iter().any(|(version, _)| *version == migration.version) == ran)
-            .flat_map(|migration| made(migration.sql.as_str()))
+            .flat_map(|migration| parse_created(migration.sql.as_str()))
     }
 }
 
-/// The names of what a migration makes in the schema.
-fn made(sql: &str) -> impl Iterator<Item = &str> {
-    let kinds =
+/// Finds the names of the objects that a migration makes in the schema.
+fn parse_created(sql: &str) -> impl Iterator<Item = &str> {
+    let statements =
         ["CREATE TABLE tidings.", "CREATE VIEW tidings.", "CREATE SEQUENCE tidings.", "CREATE FUNCTION tidings."];
     sql.lines().filter_map(move |line| {
-        let named = kinds.iter().find_map(|kind| line.strip_prefix(kind))?;
-        named.split(|char: char| char != '_' && !char.is_ascii_alphanumeric()).next()
+        let name = statements.iter().find_map(|statement| line.strip_prefix(statement))?;
+        name.split(|char: char| char != '_' && !char.is_ascii_alphanumeric()).next()
     })
 }
 
-fn listed<T: AsRef<str>>(names: impl IntoIterator<Item = T>) -> String {
+/// Writes the first few names into a sentence, and how many more there are.
+fn list_names<T: AsRef<str>>(names: impl IntoIterator<Item = T>) -> String {
     let names: Vec<String> = names.into_iter().map(|name| format!("tidings.{}", name.as_ref())).collect();
-    let more = names.len().saturating_sub(NAMED);
+    let more = names.len().saturating_sub(MAX_LISTED);
     let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-    format!("{}{more}", names[..names.len().min(NAMED)].join(", "))
+    format!("{}{more}", names[..names.len().min(MAX_LISTED)].join(", "))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// A schema that had the first migrations, up to this one.
-    fn after(version: i64) -> Found {
+    /// A schema that has had the first migrations, up to this one.
+    fn schema_after(version: i64) -> Inspection {
         let ran = || MIGRATOR.iter().filter(|migration| migration.version <= version);
-        let objects = ran().flat_map(|migration| made(migration.sql.as_str())).map(str::to_owned);
-        Found {
+        let objects = ran().flat_map(|migration| parse_created(migration.sql.as_str())).map(str::to_owned);
+        Inspection {
             schema: true,
             objects: objects.chain(["_sqlx_migrations".to_owned()]).collect(),
             applied: ran().map(|migration| (migration.version, migration.checksum.to_vec())).collect(),
-            ..Found::default()
+            ..Inspection::default()
         }
     }
 
     #[test]
-    fn a_schema_of_any_release_is_whole() {
-        assert!(Found::default().check_before_migrating("x").is_ok());
+    fn the_schema_of_every_release_passes() {
+        assert!(Inspection::default().check_before_migrating("x").is_ok());
         for version in 0..=MIGRATOR.iter().map(|migration| migration.version).max().unwrap_or(0) {
-            let found = after(version);
+            let found = schema_after(version);
             assert!(found.check_before_migrating("x").is_ok(), "{version}: {:?}", found.check_before_migrating("x"));
         }
-        assert!(after(11).objects.len() > 15, "{:?}", after(11).objects);
+        assert!(schema_after(11).objects.len() > 15, "{:?}", schema_after(11).objects);
     }
 
     #[test]
-    fn a_schema_without_a_record_of_ours_is_somebody_elses() {
-        let theirs = |applied: &[(i64, Vec<u8>)]| Found {
+    fn a_schema_without_a_record_of_our_migrations_is_refused_as_foreign() {
+        let foreign = |applied: &[(i64, Vec<u8>)]| Inspection {
             schema: true,
             objects: ["schedules", "a", "b", "c", "d", "e", "f"].map(str::to_owned).into(),
             applied: applied.to_vec(),
-            ..Found::default()
+            ..Inspection::default()
         };
-        for found in [theirs(&[]), theirs(&[(1, vec![1])]), theirs(&[(20_260_101_000_000, vec![2])])] {
-            let error = found.check("x").expect_err("it is not ours").to_string();
+        for found in [foreign(&[]), foreign(&[(1, vec![1])]), foreign(&[(20_260_101_000_000, vec![2])])] {
+            let error = found.check("x").expect_err("the schema is foreign").to_string();
             assert!(error.contains("tidings.schedules, tidings.a") && error.contains("and 2 more"), "{error}");
         }
     }
 
     #[test]
-    fn what_is_missing_or_there_too_early_is_named() {
-        let mut found = after(11);
+    fn missing_objects_and_objects_that_exist_too_early_are_named() {
+        let mut found = schema_after(11);
         found.objects.retain(|name| name != "polling_until" && name != "unpark");
-        let error = found.check("x").expect_err("two are missing").to_string();
+        let error = found.check("x").expect_err("two objects are missing").to_string();
         assert!(error.contains("tidings.polling_until, tidings.unpark are missing"), "{error}");
 
-        let mut found = after(11);
+        let mut found = schema_after(11);
         found.applied.retain(|(version, _)| *version < 10);
         assert!(found.check("x").is_ok());
-        let error = found.check_before_migrating("x").expect_err("they are there").to_string();
+        let error = found.check_before_migrating("x").expect_err("objects of later migrations exist").to_string();
         assert!(error.contains("tidings.paused, tidings.pauses, tidings.polling_until are there already"), "{error}");
     }
 
     #[test]
-    fn later_releases_and_other_files_are_told_from_somebody_elses() {
-        let mut found = after(11);
+    fn newer_releases_and_changed_migrations_are_told_from_foreign_schemas() {
+        let mut found = schema_after(11);
         found.applied.push((9999, vec![]));
         assert!(matches!(found.check("x"), Err(SchemaError::Newer { version: 9999, .. })));
-        let mut found = after(11);
+        let mut found = schema_after(11);
         found.applied[4].1 = vec![];
         assert!(matches!(found.check("x"), Err(SchemaError::Different { version: 5, .. })));
     }

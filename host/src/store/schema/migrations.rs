@@ -1,26 +1,27 @@
-//! The migrations that this binary carries, and why it does not work with a database's schema.
+//! The migrations that this binary carries, and the reasons why it refuses a database's schema.
 
 use sqlx::migrate::{MigrateError, Migrator};
 use thiserror::Error;
 
 use crate::store::StoreError;
 
+/// The migrations of `migrations/`.
 pub(in crate::store) static MIGRATOR: Migrator = sqlx::migrate!("../migrations");
 
-/// The database's schema is not the one that this binary works with.
+/// Why this binary cannot work with the database's schema.
 #[derive(Debug, Error)]
 pub enum SchemaError {
-    /// There is none, or an older one.
+    /// The schema is missing, or is of an older release.
     #[error("the database {place} has {found} of the {known} migrations of this tidings: run `tidings migrate` first")]
     Behind {
         /// Host, port and database.
         place: String,
-        /// How many migrations it has had.
+        /// How many migrations the database has had.
         found: usize,
-        /// How many there are.
+        /// How many this binary carries.
         known: usize,
     },
-    /// It belongs to a newer release.
+    /// The schema is of a newer release.
     #[error(
         "the database {place} was migrated by a newer tidings (migration {version}): use that release or a later one"
     )]
@@ -30,42 +31,42 @@ pub enum SchemaError {
         /// The first migration that this binary does not know.
         version: i64,
     },
-    /// A migration was changed after it had run, or did not end.
+    /// A migration that ran differs from the one that this binary carries, or did not end.
     #[error("migration {version} of the database {place} is not the one that this tidings carries, or did not end")]
     Different {
         /// Host, port and database.
         place: String,
-        /// RowRef migration.
+        /// The number of the migration.
         version: i64,
     },
-    /// Objects lie in it that no migration of ours has made.
+    /// The schema contains objects, and no record of our migrations.
     #[error(
         "the schema tidings of the database {place} holds {objects} and no record of our migrations: it is somebody else's, or was restored in part; rename it (ALTER SCHEMA tidings RENAME TO another_name), restore all of it, or give Tidings a database of its own"
     )]
     Foreign {
         /// Host, port and database.
         place: String,
-        /// Some of what lies in it.
+        /// Some of the objects.
         objects: String,
     },
-    /// What the record of our migrations says and what there is are not the same.
+    /// The objects of the schema do not match the record of our migrations.
     #[error(
-        "the schema tidings of the database {place} is there in part, as after a restore of some of its tables: {objects} are {how}; restore all of it, tidings._sqlx_migrations included"
+        "the schema tidings of the database {place} is there only in part, as after a restore of some of its tables: {objects} are {problem}; restore all of it, tidings._sqlx_migrations included"
     )]
-    Part {
+    Partial {
         /// Host, port and database.
         place: String,
-        /// What is missing, or there too early.
+        /// The objects that are missing, or there too early.
         objects: String,
-        /// RowRef of the two.
-        how: &'static str,
+        /// Which of the two.
+        problem: &'static str,
     },
-    /// Texts of other encodings could not be stored.
+    /// The database has another encoding than UTF8, and could not store some texts.
     #[error("the database {place} has the encoding {encoding}; Tidings needs UTF8")]
     Encoding {
         /// Host, port and database.
         place: String,
-        /// What it is.
+        /// The encoding of the database.
         encoding: String,
     },
     /// A migration failed.
@@ -77,7 +78,7 @@ pub enum SchemaError {
         #[source]
         source: MigrateError,
     },
-    /// The database could not be asked.
+    /// The database could not be asked, or is not fit for use.
     #[error(transparent)]
     Store(#[from] StoreError),
 }

@@ -1,6 +1,8 @@
-//! The schema: the migrations that the binary carries, and whether a database has had them.
+//! The schema `tidings`: runs the migrations that the binary carries, and checks whether a database has had them.
 //!
-//! Their bookkeeping is `tidings._sqlx_migrations`, so that a database with migrations of its own is not disturbed.
+//! Must never change a schema that other software made, that a newer release migrated, or that was restored in part.
+//! Which migrations ran is recorded in `tidings._sqlx_migrations`, so that an application's own migrations in the same
+//! database are not disturbed.
 
 pub(super) mod inspection;
 mod migrations;
@@ -11,39 +13,41 @@ use sqlx::Connection as _;
 use sqlx::PgConnection;
 use sqlx::migrate::{Migrate as _, MigrateError, Migrator};
 
-use crate::store::dead_letter_pass::ask;
+use crate::store::dead_letter_pass::run_bounded;
 use crate::store::{Store, StoreError};
-use inspection::Found;
+use inspection::Inspection;
 use migrations::MIGRATOR;
 pub use migrations::SchemaError;
 use row_security::MAKE_POLICIES;
 
-/// Where it is written which of them ran.
-const RECORD: &str = "tidings._sqlx_migrations";
+/// The table that records which migrations ran.
+const MIGRATIONS_TABLE: &str = "tidings._sqlx_migrations";
 
 impl Store {
-    /// Runs the migrations that have not run yet, and makes policies where row-level security is on. Several processes may try
-    /// at once: one does it, the others wait. Returns how many ran.
+    /// Runs the migrations that have not run yet, and makes policies where row-level security is on. Several processes
+    /// may try at once: one does it, the others wait. Returns how many migrations ran.
     ///
     /// # Errors
     ///
-    /// When one fails, or the schema belongs to another release or to somebody else; then nothing was changed.
+    /// When a migration fails, or the schema is of a newer release or was made by other software; then nothing was
+    /// changed.
     pub async fn migrate(&self) -> Result<usize, SchemaError> {
         let mut connection = self.connect().await?;
-        // The daemon's own limits are too tight for an index over a large table.
+        // The limits of the daemon's sessions are too tight for creating an index on a large table.
         let limits = "SET statement_timeout = 0; SET lock_timeout = '60s'; SET idle_in_transaction_session_timeout = 0";
         let prepared = sqlx::raw_sql(limits).execute(&mut connection).await;
         prepared.map_err(|source| StoreError::Statement { doing: "prepare to migrate", source })?;
-        // As sqlx does, so that no two of any release migrate at once. It ends with the session.
+        // The lock that sqlx itself takes, so that no two releases migrate at once. It is released with the session.
         connection.lock().await.map_err(|source| self.migrate_error(source))?;
-        let ran = self.migrate_alone(&mut connection).await?;
+        let ran = self.migrate_locked(&mut connection).await?;
         let _ = connection.close().await;
         Ok(ran)
     }
 
-    async fn migrate_alone(&self, connection: &mut PgConnection) -> Result<usize, SchemaError> {
+    /// Migrates while the session holds the lock for it. Returns how many migrations ran.
+    async fn migrate_locked(&self, connection: &mut PgConnection) -> Result<usize, SchemaError> {
         self.make_policies(connection).await?;
-        let found = self.seen(ask("look at the schema", Found::look(connection)).await?)?;
+        let found = self.refuse_hidden(run_bounded("inspect the schema", Inspection::read(connection)).await?)?;
         found.check_before_migrating(&self.place())?;
         let left = MIGRATOR.iter().count() - found.applied.len();
         if left > 0 {
@@ -63,12 +67,12 @@ impl Store {
     async fn run_migrations(&self, connection: &mut PgConnection, has_schema: bool) -> Result<(), MigrateError> {
         let mut migrator = Migrator::with_migrations(MIGRATOR.migrations.to_vec());
         migrator.set_locking(false);
-        migrator.dangerous_set_table_name(RECORD);
-        // That it exists does not count for who may not make one.
+        migrator.dangerous_set_table_name(MIGRATIONS_TABLE);
+        // Only if it is missing: without the right to create a schema, IF NOT EXISTS fails even if the schema exists.
         if !has_schema {
             connection.create_schema_if_not_exists("tidings").await?;
         }
-        connection.ensure_migrations_table(RECORD).await?;
+        connection.ensure_migrations_table(MIGRATIONS_TABLE).await?;
         sqlx::raw_sql(MAKE_POLICIES).execute(&mut *connection).await?;
         migrator.run_direct(None, connection, false).await
     }
@@ -86,12 +90,13 @@ impl Store {
 
     async fn make_policies(&self, connection: &mut PgConnection) -> Result<(), StoreError> {
         let doing = "make policies for row-level security";
-        ask(doing, async { sqlx::raw_sql(MAKE_POLICIES).execute(connection).await }).await.map(drop)
+        run_bounded(doing, async { sqlx::raw_sql(MAKE_POLICIES).execute(connection).await }).await.map(drop)
     }
 
-    /// A schema that somebody else made and owns: our grants may have been without effect, with a warning that nobody saw.
+    /// Checks that our roles may use the schema. If another role owns it, the grants of the migrations may have had no
+    /// effect, with only a warning.
     async fn check_usage(&self, connection: &mut PgConnection) -> Result<(), StoreError> {
-        let closed = ask("ask who may use the schema", async {
+        let closed_by = run_bounded("check who may use the schema", async {
             sqlx::query_scalar!(
                 r#"
                 SELECT pg_get_userbyid(nspowner)::text AS "owner!"
@@ -107,28 +112,28 @@ impl Store {
             .await
         })
         .await?;
-        let Some(owner) = closed else { return Ok(()) };
+        let Some(owner) = closed_by else { return Ok(()) };
         Err(self.unfit(&format!(
             "its schema tidings is migrated, and our roles may not use it; as {owner}: GRANT USAGE ON SCHEMA tidings TO tidings_daemon, tidings_producer"
         )))
     }
 
-    /// What was found, if none of it is hidden.
-    fn seen(&self, found: Found) -> Result<Found, StoreError> {
-        if found.hidden.is_empty() { Ok(found) } else { Err(self.unfit(&row_security::flaw(&found.hidden))) }
+    /// Refuses a schema with tables whose rows are hidden from us; passes any other on.
+    fn refuse_hidden(&self, found: Inspection) -> Result<Inspection, StoreError> {
+        if found.hidden.is_empty() { Ok(found) } else { Err(self.unfit(&row_security::explain_hidden(&found.hidden))) }
     }
 
-    /// Whether the database has exactly the migrations that this binary carries and all that they made, shows us the rows of
-    /// its tables, and has an encoding we can write.
+    /// Checks that the database has exactly the migrations that this binary carries and everything that they made,
+    /// shows us the rows of its tables, and has the encoding UTF8.
     ///
     /// # Errors
     ///
-    /// When it has not.
+    /// What is wrong, and what to do.
     pub async fn check_schema(&self) -> Result<(), SchemaError> {
         let place = self.place();
         let mut connection = self.connection().await?;
-        let found = connection.run("look at the schema", async |connection| Found::look(connection).await).await?;
-        let found = self.seen(found)?;
+        let found = connection.run("inspect the schema", async |connection| Inspection::read(connection).await).await?;
+        let found = self.refuse_hidden(found)?;
         found.check(&place)?;
         let (ran, known) = (found.applied.len(), MIGRATOR.iter().count());
         if ran < known {

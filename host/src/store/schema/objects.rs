@@ -1,5 +1,5 @@
-//! Whether the triggers and indexes that the migrations make are there and work. Without them the daemon is late or slow,
-//! and nothing else says why.
+//! Checks that the triggers and indexes that the migrations make exist and work. Without them the daemon is late or
+//! slow, and no error says why.
 
 use std::collections::BTreeMap;
 
@@ -24,7 +24,8 @@ const INDEXES: [&str; 11] = [
 ];
 
 impl Store {
-    /// What is wrong with the triggers of `tidings.schedules`, each with what to do; and how many there ought to be.
+    /// Tells what is wrong with the triggers of `tidings.schedules`, each with what to do, and how many triggers there
+    /// should be.
     ///
     /// # Errors
     ///
@@ -45,10 +46,10 @@ impl Store {
             })
             .await?;
         let found = rows.into_iter().map(|row| (row.name, row.enabled)).collect();
-        Ok((trigger_flaws(&found), TRIGGERS.len()))
+        Ok((find_trigger_flaws(&found), TRIGGERS.len()))
     }
 
-    /// The same for the indexes of the schema.
+    /// Tells the same for the indexes of the schema.
     ///
     /// # Errors
     ///
@@ -70,39 +71,41 @@ impl Store {
             })
             .await?;
         let found = rows.into_iter().map(|row| (row.name, row.valid)).collect();
-        Ok((index_flaws(&found), INDEXES.len()))
+        Ok((find_index_flaws(&found), INDEXES.len()))
     }
 }
 
-/// `found` is what there is, by name, and whether it is enabled.
-fn trigger_flaws(found: &BTreeMap<String, bool>) -> Vec<String> {
+/// `found` has the existing triggers by name, and whether each is enabled.
+fn find_trigger_flaws(found: &BTreeMap<String, bool>) -> Vec<String> {
     let flaw = |name: &&str| match found.get(*name) {
         Some(true) => None,
         Some(false) => Some(format!("{name} is disabled (ALTER TABLE tidings.schedules ENABLE TRIGGER {name})")),
-        None => Some(missing(name)),
+        None => Some(describe_missing(name)),
     };
     TRIGGERS.iter().filter_map(flaw).collect()
 }
 
-/// `found` is what there is, by name, and whether it is valid. Those that somebody else has made are theirs.
-fn index_flaws(found: &BTreeMap<String, bool>) -> Vec<String> {
+/// `found` has the existing indexes by name, and whether each is valid. Indexes that an administrator added are not
+/// checked.
+fn find_index_flaws(found: &BTreeMap<String, bool>) -> Vec<String> {
     let flaw = |name: &&str| match found.get(*name) {
         Some(true) => None,
         Some(false) => Some(format!("{name} is not valid (REINDEX INDEX CONCURRENTLY tidings.{name})")),
-        None => Some(missing(name)),
+        None => Some(describe_missing(name)),
     };
     INDEXES.iter().filter_map(flaw).collect()
 }
 
-fn missing(name: &str) -> String {
-    match statement(name) {
+fn describe_missing(name: &str) -> String {
+    match find_statement(name) {
         Some(statement) => format!("{name} is missing ({statement})"),
         None => format!("{name} is missing (make the primary key of its table again)"),
     }
 }
 
-/// The statement of the migrations that makes a trigger or an index, on one line; a primary key comes with its table.
-fn statement(name: &str) -> Option<String> {
+/// Finds the statement of the migrations that makes a trigger or an index, on one line; `None` = it is a primary key,
+/// which comes with its table.
+fn find_statement(name: &str) -> Option<String> {
     MIGRATOR.iter().find_map(|migration| {
         let sql = migration.sql.as_str();
         let begins = ["CREATE INDEX", "CREATE UNIQUE INDEX", "CREATE TRIGGER"];
@@ -117,9 +120,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn everything_but_primary_keys_is_made_by_a_statement_of_the_migrations() {
+    fn every_trigger_and_index_but_the_primary_keys_has_a_statement_in_the_migrations() {
         for name in TRIGGERS.into_iter().chain(INDEXES) {
-            let statement = statement(name);
+            let statement = find_statement(name);
             if name.ends_with("_pkey") {
                 assert_eq!(statement, None);
                 continue;
@@ -128,19 +131,19 @@ mod tests {
             assert!(statement.contains(&format!(" {name} ")) && statement.contains(" ON tidings."), "{statement}");
         }
         assert_eq!(
-            statement("schedules_slot_at").as_deref(),
+            find_statement("schedules_slot_at").as_deref(),
             Some("CREATE INDEX schedules_slot_at ON tidings.schedules (slot_at)")
         );
     }
 
     #[test]
-    fn what_is_missing_disabled_or_not_valid_is_named_with_what_to_do() {
+    fn missing_disabled_and_invalid_objects_are_named_with_what_to_do() {
         let mut triggers: BTreeMap<String, bool> = TRIGGERS.map(|name| (name.to_owned(), true)).into();
-        assert!(trigger_flaws(&triggers).is_empty());
+        assert!(find_trigger_flaws(&triggers).is_empty());
         triggers.insert("notify_after_insert".into(), false);
         triggers.remove("notify_after_update");
         triggers.insert("audit".into(), false);
-        let flaws = trigger_flaws(&triggers);
+        let flaws = find_trigger_flaws(&triggers);
         assert_eq!(flaws.len(), 2, "{flaws:?}");
         assert!(flaws[0].contains("ENABLE TRIGGER notify_after_insert"), "{flaws:?}");
         assert!(flaws[1].contains("missing (CREATE TRIGGER notify_after_update AFTER UPDATE"), "{flaws:?}");
@@ -148,7 +151,7 @@ mod tests {
         let mut indexes: BTreeMap<String, bool> = INDEXES.map(|name| (name.to_owned(), true)).into();
         indexes.insert("schedules_slot_at".into(), false);
         indexes.remove("parked_pkey");
-        let flaws = index_flaws(&indexes);
+        let flaws = find_index_flaws(&indexes);
         assert!(flaws[0].contains("parked_pkey is missing (make the primary key"), "{flaws:?}");
         assert!(flaws[1].contains("REINDEX INDEX CONCURRENTLY tidings.schedules_slot_at"), "{flaws:?}");
     }

@@ -1,19 +1,20 @@
-//! Row-level security, which platforms switch on for every new table: without a policy for our role each table looks empty,
-//! and nothing says why.
+//! Row-level security, which some platforms switch on for every new table. Without a policy for our role each table
+//! then looks empty, and no error says why.
 
 use crate::store::connection::server_check::RIGHTS;
 
-/// Tables of ours, and what the daemon does with the rows of each, in the letters of `pg_policy.polcmd`.
-pub(in crate::store) fn needs() -> (Vec<String>, Vec<String>) {
+/// Lists the pairs of our tables and the commands that the daemon runs on their rows, as `pg_policy.polcmd` abbreviates
+/// them.
+pub(in crate::store) fn list_needed_commands() -> (Vec<String>, Vec<String>) {
     RIGHTS
         .iter()
         // A view has no rows of its own.
         .map(|(table, rights)| (if *table == "paused" { "pauses" } else { table }, rights))
-        .flat_map(|(table, rights)| rights.iter().map(move |right| (table.to_owned(), letter(right).to_owned())))
+        .flat_map(|(table, rights)| rights.iter().map(move |right| (table.to_owned(), to_polcmd(right).to_owned())))
         .unzip()
 }
 
-fn letter(right: &str) -> &'static str {
+fn to_polcmd(right: &str) -> &'static str {
     match right {
         "SELECT" => "r",
         "INSERT" => "a",
@@ -22,9 +23,10 @@ fn letter(right: &str) -> &'static str {
     }
 }
 
-/// Makes a policy for each role that has none, on our tables where row-level security is on and which our role owns. What
-/// they may do is for the grants to say, as without it. A table with policies that others made gets none for producers,
-/// since those may be there to keep them apart.
+/// Makes a policy for each of our roles that has none, on our tables where row-level security is on and which our role
+/// owns. The policies allow everything, so that the grants alone decide, as without row-level security. A table with
+/// policies that an administrator made gets none for producers, since those policies may be there to keep producers
+/// apart.
 pub(in crate::store) const MAKE_POLICIES: &str = r"
 DO $$
 DECLARE
@@ -63,8 +65,8 @@ BEGIN
 END
 $$";
 
-/// What is wrong with tables whose rows are hidden, and what to do.
-pub(in crate::store) fn flaw(hidden: &[String]) -> String {
+/// Says which tables hide their rows from us, and what to do.
+pub(in crate::store) fn explain_hidden(hidden: &[String]) -> String {
     let tables: Vec<String> = hidden.iter().map(|table| format!("tidings.{table}")).collect();
     let off: Vec<String> =
         tables.iter().map(|table| format!("ALTER TABLE {table} DISABLE ROW LEVEL SECURITY")).collect();
@@ -81,8 +83,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_mends_it_is_said_for_each_table() {
-        let flaw = flaw(&["parked".to_owned(), "schedules".to_owned()]);
+    fn the_remedy_names_each_table() {
+        let flaw = explain_hidden(&["parked".to_owned(), "schedules".to_owned()]);
         assert!(flaw.contains("hides the rows of tidings.parked, tidings.schedules from us"), "{flaw}");
         assert!(
             flaw.contains("CREATE POLICY tidings_daemon ON tidings.parked TO tidings_daemon USING (true)"),
@@ -92,8 +94,8 @@ mod tests {
     }
 
     #[test]
-    fn every_table_and_each_of_its_uses_is_asked_for() {
-        let (tables, commands) = needs();
+    fn every_table_is_listed_with_all_needed_commands() {
+        let (tables, commands) = list_needed_commands();
         let of = |table: &str| -> String {
             tables
                 .iter()

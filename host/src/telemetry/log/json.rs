@@ -1,5 +1,5 @@
-//! The log as JSON, an object a line: `timestamp`, `level`, `target`, `message`, and whatever fields the line has. The
-//! formatter of tracing-subscriber leaves out the error_chain of an error, which are the half of it that helps.
+//! The log as JSON, one object per line: `timestamp`, `level`, `target`, `message`, and the fields of the line. The
+//! JSON formatter of tracing-subscriber is not used because it leaves out the causes of an error.
 
 use std::fmt;
 
@@ -13,7 +13,7 @@ use tracing_subscriber::registry::LookupSpan;
 
 use crate::model::error_chain::error_chain;
 
-/// The format.
+/// Formats a line as JSON.
 #[derive(Debug)]
 pub(in crate::telemetry) struct Json;
 
@@ -23,7 +23,7 @@ pub(in crate::telemetry) fn left_out(lines: u64) -> String {
         "timestamp": timestamp(),
         "level": "WARN",
         "target": module_path!(),
-        "message": "lines like the one before this were left out before it",
+        "message": "before the previous line, lines from the same place in the code were left out",
         "left_out": lines,
     })
     .to_string()
@@ -38,7 +38,7 @@ where
         let mut fields = Fields(Map::new());
         event.record(&mut fields);
         let Fields(mut line) = fields;
-        // Last, so that no field can pass for one of these.
+        // Last, so that a field with one of these names cannot replace them.
         line.insert("timestamp".into(), timestamp().into());
         line.insert("level".into(), event.metadata().level().as_str().into());
         line.insert("target".into(), event.metadata().target().into());
@@ -56,38 +56,38 @@ fn timestamp() -> String {
 struct Fields(Map<String, Value>);
 
 impl Fields {
-    fn put(&mut self, field: &Field, value: impl Into<Value>) {
+    fn insert(&mut self, field: &Field, value: impl Into<Value>) {
         self.0.insert(field.name().to_owned(), value.into());
     }
 }
 
 impl Visit for Fields {
     fn record_f64(&mut self, field: &Field, value: f64) {
-        self.put(field, value);
+        self.insert(field, value);
     }
 
     fn record_i64(&mut self, field: &Field, value: i64) {
-        self.put(field, value);
+        self.insert(field, value);
     }
 
     fn record_u64(&mut self, field: &Field, value: u64) {
-        self.put(field, value);
+        self.insert(field, value);
     }
 
     fn record_bool(&mut self, field: &Field, value: bool) {
-        self.put(field, value);
+        self.insert(field, value);
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.put(field, value);
+        self.insert(field, value);
     }
 
     fn record_error(&mut self, field: &Field, value: &(dyn std::error::Error + 'static)) {
-        self.put(field, error_chain(value));
+        self.insert(field, error_chain(value));
     }
 
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        self.put(field, format!("{value:?}"));
+        self.insert(field, format!("{value:?}"));
     }
 }
 
@@ -99,15 +99,15 @@ mod tests {
     use anyhow::Context as _;
 
     use super::*;
-    use crate::telemetry::log::rate_limit::Bounded;
+    use crate::telemetry::log::rate_limit::RateLimited;
 
-    /// What was logged.
+    /// The lines that were logged.
     #[derive(Clone, Debug, Default)]
     struct Lines(Arc<Mutex<Vec<u8>>>);
 
     impl Write for Lines {
         fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            self.0.lock().expect("nobody panics with it").write(bytes)
+            self.0.lock().expect("the lock is not poisoned").write(bytes)
         }
 
         fn flush(&mut self) -> std::io::Result<()> {
@@ -120,7 +120,7 @@ mod tests {
         let lines = Lines::default();
         let writer = lines.clone();
         let log = tracing_subscriber::fmt()
-            .event_format(Bounded::new(Json, left_out))
+            .event_format(RateLimited::new(Json, left_out))
             .with_writer(move || writer.clone())
             .finish();
 
@@ -130,7 +130,7 @@ mod tests {
             tracing::warn!(schedule.id = %uuid::Uuid::nil(), generation = 3_u64, level = "x", error = &*error as &dyn std::error::Error, "a {} line", "bad");
         });
 
-        let written = lines.0.lock().expect("nobody panics with it").clone();
+        let written = lines.0.lock().expect("the lock is not poisoned").clone();
         let written = String::from_utf8(written).expect("text");
         assert_eq!(written.lines().count(), 1, "{written}");
         let line: Value = serde_json::from_str(&written).expect("one object");
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_left_out_is_told_in_an_object_as_well() {
+    fn the_line_about_left_out_lines_is_an_object_as_well() {
         let line: Value = serde_json::from_str(&left_out(7)).expect("an object");
         assert_eq!(line["left_out"], 7);
     }

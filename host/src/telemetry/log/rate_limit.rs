@@ -1,5 +1,5 @@
-//! Keeps the log readable and the disk free when a million rows fail in the same way: each place in the code may write so
-//! many lines in a while, and the next one after that says how many were left out.
+//! Limits the log when a million rows fail in the same way: each place in the code may write 200 lines in 10 s. The
+//! first line after that says how many were left out.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -12,46 +12,46 @@ use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
-/// Lines from one place in the code within [`WHILE`].
-const LINES: u64 = 200;
-const WHILE: Duration = Duration::from_secs(10);
+/// How many lines one place in the code may write within [`WINDOW`].
+const MAX_LINES: u64 = 200;
+const WINDOW: Duration = Duration::from_secs(10);
 
-/// A format of lines, most of which are written.
+/// A format that leaves out lines beyond the limit.
 #[derive(Debug)]
-pub(in crate::telemetry) struct Bounded<F> {
+pub(in crate::telemetry) struct RateLimited<F> {
     format: F,
-    /// The line that says how many were left out.
+    /// Makes the line that says how many were left out.
     left_out: fn(u64) -> String,
-    places: Mutex<HashMap<Identifier, Place>>,
+    callsites: Mutex<HashMap<Identifier, LineCount>>,
 }
 
-impl<F> Bounded<F> {
+impl<F> RateLimited<F> {
     pub(in crate::telemetry) fn new(format: F, left_out: fn(u64) -> String) -> Self {
-        Self { format, left_out, places: Mutex::default() }
+        Self { format, left_out, callsites: Mutex::default() }
     }
 }
 
-/// What one place in the code has written.
+/// How many lines one place in the code has written since the start of its window.
 #[derive(Clone, Copy, Debug)]
-struct Place {
+struct LineCount {
     since: Instant,
     lines: u64,
 }
 
-impl Place {
-    /// Counts a line. `None` = it is left out; otherwise how many were left out before it.
+impl LineCount {
+    /// Counts a line. Returns `None` if it is to be left out, otherwise how many lines were left out before it.
     fn admit(&mut self, now: Instant) -> Option<u64> {
         let mut left_out = 0;
-        if now.duration_since(self.since) >= WHILE {
-            left_out = self.lines.saturating_sub(LINES);
+        if now.duration_since(self.since) >= WINDOW {
+            left_out = self.lines.saturating_sub(MAX_LINES);
             *self = Self { since: now, lines: 0 };
         }
         self.lines += 1;
-        (self.lines <= LINES).then_some(left_out)
+        (self.lines <= MAX_LINES).then_some(left_out)
     }
 }
 
-impl<S, N, F> FormatEvent<S, N> for Bounded<F>
+impl<S, N, F> FormatEvent<S, N> for RateLimited<F>
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
     N: for<'a> FormatFields<'a> + 'static,
@@ -60,11 +60,11 @@ where
     fn format_event(&self, ctx: &FmtContext<'_, S, N>, mut writer: Writer<'_>, event: &Event<'_>) -> fmt::Result {
         let now = Instant::now();
         let admitted = self
-            .places
+            .callsites
             .lock()
-            .expect("nobody panics with it")
+            .expect("the lock is not poisoned")
             .entry(event.metadata().callsite())
-            .or_insert(Place { since: now, lines: 0 })
+            .or_insert(LineCount { since: now, lines: 0 })
             .admit(now);
         let Some(left_out) = admitted else { return Ok(()) };
         self.format.format_event(ctx, writer.by_ref(), event)?;
@@ -80,17 +80,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_beyond_the_bound_is_left_out_and_counted_when_the_next_line_comes() {
+    fn lines_beyond_the_limit_are_left_out_and_counted_by_the_first_line_of_the_next_window() {
         let start = Instant::now();
-        let mut place = Place { since: start, lines: 0 };
-        for _ in 0..LINES {
-            assert_eq!(place.admit(start), Some(0));
+        let mut count = LineCount { since: start, lines: 0 };
+        for _ in 0..MAX_LINES {
+            assert_eq!(count.admit(start), Some(0));
         }
         for _ in 0..7 {
-            assert_eq!(place.admit(start + WHILE / 2), None);
+            assert_eq!(count.admit(start + WINDOW / 2), None);
         }
-        assert_eq!(place.admit(start + WHILE), Some(7));
-        assert_eq!(place.admit(start + WHILE), Some(0));
-        assert_eq!(place.admit(start + 3 * WHILE), Some(0), "nothing was left out");
+        assert_eq!(count.admit(start + WINDOW), Some(7));
+        assert_eq!(count.admit(start + WINDOW), Some(0));
+        assert_eq!(count.admit(start + 3 * WINDOW), Some(0), "nothing was left out");
     }
 }

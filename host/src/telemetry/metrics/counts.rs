@@ -1,4 +1,4 @@
-//! One function for each thing that is counted.
+//! One function for each thing that is counted or measured without the label `kind`.
 
 use std::sync::{LazyLock, OnceLock};
 use std::time::Duration;
@@ -15,10 +15,10 @@ use crate::telemetry::metrics::names::{
     REPLAYS, WAKES,
 };
 
-/// The handles of what is counted often, once the metrics were started.
-static OFTEN: OnceLock<Often> = OnceLock::new();
+/// The handles of the metrics that change often; set when the metrics are started.
+static HANDLES: OnceLock<Handles> = OnceLock::new();
 
-struct Often {
+struct Handles {
     wakes: [Counter; Reason::ALL.len()],
     claims: Counter,
     claimed_rows: Counter,
@@ -26,29 +26,29 @@ struct Often {
     next_due: Gauge,
 }
 
-/// Makes the handles, once the recorder is there.
-pub(super) fn begin() {
-    let often = Often {
+/// Makes the handles. The recorder must have been installed before.
+pub(super) fn init() {
+    let handles = Handles {
         wakes: Reason::ALL.map(|reason| counter!(WAKES, "reason" => reason.label())),
         claims: counter!(CLAIMS),
         claimed_rows: counter!(CLAIMED_ROWS),
         confirm: histogram!(CONFIRM),
         next_due: gauge!(NEXT_DUE),
     };
-    OFTEN.set(often).ok().expect("the recorder was not installed twice");
+    HANDLES.set(handles).ok().expect("the recorder was not installed twice");
 }
 
-/// What the operating system says of the process.
+/// The metrics of the process that come from the operating system.
 pub(super) static PROCESS: LazyLock<Collector> = LazyLock::new(|| Collector::new("tidings_"));
 
-/// Where it was found that a deadline had come.
+/// Where it was found that a deadline had passed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expired {
-    /// In the row, before its plugin was asked.
+    /// In the row, before its plugin was called.
     Row,
-    /// When its event was about to be published.
+    /// In its event, before it was published.
     Event,
-    /// In the dead letter.
+    /// In a dead letter.
     DeadLetter,
 }
 
@@ -64,16 +64,16 @@ impl Expired {
     }
 }
 
-/// How what serves has changed.
+/// A change of the plugins that serve.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reload {
-    /// A version serves that did not.
+    /// A new version serves.
     Loaded,
-    /// A file cannot serve; what served goes on.
+    /// A file was refused; the version before it goes on serving.
     Refused,
-    /// A file is gone, and its kinds with it.
+    /// A file was removed, and its kinds are no longer served.
     Removed,
-    /// A version failed from the start; the one before it serves again.
+    /// A version failed from the start; the version before it serves again.
     RolledBack,
 }
 
@@ -90,7 +90,7 @@ impl Reload {
     }
 }
 
-/// A server that we need.
+/// A server that the daemon needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Server {
     /// Where the rows are.
@@ -99,50 +99,50 @@ pub enum Server {
     Rabbitmq,
 }
 
-/// Counts one look, by all that it was woken for.
+/// Counts one look at the queue, once for each of its reasons.
 pub fn count_wakes(reasons: Reasons) {
-    if let Some(often) = OFTEN.get() {
-        reasons.iter().for_each(|reason| often.wakes[reason as usize].increment(1));
+    if let Some(handles) = HANDLES.get() {
+        reasons.iter().for_each(|reason| handles.wakes[reason as usize].increment(1));
     }
 }
 
 /// Counts a claim and its rows.
 pub fn count_claim(rows: usize) {
-    if let Some(often) = OFTEN.get() {
-        often.claims.increment(1);
-        often.claimed_rows.increment(rows as u64);
+    if let Some(handles) = HANDLES.get() {
+        handles.claims.increment(1);
+        handles.claimed_rows.increment(rows as u64);
     }
 }
 
-/// Notes how long the confirms of a batch took.
+/// Records how long the confirms of a batch took.
 pub fn record_confirms(took: Duration) {
-    if let Some(often) = OFTEN.get() {
-        often.confirm.record(took.as_secs_f64());
+    if let Some(handles) = HANDLES.get() {
+        handles.confirm.record(took.as_secs_f64());
     }
 }
 
-/// Notes what a look found: the time until the next row is due, if there is one.
+/// Sets the time until the next row is due, as a look found it; `None` = there is no such row.
 pub fn note_next_due(next_in: Option<Duration>) {
-    if let Some(often) = OFTEN.get() {
-        often.next_due.set(next_in.map_or(f64::INFINITY, |next_in| next_in.as_secs_f64()));
+    if let Some(handles) = HANDLES.get() {
+        handles.next_due.set(next_in.map_or(f64::INFINITY, |next_in| next_in.as_secs_f64()));
     }
 }
 
-/// Counts a change of what serves.
+/// Counts a change of the plugins that serve.
 pub fn count_reload(result: Reload) {
     counter!(RELOADS, "result" => result.label()).increment(1);
 }
 
-/// Notes what waits in the database.
+/// Sets the gauges of the rows that wait in the database.
 pub fn set_backlog(backlog: &Backlog) {
     let Backlog { pending, held, parked, overdue } = *backlog;
-    gauge!(PENDING).set(number(pending));
-    gauge!(HELD).set(number(held));
-    gauge!(PARKED).set(number(parked));
+    gauge!(PENDING).set(to_f64(pending));
+    gauge!(HELD).set(to_f64(held));
+    gauge!(PARKED).set(to_f64(parked));
     gauge!(OLDEST_DUE).set(overdue.as_secs_f64());
 }
 
-/// Notes whether a server answers.
+/// Sets whether a server answers.
 pub fn set_connected(server: Server, connected: bool) {
     let server = match server {
         Server::Postgresql => "postgresql",
@@ -151,27 +151,27 @@ pub fn set_connected(server: Server, connected: bool) {
     gauge!(CONNECTED, "server" => server).set(u8::from(connected));
 }
 
-/// Notes whether RabbitMQ blocks publishing.
+/// Sets whether RabbitMQ blocks publishing.
 pub fn set_blocked(blocked: bool) {
     gauge!(BLOCKED).set(u8::from(blocked));
 }
 
-/// Notes whether the connection for notifications is there.
+/// Sets whether the connection for notifications is there.
 pub fn set_listening(listening: bool) {
     gauge!(LISTENING).set(u8::from(listening));
 }
 
-/// Asks the operating system about the process.
+/// Reads the metrics of the process from the operating system.
 pub fn look_at_process() {
     PROCESS.collect();
 }
 
 #[expect(clippy::cast_precision_loss, reason = "it is exact up to 2^53")]
-pub(super) fn number(number: u64) -> f64 {
+pub(super) fn to_f64(number: u64) -> f64 {
     number as f64
 }
 
-/// Notes how late a canary came.
+/// Records how late a canary came.
 pub fn record_canary(lateness: Duration) {
     histogram!(CANARY).record(lateness.as_secs_f64());
 }
@@ -191,26 +191,26 @@ pub fn count_dropped_line() {
     counter!(DROPPED_LINES).increment(1);
 }
 
-/// Counts deadlines that had come.
+/// Counts deadlines that had passed.
 pub fn count_expired(place: Expired, count: u64) {
     counter!(EXPIRED, "where" => place.label()).increment(count);
 }
 
-/// Counts dead letters that were dealt with.
-pub fn count_replays(tally: &PassCounts) {
-    let PassCounts { expired, replayed, parked, left, oldest_ms: _ } = *tally;
+/// Counts the dead letters of a pass by outcome.
+pub fn count_replays(counts: &PassCounts) {
+    let PassCounts { expired, replayed, parked, left, oldest_ms: _ } = *counts;
     for (outcome, count) in [("expired", expired), ("replayed", replayed), ("parked", parked), ("left", left)] {
         counter!(REPLAYS, "outcome" => outcome).increment(count);
     }
 }
 
-/// Notes how many letters wait and are parked.
+/// Sets how many dead letters wait for the next pass, and how many are parked.
 pub fn set_letters(dead: u32, parked: u32) {
     gauge!(DEAD_LETTERS).set(dead);
     gauge!(PARKED_LETTERS).set(parked);
 }
 
-/// Notes how long the oldest dead letter has been on its way.
+/// Sets how long the oldest dead letter of a pass had been due.
 pub fn set_oldest_dead_letter(age: Duration) {
     gauge!(OLDEST_LETTER).set(age.as_secs_f64());
 }

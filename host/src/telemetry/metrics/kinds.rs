@@ -1,7 +1,9 @@
-//! What is counted by kind and by plugin. A label has only the kinds that a loaded plugin serves: whatever else rows may be
-//! called is `(unserved)`, which no kind can be named, so that nobody makes a series by writing a row.
+//! What is counted by kind and by plugin. The label `kind` has only the kinds that a loaded plugin serves. Rows of all
+//! other kinds are counted as `(unserved)`, which is not a valid name of a kind, so that writing a row never makes a
+//! new series.
 //!
-//! Handles are had once, when a plugin is loaded; a batch is summed up first and counted when it is committed.
+//! Handles are made once, when a plugin is loaded. A batch is summed up by kind first, and counted when it is
+//! committed.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -21,15 +23,15 @@ use crate::telemetry::metrics::names::{BREAKER, CALL_SECONDS, CALLS, DELIVERIES,
 /// The label of every kind that no loaded plugin serves.
 const UNSERVED: &str = "(unserved)";
 
-/// What can become of a row at one attempt, as the label says it.
+/// The outcomes of an attempt at a row, as values of the label.
 const OUTCOMES: [&str; 8] = ["delivered", "expired", "skipped", "parked", "retried", "waits", "refused", "held"];
-/// Where among them it is: the one that no settlement comes to.
+/// The index of `held`, which is the outcome of no settlement.
 const HELD: usize = 7;
 
-/// What a call of a plugin can come to, as the label says it.
+/// The results of a call of a plugin, as values of the label.
 const RESULTS: [&str; 5] = ["built", "skipped", "invalid", "retry", "failed"];
 
-/// The kinds of the moment.
+/// The handles of the kinds that are served now.
 static METERS: ArcSwapOption<Meters> = ArcSwapOption::const_empty();
 
 /// The handles of all kinds.
@@ -45,7 +47,7 @@ struct Meter {
 }
 
 impl Meter {
-    /// Whoever asks has them at zero.
+    /// Makes the handles, which makes the series exist at zero.
     fn of(kind: &str) -> Self {
         Self {
             lateness: histogram!(LATENESS, "kind" => kind.to_owned()),
@@ -54,8 +56,8 @@ impl Meter {
     }
 }
 
-/// Where among [`OUTCOMES`] it is.
-fn at(outcome: &Outcome) -> usize {
+/// The index of an outcome in [`OUTCOMES`].
+fn outcome_index(outcome: &Outcome) -> usize {
     match outcome {
         Outcome::Delivered { .. } => 0,
         Outcome::Expired(_) => 1,
@@ -67,17 +69,17 @@ fn at(outcome: &Outcome) -> usize {
     }
 }
 
-/// What became of a row at one attempt, as the label says it.
-pub(in crate::telemetry) fn outcome(outcome: &Outcome) -> &'static str {
-    OUTCOMES[at(outcome)]
+/// The value of the label for an outcome.
+pub(in crate::telemetry) fn outcome_label(outcome: &Outcome) -> &'static str {
+    OUTCOMES[outcome_index(outcome)]
 }
 
-/// From now on, `kinds` are served, and no others.
+/// Sets the kinds that are served from now on.
 pub fn serve(kinds: &[String]) {
     let served = kinds.iter().map(|kind| (kind.clone(), Meter::of(kind))).collect();
     let before = METERS.swap(Some(Arc::new(Meters { served, unserved: Meter::of(UNSERVED) })));
     for kind in kinds {
-        // Until somebody looks.
+        // Makes the series exist; the next scrape sets its value.
         gauge!(BREAKER, "kind" => kind.clone()).increment(0);
     }
     for gone in before.iter().flat_map(|before| before.served.keys()).filter(|kind| !kinds.contains(kind)) {
@@ -85,7 +87,7 @@ pub fn serve(kinds: &[String]) {
     }
 }
 
-/// Counts rows of `kind` that were held, since nobody serves it or it is paused.
+/// Counts rows of `kind` that were held because no daemon serves the kind or it is paused.
 pub fn count_held(kind: &str, rows: u64) {
     if let Some(meters) = &*METERS.load() {
         let meter = meters.served.get(kind).unwrap_or(&meters.unserved);
@@ -96,7 +98,7 @@ pub fn count_held(kind: &str, rows: u64) {
     }
 }
 
-/// What becomes of the rows of one batch, summed up by kind; counted when it is sure.
+/// The outcomes of the rows of one batch, summed up by kind.
 #[derive(Debug, Default)]
 pub struct Batch {
     by_kind: HashMap<String, Sums>,
@@ -104,16 +106,16 @@ pub struct Batch {
     expired_events: u64,
 }
 
-/// What becomes of the rows of one kind.
+/// The outcomes of the rows of one kind.
 #[derive(Debug, Default)]
 struct Sums {
     outcomes: [u64; OUTCOMES.len()],
-    /// Of each that is delivered, in seconds.
+    /// The lateness of each delivered row, in seconds.
     lateness: Vec<f64>,
 }
 
 impl Batch {
-    /// Sums up `settlements`; `clock` is that of their claim.
+    /// Sums up `settlements`. `clock` is the clock of their claim.
     #[must_use]
     pub fn of(settlements: &[Settlement], clock: DatabaseClock) -> Self {
         let mut batch = Self::default();
@@ -126,17 +128,17 @@ impl Batch {
                 Outcome::Delivered { confirmed, .. } => {
                     sums.lateness.push((clock.at(confirmed.at()) - *due_at).as_seconds_f64().max(0.0));
                 }
-                // Without a plugin nobody had been asked.
+                // Without a plugin the row expired before its plugin was called.
                 Outcome::Expired(_) if plugin.is_none() => batch.expired_rows += 1,
                 Outcome::Expired(_) => batch.expired_events += 1,
                 _ => {}
             }
-            sums.outcomes[at(outcome)] += 1;
+            sums.outcomes[outcome_index(outcome)] += 1;
         }
         batch
     }
 
-    /// Counts it.
+    /// Adds the sums to the metrics, after the batch is committed.
     pub fn count(self) {
         let meters = METERS.load();
         let Some(meters) = &*meters else { return };
@@ -153,7 +155,7 @@ impl Batch {
     }
 }
 
-/// What a plugin's call came to.
+/// The result of a call of a plugin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CallResult {
     /// An event.
@@ -162,7 +164,7 @@ pub enum CallResult {
     Skipped,
     /// The plugin cannot use the row.
     Invalid,
-    /// The plugin wants to be asked again.
+    /// The plugin asks to be called again.
     Retry,
     /// A trap, a blown limit, or a broken contract.
     Failed,
@@ -188,7 +190,7 @@ pub struct Calls {
 }
 
 impl Calls {
-    /// Of the plugin with this name, for this kind: at zero, if they are new.
+    /// Makes the handles of a plugin, by its name, for one of its kinds. New series start at zero.
     #[must_use]
     pub fn of(plugin: &str, kind: &str) -> Self {
         let result =
@@ -196,7 +198,7 @@ impl Calls {
         Self { results: RESULTS.map(result), seconds: histogram!(CALL_SECONDS, "plugin" => plugin.to_owned()) }
     }
 
-    /// Counts a call that took so long by the clock on the wall.
+    /// Counts a call that took this wall-clock time.
     pub fn count(&self, result: CallResult, took: Duration) {
         self.results[result as usize].increment(1);
         self.seconds.record(took.as_secs_f64());
@@ -231,13 +233,13 @@ mod tests {
             plugin: plugin.map(str::to_owned),
             outcome,
         };
-        let later = || Outcome::Refused { error: String::new(), after: Duration::ZERO };
+        let refused = || Outcome::Refused { error: String::new(), after: Duration::ZERO };
         let batch = Batch::of(
             &[
                 row("a", Some("p"), Outcome::Skipped(String::new())),
                 row("b", None, Outcome::Expired(String::new())),
-                row("a", Some("p"), later()),
-                row("a", Some("p"), later()),
+                row("a", Some("p"), refused()),
+                row("a", Some("p"), refused()),
                 row("b", Some("p"), Outcome::Expired(String::new())),
             ],
             clock,

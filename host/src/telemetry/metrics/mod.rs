@@ -1,5 +1,11 @@
-//! The metrics: their names, what they tell, and one function for each thing that is counted. All of them are there from
-//! the start, at zero; those with the label `kind` or `plugin` since a plugin was loaded.
+//! The metrics: their names and help texts, and one function for each thing that is counted.
+//!
+//! Must never label by what users can make up without end: the label `kind` has only kinds that a loaded plugin serves,
+//! so writing rows of other kinds makes no new series.
+//!
+//! To change it, know: every metric exists from the start, at zero; those with the label `kind` or `plugin` from the
+//! moment a plugin is loaded. Outcomes of rows are summed up by kind for each batch, and counted once the batch is
+//! committed.
 
 pub(super) mod counts;
 pub(super) mod kinds;
@@ -22,19 +28,19 @@ use counts::{
 };
 use names::{BUILD_INFO, CANARY, COUNTERS, DROPPED_LINES, GAUGES, HISTOGRAMS, LOST_CANARIES, RELOADS};
 
-/// How often what was recorded is taken into the histograms: until then it is a list that grows.
+/// How often recorded values are moved into the histograms. Until then they are in a list that grows.
 const UPKEEP: Duration = Duration::from_secs(5);
 
-/// Starts the metrics: before this, and in a process that never calls it, counting does nothing.
+/// Starts the metrics. Without this call, counting does nothing.
 ///
 /// # Errors
 ///
-/// When they were started before.
+/// When the metrics were started before.
 pub fn start_metrics() -> anyhow::Result<PrometheusHandle> {
     let mut builder = PrometheusBuilder::new();
-    for (name, _, classes) in HISTOGRAMS {
+    for (name, _, buckets) in HISTOGRAMS {
         let matcher = Matcher::Full(name.to_owned());
-        builder = builder.set_buckets_for_metric(matcher, classes).context("could not set the buckets")?;
+        builder = builder.set_buckets_for_metric(matcher, buckets).context("could not set the buckets")?;
     }
     let handle = builder.install_recorder().context("could not start the metrics")?;
     for (name, help, _) in HISTOGRAMS {
@@ -48,9 +54,9 @@ pub fn start_metrics() -> anyhow::Result<PrometheusHandle> {
     }
     PROCESS.describe();
 
-    counts::begin();
+    counts::init();
     kinds::serve(&[]);
-    last_hour::begin();
+    last_hour::start();
     note_next_due(None);
     for place in Expired::ALL {
         count_expired(place, 0);
@@ -62,7 +68,7 @@ pub fn start_metrics() -> anyhow::Result<PrometheusHandle> {
     counter!(LOST_CANARIES).increment(0);
     count_dropped_spans(0);
     counter!(DROPPED_LINES).increment(0);
-    // So that it can be seen before the first came.
+    // Makes the histogram visible before the first canary.
     drop(histogram!(CANARY));
     set_backlog(&Backlog::default());
     set_connected(Server::Postgresql, false);
@@ -75,7 +81,8 @@ pub fn start_metrics() -> anyhow::Result<PrometheusHandle> {
     Ok(handle)
 }
 
-/// Keeps what is recorded small until `shutdown`, whether anybody scrapes or not.
+/// Moves recorded values into the histograms until `shutdown` is cancelled, so that they do not pile up without a
+/// scrape.
 pub async fn upkeep(metrics: PrometheusHandle, shutdown: CancellationToken) {
     while shutdown.run_until_cancelled(tokio::time::sleep(UPKEEP)).await.is_some() {
         metrics.run_upkeep();

@@ -1,4 +1,5 @@
-//! The name of every metric, what it tells, and the classes of the histograms. Public: alerts and dashboards use them.
+//! The name and the help text of every metric, and the buckets of the histograms. Names and labels are public: alerts
+//! and dashboards use them.
 
 pub(in crate::telemetry) const LATENESS: &str = "tidings_lateness_seconds";
 pub(in crate::telemetry) const DELIVERIES: &str = "tidings_deliveries_total";
@@ -33,44 +34,40 @@ pub(in crate::telemetry) const DROPPED_SPANS: &str = "tidings_spans_dropped_tota
 pub(in crate::telemetry) const DROPPED_LINES: &str = "tidings_log_lines_dropped_total";
 
 pub(in crate::telemetry) const HISTOGRAMS: [(&str, &str, &[f64]); 4] = [
-    (LATENESS, "From the due time to the confirm, by the database clock, of delivered rows.", &LATENESS_CLASSES),
-    (CANARY, "How late canaries came, from their due time to a consumer.", &LATENESS_CLASSES),
-    (CONFIRM, "From the first publish of a batch to its last confirm.", &WORK_CLASSES),
-    (
-        CALL_SECONDS,
-        "One call of a plugin, by the clock on the wall, with its start if it was not running.",
-        &WORK_CLASSES,
-    ),
+    (LATENESS, "From the due time of delivered rows to the confirm, by the database clock.", &LATENESS_BUCKETS),
+    (CANARY, "How late canaries came, from their due time to a consumer.", &LATENESS_BUCKETS),
+    (CONFIRM, "From the first publish of a batch to its last confirm.", &WORK_BUCKETS),
+    (CALL_SECONDS, "Wall-clock time of one call of a plugin, with its start if it was not running.", &WORK_BUCKETS),
 ];
 
-/// Upper bounds of the classes of lateness, in seconds.
-pub(in crate::telemetry) const LATENESS_CLASSES: [f64; 15] =
+/// Upper bounds of the buckets of lateness, in seconds.
+pub(in crate::telemetry) const LATENESS_BUCKETS: [f64; 15] =
     [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0, 5.0, 15.0, 30.0, 120.0, 600.0, 3600.0];
-/// Upper bounds of the classes of what takes microseconds to seconds, in seconds.
-pub(in crate::telemetry) const WORK_CLASSES: [f64; 12] =
+/// Upper bounds of the buckets of confirms and calls, in seconds.
+pub(in crate::telemetry) const WORK_BUCKETS: [f64; 12] =
     [0.000_1, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 10.0];
 
 pub(in crate::telemetry) const COUNTERS: [(&str, &str); 11] = [
-    (DELIVERIES, "What attempts at rows came to, by kind and outcome."),
-    (WAKES, "Looks at the queue, by what woke the dispatcher."),
+    (DELIVERIES, "Attempts to deliver rows, by kind and outcome."),
+    (WAKES, "Looks at the queue, by what woke the scheduler."),
     (CLAIMS, "Claims that locked rows."),
     (CLAIMED_ROWS, "Rows that claims locked."),
     (CALLS, "Calls of plugins, by plugin, kind and result."),
-    (RELOADS, "Changes of what serves, by result: loaded, refused, removed or rolled_back."),
-    (EXPIRED, "Deadlines that had come, by where that was found: row, event or dead_letter."),
+    (RELOADS, "Changes of the plugins that serve, by result: loaded, refused, removed or rolled_back."),
+    (EXPIRED, "Deadlines that had passed, by where that was found: row, event or dead_letter."),
     (REPLAYS, "Dead letters that a pass dealt with, by outcome: replayed, expired, parked or left."),
     (LOST_CANARIES, "Canaries that did not come within 30 s, or could not be sent."),
-    (DROPPED_SPANS, "Spans that the collector did not take, or that were too many to wait for it."),
+    (DROPPED_SPANS, "Spans that were lost: the collector did not take them, or too many were waiting for it."),
     (DROPPED_LINES, "Lines of the log that could not be written to standard error."),
 ];
 
 pub(in crate::telemetry) const GAUGES: [(&str, &str); 16] = [
-    (PENDING, "Rows that wait: counted up to 1000, more as PostgreSQL's statistics estimate it."),
-    (NEXT_DUE, "Until the next row is due that is not yet, at the last look; +Inf = there is none."),
+    (PENDING, "Rows that wait: counted up to 1000, above that estimated from PostgreSQL's statistics."),
+    (NEXT_DUE, "Time from the last look until the next row that was not yet due; +Inf = there is none."),
     (OLDEST_DUE, "How long the oldest row has been due that nothing holds back; 0 = there is none."),
     (HELD, "Rows that wait for a plugin of their kind or for the end of a pause; 1001 = more than a thousand."),
     (PARKED, "Rows that were set aside for a person; 1001 = more than a thousand."),
-    (GENERATION, "RowRef loaded version of a plugin serves, counted over all plugins; 0 = none any more."),
+    (GENERATION, "The generation of the plugin that serves, counted over all plugins; 0 = it does not serve any more."),
     (PLUGIN_MEMORY, "The most memory that the generation has used."),
     (PLUGIN_CPU, "The most CPU time that one call of the generation has used, in steps of 10 ms."),
     (BREAKER, "1 = the kind's breaker is open: its rows wait until one succeeds."),

@@ -6,18 +6,18 @@ use std::time::Duration;
 
 use metrics::gauge;
 
-use crate::telemetry::metrics::counts::number;
+use crate::telemetry::metrics::counts::to_f64;
 use crate::telemetry::metrics::names::{BREAKER, GENERATION, PLUGIN_CPU, PLUGIN_MEMORY};
 
-/// The plugins that have been shown: the gauges of those that are gone are set to zero.
+/// The plugins that have gauges. The gauges of those that no longer serve are set to zero.
 static SHOWN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
-/// One plugin that serves, as it is shown.
+/// One plugin that serves.
 #[derive(Debug)]
 pub struct Serving {
     /// Its name, without version and digest.
     pub plugin: String,
-    /// Counted over all plugins.
+    /// Its generation, counted over all plugins.
     pub generation: u64,
     /// The most memory that it has used.
     pub memory_bytes: usize,
@@ -27,17 +27,17 @@ pub struct Serving {
     pub breakers: Vec<(String, bool)>,
 }
 
-/// Notes what serves; whatever was noted before and is not among it does not serve any more.
+/// Sets the gauges of the plugins that serve now, and clears those of plugins that served before.
 pub fn set_serving(serving: &[Serving]) {
-    let mut shown = SHOWN.lock().expect("nobody panics with it");
+    let mut shown = SHOWN.lock().expect("the lock is not poisoned");
     for gone in shown.iter().filter(|shown| serving.iter().all(|serving| serving.plugin != **shown)) {
         for name in [GENERATION, PLUGIN_MEMORY, PLUGIN_CPU] {
             gauge!(name, "plugin" => gone.clone()).set(0.0);
         }
     }
     for Serving { plugin, generation, memory_bytes, cpu, breakers } in serving {
-        gauge!(GENERATION, "plugin" => plugin.clone()).set(number(*generation));
-        gauge!(PLUGIN_MEMORY, "plugin" => plugin.clone()).set(number(*memory_bytes as u64));
+        gauge!(GENERATION, "plugin" => plugin.clone()).set(to_f64(*generation));
+        gauge!(PLUGIN_MEMORY, "plugin" => plugin.clone()).set(to_f64(*memory_bytes as u64));
         gauge!(PLUGIN_CPU, "plugin" => plugin.clone()).set(cpu.as_secs_f64());
         for (kind, open) in breakers {
             gauge!(BREAKER, "kind" => kind.clone()).set(u8::from(*open));

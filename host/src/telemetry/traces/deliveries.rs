@@ -1,4 +1,4 @@
-//! A span for each attempt at a row, whatever came of it: from its claim until that is committed.
+//! A span for each attempt at a row, whatever its outcome: from the claim until the claim's transaction ends.
 
 use std::collections::HashMap;
 use std::time::SystemTime;
@@ -14,78 +14,81 @@ use crate::model::message::{HeaderValue, Message};
 use crate::model::schedule::Schedule;
 use crate::store::{Outcome, Settlement};
 use crate::telemetry::metrics::kinds;
-use crate::telemetry::traces::{TRACEPARENT, TRACER, TRACESTATE, UNKNOWN, cut, left_in, start, traceparent};
+use crate::telemetry::traces::{
+    TRACEPARENT, TRACER, TRACESTATE, UNKNOWN, format_traceparent, read_span_context, start_span, truncate,
+};
 
-/// The spans of one batch; none, if nobody wants any. Dropped without [`Spans::commit`], they say that nobody knows what
-/// became of the rows.
+/// The spans of one batch; empty without traces. If it is dropped without [`Spans::commit`], the spans end with the
+/// outcome `unknown`.
 #[derive(Debug)]
 pub struct Spans(Option<Box<Batch>>);
 
 #[derive(Debug)]
 struct Batch {
-    claim: Claimed,
+    claim: Claim,
     attempts: HashMap<Uuid, Attempt>,
     committed: bool,
 }
 
-/// What the attempts have in common.
+/// What all attempts of a batch have in common.
 #[derive(Debug)]
-struct Claimed {
+struct Claim {
     tracer: &'static SdkTracer,
     clock: DatabaseClock,
-    at: SystemTime,
+    claimed_at: SystemTime,
     exchange: String,
 }
 
-/// One row.
+/// An attempt at one row.
 #[derive(Debug)]
 struct Attempt {
     number: u32,
-    scheduler: Option<SpanContext>,
-    /// Label and generation of the plugin that was asked, and when it had answered.
+    /// The span of the producer, or of the plugin, that led to this attempt.
+    producer: Option<SpanContext>,
+    /// Label and generation of the plugin that was called, and when it answered.
     plugin: Option<(String, u64, Instant)>,
-    /// Since it has a message, or it is known what is to become of it.
+    /// Started when the row has a message or an outcome.
     span: Option<Span>,
     end: Option<End>,
 }
 
-/// What is to become of it.
+/// The outcome of an attempt.
 #[derive(Debug)]
 struct End {
     outcome: &'static str,
-    /// Why it was not delivered, if it should have been.
+    /// Why the row was not delivered, if it should have been.
     error: Option<String>,
-    /// When the confirm came, and how late that was.
+    /// When the confirm came, and how late that was, in milliseconds.
     confirmed: Option<(Instant, i64)>,
 }
 
 impl Spans {
-    /// Begins with the rows of a claim; `clock` is the claim's, and `exchange` where their messages go.
+    /// Begins with the rows of a claim. `clock` is the claim's; messages are published to `exchange`.
     #[must_use]
     pub fn begin(rows: &[Schedule], clock: DatabaseClock, exchange: &str) -> Self {
         let Some(tracer) = TRACER.get() else { return Self(None) };
         let attempt = |row: &Schedule| {
             let header = |name: &str| row.headers.iter().find(|(other, _)| other == name).map(|(_, value)| &**value);
-            Attempt { number: row.attempt(), scheduler: left_in(header), plugin: None, span: None, end: None }
+            Attempt { number: row.attempt(), producer: read_span_context(header), plugin: None, span: None, end: None }
         };
         let attempts = rows.iter().map(|row| (row.id, attempt(row))).collect();
-        let claim = Claimed { tracer, clock, at: clock.now().into(), exchange: exchange.to_owned() };
+        let claim = Claim { tracer, clock, claimed_at: clock.now().into(), exchange: exchange.to_owned() };
         Self(Some(Box::new(Batch { claim, attempts, committed: false })))
     }
 
-    /// Notes which plugin was asked for the row `id`, and when it had answered.
+    /// Notes which plugin was called for the row `id`, and when it answered.
     pub fn built(&mut self, id: Uuid, plugin: &str, generation: u64, at: Instant) {
         if let Some(attempt) = self.0.as_mut().and_then(|batch| batch.attempts.get_mut(&id)) {
             attempt.plugin = Some((plugin.to_owned(), generation, at));
         }
     }
 
-    /// Lets a message carry its span, in place of the one that led to it.
+    /// Starts the span of a message, and puts it into the message's `traceparent` in place of the producer's.
     pub fn carry(&mut self, message: &mut Message) {
         let Some(Batch { claim, attempts, .. }) = self.0.as_deref_mut() else { return };
         let Some(attempt) = attempts.get_mut(&message.id) else { return };
-        // The plugin may know better than the row.
-        attempt.scheduler = left_in(|name| {
+        // The plugin may have set another `traceparent` than the row had.
+        attempt.producer = read_span_context(|name| {
             message.headers.iter().find_map(|(other, value)| match value {
                 HeaderValue::Text(text) if other == name => Some(&**text),
                 _ => None,
@@ -94,7 +97,7 @@ impl Spans {
         let mut span = claim.start(message.id, &message.kind, attempt);
         span.set_attribute(KeyValue::new("messaging.rabbitmq.destination.routing_key", message.routing_key.clone()));
         message.headers.retain(|(name, _)| name != TRACEPARENT && name != TRACESTATE);
-        message.headers.push((TRACEPARENT.into(), HeaderValue::Text(traceparent(span.span_context()))));
+        message.headers.push((TRACEPARENT.into(), HeaderValue::Text(format_traceparent(span.span_context()))));
         attempt.span = Some(span);
     }
 
@@ -107,7 +110,7 @@ impl Spans {
         }
     }
 
-    /// Notes what is to become of the rows.
+    /// Notes the outcomes of the rows, which are not committed yet.
     pub fn settle(&mut self, settlements: &[Settlement]) {
         let Some(Batch { claim, attempts, .. }) = self.0.as_deref_mut() else { return };
         for Settlement { row: Schedule { id, kind, due_at, .. }, outcome, .. } in settlements {
@@ -122,12 +125,12 @@ impl Spans {
                 }
                 _ => None,
             };
-            let error = error(outcome).map(cut);
-            attempt.end = Some(End { outcome: kinds::outcome(outcome), error, confirmed });
+            let error = failure(outcome).map(truncate);
+            attempt.end = Some(End { outcome: kinds::outcome_label(outcome), error, confirmed });
         }
     }
 
-    /// Ends them: what was to become of the rows is committed.
+    /// Ends the spans with the outcomes that were noted: the transaction is committed.
     pub fn commit(mut self) {
         if let Some(batch) = &mut self.0 {
             batch.committed = true;
@@ -135,8 +138,8 @@ impl Spans {
     }
 }
 
-impl Claimed {
-    /// The span of the row `id`, with what is known before it is published.
+impl Claim {
+    /// Starts the span of the row `id`, with the attributes that are known before it is published.
     fn start(&self, id: Uuid, kind: &str, attempt: &Attempt) -> Span {
         let attributes = vec![
             KeyValue::new("messaging.system", "rabbitmq"),
@@ -148,7 +151,7 @@ impl Claimed {
             KeyValue::new("tidings.attempt", i64::from(attempt.number)),
         ];
         let name = format!("publish {}", self.exchange);
-        let mut span = start(self.tracer, name, self.at, attempt.scheduler.clone(), attributes);
+        let mut span = start_span(self.tracer, name, self.claimed_at, attempt.producer.clone(), attributes);
         if let Some((plugin, generation, answered)) = &attempt.plugin {
             span.set_attribute(KeyValue::new("tidings.plugin", plugin.clone()));
             span.set_attribute(KeyValue::new("tidings.generation", i64::try_from(*generation).unwrap_or(i64::MAX)));
@@ -163,7 +166,7 @@ impl Drop for Batch {
         let clock = self.claim.clock;
         let ended = SystemTime::from(clock.now());
         for Attempt { span, end, .. } in std::mem::take(&mut self.attempts).into_values() {
-            // One without a span stays due, since there was no time left for it.
+            // A row without a span has no outcome: its batch had no time left for it, and it stays due.
             let Some(mut span) = span else { continue };
             let unknown = |error: &str| End { outcome: UNKNOWN, error: Some(error.to_owned()), confirmed: None };
             let end = match end {
@@ -185,8 +188,8 @@ impl Drop for Batch {
     }
 }
 
-/// Why a row was not delivered that should have been.
-fn error(outcome: &Outcome) -> Option<&str> {
+/// Why a row was not delivered, if it should have been.
+fn failure(outcome: &Outcome) -> Option<&str> {
     match outcome {
         Outcome::Delivered { .. } | Outcome::Expired(_) | Outcome::Skipped(_) => None,
         Outcome::Parked(error)

@@ -1,5 +1,6 @@
-//! How spans leave: through a bounded queue to the library's own thread, and from there over HTTP. What finds no place, and
-//! what the collector does not take, is lost and counted. That a collector is away is told once, and that it is back.
+//! Sends the spans: through a bounded queue to the library's own thread, and from there over HTTP. A span that finds
+//! the queue full, or that the collector does not take, is lost and counted. The log has one line when the collector
+//! stops taking spans, and one when it takes them again.
 
 use std::fmt;
 use std::pin::Pin;
@@ -23,36 +24,36 @@ use crate::model::secret_url::SecretUrl;
 use crate::telemetry::count_dropped_spans;
 use crate::telemetry::traces::TraceSettings;
 
-/// An answer says next to nothing. A longer one is none.
-const ANSWER_BYTES: u64 = 64 * 1024;
+/// The longest answer of a collector that is accepted. Answers are short.
+const MAX_ANSWER_BYTES: u64 = 64 * 1024;
 
-/// Understands where a collector is.
+/// Checks the URL of a collector.
 ///
 /// # Errors
 ///
-/// When it cannot, without anything secret in the answer.
+/// When the URL cannot be used. The error contains no secret.
 pub fn check_endpoint(url: &SecretUrl) -> Result<(), String> {
-    place(url).map(drop)
+    host_and_port(url).map(drop)
 }
 
 /// Host and port, as they were given.
-fn place(url: &SecretUrl) -> Result<String, String> {
+fn host_and_port(url: &SecretUrl) -> Result<String, String> {
     let uri: Uri = url.expose().parse().map_err(|error| format!("{error}"))?;
     let authority = uri.authority().filter(|authority| !authority.host().is_empty());
     let authority = authority.ok_or("it names no host")?;
     if authority.as_str().contains('@') {
-        return Err("it has a user in it; what the collector asks for goes into OTEL_EXPORTER_OTLP_HEADERS".into());
+        return Err("it has a user in it; set the collector's credentials in OTEL_EXPORTER_OTLP_HEADERS".into());
     }
     if authority.as_str().len() > authority.host().len() && authority.port_u16().is_none() {
-        return Err("its port is no number up to 65535".into());
+        return Err("its port is not a number up to 65535".into());
     }
     Ok(authority.to_string())
 }
 
-/// The queue to the collector, and the collector's place.
+/// Returns the queue to the collector, and the collector's host and port.
 pub(super) fn start(settings: &TraceSettings) -> Result<(Queue, String), ExporterBuildError> {
-    let TraceSettings { endpoint, timeout, queue: room } = settings;
-    let place = place(endpoint).map_err(ExporterBuildError::InvalidConfiguration)?;
+    let TraceSettings { endpoint, timeout, queue: capacity } = settings;
+    let place = host_and_port(endpoint).map_err(ExporterBuildError::InvalidConfiguration)?;
     let exporter = SpanExporter::builder()
         .with_http()
         .with_http_client(Collector::new(endpoint, place.clone(), *timeout))
@@ -61,25 +62,25 @@ pub(super) fn start(settings: &TraceSettings) -> Result<(Queue, String), Exporte
         .with_protocol(opentelemetry_otlp::Protocol::HttpBinary)
         .build()?;
     let waiting = Arc::new(AtomicUsize::new(0));
-    let counted = Counted { exporter, waiting: Arc::clone(&waiting) };
-    let config = BatchConfigBuilder::default().with_max_queue_size(*room).build();
-    let processor = BatchSpanProcessor::builder(counted).with_batch_config(config).build();
-    Ok((Queue { processor, waiting, room: *room }, place))
+    let exporter = CountingExporter { exporter, waiting: Arc::clone(&waiting) };
+    let config = BatchConfigBuilder::default().with_max_queue_size(*capacity).build();
+    let processor = BatchSpanProcessor::builder(exporter).with_batch_config(config).build();
+    Ok((Queue { processor, waiting, capacity: *capacity }, place))
 }
 
-/// The library's queue, which never says how many it drops; so none gets there that would be.
+/// The library's queue does not tell how many spans it drops. This one drops and counts them before they get there.
 #[derive(Debug)]
 pub(super) struct Queue {
     processor: BatchSpanProcessor,
     waiting: Arc<AtomicUsize>,
-    room: usize,
+    capacity: usize,
 }
 
 impl SpanProcessor for Queue {
     fn on_start(&self, _span: &mut Span, _context: &Context) {}
 
     fn on_end(&self, span: SpanData) {
-        if self.waiting.fetch_add(1, Ordering::AcqRel) < self.room {
+        if self.waiting.fetch_add(1, Ordering::AcqRel) < self.capacity {
             self.processor.on_end(span);
         } else {
             self.waiting.fetch_sub(1, Ordering::AcqRel);
@@ -100,14 +101,14 @@ impl SpanProcessor for Queue {
     }
 }
 
-/// The library's exporter, at the other end of its queue.
+/// The library's exporter, with a count of the spans that it takes from the queue and of those that are lost.
 #[derive(Debug)]
-struct Counted {
+struct CountingExporter {
     exporter: SpanExporter,
     waiting: Arc<AtomicUsize>,
 }
 
-impl Export for Counted {
+impl Export for CountingExporter {
     async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
         let spans = batch.len();
         self.waiting.fetch_sub(spans, Ordering::AcqRel);
@@ -123,44 +124,50 @@ impl Export for Counted {
     }
 }
 
-/// The collector, over the HTTP client and with the trust that the rest of the house has.
+/// An HTTP client for the collector. It trusts the certificates that this machine trusts.
 struct Collector {
     agent: Mutex<ureq::Agent>,
     place: String,
     secure: bool,
     timeout: Duration,
-    /// It did not take what it was sent last.
-    fails: AtomicBool,
+    /// Whether the collector did not take the last spans.
+    is_failing: AtomicBool,
 }
 
 impl Collector {
     fn new(endpoint: &SecretUrl, place: String, timeout: Duration) -> Self {
         let secure = endpoint.expose().starts_with("https:");
-        Self { agent: Mutex::new(agent(secure, timeout)), place, secure, timeout, fails: AtomicBool::new(false) }
+        Self {
+            agent: Mutex::new(build_agent(secure, timeout)),
+            place,
+            secure,
+            timeout,
+            is_failing: AtomicBool::new(false),
+        }
     }
 
-    /// With what this machine trusts: after a failure asked anew, since its files may have changed.
+    /// The HTTP client. After a failure it is made anew, since the machine's trusted certificates may have changed.
     fn agent(&self) -> ureq::Agent {
-        let mut kept = self.agent.lock().expect("nobody panics with it");
-        if self.secure && self.fails.load(Ordering::Relaxed) {
-            *kept = agent(self.secure, self.timeout);
+        let mut agent = self.agent.lock().expect("the lock is not poisoned");
+        if self.secure && self.is_failing.load(Ordering::Relaxed) {
+            *agent = build_agent(self.secure, self.timeout);
         }
-        kept.clone()
+        agent.clone()
     }
 
     fn send(&self, request: Request<Bytes>) -> Result<Response<Bytes>, ureq::Error> {
         let (parts, body) = request.into_parts();
         let (parts, mut body) = self.agent().run(Request::from_parts(parts, &body[..]))?.into_parts();
-        let body = body.with_config().limit(ANSWER_BYTES).read_to_vec()?;
+        let body = body.with_config().limit(MAX_ANSWER_BYTES).read_to_vec()?;
         Ok(Response::from_parts(parts, body.into()))
     }
 
-    /// Says what is new.
-    fn note(&self, answer: &Result<Response<Bytes>, ureq::Error>) {
+    /// Logs when the collector stops taking spans, and when it takes them again.
+    fn log_change(&self, answer: &Result<Response<Bytes>, ureq::Error>) {
         let place = &self.place;
         let error: Option<&dyn std::error::Error> = match answer {
             Ok(answer) if answer.status().is_success() => {
-                if self.fails.swap(false, Ordering::Relaxed) {
+                if self.is_failing.swap(false, Ordering::Relaxed) {
                     info!(place, "the collector at {place} takes spans again");
                 }
                 return;
@@ -168,7 +175,7 @@ impl Collector {
             Ok(_) => None,
             Err(error) => Some(error),
         };
-        if self.fails.swap(true, Ordering::Relaxed) {
+        if self.is_failing.swap(true, Ordering::Relaxed) {
             return;
         }
         let status = answer.as_ref().ok().map(|answer| answer.status().as_u16());
@@ -179,7 +186,7 @@ impl Collector {
     }
 }
 
-fn agent(secure: bool, timeout: Duration) -> ureq::Agent {
+fn build_agent(secure: bool, timeout: Duration) -> ureq::Agent {
     let mut config = ureq::Agent::config_builder().timeout_global(Some(timeout)).http_status_as_error(false);
     if secure {
         let roots = rustls_native_certs::load_native_certs().certs;
@@ -198,10 +205,10 @@ impl HttpClient for Collector {
         'this: 'sent,
         Self: 'sent,
     {
-        // It blocks, as it may on a thread that does nothing else; its deadline ends it.
+        // Sending blocks, which is harmless on the library's own thread; its timeout ends it.
         Box::pin(async move {
             let answer = self.send(request);
-            self.note(&answer);
+            self.log_change(&answer);
             Ok(answer?)
         })
     }

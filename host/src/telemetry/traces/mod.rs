@@ -1,14 +1,19 @@
-//! Traces, over OTLP, off unless somebody names a collector: a span for each attempt at a row and for each replay of a dead
-//! letter. The only place with OpenTelemetry. Nothing that delivers waits for it: spans leave by a thread of their own,
-//! through a queue that is bounded, and what does not fit is dropped and counted.
+//! Traces, sent over OTLP if a collector is set: a span for each attempt at a row, and one for each replay of a dead
+//! letter. The only place with OpenTelemetry.
+//!
+//! Must never delay a delivery: spans wait in a bounded queue for a thread of their own; those that do not fit are
+//! dropped and counted. Must never put into a span: payload, body, key, subject, or headers other than `traceparent`
+//! and `tracestate`.
+//!
+//! To change it, know: a delivery starts a new trace and links to the producer's span, since weeks may lie between
+//! scheduling and delivery. The message carries the span of its delivery in `traceparent`. A replayed dead letter keeps
+//! the `traceparent` that it carried; the span of the replay only links to it.
 //!
 //! ```text
-//!   scheduler's span ◀─link─ publish (a trace of its own: weeks may lie between) ─traceparent─▶ consumer's span, its child
-//!                                              ▲
-//!                                              └─link─ replay; the letter goes back as it was, and so does its traceparent
+//!   producer's span ◀─link─ publish ─traceparent─▶ consumer's span, its child
+//!                              ▲
+//!                              └─link─ replay
 //! ```
-//!
-//! What a span never has in it: payload, body, key, subject, and headers other than `traceparent` and `tracestate`.
 
 mod deliveries;
 mod export;
@@ -33,34 +38,33 @@ pub use deliveries::Spans;
 pub use export::check_endpoint;
 pub use replays::Replays;
 
-/// How long what is left may take at the end.
+/// How long sending the last spans may take at the end of the process.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(2);
-/// A sentence is cut to this many bytes.
-const SENTENCE_BYTES: usize = 500;
+/// An error in a span is truncated to this many bytes.
+const MAX_ERROR_BYTES: usize = 500;
 
-/// W3C Trace Context.
+/// The header of W3C Trace Context.
 const TRACEPARENT: &str = "traceparent";
-/// What vendors add to it.
+/// The header of W3C Trace Context with the data of vendors.
 const TRACESTATE: &str = "tracestate";
 
 const SERVICE_NAME: &str = "service.name";
 
-/// What became of something of which nobody knows whether it arrived.
+/// The outcome of a message when it is not known whether RabbitMQ took it.
 const UNKNOWN: &str = "unknown";
 
-/// What makes spans, if somebody wants them.
+/// Makes the spans; not set = no traces.
 static TRACER: OnceLock<SdkTracer> = OnceLock::new();
 
-/// Where the traces go. Headers, sampler, resource and batches are read by the library, from the variables that have the
-/// same names everywhere.
+/// Where the traces go. The library itself reads headers, sampler, resource and batches from OpenTelemetry's variables.
 #[derive(Clone, Debug)]
 pub struct TraceSettings {
     /// `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT`, or `OTEL_EXPORTER_OTLP_ENDPOINT` and the path.
     pub endpoint: SecretUrl,
-    /// `OTEL_EXPORTER_OTLP_TRACES_TIMEOUT` or `OTEL_EXPORTER_OTLP_TIMEOUT`; default 10 s. What the collector has not taken
-    /// then is dropped.
+    /// `OTEL_EXPORTER_OTLP_TRACES_TIMEOUT` or `OTEL_EXPORTER_OTLP_TIMEOUT`; default 10 s. Spans that the
+    /// collector has not taken by then are dropped.
     pub timeout: Duration,
-    /// `OTEL_BSP_MAX_QUEUE_SIZE`; default 2,048. Spans that may wait; further ones are dropped.
+    /// `OTEL_BSP_MAX_QUEUE_SIZE`; default 2,048. How many spans may wait; further ones are dropped.
     pub queue: usize,
 }
 
@@ -70,17 +74,17 @@ pub struct TraceSettings {
 pub struct Traces(Option<SdkTracerProvider>);
 
 impl Traces {
-    /// Starts them, if there are settings. Before this, and in a process that never calls it, there are no spans.
+    /// Starts the traces, if there are settings. Without this call there are no spans.
     ///
     /// # Errors
     ///
-    /// When they cannot be started.
+    /// When the exporter cannot be built.
     pub fn start(settings: Option<&TraceSettings>) -> Result<Self, ExporterBuildError> {
         let Some(settings) = settings else { return Ok(Self(None)) };
         let (queue, place) = export::start(settings)?;
         let provider = SdkTracerProvider::builder()
-            .with_sampler(AsScheduled(Config::default().sampler))
-            .with_resource(resource())
+            .with_sampler(ProducerSampler(Config::default().sampler))
+            .with_resource(build_resource())
             .with_span_processor(queue)
             .build();
         let tracer = provider.tracer("tidings");
@@ -89,10 +93,10 @@ impl Traces {
         Ok(Self(Some(provider)))
     }
 
-    /// Hands over what is left, within 2 s.
+    /// Sends the remaining spans, within 2 s.
     pub async fn stop(self) {
         let Some(provider) = self.0 else { return };
-        // It blocks.
+        // The shutdown blocks its thread.
         let stopped = tokio::task::spawn_blocking(move || provider.shutdown_with_timeout(FLUSH_DEADLINE)).await;
         if !matches!(stopped, Ok(Ok(()))) {
             warn!("the collector did not take the last spans within {} s", FLUSH_DEADLINE.as_secs());
@@ -100,23 +104,24 @@ impl Traces {
     }
 }
 
-/// Who we are: what `OTEL_SERVICE_NAME` and `OTEL_RESOURCE_ATTRIBUTES` say, or our name.
-fn resource() -> Resource {
-    let told = Resource::builder().build();
-    let name = told.get(&SERVICE_NAME.into()).map(|name| name.to_string()).unwrap_or_default();
-    let ours = [
+/// The resource that `OTEL_SERVICE_NAME` and `OTEL_RESOURCE_ATTRIBUTES` describe; by default the service is named
+/// `tidings`.
+fn build_resource() -> Resource {
+    let configured = Resource::builder().build();
+    let name = configured.get(&SERVICE_NAME.into()).map(|name| name.to_string()).unwrap_or_default();
+    let attributes = [
         KeyValue::new(SERVICE_NAME, if name.starts_with("unknown_service") { "tidings".to_owned() } else { name }),
         KeyValue::new("service.version", env!("CARGO_PKG_VERSION")),
     ];
-    Resource::builder().with_attributes(ours).build()
+    Resource::builder().with_attributes(attributes).build()
 }
 
-/// Samples as the SDK is told to by `OTEL_TRACES_SAMPLER`. Where that asks what the parent decided, the scheduler is asked: a
-/// link and no parent, but what it left out should be left out to the end.
+/// The sampler of `OTEL_TRACES_SAMPLER`. One that follows the parent's decision follows that of the producer's span
+/// here: it is only linked, but a trace that the producer did not sample should not be sampled later either.
 #[derive(Clone, Debug)]
-struct AsScheduled(Box<dyn ShouldSample>);
+struct ProducerSampler(Box<dyn ShouldSample>);
 
-impl ShouldSample for AsScheduled {
+impl ShouldSample for ProducerSampler {
     fn should_sample(
         &self,
         _parent: Option<&Context>,
@@ -126,15 +131,15 @@ impl ShouldSample for AsScheduled {
         attributes: &[KeyValue],
         links: &[Link],
     ) -> SamplingResult {
-        let scheduler = links.first().map(|link| Context::new().with_remote_span_context(link.span_context.clone()));
-        let result = self.0.should_sample(scheduler.as_ref(), trace_id, name, kind, attributes, links);
-        // That of the scheduler's trace says nothing of this one.
+        let producer = links.first().map(|link| Context::new().with_remote_span_context(link.span_context.clone()));
+        let result = self.0.should_sample(producer.as_ref(), trace_id, name, kind, attributes, links);
+        // The producer's trace state belongs to its own trace, not to this one.
         SamplingResult { trace_state: TraceState::default(), ..result }
     }
 }
 
-/// A span of its own trace, linked to what led to it.
-fn start(
+/// Starts a span in a trace of its own, with a link to the span that led to it.
+fn start_span(
     tracer: &SdkTracer,
     name: String,
     since: SystemTime,
@@ -149,16 +154,16 @@ fn start(
     tracer.build_with_context(builder, &Context::new())
 }
 
-/// The span that somebody else left in `headers`; `None` if nobody did, or what they left cannot be used. Not the library's,
-/// which takes ids that are too short.
-fn left_in<'a>(header: impl Fn(&str) -> Option<&'a str>) -> Option<SpanContext> {
+/// Reads the span in `traceparent` and `tracestate`; `None` if there is none, or it is malformed. The library's parser
+/// is not used because it accepts ids that are too short.
+fn read_span_context<'a>(header: impl Fn(&str) -> Option<&'a str>) -> Option<SpanContext> {
     let mut parts = header(TRACEPARENT)?.split('-');
     let mut hex = |digits| {
         let is_digit = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
         parts.next().filter(|part| part.len() == digits && part.bytes().all(is_digit))
     };
     let (version, trace_id, span_id, flags) = (hex(2)?, hex(32)?, hex(16)?, hex(2)?);
-    // Later versions may say more behind these.
+    // Later versions may have further parts.
     if version == "ff" || (version == "00" && parts.next().is_some()) {
         return None;
     }
@@ -168,14 +173,14 @@ fn left_in<'a>(header: impl Fn(&str) -> Option<&'a str>) -> Option<SpanContext> 
     Some(SpanContext::new(ids.0, ids.1, flags, true, state)).filter(SpanContext::is_valid)
 }
 
-/// What others find a span by.
-fn traceparent(span: &SpanContext) -> String {
+/// Writes the header that refers to a span.
+fn format_traceparent(span: &SpanContext) -> String {
     format!("00-{}-{}-{:02x}", span.trace_id(), span.span_id(), span.trace_flags() & TraceFlags::SAMPLED)
 }
 
-/// A sentence that is no burden: some are a plugin's.
-fn cut(sentence: &str) -> String {
-    sentence[..sentence.floor_char_boundary(SENTENCE_BYTES)].to_owned()
+/// Truncates an error for a span: its text may come from a plugin.
+fn truncate(error: &str) -> String {
+    error[..error.floor_char_boundary(MAX_ERROR_BYTES)].to_owned()
 }
 
 #[cfg(test)]
@@ -184,61 +189,61 @@ mod tests {
 
     use super::*;
 
-    const SCHEDULER: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    const PRODUCER: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 
-    fn left(traceparent: &str, tracestate: Option<&str>) -> Option<SpanContext> {
-        left_in(|name| if name == TRACEPARENT { Some(traceparent) } else { tracestate })
+    fn read(traceparent: &str, tracestate: Option<&str>) -> Option<SpanContext> {
+        read_span_context(|name| if name == TRACEPARENT { Some(traceparent) } else { tracestate })
     }
 
     #[test]
-    fn a_traceparent_is_read_as_it_is_written_and_junk_is_none() {
-        let span = left(SCHEDULER, Some("vendor=1")).expect("a span");
+    fn a_valid_traceparent_is_read_and_a_malformed_one_is_not() {
+        let span = read(PRODUCER, Some("vendor=1")).expect("a span");
         assert!(span.is_sampled() && span.is_remote());
         assert_eq!(span.trace_state().header(), "vendor=1");
-        assert_eq!(traceparent(&span), SCHEDULER);
-        assert!(left(&SCHEDULER.replace("-01", "-00"), Some("=, junk")).is_some_and(|span| !span.is_sampled()));
-        assert!(left(&SCHEDULER.replacen("00", "cc", 1), None).is_some(), "a later version");
-        assert!(left(&format!("{}-more", SCHEDULER.replacen("00", "cc", 1)), None).is_some());
+        assert_eq!(format_traceparent(&span), PRODUCER);
+        assert!(read(&PRODUCER.replace("-01", "-00"), Some("=, junk")).is_some_and(|span| !span.is_sampled()));
+        assert!(read(&PRODUCER.replacen("00", "cc", 1), None).is_some(), "a later version");
+        assert!(read(&format!("{}-more", PRODUCER.replacen("00", "cc", 1)), None).is_some());
 
         for junk in [
             "",
             "-",
             "00-ab-cd-01",
             "junk",
-            &SCHEDULER.to_uppercase(),
-            &SCHEDULER.replacen("00", "ff", 1),
-            &format!("{SCHEDULER}-more"),
-            &format!(" {SCHEDULER}"),
+            &PRODUCER.to_uppercase(),
+            &PRODUCER.replacen("00", "ff", 1),
+            &format!("{PRODUCER}-more"),
+            &format!(" {PRODUCER}"),
             "00-00000000000000000000000000000000-b7ad6b7169203331-01",
             "00-0af7651916cd43dd8448eb211c80319c-0000000000000000-01",
             "00-+af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
             "00-0af7651916cd43dd8448eb211c80319é-b7ad6b7169203331-01",
         ] {
-            assert_eq!(left(junk, Some("vendor=1")), None, "{junk}");
+            assert_eq!(read(junk, Some("vendor=1")), None, "{junk}");
         }
     }
 
     #[test]
-    fn what_the_scheduler_left_out_is_left_out_and_a_row_without_a_scheduler_is_not() {
-        let sampler = AsScheduled(Config::default().sampler);
+    fn a_row_whose_producer_did_not_sample_is_not_sampled_and_one_without_a_producer_is() {
+        let sampler = ProducerSampler(Config::default().sampler);
         let sampled = |links: &[Link]| {
             let result = sampler.should_sample(None, TraceId::from(7), "", &SpanKind::Producer, &[], links);
             assert_eq!(result.trace_state, TraceState::default());
             result.decision == opentelemetry_sdk::trace::SamplingDecision::RecordAndSample
         };
-        let link = |traceparent| Link::with_context(left(traceparent, Some("vendor=1")).expect("a span"));
-        assert!(sampled(&[]) && sampled(&[link(SCHEDULER)]));
-        assert!(!sampled(&[link(&SCHEDULER.replace("-01", "-00"))]));
+        let link = |traceparent| Link::with_context(read(traceparent, Some("vendor=1")).expect("a span"));
+        assert!(sampled(&[]) && sampled(&[link(PRODUCER)]));
+        assert!(!sampled(&[link(&PRODUCER.replace("-01", "-00"))]));
     }
 
     proptest! {
         #[test]
-        fn whatever_is_in_the_headers_is_a_span_that_is_written_alike_or_none(
+        fn any_header_is_a_span_that_is_written_back_unchanged_or_is_none(
             text in "(.|\n){0,60}|[0-9a-f]{2}-[0-9a-f]{31,33}-[0-9a-f]{15,17}-[0-9a-f]{2}(-.{0,3})?",
             state in proptest::option::of("(.|\n){0,60}"),
         ) {
-            if let Some(span) = left(&text, state.as_deref()) {
-                prop_assert_eq!(&traceparent(&span)[3..52], &text[3..52]);
+            if let Some(span) = read(&text, state.as_deref()) {
+                prop_assert_eq!(&format_traceparent(&span)[3..52], &text[3..52]);
             }
         }
     }
