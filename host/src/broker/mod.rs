@@ -43,7 +43,7 @@ use thiserror::Error;
 use tokio::sync::Mutex;
 
 use crate::model::health::Notices;
-use crate::model::secret_url::SecretUrl;
+use crate::model::secrets::SecretUrl;
 use crate::model::wake::Wake;
 
 pub use admin::doctor::{Found, Visit};

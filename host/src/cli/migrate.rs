@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::cli::output::Output;
 use crate::cli::{SCHEMA, fail};
-use crate::model::secret_url::SecretUrl;
+use crate::model::secrets::SecretUrl;
 use crate::store::{SchemaError, Store};
 
 /// What `tidings migrate` answers.

@@ -21,8 +21,8 @@ use validation::{check_url, parse_number};
 use variables::check_names;
 
 use crate::broker::{BrokerSettings, Management, QueueType};
-use crate::model::http_token::HttpToken;
-use crate::model::secret_url::SecretUrl;
+use crate::model::secrets::HttpToken;
+use crate::model::secrets::SecretUrl;
 use crate::telemetry::{LogFormat, TraceSettings};
 
 pub use validation::ValidationErrors;

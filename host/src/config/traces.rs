@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use crate::config::validation::{check_url, parse_number};
-use crate::model::secret_url::SecretUrl;
+use crate::model::secrets::SecretUrl;
 use crate::telemetry::{TraceSettings, check_endpoint};
 
 const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";

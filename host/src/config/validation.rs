@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::model::secret_url::SecretUrl;
+use crate::model::secrets::SecretUrl;
 
 /// All errors in the settings, one sentence each.
 #[derive(Debug)]

@@ -12,6 +12,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
 use crate::model::clock::DatabaseClock;
+use crate::store::connection::run_bounded;
 use crate::store::{STATEMENT_DEADLINE, Store, StoreError};
 
 /// The right to work on the dead letters, for as long as its session lives.
@@ -147,17 +148,5 @@ impl Pass {
             sqlx::Connection::close(self.session).await
         })
         .await;
-    }
-}
-
-/// Runs `work` on a connection outside the pool, with the deadline of a statement. The caller must not use the
-/// connection again after an error.
-pub(super) async fn run_bounded<T>(
-    doing: &'static str,
-    work: impl Future<Output = Result<T, sqlx::Error>>,
-) -> Result<T, StoreError> {
-    match tokio::time::timeout(STATEMENT_DEADLINE, work).await {
-        Ok(answer) => answer.map_err(|source| StoreError::Statement { doing, source }),
-        Err(_) => Err(StoreError::Deadline { doing, after: STATEMENT_DEADLINE }),
     }
 }

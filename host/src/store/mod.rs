@@ -39,7 +39,7 @@ use thiserror::Error;
 use time::OffsetDateTime;
 use tokio::sync::Semaphore;
 
-use crate::model::secret_url::SecretUrl;
+use crate::model::secrets::SecretUrl;
 use crate::model::tls_error;
 
 pub use admin::backlog::{Backlog, ENOUGH, Late};

@@ -11,7 +11,7 @@ use thiserror::Error;
 use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
 use crate::broker::{Broker, DeclaredEntity, QueueType};
-use crate::model::secret_url::SecretUrl;
+use crate::model::secrets::SecretUrl;
 
 /// How long one request may take, from the connection to the end of the answer.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::broker::{Broker, BrokerError, BrokerSettings, DeclaredEntity, Found, Management, ManagementError};
 use crate::cli::doctor::Report;
-use crate::model::secret_url::SecretUrl;
+use crate::model::secrets::SecretUrl;
 use crate::model::wake::Wake;
 
 pub(super) async fn check(report: &mut Report, settings: &BrokerSettings, management: Option<&SecretUrl>) {

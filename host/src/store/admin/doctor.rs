@@ -6,7 +6,7 @@ use std::time::Duration;
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
-use crate::store::dead_letter_pass::run_bounded;
+use crate::store::connection::run_bounded;
 use crate::store::{Store, StoreError};
 
 /// The oldest release of PostgreSQL that the migrations and the statements work with, as `server_version_num`.

@@ -236,3 +236,15 @@ fn is_broken(error: &sqlx::Error) -> bool {
         None => true,
     }
 }
+
+/// Runs `work` on a connection outside the pool, with the deadline of a statement. The caller must not use the
+/// connection again after an error.
+pub(super) async fn run_bounded<T>(
+    doing: &'static str,
+    work: impl Future<Output = Result<T, sqlx::Error>>,
+) -> Result<T, StoreError> {
+    match tokio::time::timeout(STATEMENT_DEADLINE, work).await {
+        Ok(answer) => answer.map_err(|source| StoreError::Statement { doing, source }),
+        Err(_) => Err(StoreError::Deadline { doing, after: STATEMENT_DEADLINE }),
+    }
+}

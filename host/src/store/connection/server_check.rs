@@ -3,7 +3,7 @@
 
 use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection, Row as _};
 
-use crate::store::dead_letter_pass::run_bounded;
+use crate::store::connection::run_bounded;
 use crate::store::{CONNECT_DEADLINE, SchemaError, Store, StoreError};
 
 /// The rights that the daemon needs on each table.

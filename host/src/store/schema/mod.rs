@@ -13,7 +13,7 @@ use sqlx::Connection as _;
 use sqlx::PgConnection;
 use sqlx::migrate::{Migrate as _, MigrateError, Migrator};
 
-use crate::store::dead_letter_pass::run_bounded;
+use crate::store::connection::run_bounded;
 use crate::store::{Store, StoreError};
 use inspection::Inspection;
 use migrations::MIGRATOR;

@@ -20,7 +20,7 @@ use tracing::{info, warn};
 use ureq::http::Uri;
 use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
-use crate::model::secret_url::SecretUrl;
+use crate::model::secrets::SecretUrl;
 use crate::telemetry::count_dropped_spans;
 use crate::telemetry::traces::TraceSettings;
 

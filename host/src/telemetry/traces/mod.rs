@@ -32,7 +32,7 @@ use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::trace::{Config, SamplingResult, SdkTracer, SdkTracerProvider, ShouldSample, Span};
 use tracing::{info, warn};
 
-use crate::model::secret_url::SecretUrl;
+use crate::model::secrets::SecretUrl;
 
 pub use deliveries::Spans;
 pub use export::check_endpoint;

@@ -1,8 +1,32 @@
-//! The token with which the page may act: whoever has it may drop rows, so it is never shown. No I/O.
+//! Values that must never be logged or shown: URLs with a password, and the token with which a person acts on the page. No I/O.
 
 use std::fmt;
 
 use subtle::ConstantTimeEq as _;
+
+/// A URL that may contain a password.
+#[derive(Clone, PartialEq, Eq)]
+pub struct SecretUrl(String);
+
+impl SecretUrl {
+    /// The URL as it was given, with its password. Must not be logged or shown.
+    #[must_use]
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<String> for SecretUrl {
+    fn from(url: String) -> Self {
+        Self(url)
+    }
+}
+
+impl fmt::Debug for SecretUrl {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("SecretUrl(…)")
+    }
+}
 
 /// Fewer characters could be guessed.
 const SHORTEST: usize = 16;
