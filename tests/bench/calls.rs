@@ -1,4 +1,5 @@
-//! What a call of a plugin costs, beside the same function without WebAssembly, and in other languages.
+//! Measures what a call of a plugin costs, compared with the same function in native code, and for plugins in other
+//! languages.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -16,23 +17,23 @@ use crate::Bench;
 use crate::load::payload;
 use crate::report::{Figure, median};
 
-/// Rows of one batch.
+/// The number of rows in one batch.
 const BATCH: usize = 500;
-/// Calls of which the median is taken, and batches.
+/// The numbers of calls and of batches, of which medians are taken.
 const CALLS: usize = 101;
 const BATCHES: usize = 11;
-/// What the examples in other languages are given.
+/// The payload for the plugins in other languages.
 const NAME: &str = r#"{"name": "Ada"}"#;
 
-/// The Rust plugin of the drain, with its payload.
+/// Measures the Rust plugin of the drain, with the same payload.
 pub(crate) async fn wasm(bench: &Bench) -> Vec<Figure> {
     let payload = payload();
     let (mut fresh, mut batch, mut native) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..bench.rounds() {
-        native.push(build::measured("message", &payload).as_secs_f64() * 1e6);
-        let (one, many) = call(&World::built("message"), "message", &payload).await;
-        fresh.push(one);
-        batch.push(many);
+        native.push(build::measure_native_call("message", &payload).as_secs_f64() * 1e6);
+        let (single, batched) = measure_call(&World::built_plugin("message"), "message", &payload).await;
+        fresh.push(single);
+        batch.push(batched);
     }
     let over: Vec<f64> = batch.iter().zip(&native).map(|(batch, native)| batch - native).collect();
     vec![
@@ -42,7 +43,7 @@ pub(crate) async fn wasm(bench: &Bench) -> Vec<Figure> {
     ]
 }
 
-/// The examples in JavaScript and Python; their tools are installed first.
+/// Measures the plugins in JavaScript and Python; installs their tools if need be.
 pub(crate) async fn languages(bench: &Bench) -> Vec<Figure> {
     let mut figures = Vec::new();
     for (language, file, kind) in [
@@ -51,9 +52,9 @@ pub(crate) async fn languages(bench: &Bench) -> Vec<Figure> {
     ] {
         let (mut fresh, mut batch) = (Vec::new(), Vec::new());
         for _ in 0..bench.rounds() {
-            let (one, many) = call(&file, kind, NAME).await;
-            fresh.push(one);
-            batch.push(many);
+            let (single, batched) = measure_call(&file, kind, NAME).await;
+            fresh.push(single);
+            batch.push(batched);
         }
         figures.push(Figure::new(format!("{language}, a row in a batch of 500"), "µs", batch));
         figures.push(Figure::new(format!("{language}, a row in a store of its own"), "µs", fresh));
@@ -61,8 +62,8 @@ pub(crate) async fn languages(bench: &Bench) -> Vec<Figure> {
     figures
 }
 
-/// µs of a call in a store of its own, and of one of many.
-async fn call(file: &Path, kind: &str, payload: &str) -> (f64, f64) {
+/// Measures a call in a fresh store, and a call in a batch, in µs.
+async fn measure_call(file: &Path, kind: &str, payload: &str) -> (f64, f64) {
     let settings = harness::target().join("measure.toml");
     std::fs::write(&settings, "[limits]\nmemory-mib = 256\ncpu-ms = 5000\nwall-ms = 20000\n").expect("written");
     let engine = Engine::new(None, Metering::Time).expect("an engine");
@@ -81,7 +82,7 @@ async fn call(file: &Path, kind: &str, payload: &str) -> (f64, f64) {
         let begun = Instant::now();
         let built = set.build(rows, clock).await;
         let took = begun.elapsed().as_secs_f64() * 1e6;
-        // A slow plugin does not get through all of them in the time that a batch has.
+        // A slow plugin does not build all rows within the time limit of a batch.
         let done = built.iter().filter(|build| matches!(build.outcome, Some(Ok(_)))).count();
         batches.push(took / crate::report::count(done));
     }

@@ -1,5 +1,5 @@
-//! How fast rows are delivered that are due all at once: by one daemon, by two, by one that was killed in the middle, and
-//! while somebody keeps old row versions from being removed.
+//! Measures how fast rows are delivered that are all due at once: by one daemon, by two, by a daemon that is killed in
+//! the middle and restarted, and while an open transaction keeps PostgreSQL from removing dead rows.
 
 use std::time::Duration;
 
@@ -11,44 +11,44 @@ use time::OffsetDateTime;
 
 use crate::Bench;
 use crate::load::{Stage, per_second};
-use crate::probe::{cpu, cpu_of_threads};
+use crate::probe::{cpu_seconds, thread_cpu_seconds};
 use crate::raw;
 use crate::report::{Figure, median};
 
-/// Rows of a drain.
+/// The number of rows in a drain.
 const ROWS: u32 = 100_000;
-/// Rows that are delivered while somebody reads.
+/// The number of rows that are delivered while a reader's transaction is open.
 const UNDER_READER: u32 = 500_000;
-/// Looks are counted in windows of so many, so far apart.
+/// Looks are counted in windows of `LOOKS` looks, `APART` from each other.
 const WINDOWS: usize = 7;
 const LOOKS: u32 = 30;
 const APART: Duration = Duration::from_millis(30);
 
-/// Rows that are due, through a plugin, to a quorum queue.
+/// Delivers due rows through a plugin to a quorum queue.
 pub(crate) async fn drain(bench: &Bench) -> Vec<Figure> {
-    let (stage, rows) = (Stage::with(&["message"]).await, bench.rows(ROWS));
-    let daemon = stage.daemon().await;
+    let (stage, rows) = (Stage::with_plugins(&["message"]).await, bench.rows(ROWS));
+    let daemon = stage.start_daemon().await;
     let pid = daemon.pid();
     let (mut rates, mut limits, mut costs, mut raw_costs, mut guests) =
         (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for _ in 0..bench.rounds() {
-        // The limit before and after, so that a machine that slows down or speeds up does so for both.
+        // The limit is measured before and after, so that a change in the speed of the machine affects both figures.
         let (mut limit, mut raw_cost) = (0.0, 0.0);
-        let before = cpu(None);
+        let before = cpu_seconds(None);
         limit += raw::publish_and_confirm(&stage, rows).await / 2.0;
-        raw_cost += (cpu(None) - before) / 2.0;
+        raw_cost += (cpu_seconds(None) - before) / 2.0;
         stage.tidy().await;
 
-        let (before, guests_before) = (cpu(Some(pid)), cpu_of_threads(pid, "plugin"));
+        let (before, guests_before) = (cpu_seconds(Some(pid)), thread_cpu_seconds(pid, "plugin"));
         rates.push(stage.drain(rows).await);
-        let (used, by_guests) = (cpu(Some(pid)) - before, cpu_of_threads(pid, "plugin") - guests_before);
+        let (used, by_guests) = (cpu_seconds(Some(pid)) - before, thread_cpu_seconds(pid, "plugin") - guests_before);
         costs.push(used * 1e6 / f64::from(rows));
         guests.push(by_guests / used * 100.0);
         stage.tidy().await;
 
-        let before = cpu(None);
+        let before = cpu_seconds(None);
         limit += raw::publish_and_confirm(&stage, rows).await / 2.0;
-        raw_cost += (cpu(None) - before) / 2.0;
+        raw_cost += (cpu_seconds(None) - before) / 2.0;
         raw_costs.push(raw_cost * 1e6 / f64::from(rows));
         limits.push(limit);
         stage.tidy().await;
@@ -64,43 +64,43 @@ pub(crate) async fn drain(bench: &Bench) -> Vec<Figure> {
     ]
 }
 
-/// Two daemons against one.
-pub(crate) async fn two(bench: &Bench) -> Vec<Figure> {
-    let (stage, rows) = (Stage::with(&["message"]).await, bench.rows(ROWS));
-    let _one = stage.daemon().await;
+/// Compares two daemons with one.
+pub(crate) async fn two_daemons(bench: &Bench) -> Vec<Figure> {
+    let (stage, rows) = (Stage::with_plugins(&["message"]).await, bench.rows(ROWS));
+    let _one = stage.start_daemon().await;
     let (mut alone, mut together) = (Vec::new(), Vec::new());
     for _ in 0..bench.rounds() {
         alone.push(stage.drain(rows).await);
         stage.tidy().await;
         let state = stage.world.state_dir().with_extension("state2");
-        let other = stage.warm(&stage.world.launch().with("TIDINGS_STATE_DIR", state.display())).await;
+        let other = stage.start_warm(&stage.world.launch().with("TIDINGS_STATE_DIR", state.display())).await;
         together.push(stage.drain(rows).await);
         assert!(other.stop().await.success());
         stage.tidy().await;
         let _ = std::fs::remove_dir_all(state);
     }
     stage.remove().await;
-    // Rounds differ by as much for no reason.
+    // Not 100 %, because rounds differ by 5 % without any cause.
     let figure = Figure::new("two daemons", "rows/s", together).beside("one", alone).at_least_share(0.95);
     vec![figure]
 }
 
-/// A daemon that is killed in the middle, and started again.
+/// Kills the daemon in the middle of a drain and starts it again.
 pub(crate) async fn recovery(bench: &Bench) -> Vec<Figure> {
-    let (stage, rows) = (Stage::with(&["message"]).await, bench.rows(ROWS));
+    let (stage, rows) = (Stage::with_plugins(&["message"]).await, bench.rows(ROWS));
     let (mut beyond, mut took, mut expected, mut copies) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for _ in 0..bench.rounds() {
-        let mut daemon = stage.daemon().await;
+        let mut daemon = stage.start_daemon().await;
         let begun = stage.write_due(rows).await;
-        stage.until_queued(rows / 2).await;
+        stage.wait_until_queued(rows / 2).await;
         daemon.signal(Signal::SIGKILL);
         let killed = OffsetDateTime::now_utc();
-        daemon.ended().await;
+        daemon.wait_for_end().await;
 
         let restarted = OffsetDateTime::now_utc();
-        let daemon = stage.world.launch().ready().await;
-        stage.until_queued(rows).await;
-        stage.until_finished(rows).await;
+        let daemon = stage.world.launch().start_ready().await;
+        stage.wait_until_queued(rows).await;
+        stage.wait_until_finished(rows).await;
         let ended = stage.last_confirm().await;
         let left = "SELECT count(*) FROM tidings.deliveries WHERE finished_at >= ";
         let left: i64 = stage.world.value(&format!("{left} '{killed}'")).await;
@@ -112,7 +112,7 @@ pub(crate) async fn recovery(bench: &Bench) -> Vec<Figure> {
         took.push(drained);
         expected.push(to_drain);
         beyond.push(drained - to_drain);
-        copies.push(f64::from(stage.queued().await) - f64::from(rows));
+        copies.push(f64::from(stage.count_queued().await) - f64::from(rows));
         assert!(daemon.stop().await.success());
         stage.tidy().await;
     }
@@ -124,9 +124,9 @@ pub(crate) async fn recovery(bench: &Bench) -> Vec<Figure> {
     ]
 }
 
-/// Somebody reads in a long transaction, and PostgreSQL can remove nothing of what was delivered since.
-pub(crate) async fn reader(bench: &Bench) -> Vec<Figure> {
-    let (stage, rows) = (Stage::with(&["message"]).await, bench.rows(UNDER_READER));
+/// Delivers rows while a long transaction keeps PostgreSQL from removing the deleted rows.
+pub(crate) async fn with_reader(bench: &Bench) -> Vec<Figure> {
+    let (stage, rows) = (Stage::with_plugins(&["message"]).await, bench.rows(UNDER_READER));
     let url = database_url(stage.world.ports().0, &stage.world.name);
     let database = &stage.world.name;
     for sql in [
@@ -138,10 +138,10 @@ pub(crate) async fn reader(bench: &Bench) -> Vec<Figure> {
     let (mut clean, mut held, mut clean_pages, mut held_pages, mut unbounded) =
         (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for _ in 0..bench.rounds() {
-        let daemon = stage.daemon().await;
-        // So that there is a next row to be found.
+        let daemon = stage.start_daemon().await;
+        // A look then finds a next row.
         stage.world.sql("SELECT tidings.schedule('message', now() + interval '1 day', key => 'next')").await;
-        clean_pages.push(pages_of_a_look(&stage.world).await);
+        clean_pages.push(count_pages_of_look(&stage.world).await);
         clean.push(stage.drain(rows).await);
         stage.tidy().await;
 
@@ -149,8 +149,8 @@ pub(crate) async fn reader(bench: &Bench) -> Vec<Figure> {
         reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ").await.expect("begun");
         reader.execute("SELECT count(*) FROM tidings.passes").await.expect("a snapshot");
         held.push(stage.drain(rows).await);
-        held_pages.push(pages_of_a_look(&stage.world).await);
-        unbounded.push(pages_of(&stage.world, "SELECT min(slot_at) FROM tidings.schedules").await);
+        held_pages.push(count_pages_of_look(&stage.world).await);
+        unbounded.push(count_pages_of(&stage.world, "SELECT min(slot_at) FROM tidings.schedules").await);
         reader.close().await.expect("ended");
         assert!(daemon.stop().await.success());
         stage.tidy().await;
@@ -163,9 +163,9 @@ pub(crate) async fn reader(bench: &Bench) -> Vec<Figure> {
     ]
 }
 
-/// Pages of tables and indexes that one look at the queue reads, when the daemon is notified of nothing that is due.
-async fn pages_of_a_look(world: &World) -> f64 {
-    // The daemon needs a moment to see that nothing is due any more.
+/// The number of pages of tables and indexes that one look reads when no row is due.
+async fn count_pages_of_look(world: &World) -> f64 {
+    // The daemon needs a moment to see that no row is due any more.
     tokio::time::sleep(Duration::from_secs(2)).await;
     let mut windows = Vec::new();
     for _ in 0..WINDOWS {
@@ -174,14 +174,14 @@ async fn pages_of_a_look(world: &World) -> f64 {
             world.sql("NOTIFY tidings").await;
             tokio::time::sleep(APART).await;
         }
-        windows.push(pages_by_statistics(world).await);
+        windows.push(count_pages_by_statistics(world).await);
     }
-    // One or two of the windows have a sweep in them, which begins at the very beginning.
+    // One or two windows contain a sweep, which reads the index from its beginning; the median ignores them.
     median(windows)
 }
 
-/// The same, of the looks since the statistics began.
-async fn pages_by_statistics(world: &World) -> f64 {
+/// The number of pages for each look since the statistics were reset.
+async fn count_pages_by_statistics(world: &World) -> f64 {
     let looks = "FROM pg_stat_statements
                  WHERE dbid = (SELECT oid FROM pg_database WHERE datname = current_database())
                      AND query LIKE '%tidings.schedules%' AND query LIKE '%slot_at%'
@@ -200,8 +200,8 @@ async fn pages_by_statistics(world: &World) -> f64 {
     pages.expect("it was called")
 }
 
-/// Pages that a statement reads.
-async fn pages_of(world: &World, sql: &str) -> f64 {
+/// The number of pages that a statement reads.
+async fn count_pages_of(world: &World, sql: &str) -> f64 {
     let explain = format!("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}");
     let plan = sqlx::query_scalar::<_, sqlx::types::JsonValue>(AssertSqlSafe(explain)).fetch_one(&world.db).await;
     let plan = &plan.expect("a plan")[0]["Plan"];

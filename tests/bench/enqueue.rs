@@ -1,4 +1,4 @@
-//! What the triggers cost those who write: the same statements into the same table, with and without.
+//! Measures what the triggers cost producers: the same statements on the same table, with and without triggers.
 
 use std::time::{Duration, Instant};
 
@@ -7,33 +7,33 @@ use harness::world::database_url;
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 use sqlx::{AssertSqlSafe, Executor as _};
 
-use crate::load::{Stage, payload, rows_due};
+use crate::load::{Stage, insert_due_rows_sql, payload};
 use crate::report::Figure;
 use crate::{Bench, MILLION};
 
-/// Writers at once.
+/// The number of concurrent writers.
 const CLIENTS: u32 = 16;
-/// For how long they write.
+/// For how many seconds they write.
 const SECONDS: u32 = 8;
 
-/// Many rows in one statement, for a day far away; and clients that write one row at a time, due soon.
+/// Writes many rows in one statement, due in a month; and single rows by several clients, due soon.
 pub(crate) async fn enqueue(bench: &Bench) -> Vec<Figure> {
-    let stage = Stage::with(&["message"]).await;
-    // Its looks, when triggers have notified it, are part of what they cost.
-    let daemon = stage.daemon().await;
-    let (with, without) = (clients(&stage, true).await, clients(&stage, false).await);
+    let stage = Stage::with_plugins(&["message"]).await;
+    // The looks of the daemon that triggers notify are part of the cost.
+    let daemon = stage.start_daemon().await;
+    let (with, without) = (connect_clients(&stage, true).await, connect_clients(&stage, false).await);
     let rows = bench.rows(MILLION);
     let (mut bulk, mut bare_bulk, mut single, mut bare_single) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for round in 0..bench.rounds() {
-        // In turn: the first of two has an empty table and the second a warm one, or the other way round.
+        // The order alternates, because the first of the two has an empty table and the second a warm one.
         for triggers in [round % 2 == 0, round % 2 != 0] {
             let pool = if triggers { &with } else { &without };
             let (bulk, single) = if triggers { (&mut bulk, &mut single) } else { (&mut bare_bulk, &mut bare_single) };
-            bulk.push(in_bulk(pool, rows).await);
-            empty(&stage).await;
-            single.push(one_at_a_time(pool, bench.seconds(SECONDS)).await);
-            // Before the first of them is due.
-            empty(&stage).await;
+            bulk.push(write_in_bulk(pool, rows).await);
+            empty_table(&stage).await;
+            single.push(write_one_at_a_time(pool, bench.seconds(SECONDS)).await);
+            // The rows are removed before the first of them is due.
+            empty_table(&stage).await;
         }
     }
     assert!(daemon.stop().await.success());
@@ -50,26 +50,26 @@ pub(crate) async fn enqueue(bench: &Bench) -> Vec<Figure> {
     ]
 }
 
-/// Connections of clients, for which triggers fire or do not.
-async fn clients(stage: &Stage, triggers: bool) -> PgPool {
+/// Opens the clients' connections, for which triggers fire or do not fire.
+async fn connect_clients(stage: &Stage, triggers: bool) -> PgPool {
     let url = database_url(stage.world.ports().0, &stage.world.name);
     let options: PgConnectOptions = url.parse().expect("a URL");
-    // As for rows that come from another server by replication.
+    // The role `replica` is meant for rows from replication, for which ordinary triggers do not fire.
     let role = if triggers { "origin" } else { "replica" };
     let options = options.options([("session_replication_role", role)]);
     let pool = PgPoolOptions::new().min_connections(CLIENTS).max_connections(CLIENTS).connect_with(options).await;
     pool.expect("connections")
 }
 
-async fn in_bulk(clients: &PgPool, rows: u32) -> f64 {
-    let insert = rows_due("now() + interval '30 days' + n * interval '1 ms'", rows);
+async fn write_in_bulk(clients: &PgPool, rows: u32) -> f64 {
+    let insert = insert_due_rows_sql("now() + interval '30 days' + n * interval '1 ms'", rows);
     let begun = Instant::now();
     clients.execute(AssertSqlSafe(insert)).await.expect("written");
     f64::from(rows) / begun.elapsed().as_secs_f64()
 }
 
 /// Each client writes a row, waits for its commit, and writes the next.
-async fn one_at_a_time(clients: &PgPool, seconds: u32) -> f64 {
+async fn write_one_at_a_time(clients: &PgPool, seconds: u32) -> f64 {
     let insert = format!(
         "INSERT INTO tidings.schedules (kind, due_at, payload) VALUES ('message', clock_timestamp() + interval '25 s', '{}')",
         payload()
@@ -92,7 +92,7 @@ async fn one_at_a_time(clients: &PgPool, seconds: u32) -> f64 {
     f64::from(written) / begun.elapsed().as_secs_f64()
 }
 
-async fn empty(stage: &Stage) {
+async fn empty_table(stage: &Stage) {
     stage.world.sql("TRUNCATE tidings.schedules").await;
     stage.world.sql("CHECKPOINT").await;
 }

@@ -1,88 +1,96 @@
-//! How late rows are: at a steady rate with many that wait, beside a spike, and from the commit of a row that is due at once.
+//! Measures lateness: at a steady rate while many rows are pending, during a spike, and from the commit of a row that
+//! is due at once.
 
 use std::time::Duration;
 
 use time::OffsetDateTime;
 
-use crate::load::{QUEUE, Stage, per_second, rows_due};
+use crate::load::{QUEUE, Stage, insert_due_rows_sql, per_second};
 use crate::raw::{self, Receiver, millis, now_us};
 use crate::report::{Figure, Times};
 use crate::{Bench, MILLION};
 
-/// For how long rows fall due.
+/// For how many seconds rows fall due.
 const SECONDS: u32 = 60;
-/// For how long raw messages are published at the same rate.
+/// For how many seconds raw messages are published at the same rate.
 const RAW_SECONDS: u32 = 10;
-/// Before the first row is due: time to write them all.
+/// The time before the first row is due, in which all rows are written.
 const LEAD: &str = "interval '6 s'";
-/// Rows of a spike.
+/// The number of rows in a spike.
 const SPIKE: u32 = 50_000;
-/// Of other kinds meanwhile, a second.
+/// How many rows of other kinds fall due in a second during the spike.
 const TRICKLE: u32 = 100;
-/// Rows a second that are due when they are written: few enough for the daemon to wait again in between.
+/// How many single rows are written in a second: so few that the daemon is idle between two of them.
 const SINGLES: u32 = 40;
 const SECONDS_OF_SINGLES: u32 = 8;
 
-/// 100 rows a second, 200,000 wait.
-pub(crate) async fn quiet(bench: &Bench) -> Vec<Figure> {
-    steady(bench, 100, 200_000, (3.0, 8.0)).await
+/// 100 rows a second, 200,000 pending.
+pub(crate) async fn at_100_rows_per_second(bench: &Bench) -> Vec<Figure> {
+    measure_steady(bench, 100, 200_000, (3.0, 8.0)).await
 }
 
-/// 1,000 rows a second, a million waits.
-pub(crate) async fn busy(bench: &Bench) -> Vec<Figure> {
-    steady(bench, 1_000, MILLION, (5.0, 20.0)).await
+/// 1,000 rows a second, a million pending.
+pub(crate) async fn at_1000_rows_per_second(bench: &Bench) -> Vec<Figure> {
+    measure_steady(bench, 1_000, MILLION, (5.0, 20.0)).await
 }
 
-/// The same with ten million.
-pub(crate) async fn vast(bench: &Bench) -> Vec<Figure> {
-    steady(bench, 1_000, 10 * MILLION, (5.0, 20.0)).await
+/// 1,000 rows a second, ten million pending.
+pub(crate) async fn with_ten_million_pending(bench: &Bench) -> Vec<Figure> {
+    measure_steady(bench, 1_000, 10 * MILLION, (5.0, 20.0)).await
 }
 
-async fn steady(bench: &Bench, rate: u32, pending: u32, (p50, p99): (f64, f64)) -> Vec<Figure> {
-    let stage = bench.pending(pending).await;
-    let daemon = stage.daemon().await;
+async fn measure_steady(bench: &Bench, rate: u32, pending: u32, (p50, p99): (f64, f64)) -> Vec<Figure> {
+    let stage = bench.take_pending_stage(pending).await;
+    let daemon = stage.start_daemon().await;
     let (mut confirmed, mut received, mut raw) = (Vec::new(), Vec::new(), Vec::new());
     let seconds = bench.seconds(SECONDS);
     let rows = rate * seconds;
     for _ in 0..bench.rounds() {
-        let mut receiver = Receiver::on(&stage).await;
-        raw.push(raw::one_way(&stage, &mut receiver, rate, bench.seconds(RAW_SECONDS)).await);
+        let mut receiver = Receiver::start(&stage).await;
+        raw.push(raw::measure_one_way(&stage, &mut receiver, rate, bench.seconds(RAW_SECONDS)).await);
         let first: OffsetDateTime =
             stage.world.value(&format!("SELECT date_trunc('milliseconds', clock_timestamp()) + {LEAD}")).await;
         let due = format!("'{first}'::timestamptz + n * interval '{} ms'", 1000 / rate);
-        stage.world.sql(&rows_due(&due, rows)).await;
+        stage.world.sql(&insert_due_rows_sql(&due, rows)).await;
         assert!(stage.world.now().await < first, "it took too long to write the rows, the first are late by that");
         tokio::time::sleep(Duration::from_secs(seconds.into())).await;
         received.push(receiver.take(rows).await);
-        stage.until_finished(rows).await;
+        stage.wait_until_finished(rows).await;
         confirmed.push(stage.lateness("outcome = 'delivered'").await);
         receiver.stop().await;
         stage.tidy().await;
     }
     assert!(daemon.stop().await.success());
-    bench.keep(stage);
-    let of = |times: &[Times], percent| times.iter().map(|times| times.at(percent)).collect::<Vec<f64>>();
-    let limit = |percent| raw.iter().map(|raw| raw.to_confirm.at(percent)).collect::<Vec<f64>>();
-    let one_way = |percent| raw.iter().map(|raw| raw.to_consumer.at(percent)).collect::<Vec<f64>>();
-    let early = confirmed.iter().zip(&received).map(|(confirmed, received)| confirmed.negative() + received.negative());
+    bench.keep_stage(stage);
+    let percentiles =
+        |times: &[Times], percent| times.iter().map(|times| times.percentile(percent)).collect::<Vec<f64>>();
+    let limit = |percent| raw.iter().map(|raw| raw.to_confirm.percentile(percent)).collect::<Vec<f64>>();
+    let one_way = |percent| raw.iter().map(|raw| raw.to_consumer.percentile(percent)).collect::<Vec<f64>>();
+    let early = confirmed
+        .iter()
+        .zip(&received)
+        .map(|(confirmed, received)| confirmed.count_negative() + received.count_negative());
     vec![
-        Figure::new("due to confirm, p50", "ms", of(&confirmed, 50))
+        Figure::new("due to confirm, p50", "ms", percentiles(&confirmed, 50))
             .beside("raw publish to confirm", limit(50))
             .under(p50),
-        Figure::new("due to confirm, p99", "ms", of(&confirmed, 99))
+        Figure::new("due to confirm, p99", "ms", percentiles(&confirmed, 99))
             .beside("raw publish to confirm", limit(99))
             .under(p99),
-        Figure::new("due to confirm, most", "ms", of(&confirmed, 100)).beside("raw publish to confirm", limit(100)),
-        Figure::new("due to consumer, p50", "ms", of(&received, 50)).beside("raw publish to consumer", one_way(50)),
-        Figure::new("due to consumer, p99", "ms", of(&received, 99)).beside("raw publish to consumer", one_way(99)),
+        Figure::new("due to confirm, most", "ms", percentiles(&confirmed, 100))
+            .beside("raw publish to confirm", limit(100)),
+        Figure::new("due to consumer, p50", "ms", percentiles(&received, 50))
+            .beside("raw publish to consumer", one_way(50)),
+        Figure::new("due to consumer, p99", "ms", percentiles(&received, 99))
+            .beside("raw publish to consumer", one_way(99)),
         Figure::new("rows that came early", "rows", early).at_most(0.0),
     ]
 }
 
-/// Many rows due in the same millisecond, while others trickle.
+/// Many rows due in the same millisecond, while rows of other kinds fall due one by one.
 pub(crate) async fn spike(bench: &Bench) -> Vec<Figure> {
-    let stage = bench.pending(MILLION).await;
-    let daemon = stage.daemon().await;
+    let stage = bench.take_pending_stage(MILLION).await;
+    let daemon = stage.start_daemon().await;
     let rows = bench.rows(SPIKE);
     let (mut rates, mut drains, mut trickles) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..bench.rounds() {
@@ -91,13 +99,13 @@ pub(crate) async fn spike(bench: &Bench) -> Vec<Figure> {
 
         let due: OffsetDateTime =
             stage.world.value(&format!("SELECT date_trunc('milliseconds', clock_timestamp()) + {LEAD}")).await;
-        // From two seconds before until three after it should be over.
-        let trickle = TRICKLE * 5 + duration_of(rows, drain) * TRICKLE;
-        stage.world.sql(&rows_due(&format!("'{due}'::timestamptz"), rows)).await;
-        stage.world.sql(&trickling(due, trickle)).await;
+        // From two seconds before the spike until three seconds after its expected end.
+        let trickle = TRICKLE * 5 + expected_seconds(rows, drain) * TRICKLE;
+        stage.world.sql(&insert_due_rows_sql(&format!("'{due}'::timestamptz"), rows)).await;
+        stage.world.sql(&insert_trickle_sql(due, trickle)).await;
         assert!(stage.world.now().await < due - Duration::from_secs(2), "it took too long to write the rows");
-        stage.until_queued(rows + trickle).await;
-        stage.until_finished(rows + trickle).await;
+        stage.wait_until_queued(rows + trickle).await;
+        stage.wait_until_finished(rows + trickle).await;
         let ended: OffsetDateTime =
             stage.world.value("SELECT max(finished_at) FROM tidings.deliveries WHERE kind = 'message'").await;
         drains.push(drain);
@@ -107,24 +115,24 @@ pub(crate) async fn spike(bench: &Bench) -> Vec<Figure> {
         stage.tidy().await;
     }
     assert!(daemon.stop().await.success());
-    bench.keep(stage);
+    bench.keep_stage(stage);
     vec![
         Figure::new("the spike, due to confirmed", "rows/s", rates)
             .beside("rows that are already due", drains)
             .at_least_share(0.9),
-        Figure::new("other kinds meanwhile, p50", "ms", trickles.iter().map(|times| times.at(50))),
-        Figure::new("other kinds meanwhile, p99", "ms", trickles.iter().map(|times| times.at(99))).under(250.0),
+        Figure::new("other kinds meanwhile, p50", "ms", trickles.iter().map(|times| times.percentile(50))),
+        Figure::new("other kinds meanwhile, p99", "ms", trickles.iter().map(|times| times.percentile(99))).under(250.0),
     ]
 }
 
-/// Seconds, rounded up.
-fn duration_of(rows: u32, rate: f64) -> u32 {
+/// How long `rows` take at `rate` rows a second, in seconds, rounded up.
+fn expected_seconds(rows: u32, rate: f64) -> u32 {
     let whole = (1..600).find(|seconds| f64::from(*seconds) * rate >= f64::from(rows));
     whole.expect("it takes less than ten minutes")
 }
 
-/// Rows of two other kinds, 100 a second, from two seconds before `around` on.
-fn trickling(around: OffsetDateTime, rows: u32) -> String {
+/// The statement that writes rows of two other kinds, 100 a second, from two seconds before `around` on.
+fn insert_trickle_sql(around: OffsetDateTime, rows: u32) -> String {
     const GAME: &str = r#""game_id":"6f0f5e2e-6a2b-4b0e-9d0b-3a4f0a6b1c2d""#;
     format!(
         r#"INSERT INTO tidings.schedules (kind, due_at, payload)
@@ -139,10 +147,10 @@ fn trickling(around: OffsetDateTime, rows: u32) -> String {
     )
 }
 
-/// One row at a time, due when it is written.
+/// Single rows that are due when they are written.
 pub(crate) async fn due_now(bench: &Bench) -> Vec<Figure> {
-    let stage = Stage::with(&["message"]).await;
-    let daemon = stage.daemon().await;
+    let stage = Stage::with_plugins(&["message"]).await;
+    let daemon = stage.start_daemon().await;
     let insert = format!(
         r#"SELECT tidings.schedule('message', clock_timestamp(), '{{"routing_key":"{QUEUE}","body":"{}"}}')"#,
         "x".repeat(crate::load::BODY_BYTES)
@@ -150,8 +158,8 @@ pub(crate) async fn due_now(bench: &Bench) -> Vec<Figure> {
     let seconds = bench.seconds(SECONDS_OF_SINGLES);
     let (mut received, mut raw) = (Vec::new(), Vec::new());
     for _ in 0..bench.rounds() {
-        let mut receiver = Receiver::on(&stage).await;
-        raw.push(raw::one_way(&stage, &mut receiver, SINGLES, seconds).await.to_consumer);
+        let mut receiver = Receiver::start(&stage).await;
+        raw.push(raw::measure_one_way(&stage, &mut receiver, SINGLES, seconds).await.to_consumer);
         let mut pace = tokio::time::interval(Duration::from_secs(1) / SINGLES);
         let mut times = Vec::new();
         for _ in 0..SINGLES * seconds {
@@ -165,9 +173,9 @@ pub(crate) async fn due_now(bench: &Bench) -> Vec<Figure> {
     }
     assert!(daemon.stop().await.success());
     stage.remove().await;
-    let figure = |percent, what: &str| {
-        Figure::new(what, "ms", received.iter().map(|times| times.at(percent)))
-            .beside("raw publish to consumer", raw.iter().map(|times| times.at(percent)))
+    let figure = |percent, label: &str| {
+        Figure::new(label, "ms", received.iter().map(|times| times.percentile(percent)))
+            .beside("raw publish to consumer", raw.iter().map(|times| times.percentile(percent)))
     };
     vec![
         figure(50, "committed to received, p50").under(2.0),

@@ -1,5 +1,5 @@
-//! What the scenarios are played on: a world with one quorum queue, rows that wait, rows that are due, and how late they
-//! were. Decides nothing about what a figure means.
+//! The stage on which the scenarios run: a world with one quorum queue, pending rows, due rows, and the lateness of
+//! delivered rows. It does not decide what a figure means.
 
 use std::time::Duration;
 
@@ -14,31 +14,31 @@ use time::OffsetDateTime;
 
 use crate::report::Times;
 
-/// The body of every message.
+/// The size of every message's body.
 pub(crate) const BODY_BYTES: usize = 400;
-/// The queue of all messages, and the routing key of most.
+/// The queue of all messages, and the routing key of most of them.
 pub(crate) const QUEUE: &str = "measured";
-/// Longer than anything takes that ends.
-const PATIENCE: Duration = Duration::from_mins(15);
-/// Rows after which connections, plans and code are warm.
+/// Longer than any successful step takes.
+const STEP_TIMEOUT: Duration = Duration::from_mins(15);
+/// The number of rows after which connections, plans and code are warm.
 const WARM: u32 = 2_000;
-/// Rows that one statement writes, of those that wait.
+/// How many pending rows one statement writes.
 const CHUNK: u32 = 1_000_000;
 
 /// A world with a queue.
 #[derive(Debug)]
 pub(crate) struct Stage {
-    /// Its database, its virtual host, its plugins.
+    /// The database, the virtual host and the plugins.
     pub(crate) world: World,
     channel: Channel,
-    /// Rows that wait for a day that does not come.
+    /// The number of pending rows, which are not due during the measurements.
     pending: u32,
 }
 
 impl Stage {
-    /// With these plugins, without a daemon, and with no rows.
-    pub(crate) async fn with(plugins: &[&str]) -> Self {
-        let world = World::with(plugins).await;
+    /// Makes a stage with these plugins, without a daemon and without rows.
+    pub(crate) async fn with_plugins(plugins: &[&str]) -> Self {
+        let world = World::with_plugins(plugins).await;
         let channel = world.broker.channel().await;
         let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
         let none = FieldTable::default;
@@ -51,21 +51,21 @@ impl Stage {
         Self { world, channel, pending: 0 }
     }
 
-    /// A daemon with the settings that it has by default, warm.
-    pub(crate) async fn daemon(&self) -> Daemon {
-        self.warm(&self.world.launch()).await
+    /// Starts a daemon with the default settings, and warms it up.
+    pub(crate) async fn start_daemon(&self) -> Daemon {
+        self.start_warm(&self.world.launch()).await
     }
 
-    /// The same as it is launched here.
-    pub(crate) async fn warm(&self, launch: &Launch) -> Daemon {
-        let daemon = launch.ready().await;
+    /// Starts a daemon with these settings, and warms it up.
+    pub(crate) async fn start_warm(&self, launch: &Launch) -> Daemon {
+        let daemon = launch.start_ready().await;
         self.drain(WARM).await;
         self.tidy().await;
         daemon
     }
 
-    /// Writes rows that wait, one every three seconds from tomorrow on, until there are so many.
-    pub(crate) async fn pend(&mut self, rows: u32) {
+    /// Writes pending rows, due one every three seconds from tomorrow on, until there are `rows` of them.
+    pub(crate) async fn write_pending(&mut self, rows: u32) {
         while self.pending < rows {
             let more = (rows - self.pending).min(CHUNK);
             let insert = format!(
@@ -80,7 +80,8 @@ impl Stage {
         self.tidy().await;
     }
 
-    /// Empties the queue and the history, and has PostgreSQL do at once what it would do at some time.
+    /// Empties the queue and the history, and lets PostgreSQL vacuum and make its checkpoint now rather than during a
+    /// measurement.
     pub(crate) async fn tidy(&self) {
         self.purge().await;
         self.world.sql("TRUNCATE tidings.deliveries").await;
@@ -93,16 +94,16 @@ impl Stage {
         self.channel.queue_purge(QUEUE.into(), QueuePurgeOptions::default()).await.expect("purged");
     }
 
-    /// Messages in the queue.
-    pub(crate) async fn queued(&self) -> u32 {
+    /// The number of messages in the queue.
+    pub(crate) async fn count_queued(&self) -> u32 {
         let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
         let declared = self.channel.queue_declare(QUEUE.into(), options, FieldTable::default()).await;
         declared.expect("the queue").message_count()
     }
 
-    /// Writes rows that are due, in one transaction, and returns the database's time right before its commit.
+    /// Writes due rows in one transaction, and returns the database's time right before the commit.
     pub(crate) async fn write_due(&self, rows: u32) -> OffsetDateTime {
-        self.write(rows_due("now()", rows)).await
+        self.write(insert_due_rows_sql("now()", rows)).await
     }
 
     async fn write(&self, insert: String) -> OffsetDateTime {
@@ -113,12 +114,12 @@ impl Stage {
         now
     }
 
-    /// Writes rows that are due and waits until they are delivered: rows per second, from the commit to the last confirm.
+    /// Writes due rows and waits until they are delivered. Returns rows per second from the commit to the last confirm.
     pub(crate) async fn drain(&self, rows: u32) -> f64 {
-        self.drained(rows, rows_due("now()", rows)).await
+        self.write_and_drain(rows, insert_due_rows_sql("now()", rows)).await
     }
 
-    /// The same with bodies of some `body_bytes` bytes, which hardly get smaller when they are compressed.
+    /// [`Stage::drain`] with bodies of about `body_bytes` bytes that hardly compress.
     pub(crate) async fn drain_bodies(&self, rows: u32, body_bytes: usize) -> f64 {
         let insert = format!(
             "WITH said AS MATERIALIZED (
@@ -128,40 +129,40 @@ impl Stage {
              INSERT INTO tidings.schedules (kind, due_at, payload)
              SELECT 'message', now(), payload FROM said, generate_series(1, {rows})"
         );
-        self.drained(rows, insert).await
+        self.write_and_drain(rows, insert).await
     }
 
-    async fn drained(&self, rows: u32, insert: String) -> f64 {
+    async fn write_and_drain(&self, rows: u32, insert: String) -> f64 {
         let begun = self.write(insert).await;
-        self.until_queued(rows).await;
-        self.until_finished(rows).await;
+        self.wait_until_queued(rows).await;
+        self.wait_until_finished(rows).await;
         per_second(rows, self.last_confirm().await - begun)
     }
 
-    /// Waits until so many messages are in the queue. Nobody may consume.
-    pub(crate) async fn until_queued(&self, messages: u32) {
-        let deadline = tokio::time::Instant::now() + PATIENCE;
-        // Asks the broker, and seldom: PostgreSQL would read every row that was deleted to say how many are left.
+    /// Waits until `messages` messages are in the queue, which must have no consumer.
+    pub(crate) async fn wait_until_queued(&self, messages: u32) {
+        let deadline = tokio::time::Instant::now() + STEP_TIMEOUT;
+        // Counts messages in RabbitMQ, every 50 ms: to count rows, PostgreSQL would read every deleted row.
         let mut pace = tokio::time::interval(Duration::from_millis(50));
-        while self.queued().await < messages {
+        while self.count_queued().await < messages {
             assert!(tokio::time::Instant::now() < deadline, "{messages} messages did not come");
             pace.tick().await;
         }
     }
 
-    /// Waits until the history has so many rows.
-    pub(crate) async fn until_finished(&self, rows: u32) {
+    /// Waits until the history has `rows` delivered rows.
+    pub(crate) async fn wait_until_finished(&self, rows: u32) {
         let all = format!("SELECT count(*) >= {rows} FROM tidings.deliveries WHERE outcome = 'delivered'");
         let finished = async || self.world.value::<bool>(&all).await.then_some(());
-        eventually_within(PATIENCE, "the last commit", finished).await;
+        eventually_within(STEP_TIMEOUT, "the last commit", finished).await;
     }
 
-    /// When the last confirm came, by the database clock.
+    /// The time of the last confirm, by the database clock.
     pub(crate) async fn last_confirm(&self) -> OffsetDateTime {
         self.world.value("SELECT max(finished_at) FROM tidings.deliveries").await
     }
 
-    /// From due to confirm, by the database clock, of those deliveries that `which` says.
+    /// The times from due to confirm, by the database clock, of the deliveries that the SQL condition `which` selects.
     pub(crate) async fn lateness(&self, which: &str) -> Times {
         let late = format!(
             "SELECT coalesce(array_agg((extract(epoch FROM finished_at - due_at) * 1000)::float8), '{{}}')
@@ -170,14 +171,14 @@ impl Stage {
         Times::new(self.world.value::<Vec<f64>>(&late).await)
     }
 
-    /// Frees what it took.
+    /// Removes the database and the virtual host.
     pub(crate) async fn remove(self) {
         self.world.remove().await;
     }
 }
 
-/// The statement that writes `rows` rows; `due` may speak of `n`, which counts from 1.
-pub(crate) fn rows_due(due: &str, rows: u32) -> String {
+/// The statement that writes `rows` rows, due at the SQL expression `due`, in which `n` counts from 1.
+pub(crate) fn insert_due_rows_sql(due: &str, rows: u32) -> String {
     format!(
         "INSERT INTO tidings.schedules (kind, due_at, payload)
          SELECT 'message', {due}, '{}' FROM generate_series(1, {rows}) AS n",
@@ -185,12 +186,12 @@ pub(crate) fn rows_due(due: &str, rows: u32) -> String {
     )
 }
 
-/// What every row says: a body of 400 bytes.
+/// The payload of every row, with a body of 400 bytes.
 pub(crate) fn payload() -> String {
     format!(r#"{{"routing_key": "{QUEUE}", "body": "{}"}}"#, "x".repeat(BODY_BYTES))
 }
 
-/// The rate at which `number` went in `time`.
+/// The rate of `number` things in `time`, in things per second.
 pub(crate) fn per_second(number: u32, time: time::Duration) -> f64 {
     f64::from(number) / time.as_seconds_f64()
 }

@@ -1,5 +1,6 @@
-//! `cargo measure`: how fast and how punctual the daemon is, each figure beside its limit or rival in the same run and its
-//! target. The servers are our own, with the settings that their users have. What each line means is in README.md.
+//! `cargo measure` measures how fast and how punctual the daemon is. Each figure stands beside its limit or a rival,
+//! measured in the same run, and beside its target. The servers are private and have the settings that users have.
+//! README.md explains each line.
 
 mod calls;
 mod drain;
@@ -31,227 +32,228 @@ use harness::servers::Servers;
 use load::Stage;
 use report::{Figure, Report};
 
-/// As the daemon has it, so that what it is compared with has no other.
+/// The daemon's allocator, so that the raw client that it is compared with uses the same.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 pub(crate) const MILLION: u32 = 1_000_000;
-/// What the worlds of most scenarios have in their plugin directory: all of the repository.
+/// The plugins of most scenarios: all of the repository.
 const PLUGINS: [&str; 3] = ["message", "game-reminder", "game-status"];
-/// As users have it, and with what counts statements, which does so only where it is asked to.
+/// PostgreSQL's settings: durable as for users, with `pg_stat_statements` loaded but counting only where a scenario
+/// enables it.
 const SETTINGS: &str = "fsync = on\nshared_preload_libraries = 'pg_stat_statements'\npg_stat_statements.track = none";
 
 /// Measures Tidings on servers of its own
 #[derive(Debug, Parser)]
 #[command(name = "cargo measure --")]
 struct Arguments {
-    /// What to measure; all of the table of targets, if nothing is named
+    /// The scenarios to measure; without any, all that have targets
     scenarios: Vec<String>,
-    /// Say what there is
+    /// List all scenarios
     #[arg(long)]
     list: bool,
     /// Write every figure, with each round, into this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Parts of the rows and seconds, to see that everything runs; what comes of less than 1 says little
+    /// Multiplies rows and seconds; below 1 it only shows that everything runs
     #[arg(long, default_value_t = 1.0)]
     scale: f64,
-    /// Rounds, of which the median is taken
+    /// The number of rounds, of which the median is taken
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..))]
     rounds: u8,
-    /// Ten million pending rows, where one is enough otherwise, and ten million dead ones; takes half an hour more
+    /// Also measure with ten million pending rows and with ten million dead ones; takes half an hour more
     #[arg(long)]
     big: bool,
-    /// For how long memory is watched
+    /// For how many minutes memory is watched
     #[arg(long, default_value_t = 3.0)]
     minutes: f64,
 }
 
-/// Something to be measured.
+/// A scenario, which measures one or more figures.
 struct Scenario {
     name: &'static str,
-    what: &'static str,
+    description: &'static str,
     part: Part,
     run: for<'a> fn(&'a Bench) -> LocalBoxFuture<'a, Vec<Figure>>,
 }
 
-/// When a scenario is played without being named.
+/// When a scenario is measured without being named.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Part {
-    /// Always: it has targets.
+    /// Always, because it has targets.
     Targets,
-    /// With `--big`.
+    /// With `--big` only.
     Big,
-    /// Never.
+    /// Never by default: the scenario has no targets.
     Further,
 }
 
-/// In this order: what shares the pending rows goes from few to many.
+/// The scenarios, in the order in which they run: those that share the pending rows need more and more of them.
 const SCENARIOS: [Scenario; 23] = [
     Scenario {
         name: "drain",
-        what: "100,000 rows already due, through a wasm plugin, to a quorum queue",
+        description: "100,000 rows already due, through a wasm plugin, to a quorum queue",
         part: Part::Targets,
         run: |bench| drain::drain(bench).boxed_local(),
     },
     Scenario {
         name: "sizes",
-        what: "rows with bodies of 400 bytes to 16 MiB",
+        description: "rows with bodies of 400 bytes to 16 MiB",
         part: Part::Targets,
         run: |bench| sizes::sizes(bench).boxed_local(),
     },
     Scenario {
         name: "two",
-        what: "the same by two daemons on one database",
+        description: "the same by two daemons on one database",
         part: Part::Targets,
-        run: |bench| drain::two(bench).boxed_local(),
+        run: |bench| drain::two_daemons(bench).boxed_local(),
     },
     Scenario {
         name: "recovery",
-        what: "kill -9 in the middle of the same, and a restart",
+        description: "kill -9 in the middle of the same, and a restart",
         part: Part::Targets,
         run: |bench| drain::recovery(bench).boxed_local(),
     },
     Scenario {
         name: "reader",
-        what: "500,000 rows delivered while a transaction keeps its snapshot",
+        description: "500,000 rows delivered while a transaction keeps its snapshot",
         part: Part::Targets,
-        run: |bench| drain::reader(bench).boxed_local(),
+        run: |bench| drain::with_reader(bench).boxed_local(),
     },
     Scenario {
         name: "due-now",
-        what: "rows one at a time, due when they are written",
+        description: "rows one at a time, due when they are written",
         part: Part::Targets,
         run: |bench| lateness::due_now(bench).boxed_local(),
     },
     Scenario {
         name: "lateness-100",
-        what: "100 rows a second due for a minute, 200,000 pending",
+        description: "100 rows a second due for a minute, 200,000 pending",
         part: Part::Targets,
-        run: |bench| lateness::quiet(bench).boxed_local(),
+        run: |bench| lateness::at_100_rows_per_second(bench).boxed_local(),
     },
     Scenario {
         name: "lateness-1000",
-        what: "1,000 rows a second due for a minute, a million pending",
+        description: "1,000 rows a second due for a minute, a million pending",
         part: Part::Targets,
-        run: |bench| lateness::busy(bench).boxed_local(),
+        run: |bench| lateness::at_1000_rows_per_second(bench).boxed_local(),
     },
     Scenario {
         name: "spike",
-        what: "50,000 rows due in the same millisecond, a million pending, other kinds trickling",
+        description: "50,000 rows due in the same millisecond, a million pending, other kinds trickling",
         part: Part::Targets,
         run: |bench| lateness::spike(bench).boxed_local(),
     },
     Scenario {
         name: "lateness-big",
-        what: "1,000 rows a second due for a minute, ten million pending",
+        description: "1,000 rows a second due for a minute, ten million pending",
         part: Part::Big,
-        run: |bench| lateness::vast(bench).boxed_local(),
+        run: |bench| lateness::with_ten_million_pending(bench).boxed_local(),
     },
     Scenario {
         name: "start",
-        what: "start to ready with a warm cache, a million pending (ten with --big)",
+        description: "start to ready with a warm cache, a million pending (ten with --big)",
         part: Part::Targets,
         run: |bench| resources::start(bench).boxed_local(),
     },
     Scenario {
         name: "memory",
-        what: "deliveries for --minutes, a million pending (ten with --big), all plugins loaded",
+        description: "deliveries for --minutes, a million pending (ten with --big), all plugins loaded",
         part: Part::Targets,
         run: |bench| resources::memory(bench).boxed_local(),
     },
     Scenario {
         name: "idle",
-        what: "a minute with a row due tomorrow",
+        description: "a minute with a row due tomorrow",
         part: Part::Targets,
         run: |bench| resources::idle(bench).boxed_local(),
     },
     Scenario {
         name: "enqueue",
-        what: "a million far-future rows in bulk, and 16 clients with single rows due soon",
+        description: "a million far-future rows in bulk, and 16 clients with single rows due soon",
         part: Part::Targets,
         run: |bench| enqueue::enqueue(bench).boxed_local(),
     },
     Scenario {
         name: "held-xmin",
-        what: "50 rows a second over three million dead ones (and over ten with --big) that an open transaction keeps",
+        description: "50 rows a second over three million dead ones (and over ten with --big) that an open transaction keeps",
         part: Part::Targets,
         run: |bench| trouble::held_xmin(bench).boxed_local(),
     },
     Scenario {
         name: "freeze",
-        what: "rows of two kinds beside a daemon that is frozen, thawed and killed, and leaves rows that nobody serves",
+        description: "rows of two kinds beside a daemon that is frozen, thawed and killed, and leaves rows that nobody serves",
         part: Part::Targets,
         run: |bench| trouble::freeze(bench).boxed_local(),
     },
     Scenario {
         name: "wasm",
-        what: "a call of a plugin in Rust",
+        description: "a call of a plugin in Rust",
         part: Part::Targets,
         run: |bench| calls::wasm(bench).boxed_local(),
     },
     Scenario {
         name: "languages",
-        what: "calls of plugins in JavaScript and Python",
+        description: "calls of plugins in JavaScript and Python",
         part: Part::Further,
         run: |bench| calls::languages(bench).boxed_local(),
     },
     Scenario {
         name: "replay",
-        what: "a pass over 100,000 dead letters of 1 KiB",
+        description: "a pass over 100,000 dead letters of 1 KiB",
         part: Part::Further,
         run: |bench| replay::replay(bench).boxed_local(),
     },
     Scenario {
         name: "first-message",
-        what: "a plugin's file to its first message, 20 times",
+        description: "a plugin's file to its first message, 20 times",
         part: Part::Further,
         run: |bench| plugins::first_message(bench).boxed_local(),
     },
     Scenario {
         name: "swaps",
-        what: "2,000 rows a second while their plugin is replaced 50 times, each row once",
+        description: "2,000 rows a second while their plugin is replaced 50 times, each row once",
         part: Part::Further,
         run: |bench| plugins::swaps(bench).boxed_local(),
     },
     Scenario {
         name: "neighbours",
-        what: "a row every 25 ms, beside a plugin that spins until its limit, and with a million held rows",
+        description: "a row every 25 ms, beside a plugin that spins until its limit, and with a million held rows",
         part: Part::Further,
         run: |bench| plugins::neighbours(bench).boxed_local(),
     },
     Scenario {
         name: "replacements",
-        what: "a plugin's file replaced 1,000 times",
+        description: "a plugin's file replaced 1,000 times",
         part: Part::Further,
         run: |bench| plugins::replacements(bench).boxed_local(),
     },
 ];
 
-/// How a run is shaped, and what its scenarios share.
+/// The parameters of a run, and the stage that its scenarios share.
 pub(crate) struct Bench {
     arguments: Arguments,
-    /// The stage with the rows that wait, which take long to write.
+    /// The stage with the pending rows, which is kept because they take long to write.
     kept: RefCell<Option<Stage>>,
 }
 
 impl Bench {
-    /// How often each figure is taken.
+    /// How many times each figure is measured.
     pub(crate) fn rounds(&self) -> u8 {
         self.arguments.rounds
     }
 
-    /// So many rows, by the scale.
+    /// `rows` multiplied by the scale, and at least 1,000.
     pub(crate) fn rows(&self, rows: u32) -> u32 {
         scaled(rows, self.arguments.scale).max(1_000)
     }
 
-    /// So many seconds, by the scale.
+    /// `seconds` multiplied by the scale, and at least 2.
     pub(crate) fn seconds(&self, seconds: u32) -> u32 {
         scaled(seconds, self.arguments.scale).max(2)
     }
 
-    /// Whether what is large is to be larger.
+    /// Whether `--big` was given.
     pub(crate) fn big(&self) -> bool {
         self.arguments.big
     }
@@ -261,19 +263,19 @@ impl Bench {
         Duration::from_mins(1).mul_f64(self.arguments.minutes)
     }
 
-    /// A stage on which at least so many rows wait, with all plugins.
-    pub(crate) async fn pending(&self, rows: u32) -> Stage {
+    /// Takes the shared stage, with at least `rows` pending rows and all plugins.
+    pub(crate) async fn take_pending_stage(&self, rows: u32) -> Stage {
         let kept = self.kept.take();
         let mut stage = match kept {
             Some(stage) => stage,
-            None => Stage::with(&PLUGINS).await,
+            None => Stage::with_plugins(&PLUGINS).await,
         };
-        stage.pend(self.rows(rows)).await;
+        stage.write_pending(self.rows(rows)).await;
         stage
     }
 
-    /// Leaves it for the next scenario.
-    pub(crate) fn keep(&self, stage: Stage) {
+    /// Keeps the stage for the next scenario.
+    pub(crate) fn keep_stage(&self, stage: Stage) {
         self.kept.replace(Some(stage));
     }
 }
@@ -295,35 +297,39 @@ async fn main() -> ExitCode {
     }
 }
 
-/// Measures, and says whether every scenario ran to its end.
+/// Runs the scenarios, and returns whether all of them ran to their end.
 async fn measure(arguments: Arguments) -> anyhow::Result<bool> {
     if arguments.list {
-        for Scenario { name, what, .. } in &SCENARIOS {
-            println!("{name:<16} {what}");
+        for Scenario { name, description, .. } in &SCENARIOS {
+            println!("{name:<16} {description}");
         }
         return Ok(true);
     }
     if let Some(unknown) = arguments.scenarios.iter().find(|name| SCENARIOS.iter().all(|known| known.name != **name)) {
-        anyhow::bail!("there is no {unknown:?}; --list says what there is");
+        anyhow::bail!("there is no scenario {unknown:?}; --list shows them all");
     }
-    // Before we are at work ourselves.
+    // Read before this program causes load itself.
     let load = probe::load_average();
-    eprintln!("building the daemon and the plugins, and starting a PostgreSQL and a RabbitMQ of our own ...");
-    let servers = tokio::task::spawn_blocking(|| Servers::with(SETTINGS)).await?.context("servers of our own")?;
-    harness::world::share(servers);
+    eprintln!("building the daemon and the plugins, and starting a private PostgreSQL and RabbitMQ ...");
+    let servers = tokio::task::spawn_blocking(|| Servers::start_private_with(SETTINGS))
+        .await?
+        .context("could not start the servers")?;
+    harness::world::share_servers(servers);
 
     let mut circumstances = probe::circumstances(load).await;
     let Arguments { scale, rounds, minutes, .. } = arguments;
     circumstances.push(("sizes", format!("{rounds} rounds, {minutes} minutes of memory, scale {scale}")));
     let mut report = Report::begin(circumstances);
     let bench = Bench { arguments, kept: RefCell::default() };
-    for Scenario { name, what, run, .. } in SCENARIOS.iter().filter(|scenario| scenario.is_wanted(&bench.arguments)) {
+    for Scenario { name, description, run, .. } in
+        SCENARIOS.iter().filter(|scenario| scenario.is_wanted(&bench.arguments))
+    {
         eprintln!("measuring {name} ...");
         let begun = Instant::now();
-        let came_to = AssertUnwindSafe(run(&bench)).catch_unwind().await.map_err(|panic| sentence(&*panic));
-        report.add(name, what, begun.elapsed(), came_to);
+        let result = AssertUnwindSafe(run(&bench)).catch_unwind().await.map_err(|panic| panic_message(&*panic));
+        report.add(name, description, begun.elapsed(), result);
         if let Some(file) = &bench.arguments.json {
-            // Each time: whoever stops us has what there is.
+            // Written after each scenario, so that an interrupted run leaves the figures so far.
             let json = serde_json::to_string_pretty(&report.json())?;
             std::fs::write(file, json).with_context(|| format!("could not write {}", file.display()))?;
         }
@@ -341,9 +347,9 @@ impl Scenario {
     }
 }
 
-/// What a panic said.
-fn sentence(panic: &(dyn Any + Send)) -> String {
+/// The message of a panic.
+fn panic_message(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().cloned();
     let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
-    text.filter(|text| !text.is_empty()).unwrap_or_else(|| "it panicked; standard error says where".to_owned())
+    text.filter(|text| !text.is_empty()).unwrap_or_else(|| "it panicked; see standard error".to_owned())
 }

@@ -1,5 +1,5 @@
-//! What plugins do to everybody else: a file from its rename to its first message, and what swaps, hostile neighbours and
-//! held rows do to lateness.
+//! Measures the time from a plugin's file to its first message, and how swaps of plugins, hostile plugins and held rows
+//! affect the lateness of other rows.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -12,32 +12,32 @@ use crate::load::Stage;
 use crate::probe::{descriptors, resident_mib};
 use crate::report::{Figure, Times, count, median};
 
-/// Files that are put into the directory until each had its first message.
+/// How many times a new plugin is added and its first message awaited.
 const FILES: usize = 20;
-/// Swaps under load.
+/// The number of swaps under load.
 const SWAPS: usize = 50;
-/// Rows of the load, 2,000 a second.
+/// The number of rows of the load, which fall due at 2,000 a second.
 const LOAD: u32 = 12_000;
-/// Rows that are due one after the other.
+/// The number of single rows, which fall due one after another.
 const SINGLES: u32 = 200;
-/// Rows that are held meanwhile.
+/// The number of rows that are held meanwhile.
 const HELD: u32 = 1_000_000;
-/// Replacements after which memory and descriptors must be what they were.
+/// The number of replacements after which memory and descriptors must not have grown.
 const REPLACEMENTS: u32 = 1_000;
 
 const MESSAGE: &str = r#"{"routing_key": "a", "body": {"order": 42, "lines": [1, 2, 3]}, "ttl_ms": 60000}"#;
 
-/// A row waits for its kind; from the rename of the file to the message in the consumer's hands.
+/// Measures the time from the rename of a plugin's file to the arrival of the message of a held row.
 pub(crate) async fn first_message(_: &Bench) -> Vec<Figure> {
     let world = World::empty().await;
     let mut inbox = world.inbox(&["#"]).await;
-    let daemon = world.daemon().await;
-    let bytes = std::fs::read(World::built("message")).expect("it is there");
+    let daemon = world.start_daemon().await;
+    let bytes = std::fs::read(World::built_plugin("message")).expect("it is there");
     let mut times = Vec::new();
     for round in 0..FILES {
         world.sql(&format!("SELECT tidings.schedule('message', now(), '{MESSAGE}')")).await;
-        world.until("SELECT count(*) = 1 FROM tidings.schedules WHERE held").await;
-        // Another digest each time: nothing is found compiled.
+        world.wait_until("SELECT count(*) = 1 FROM tidings.schedules WHERE held").await;
+        // Each version has another digest, so that no compiled code is found in the cache.
         let version = with_custom_section(&bytes, &round.to_string());
         std::fs::write(world.plugin_dir.join(".message"), version).expect("written");
         let begun = Instant::now();
@@ -55,21 +55,21 @@ pub(crate) async fn first_message(_: &Bench) -> Vec<Figure> {
     vec![Figure::new("file renamed to first message", "ms", times)]
 }
 
-/// 2,000 rows a second while the plugin is replaced, and while it is not.
+/// Measures lateness at 2,000 rows a second, with and without replacements of the plugin.
 pub(crate) async fn swaps(bench: &Bench) -> Vec<Figure> {
     let (mut swapped, mut still) = (Vec::new(), Vec::new());
     for _ in 0..bench.rounds() {
-        still.push(under_swaps(0).await);
-        swapped.push(under_swaps(SWAPS).await);
+        still.push(measure_swaps(0).await);
+        swapped.push(measure_swaps(SWAPS).await);
     }
-    beside("due to confirm, 50 swaps in 6 s", &swapped, "none", &still)
+    compare_percentiles("due to confirm, 50 swaps in 6 s", &swapped, "none", &still)
 }
 
-async fn under_swaps(swaps: usize) -> Times {
-    let stage = Stage::with(&["message"]).await;
+async fn measure_swaps(swaps: usize) -> Times {
+    let stage = Stage::with_plugins(&["message"]).await;
     let mut inbox = stage.world.inbox(&["a"]).await;
-    let daemon = stage.daemon().await;
-    let bytes = std::fs::read(World::built("message")).expect("it is there");
+    let daemon = stage.start_daemon().await;
+    let bytes = std::fs::read(World::built_plugin("message")).expect("it is there");
     let insert = format!(
         "INSERT INTO tidings.schedules (kind, due_at, payload)
          SELECT 'message', clock_timestamp() + interval '2 s' + number * interval '500 microseconds', '{MESSAGE}'
@@ -91,35 +91,35 @@ async fn under_swaps(swaps: usize) -> Times {
         }
     };
     tokio::join!(swap, receive);
-    stage.until_finished(LOAD).await;
+    stage.wait_until_finished(LOAD).await;
     let times = stage.lateness("true").await;
     assert!(daemon.stop().await.success());
     stage.remove().await;
     times
 }
 
-/// Rows that are due one after the other, beside a plugin that never answers, and with a million held rows.
+/// Measures the lateness of single rows: alone, beside a plugin that never returns, and with a million held rows.
 pub(crate) async fn neighbours(bench: &Bench) -> Vec<Figure> {
     let (mut alone, mut hostile, mut held) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..bench.rounds() {
-        alone.push(singles(false, 0).await);
-        hostile.push(singles(true, 0).await);
-        held.push(singles(false, bench.rows(HELD)).await);
+        alone.push(measure_singles(false, 0).await);
+        hostile.push(measure_singles(true, 0).await);
+        held.push(measure_singles(false, bench.rows(HELD)).await);
     }
-    let mut figures = beside("beside a plugin that spins", &hostile, "alone", &alone);
-    figures.extend(beside("with a million held rows", &held, "alone", &alone));
+    let mut figures = compare_percentiles("beside a plugin that spins", &hostile, "alone", &alone);
+    figures.extend(compare_percentiles("with a million held rows", &held, "alone", &alone));
     figures
 }
 
-async fn singles(hostile: bool, held: u32) -> Times {
-    let stage = Stage::with(&["message"]).await;
+async fn measure_singles(hostile: bool, held: u32) -> Times {
+    let stage = Stage::with_plugins(&["message"]).await;
     if held > 0 {
         let hold = format!(
             "INSERT INTO tidings.schedules (kind, due_at, held) SELECT 'nobody', now(), true FROM generate_series(1, {held})"
         );
         stage.world.sql(&hold).await;
     }
-    let daemon = stage.daemon().await;
+    let daemon = stage.start_daemon().await;
     if hostile {
         stage.world.put("spin.wasm", &spinning("spin", &["spin"]));
         let is_loaded = |log: &str| log.lines().any(|line| line.contains("loaded ") && line.contains("spin.wasm"));
@@ -135,20 +135,20 @@ async fn singles(hostile: bool, held: u32) -> Times {
         }
         stage.world.sql(&insert).await;
     }
-    stage.until_finished(SINGLES).await;
+    stage.wait_until_finished(SINGLES).await;
     let times = stage.lateness("kind = 'message'").await;
-    // Where a plugin spins, it ends when that has been given up.
+    // Killed, because a stop would wait until the spinning call has hit its limit.
     drop(daemon);
     stage.remove().await;
     times
 }
 
-/// The same file replaced again and again.
+/// Replaces the same file again and again.
 pub(crate) async fn replacements(bench: &Bench) -> Vec<Figure> {
     let world = World::empty().await;
     let bytes = well_behaved("p", &["p"], "p");
     world.put("p.wasm", &bytes);
-    let daemon = world.daemon().await;
+    let daemon = world.start_daemon().await;
     let replacements = bench.rows(REPLACEMENTS).max(10);
     let (mut memory, mut files, mut times) = (Vec::new(), Vec::new(), Vec::new());
     for replacement in 1..=replacements {
@@ -175,12 +175,12 @@ pub(crate) async fn replacements(bench: &Bench) -> Vec<Figure> {
     ]
 }
 
-/// Median and 99th percentile of each round, beside those of other rounds.
-fn beside(what: &str, times: &[Times], other: &str, others: &[Times]) -> Vec<Figure> {
+/// Figures of the median and the 99th percentile of each round, beside those of `others`.
+fn compare_percentiles(label: &str, times: &[Times], other: &str, others: &[Times]) -> Vec<Figure> {
     [50, 99]
         .map(|percent| {
-            Figure::new(format!("{what}, p{percent}"), "ms", times.iter().map(|times| times.at(percent)))
-                .beside(other, others.iter().map(|times| times.at(percent)))
+            Figure::new(format!("{label}, p{percent}"), "ms", times.iter().map(|times| times.percentile(percent)))
+                .beside(other, others.iter().map(|times| times.percentile(percent)))
         })
         .into()
 }

@@ -1,5 +1,5 @@
-//! The limits: what the daemon's client library reaches with the same queue, headers and bodies and nothing else to do; and
-//! a consumer that notes when each message came.
+//! Measures the limits: what the daemon's client library reaches with the same queue, headers and bodies when it does
+//! nothing else. Also a consumer that records when each message arrived.
 
 use std::future::ready;
 use std::time::Duration;
@@ -20,23 +20,24 @@ use uuid::Uuid;
 use crate::load::{BODY_BYTES, QUEUE, Stage};
 use crate::report::Times;
 
-/// Messages on their way on one channel. More gain nothing.
+/// The number of unconfirmed messages on one channel. A larger number is not faster.
 const WINDOW: usize = 500;
-/// And so many bytes of bodies.
+/// The limit on bytes of unconfirmed bodies on one channel.
 const WINDOW_BYTES: usize = 4 * 1024 * 1024;
-/// Channels of the connection.
+/// The number of channels.
 const CHANNELS: u32 = 4;
-/// Where a raw message says when it was sent, in microseconds since the Unix epoch.
+/// The header with the time at which a raw message was sent, in microseconds since the Unix epoch.
 const SENT: &str = "sent-us";
-/// Longer than between two messages.
-const PATIENCE: Duration = Duration::from_mins(1);
+/// Longer than the time between two messages.
+const STEP_TIMEOUT: Duration = Duration::from_mins(1);
 
-/// Publishes `messages` messages and waits for every confirm, with as many on their way as it gains from: messages per second.
+/// Publishes `messages` messages, with `WINDOW` unconfirmed ones on each channel, and waits for every confirm. Returns
+/// messages per second.
 pub(crate) async fn publish_and_confirm(stage: &Stage, messages: u32) -> f64 {
     publish_bodies(stage, messages, BODY_BYTES).await
 }
 
-/// The same with bodies of so many bytes.
+/// [`publish_and_confirm`] with bodies of `body_bytes` bytes.
 pub(crate) async fn publish_bodies(stage: &Stage, messages: u32, body_bytes: usize) -> f64 {
     let window = (WINDOW_BYTES / body_bytes).clamp(1, WINDOW);
     let mut publishers = JoinSet::new();
@@ -58,7 +59,7 @@ pub(crate) async fn publish_bodies(stage: &Stage, messages: u32, body_bytes: usi
     f64::from(share * CHANNELS) / begun.elapsed().as_secs_f64()
 }
 
-/// What messages took that were published at a steady rate.
+/// The times that messages took which were published at a steady rate.
 pub(crate) struct OneWay {
     /// From before the publish to the confirm.
     pub(crate) to_confirm: Times,
@@ -67,7 +68,7 @@ pub(crate) struct OneWay {
 }
 
 /// Publishes `rate` messages a second, and waits until each was confirmed and received.
-pub(crate) async fn one_way(stage: &Stage, receiver: &mut Receiver, rate: u32, seconds: u32) -> OneWay {
+pub(crate) async fn measure_one_way(stage: &Stage, receiver: &mut Receiver, rate: u32, seconds: u32) -> OneWay {
     let channel = confirming_channel(stage).await;
     let mut confirms = JoinSet::new();
     let mut pace = tokio::time::interval(Duration::from_secs(1) / rate);
@@ -87,7 +88,8 @@ async fn confirming_channel(stage: &Stage) -> Channel {
     channel
 }
 
-/// Publishes a message with a body of so many bytes as the daemon would, and waits for its confirm: how long that took.
+/// Publishes a message like the daemon's with a body of `body_bytes` bytes, waits for its confirm, and returns how long
+/// that took.
 async fn publish(channel: &Channel, body_bytes: usize) -> Duration {
     let mut headers = FieldTable::default();
     let plugin = "message@0.1.0+01234567";
@@ -102,7 +104,8 @@ async fn publish(channel: &Channel, body_bytes: usize) -> Duration {
     let body = vec![b'x'; body_bytes];
     let begun = std::time::Instant::now();
     let sent_us = now_us();
-    // One of them under another name, which a consumer tells them by.
+    // The same number of integer headers as the daemon's. SENT replaces tidings-due-ms, so that a consumer recognises
+    // raw messages.
     for (name, value) in [(SENT, sent_us), ("tidings-attempt", 1), ("tidings-replay", 0)] {
         headers.insert(name.into(), AMQPValue::LongLongInt(value));
     }
@@ -121,24 +124,24 @@ async fn publish(channel: &Channel, body_bytes: usize) -> Duration {
     begun.elapsed()
 }
 
-/// A consumer that acknowledges, and notes when each message came.
+/// A consumer that acknowledges each message and records when it arrived.
 pub(crate) struct Receiver {
     channel: Channel,
     arrivals: UnboundedReceiver<Arrival>,
 }
 
-/// A message that came, in microseconds since the Unix epoch.
+/// The arrival of a message, with times in microseconds since the Unix epoch.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Arrival {
-    /// When it was due, or published if it is a raw one.
+    /// When the row was due, or when a raw message was published.
     origin_us: i64,
-    /// When the consumer had it.
+    /// When the consumer received the message.
     pub(crate) at_us: i64,
 }
 
 impl Receiver {
-    /// Consumes from the queue.
-    pub(crate) async fn on(stage: &Stage) -> Self {
+    /// Starts to consume from the queue.
+    pub(crate) async fn start(stage: &Stage) -> Self {
         let channel = stage.world.broker.channel().await;
         channel.basic_qos(1_000, BasicQosOptions::default()).await.expect("a window");
         let (options, none) = (BasicConsumeOptions::default(), FieldTable::default());
@@ -147,7 +150,8 @@ impl Receiver {
         tokio::spawn(async move {
             while let Some(Ok(message)) = messages.next().await {
                 let arrival = Arrival { at_us: now_us(), origin_us: origin_us(&message) };
-                // Before anybody hears of it, and stops: it would come again, in the next round.
+                // Acknowledged before it is reported: the caller may then close the channel, and an unacknowledged
+                // message would arrive again in the next round.
                 if message.ack(BasicAckOptions::default()).await.is_err() || note.send(arrival).is_err() {
                     break;
                 }
@@ -158,11 +162,11 @@ impl Receiver {
 
     /// The next message.
     pub(crate) async fn next(&mut self) -> Arrival {
-        let arrival = tokio::time::timeout(PATIENCE, self.arrivals.recv()).await;
+        let arrival = tokio::time::timeout(STEP_TIMEOUT, self.arrivals.recv()).await;
         arrival.expect("a message within a minute").expect("the consumer goes on")
     }
 
-    /// From origin to consumer, of the next `number` messages.
+    /// The times from origin to consumer of the next `number` messages.
     pub(crate) async fn take(&mut self, number: u32) -> Times {
         let mut times = Vec::new();
         for _ in 0..number {
@@ -178,7 +182,7 @@ impl Receiver {
     }
 }
 
-/// When the message was sent, or due.
+/// When a raw message was sent, or when the row was due.
 fn origin_us(message: &Delivery) -> i64 {
     let headers = message.properties.headers().as_ref().expect("headers").inner();
     let number = |name: &str| match headers.get(name) {
@@ -188,12 +192,12 @@ fn origin_us(message: &Delivery) -> i64 {
     number(SENT).or_else(|| Some(number("tidings-due-ms")? * 1000)).expect("one of the two")
 }
 
-/// The clock of this machine, where both servers are, in microseconds since the Unix epoch.
+/// The clock of this machine, on which both servers run too, in microseconds since the Unix epoch.
 pub(crate) fn now_us() -> i64 {
     i64::try_from(OffsetDateTime::now_utc().unix_timestamp_nanos() / 1000).expect("within 292,000 years")
 }
 
-/// Microseconds as milliseconds.
+/// Converts microseconds to milliseconds.
 pub(crate) fn millis(micros: i64) -> f64 {
     f64::from(i32::try_from(micros).expect("less than half an hour")) / 1000.0
 }

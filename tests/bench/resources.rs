@@ -1,5 +1,5 @@
-//! What the daemon takes: statements and processor time while it is idle, memory while it delivers for a long time, and the
-//! time from its start until it is ready.
+//! Measures the resources of the daemon: statements and processor time while it is idle, memory while it delivers for a
+//! long time, and the time from its start until it is ready.
 
 use std::time::{Duration, Instant};
 
@@ -7,21 +7,22 @@ use harness::daemon::Daemon;
 use harness::world::World;
 use nix::sys::signal::Signal;
 
-use crate::probe::{cpu, resident_mib};
+use crate::probe::{cpu_seconds, resident_mib};
 use crate::report::{Figure, median};
 use crate::{Bench, MILLION};
 
-/// For how long nothing is due.
+/// For how many seconds the idle daemon is measured.
 const IDLE_SECONDS: u32 = 60;
-/// Rows that are due at once, again and again, while memory is watched.
+/// The number of rows in each batch that is written while memory is watched.
 const BATCH: u32 = 20_000;
-/// Starts.
+/// The number of starts.
 const STARTS: usize = 10;
 
-/// Nothing is due before tomorrow: statements and processor time of a minute; then how long it takes to stop.
+/// Measures statements and processor time in a minute in which no row is due, and how long the daemon then takes to
+/// stop.
 pub(crate) async fn idle(bench: &Bench) -> Vec<Figure> {
-    let world = World::with(&["message"]).await;
-    // With a role of its own, so that its statements can be told from ours.
+    let world = World::with_plugins(&["message"]).await;
+    // The daemon gets a role of its own, so that its statements are counted separately.
     let role = format!("{}_daemon", world.name);
     for sql in [
         "CREATE EXTENSION pg_stat_statements".to_owned(),
@@ -39,21 +40,21 @@ pub(crate) async fn idle(bench: &Bench) -> Vec<Figure> {
     let seconds = bench.seconds(IDLE_SECONDS);
     let (mut statements, mut busy, mut stops) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..bench.rounds() {
-        let mut daemon = launch.ready().await;
-        // What belongs to the start is over by then.
+        let mut daemon = launch.start_ready().await;
+        // Waits until the work of the start is over.
         tokio::time::sleep(Duration::from_secs(10)).await;
-        let (calls_before, cpu_before) = (world.value::<f64>(&calls).await, cpu(Some(daemon.pid())));
+        let (calls_before, cpu_before) = (world.value::<f64>(&calls).await, cpu_seconds(Some(daemon.pid())));
         tokio::time::sleep(Duration::from_secs(seconds.into())).await;
         let a_minute = 60.0 / f64::from(seconds);
         statements.push((world.value::<f64>(&calls).await - calls_before) * a_minute);
-        busy.push((cpu(Some(daemon.pid())) - cpu_before) * a_minute);
+        busy.push((cpu_seconds(Some(daemon.pid())) - cpu_before) * a_minute);
 
         let asked = Instant::now();
         daemon.signal(Signal::SIGTERM);
-        assert!(daemon.ended().await.success());
+        assert!(daemon.wait_for_end().await.success());
         stops.push(asked.elapsed().as_secs_f64() * 1000.0);
     }
-    // The role has rights in the database, and cannot be dropped before it.
+    // The role has rights in the database, so the database must be dropped first.
     let port = world.ports().0;
     world.remove().await;
     harness::world::execute(port, &format!("DROP ROLE {role}")).await;
@@ -64,33 +65,33 @@ pub(crate) async fn idle(bench: &Bench) -> Vec<Figure> {
     ]
 }
 
-/// Deliveries for minutes on end, with everything loaded and many rows pending.
+/// Measures memory while the daemon delivers for minutes, with all plugins loaded and many rows pending.
 pub(crate) async fn memory(bench: &Bench) -> Vec<Figure> {
-    let stage = bench.pending(bench.many()).await;
-    let daemon = stage.world.launch().ready().await;
+    let stage = bench.take_pending_stage(bench.pending_rows()).await;
+    let daemon = stage.world.launch().start_ready().await;
     let at_start = resident_mib(daemon.pid());
     let deadline = Instant::now() + bench.minutes();
-    // Rows delivered, in millions, and MiB.
+    // Delivered rows, in millions, and resident memory, in MiB.
     let mut samples: Vec<(f64, f64)> = Vec::new();
     let mut delivered = 0;
     while Instant::now() < deadline || samples.len() < 4 {
         stage.write_due(BATCH).await;
         // Sampled in the middle of the work as well as after it.
         for part in [BATCH / 2, BATCH] {
-            stage.until_queued(part).await;
+            stage.wait_until_queued(part).await;
             samples.push((f64::from(delivered + part) / 1e6, resident_mib(daemon.pid())));
         }
-        stage.until_finished(BATCH).await;
+        stage.wait_until_finished(BATCH).await;
         delivered += BATCH;
         stage.purge().await;
         stage.world.sql("TRUNCATE tidings.deliveries").await;
     }
     let most = samples.iter().map(|(_, mib)| *mib).fold(0.0, f64::max);
-    // The first half warms up: caches, plans, histograms, the allocator.
+    // In the first half, caches, plans, histograms and the allocator still grow.
     let slope = slope(&samples[samples.len() / 2..]);
     let end = median(samples[samples.len() * 9 / 10..].iter().map(|(_, mib)| *mib));
-    stop(daemon).await;
-    bench.keep(stage);
+    stop_daemon(daemon).await;
+    bench.keep_stage(stage);
     vec![
         Figure::new("rows delivered meanwhile", "rows", [f64::from(delivered)]),
         Figure::new("resident memory, most", "MiB", [most]).beside("at the start", [at_start]).at_most(80.0),
@@ -99,7 +100,7 @@ pub(crate) async fn memory(bench: &Bench) -> Vec<Figure> {
     ]
 }
 
-/// The slope of the line through `points` with the least squares.
+/// The slope of the least-squares line through `points`.
 fn slope(points: &[(f64, f64)]) -> f64 {
     let number = crate::report::count(points.len());
     let mean = |of: fn(&(f64, f64)) -> f64| points.iter().map(of).sum::<f64>() / number;
@@ -108,21 +109,21 @@ fn slope(points: &[(f64, f64)]) -> f64 {
     both / points.iter().map(|point| (point.0 - x).powi(2)).sum::<f64>()
 }
 
-/// From the start of the process until it says that it is ready; its plugins were compiled before.
+/// Measures the time from the start of the process until it is ready, with its plugins already compiled.
 pub(crate) async fn start(bench: &Bench) -> Vec<Figure> {
-    let stage = bench.pending(bench.many()).await;
-    stop(stage.daemon().await).await;
+    let stage = bench.take_pending_stage(bench.pending_rows()).await;
+    stop_daemon(stage.start_daemon().await).await;
     let version = stage.world.launch().subcommand("--version");
     let (mut ready, mut floor) = (Vec::new(), Vec::new());
     for _ in 0..STARTS {
         let begun = Instant::now();
         let daemon = stage.world.launch().start();
         while !daemon.log().contains(" ready ") {
-            assert!(begun.elapsed() < harness::PATIENCE, "it is not ready:\n{}", daemon.log());
+            assert!(begun.elapsed() < harness::EVENT_TIMEOUT, "it is not ready:\n{}", daemon.log());
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         ready.push(begun.elapsed().as_secs_f64() * 1000.0);
-        stop(daemon).await;
+        stop_daemon(daemon).await;
         let begun = Instant::now();
         let mut process = version.start();
         while !process.has_ended() {
@@ -130,17 +131,17 @@ pub(crate) async fn start(bench: &Bench) -> Vec<Figure> {
         }
         floor.push(begun.elapsed().as_secs_f64() * 1000.0);
     }
-    bench.keep(stage);
+    bench.keep_stage(stage);
     vec![Figure::new("start to ready", "ms", ready).beside("tidings --version", floor).under(300.0)]
 }
 
-async fn stop(daemon: Daemon) {
+async fn stop_daemon(daemon: Daemon) {
     assert!(daemon.stop().await.success());
 }
 
 impl Bench {
-    /// Rows that wait while a daemon starts, and while its memory is watched.
-    fn many(&self) -> u32 {
+    /// How many rows are pending while a daemon starts and while its memory is watched.
+    fn pending_rows(&self) -> u32 {
         if self.arguments.big { 10 * MILLION } else { MILLION }
     }
 }

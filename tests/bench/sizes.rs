@@ -1,5 +1,5 @@
-//! Bodies from small to as large as SQL takes: rows and bytes a second, beside those of raw messages of the same size, and the
-//! memory of the daemon meanwhile.
+//! Measures bodies from small ones to the largest that SQL accepts: bytes a second, beside those of raw messages of the
+//! same size, and the memory of the daemon.
 
 use crate::Bench;
 use crate::load::Stage;
@@ -7,26 +7,26 @@ use crate::probe::peak_mib;
 use crate::raw;
 use crate::report::Figure;
 
-/// Bytes of a body, and the name of that.
+/// Sizes of bodies in bytes, each with its name.
 const SIZES: [(usize, &str); 6] =
     [(400, "400 B"), (5_000, "5 KB"), (20_000, "20 KB"), (100_000, "100 KB"), (300_000, "300 KB"), (900_000, "900 KB")];
-/// Of [`SIZES`], the one that the last is held against.
+/// The index in [`SIZES`] of the size with which the last one is compared.
 const MIDDLE: usize = 2;
-/// The largest body that fits into a payload, but for what else is in there.
+/// The largest body that fits into a payload, beside the routing key.
 const LARGEST: usize = 16_770_000;
-/// So many bytes in a round, unless that is too many rows.
+/// The number of bytes in a round, unless that takes more than `MOST_ROWS` rows.
 const BYTES: usize = 100_000_000;
 const MOST_ROWS: u32 = 40_000;
-/// So that a call may take what the largest body takes.
+/// Limits that allow a plugin to build the largest body.
 const LIMITS: &str = "[limits]\ncpu-ms = 10000\nwall-ms = 20000\nmemory-mib = 512\noutput-kib = 32768\n";
 
-/// Rows of each size.
+/// Measures rows of each size.
 pub(crate) async fn sizes(bench: &Bench) -> Vec<Figure> {
-    let stage = Stage::with(&["message"]).await;
-    let daemon = stage.daemon().await;
+    let stage = Stage::with_plugins(&["message"]).await;
+    let daemon = stage.start_daemon().await;
     let (mut figures, mut middle) = (Vec::new(), Vec::new());
     for (place, (bytes, name)) in SIZES.into_iter().enumerate() {
-        let (rates, limits) = rounds(bench, &stage, bytes).await;
+        let (rates, limits) = measure_rounds(bench, &stage, bytes).await;
         let (rates, limits) = (in_megabytes(&rates, bytes), in_megabytes(&limits, bytes));
         let figure = Figure::new(format!("{name}, due to confirmed"), "MB/s", rates.clone());
         figures.push(figure.beside("raw publish and confirm", limits));
@@ -41,8 +41,8 @@ pub(crate) async fn sizes(bench: &Bench) -> Vec<Figure> {
     assert!(daemon.stop().await.success());
 
     std::fs::write(stage.world.plugin_dir.join("message.toml"), LIMITS).expect("written");
-    let daemon = stage.daemon().await;
-    let (rates, limits) = rounds(bench, &stage, LARGEST).await;
+    let daemon = stage.start_daemon().await;
+    let (rates, limits) = measure_rounds(bench, &stage, LARGEST).await;
     let figure = Figure::new("16 MiB, due to confirmed", "MB/s", in_megabytes(&rates, LARGEST));
     figures.push(figure.beside("raw publish and confirm", in_megabytes(&limits, LARGEST)));
     let most = [peak_mib(daemon.pid())];
@@ -52,8 +52,8 @@ pub(crate) async fn sizes(bench: &Bench) -> Vec<Figure> {
     figures
 }
 
-/// The rates of the daemon and of the raw publisher, a second, with bodies of so many bytes.
-async fn rounds(bench: &Bench, stage: &Stage, bytes: usize) -> (Vec<f64>, Vec<f64>) {
+/// The rates of the daemon and of the raw publisher with bodies of `bytes` bytes, in messages per second.
+async fn measure_rounds(bench: &Bench, stage: &Stage, bytes: usize) -> (Vec<f64>, Vec<f64>) {
     let rows = u32::try_from(BYTES / bytes).expect("few").clamp(12, bench.rows(MOST_ROWS));
     let (mut rates, mut limits) = (Vec::new(), Vec::new());
     for _ in 0..bench.rounds() {

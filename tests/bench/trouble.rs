@@ -1,5 +1,5 @@
-//! How late rows are while something is wrong that is not theirs: a transaction that stays open for hours, a daemon beside
-//! ours that freezes and dies.
+//! Measures lateness during trouble elsewhere: a transaction that stays open for hours, and another daemon that freezes
+//! and is killed.
 
 use std::time::{Duration, Instant};
 
@@ -12,26 +12,27 @@ use crate::load::Stage;
 use crate::report::{Figure, Times};
 use crate::{Bench, MILLION};
 
-/// For how long rows fall due over each million dead ones, so that there is more than one sweep.
+/// For how many seconds rows fall due for each million dead rows, so that more than one sweep happens.
 const SECONDS_PER_MILLION: u32 = 24;
-/// And at least for so long.
+/// The least number of seconds for which rows fall due.
 const SECONDS: u32 = 120;
-/// Between two of them.
+/// The time between two rows.
 const PACE: Duration = Duration::from_millis(20);
-/// What an application writes, due at once.
+/// The payload of the rows, which are due at once.
 const MESSAGE: &str = r#"{"routing_key": "measured", "body": 1}"#;
-/// Beside the daemon that freezes: so few that ours is idle between two of them.
+/// The time between two rows beside the daemon that freezes: so long that the measured daemon is idle in between.
 const SPARSE: Duration = Duration::from_millis(50);
 /// How long the other daemon is frozen.
 const FROZEN: Duration = Duration::from_secs(8);
-/// How long after its thaw rows fall due that nobody serves any more.
+/// How long after the thaw rows fall due of a kind that no daemon then serves.
 const ORPHANED: Duration = Duration::from_millis(800);
-/// How long rows go on after its death.
+/// For how long rows are written after the other daemon was killed.
 const AFTERWARDS: Duration = Duration::from_secs(3);
-/// Statements of ours that look below the low-water mark.
+/// Selects the daemon's statements that look below the low-water mark.
 const SWEEPS: &str = "query LIKE '%below AS MATERIALIZED%' AND query LIKE '%tidings.schedules%'";
 
-/// An open transaction keeps dead rows at the head of the queue, of before the daemon started.
+/// Measures lateness while an open transaction keeps dead rows at the head of the queue, deleted before the daemon
+/// started.
 pub(crate) async fn held_xmin(bench: &Bench) -> Vec<Figure> {
     let mut figures = over_dead_rows(bench, 3 * MILLION, "3 million").await;
     if bench.big() {
@@ -41,7 +42,7 @@ pub(crate) async fn held_xmin(bench: &Bench) -> Vec<Figure> {
 }
 
 async fn over_dead_rows(bench: &Bench, dead: u32, name: &str) -> Vec<Figure> {
-    let stage = Stage::with(&["message"]).await;
+    let stage = Stage::with_plugins(&["message"]).await;
     let database = &stage.world.name;
     stage.world.sql("CREATE EXTENSION pg_stat_statements").await;
     stage.world.sql(&format!("ALTER DATABASE {database} SET pg_stat_statements.track = 'top'")).await;
@@ -52,7 +53,7 @@ async fn over_dead_rows(bench: &Bench, dead: u32, name: &str) -> Vec<Figure> {
     let mut left = bench.rows(dead);
     while left > 0 {
         let rows = left.min(MILLION);
-        // As if they had been delivered one after the other, up to two minutes ago, 1,000 a second.
+        // As if they had been delivered one after another, 1,000 a second, until two minutes ago.
         let insert = format!(
             "INSERT INTO tidings.schedules (kind, due_at, not_before, payload)
              SELECT 'message', at, at, '{MESSAGE}'
@@ -68,7 +69,7 @@ async fn over_dead_rows(bench: &Bench, dead: u32, name: &str) -> Vec<Figure> {
     for _ in 0..bench.rounds() {
         stage.world.sql("SELECT pg_stat_statements_reset()").await;
         let begun = Instant::now();
-        let daemon = stage.world.launch().ready().await;
+        let daemon = stage.world.launch().start_ready().await;
         let mut pace = tokio::time::interval(PACE);
         let mut rows = 0;
         while begun.elapsed() < Duration::from_secs(seconds.into()) {
@@ -76,7 +77,7 @@ async fn over_dead_rows(bench: &Bench, dead: u32, name: &str) -> Vec<Figure> {
             stage.world.sql(&format!("SELECT tidings.schedule('message', clock_timestamp(), '{MESSAGE}')")).await;
             rows += 1;
         }
-        stage.until_finished(rows).await;
+        stage.wait_until_finished(rows).await;
         let swept: f64 = stage
             .world
             .value(&format!(
@@ -90,7 +91,7 @@ async fn over_dead_rows(bench: &Bench, dead: u32, name: &str) -> Vec<Figure> {
     }
     reader.close().await.expect("ended");
     stage.remove().await;
-    let late = |percent| rounds.iter().map(move |(times, _)| times.at(percent)).collect::<Vec<f64>>();
+    let late = |percent| rounds.iter().map(move |(times, _)| times.percentile(percent)).collect::<Vec<f64>>();
     vec![
         Figure::new(format!("due to confirm over {name} dead rows, p50"), "ms", late(50)),
         Figure::new(format!("due to confirm over {name} dead rows, p95"), "ms", late(95)),
@@ -100,13 +101,14 @@ async fn over_dead_rows(bench: &Bench, dead: u32, name: &str) -> Vec<Figure> {
     ]
 }
 
-/// The left daemon serves S and L, the right one S and R, which is frozen, thawed, and killed.
+/// Measures lateness on the left daemon, which serves the kinds S and L, while the right one, which serves S and R, is
+/// frozen, thawed and killed.
 pub(crate) async fn freeze(bench: &Bench) -> Vec<Figure> {
     let mut rounds = Vec::new();
     for _ in 0..bench.rounds() {
-        rounds.push(frozen().await);
+        rounds.push(measure_freeze().await);
     }
-    let late = |percent| rounds.iter().map(move |times: &Times| times.at(percent)).collect::<Vec<f64>>();
+    let late = |percent| rounds.iter().map(move |times: &Times| times.percentile(percent)).collect::<Vec<f64>>();
     vec![
         Figure::new("others from the thaw on, p50", "ms", late(50)),
         Figure::new("others from the thaw on, p99", "ms", late(99)).under(50.0),
@@ -114,8 +116,8 @@ pub(crate) async fn freeze(bench: &Bench) -> Vec<Figure> {
     ]
 }
 
-async fn frozen() -> Times {
-    let stage = Stage::with(&[]).await;
+async fn measure_freeze() -> Times {
+    let stage = Stage::with_plugins(&[]).await;
     let world = &stage.world;
     let dir = world.plugin_dir.join("right");
     std::fs::create_dir(&dir).expect("made");
@@ -125,20 +127,21 @@ async fn frozen() -> Times {
     for name in ["s", "r"] {
         std::fs::write(dir.join(format!("{name}.wasm")), guest(name)).expect("written");
     }
-    let left = world.launch().ready().await;
+    let left = world.launch().start_ready().await;
     let state = world.state_dir().with_extension("right");
     let right = world
         .launch()
         .with("TIDINGS_PLUGIN_DIR", dir.display())
         .with("TIDINGS_STATE_DIR", state.display())
-        .ready()
+        .start_ready()
         .await;
     let mut written = 0;
     let (mut pace, mut step, mut since) = (tokio::time::interval(SPARSE), 0, Instant::now());
     let mut thawed = None;
     loop {
         pace.tick().await;
-        // None meanwhile, so that ours asks ever less often for what it cannot claim.
+        // No rows are written while the right daemon is frozen, so that the left one looks ever less often for rows
+        // that it cannot claim.
         if thawed.is_some() || step == 0 {
             let kind = if written % 2 == 0 { "s" } else { "l" };
             world.sql(&format!("SELECT tidings.schedule('{kind}', clock_timestamp())")).await;
@@ -147,11 +150,11 @@ async fn frozen() -> Times {
         match step {
             0 if since.elapsed() > Duration::from_secs(1) => {
                 right.signal(Signal::SIGSTOP);
-                // As many notifications as are a flood to a daemon that finds them all at once.
+                // So many notifications that the right daemon, which receives them all at once, takes them for a flood.
                 for _ in 0..20 {
                     world.sql("SELECT tidings.schedule('r', clock_timestamp())").await;
                 }
-                // Written long before they are due: the insert itself notifies, and would wake our daemon.
+                // Written long before they are due, because the insert itself notifies and wakes the left daemon.
                 let orphans = format!(
                     "INSERT INTO tidings.schedules (kind, due_at)
                      SELECT 'r', now() + interval '{} ms' FROM generate_series(1, 20)",
@@ -172,7 +175,7 @@ async fn frozen() -> Times {
         (step, since) = (step + 1, Instant::now());
     }
     let all = format!("SELECT count(*) = {written} FROM tidings.deliveries WHERE kind <> 'r'");
-    world.until(&all).await;
+    world.wait_until(&all).await;
     let thawed = thawed.expect("it was");
     let times = stage.lateness(&format!("kind <> 'r' AND due_at >= '{thawed}'")).await;
     drop(right);

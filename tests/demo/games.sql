@@ -1,5 +1,5 @@
--- The application of the demo, and of tests/it/scenario.rs: a table of games. Its triggers are all that it takes: whatever
--- changes a game, in whatever transaction, its reminders and status changes follow.
+-- The application of the demo and of tests/it/nothing_lost/scenario.rs: a table of games. Its triggers keep the reminders
+-- and status changes of each game in step with every change of the game, in the same transaction.
 CREATE TABLE games (
     id uuid PRIMARY KEY DEFAULT gen_random_uuid(),
     title text NOT NULL,
@@ -7,7 +7,7 @@ CREATE TABLE games (
     minutes integer NOT NULL DEFAULT 20
 );
 
--- A minute lasts a tenth of a second, so that nobody waits for an hour.
+-- A minute of the games lasts a tenth of a second, so that the demo takes seconds and not an hour.
 CREATE FUNCTION minutes(number integer) RETURNS interval LANGUAGE sql IMMUTABLE
     RETURN number * interval '100 milliseconds';
 
@@ -15,7 +15,7 @@ CREATE FUNCTION schedule_game() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
     before integer;
 BEGIN
-    -- A key that is pending already is replaced, which is what an edit should do.
+    -- A row with the same key that is already pending is replaced, as an edit of the game requires.
     FOREACH before IN ARRAY '{60, 15}'::integer[] LOOP
         IF NEW.starts_at - minutes(before) > clock_timestamp() THEN
             PERFORM tidings.schedule(

@@ -1,10 +1,11 @@
-//! `cargo demo`: the main job, with everything real. A small application keeps games in a table whose triggers schedule,
-//! reschedule and cancel through the SQL functions; the daemon turns what falls due into messages, and takes back what is
-//! rejected; a consumer prints them with their lateness, and fails at some. A minute of the games lasts a tenth of a second.
+//! `cargo demo` shows the main job of Tidings with real servers. A small application keeps games in a table whose
+//! triggers schedule, reschedule and cancel rows through the SQL functions. The daemon turns due rows into messages and
+//! replays rejected ones. A consumer prints the messages with their lateness, and rejects some. A minute of the games
+//! lasts a tenth of a second.
 //!
-//! Uses the servers of `TIDINGS_DATABASE_URL` and `TIDINGS_AMQP_URL` if both are set (the database and the virtual host
-//! must be scratch ones), and its own otherwise. With `--once` it ends by itself, and succeeds only if everything that it
-//! announced arrived and nothing else did.
+//! Uses the servers of `TIDINGS_DATABASE_URL` and `TIDINGS_AMQP_URL` if both are set (the demo changes the database and
+//! the virtual host, so give it scratch ones), and starts its own otherwise. With `--once` it ends by itself, and
+//! succeeds only if exactly the announced messages arrived.
 
 mod consumer;
 mod scenario;
@@ -24,16 +25,16 @@ use uuid::Uuid;
 
 use consumer::Consumer;
 
-/// Where the servers are.
+/// The URLs of the servers.
 struct Urls {
     database: String,
     amqp: String,
-    /// They end with the demo.
-    _servers: Ours,
+    /// Servers that the demo has started; dropping them stops them.
+    _servers: StartedServers,
 }
 
 /// The servers that the demo has started.
-enum Ours {
+enum StartedServers {
     None,
     Processes { _servers: Servers },
     Containers { _containers: Containers },
@@ -44,7 +45,7 @@ fn main() -> ExitCode {
         [] => false,
         [once] if once == "--once" => true,
         other => {
-            eprintln!("demo: there is only --once, not {}", other.join(" "));
+            eprintln!("demo: the only argument is --once, not {}", other.join(" "));
             return ExitCode::from(64);
         }
     };
@@ -64,18 +65,19 @@ async fn demo(once: bool) -> anyhow::Result<()> {
     let binary = build::daemon()?;
     let plugins = build::plugins()?;
 
-    let (code, output) = Launch::new(&binary, "migrate").with("TIDINGS_DATABASE_URL", &urls.database).finished().await;
+    let (code, output) =
+        Launch::new(&binary, "migrate").with("TIDINGS_DATABASE_URL", &urls.database).run_to_end().await;
     ensure!(code == 0, "tidings migrate failed: {output}");
     println!("migrated: {output}");
-    let directory = Directory::with(&plugins, &["game-reminder", "game-status"])?;
-    let mut daemon = start(&binary, &directory.0, &urls).await;
+    let directory = PluginDirectory::with(&plugins, &["game-reminder", "game-status"])?;
+    let mut daemon = start_daemon(&binary, &directory.0, &urls).await;
     println!("the daemon is ready, with the plugins game-reminder and game-status in {}", directory.0.display());
     let page = format!("http://{}/", daemon.http_addr().await);
-    println!("its page, which shows all of this: {page}");
+    println!("the daemon's page, which shows all of this: {page}");
 
     let mut db = <PgConnection as sqlx::Connection>::connect(&urls.database).await?;
     let broker = Broker::connect(&urls.amqp).await;
-    let consumer = Consumer::begin(&broker).await?;
+    let consumer = Consumer::start(&broker).await?;
     scenario::create_games_table(&mut db).await?;
     let outcome = tokio::select! {
         outcome = play(&mut db, consumer, once, (&urls.database, &page), &mut daemon, || directory.add(&plugins, "message")) => outcome,
@@ -89,49 +91,50 @@ async fn demo(once: bool) -> anyhow::Result<()> {
     outcome
 }
 
-/// The servers of the user, or our own: their programs, or where there are none and they cannot be installed, containers.
+/// Uses the user's servers if their URLs are set. Otherwise starts private servers: as processes, or in containers if
+/// their programs are missing and cannot be installed.
 async fn find_servers() -> anyhow::Result<Urls> {
     let given = |name| std::env::var(name).ok().filter(|url| !url.is_empty());
-    let (postgres_port, rabbitmq_port, ours) = match (given("TIDINGS_DATABASE_URL"), given("TIDINGS_AMQP_URL")) {
+    let (postgres_port, rabbitmq_port, started) = match (given("TIDINGS_DATABASE_URL"), given("TIDINGS_AMQP_URL")) {
         (Some(database), Some(amqp)) => {
             println!("using the servers of TIDINGS_DATABASE_URL and TIDINGS_AMQP_URL");
-            return Ok(Urls { database, amqp, _servers: Ours::None });
+            return Ok(Urls { database, amqp, _servers: StartedServers::None });
         }
         (None, None) if !setup::has_servers() && has_docker() => {
-            println!("starting a PostgreSQL and a RabbitMQ in Docker: their programs are not on this machine ...");
+            println!("starting PostgreSQL and RabbitMQ in Docker, because their programs are not installed ...");
             let containers = Containers::start().await?;
-            (containers.postgres_port, containers.rabbitmq_port, Ours::Containers { _containers: containers })
+            (containers.postgres_port, containers.rabbitmq_port, StartedServers::Containers { _containers: containers })
         }
         (None, None) => {
-            println!("starting a PostgreSQL and a RabbitMQ of our own ...");
+            println!("starting a private PostgreSQL and RabbitMQ ...");
             let servers = Servers::start()?;
-            (servers.postgres_port, servers.rabbitmq_port, Ours::Processes { _servers: servers })
+            (servers.postgres_port, servers.rabbitmq_port, StartedServers::Processes { _servers: servers })
         }
         _ => bail!("set both TIDINGS_DATABASE_URL and TIDINGS_AMQP_URL, or none"),
     };
     execute(postgres_port, "CREATE DATABASE demo").await;
     let (database, amqp) = (database_url(postgres_port, "demo"), amqp_url(rabbitmq_port));
     println!("PostgreSQL: {database}\nRabbitMQ:   {amqp}");
-    Ok(Urls { database, amqp, _servers: ours })
+    Ok(Urls { database, amqp, _servers: started })
 }
 
-async fn start(binary: &Path, plugins: &Path, urls: &Urls) -> Daemon {
+async fn start_daemon(binary: &Path, plugins: &Path, urls: &Urls) -> Daemon {
     Launch::new(binary, "run")
         .with("TIDINGS_DATABASE_URL", &urls.database)
         .with("TIDINGS_AMQP_URL", &urls.amqp)
         .with("TIDINGS_PLUGIN_DIR", plugins.display())
         .with("TIDINGS_STATE_DIR", testkit::target().join("demo-state").display())
         .with("TIDINGS_HTTP_ADDR", "127.0.0.1:0")
-        // The shortest: nobody wants to watch for a quarter of an hour.
+        // The shortest interval. By default the demo would wait a quarter of an hour for a replay.
         .with("TIDINGS_REPLAY_INTERVAL_MS", 1_000)
-        .ready()
+        .start_ready()
         .await
 }
 
-/// The daemon's plugin directory, removed in the end.
-struct Directory(PathBuf);
+/// The daemon's plugin directory. Dropping this value removes it.
+struct PluginDirectory(PathBuf);
 
-impl Directory {
+impl PluginDirectory {
     fn with(built: &Path, plugins: &[&str]) -> anyhow::Result<Self> {
         let directory = Self(testkit::target().join(format!("demo-plugins-{}", std::process::id())));
         std::fs::create_dir_all(&directory.0)?;
@@ -141,7 +144,7 @@ impl Directory {
         Ok(directory)
     }
 
-    /// Puts a plugin there as one should: aside, and then renamed.
+    /// Copies a plugin to a hidden name and then renames it, so that the daemon never sees half a file.
     fn add(&self, built: &Path, plugin: &str) -> anyhow::Result<()> {
         let aside = self.0.join(format!(".{plugin}"));
         std::fs::copy(built.join(format!("{plugin}.wasm")), &aside)?;
@@ -150,55 +153,55 @@ impl Directory {
     }
 }
 
-impl Drop for Directory {
+impl Drop for PluginDirectory {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 
-/// Plays the scenario, and receives what comes of it.
+/// Plays the scenario, and checks the messages that come of it.
 async fn play(
     db: &mut PgConnection,
     mut consumer: Consumer,
     once: bool,
     (database, page): (&str, &str),
     daemon: &mut Daemon,
-    drop_in: impl FnOnce() -> anyhow::Result<()>,
+    add_plugin: impl FnOnce() -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let announced = scenario::play(db).await?;
     let held = daemon.wait_for_line("held rows").await;
-    println!("its log: {}", from(&held, "held rows"));
-    println!("dropping in message.wasm, while it runs");
-    drop_in()?;
-    println!("\nthese {} are announced, and nothing else:", announced.len());
-    for what in announced.values() {
-        println!("  {what}");
+    println!("the daemon's log: {}", log_from(&held, "held rows"));
+    println!("adding message.wasm to the plugin directory while the daemon runs");
+    add_plugin()?;
+    println!("\nexactly these {} messages must arrive:", announced.len());
+    for description in announced.values() {
+        println!("  {description}");
     }
     consumer.receive(&announced).await?;
-    // Only the reminder can expire, and only a pass after the start of the game finds it so.
+    // Only the rejected reminder can expire. A pass after the start of the game finds that it has.
     let expired = daemon.wait_for_line("expired=1").await;
-    println!("the reminder that was rejected until the game had started never comes again");
-    println!("its log: {}", from(&expired, "took back"));
-    consumer.no_letter_is_dead().await?;
-    scenario::nothing_is_left(db).await?;
+    println!("the game has started, so the reminder that was rejected every time is not replayed again");
+    println!("the daemon's log: {}", log_from(&expired, "took back"));
+    consumer.check_no_dead_letters().await?;
+    scenario::check_all_delivered(db).await?;
     if once {
         return Ok(());
     }
     println!(
-        "\nNow you. Open {page}, and in another terminal:\n\n  psql {database}\n\n\
+        "\nNow try it yourself. Open {page}, and in another terminal:\n\n  psql {database}\n\n\
          SELECT tidings.schedule('message', now() + interval '5 seconds', '{{\"routing_key\": \"hello\", \"body\": \"Hello!\"}}', key => 'mine');\n\
          SELECT tidings.reschedule('message', 'mine', now() + interval '20 seconds');\n\
          SELECT tidings.cancel('message', 'mine');\n\
          INSERT INTO games (title, starts_at) VALUES ('Yours', now() + interval '10 seconds');\n\n\
-         What becomes due is printed here. Ctrl-C ends it.\n"
+         The messages of due rows are printed here. Ctrl-C ends the demo.\n"
     );
-    consumer.go_on().await
+    consumer.receive_for_ever().await
 }
 
-/// A line of the log from `text` on, that is without its time and place.
-fn from<'a>(line: &'a str, text: &str) -> &'a str {
+/// The part of a log line that begins with `text`, without the time and the target before it.
+fn log_from<'a>(line: &'a str, text: &str) -> &'a str {
     line.find(text).map_or(line, |at| &line[at..])
 }
 
-/// What is announced: the message ids, and what each is.
+/// The messages that must arrive: their ids, each with a description.
 type Announced = BTreeMap<Uuid, String>;

@@ -1,4 +1,4 @@
-//! The application of the demo: a table of games, and what people do with it.
+//! The application of the demo: a table of games, and the changes that its users make.
 
 use anyhow::ensure;
 use sqlx::{Connection as _, Executor as _, PgConnection, Row as _};
@@ -6,42 +6,44 @@ use uuid::Uuid;
 
 use crate::Announced;
 
-/// The application's table.
+/// The SQL that creates the table of games and its triggers.
 const GAMES: &str = include_str!("games.sql");
 
-/// Creates it.
+/// Creates the table of games, in place of that of an earlier demo.
 pub(super) async fn create_games_table(db: &mut PgConnection) -> anyhow::Result<()> {
     db.execute("DROP TABLE IF EXISTS games; DROP FUNCTION IF EXISTS minutes, schedule_game, cancel_game").await?;
     db.execute(GAMES).await?;
     Ok(())
 }
 
-/// What people do: games are created, moved, deleted, and created by mistake. Returns what must come of it.
+/// Creates games, moves one, deletes one, and rolls one back. Returns the messages that must arrive.
 pub(super) async fn play(db: &mut PgConnection) -> anyhow::Result<Announced> {
-    println!("creating the game 'Friday chess', in 9 s, with reminders 60 and 15 'minutes' ahead (6 s and 1.5 s)");
+    println!(
+        "creating the game 'Friday chess', which starts in 9 s, with reminders 60 and 15 'minutes' ahead (6 s and 1.5 s)"
+    );
     db.execute("INSERT INTO games (title, starts_at) VALUES ('Friday chess', now() + interval '9 seconds')").await?;
-    println!("creating the game 'Saturday go', in 8 s, with its reminders");
+    println!("creating the game 'Saturday go', which starts in 8 s, with its reminders");
     db.execute("INSERT INTO games (title, starts_at) VALUES ('Saturday go', now() + interval '8 seconds')").await?;
-    let before = schedules(db).await?;
+    let before = pending_rows(db).await?;
 
-    println!("moving 'Friday chess' 1 s ahead: all its rows are rescheduled, with new ids");
+    println!("moving 'Friday chess' to 1 s earlier: all its rows are rescheduled, with new ids");
     db.execute("UPDATE games SET starts_at = starts_at - interval '1 second' WHERE title = 'Friday chess'").await?;
     println!("deleting 'Saturday go': all its rows are cancelled");
     db.execute("DELETE FROM games WHERE title = 'Saturday go'").await?;
-    println!("creating 'Sunday bridge' and rolling it back: nothing was ever scheduled");
+    println!("creating 'Sunday bridge' and rolling it back: nothing is scheduled");
     let mut transaction = db.begin().await?;
     transaction
         .execute("INSERT INTO games (title, starts_at) VALUES ('Sunday bridge', now() + interval '1 second')")
         .await?;
     transaction.rollback().await?;
-    println!("scheduling a plain message, due at once, of the kind 'message', for which there is no plugin yet");
+    println!("scheduling a row of the kind 'message', due at once, for which there is no plugin yet");
     db.execute(
         r#"SELECT tidings.schedule('message', now(),
            '{"routing_key": "demo.hello", "body": {"hello": "world"}}', key => 'hello')"#,
     )
     .await?;
 
-    let announced = schedules(db).await?;
+    let announced = pending_rows(db).await?;
     ensure!(announced.len() == 5, "two reminders, two status changes and a message are pending, not {announced:?}");
     ensure!(
         before.len() == 8 && before.keys().all(|id| !announced.contains_key(id)),
@@ -50,8 +52,8 @@ pub(super) async fn play(db: &mut PgConnection) -> anyhow::Result<Announced> {
     Ok(announced)
 }
 
-/// What is pending.
-async fn schedules(db: &mut PgConnection) -> anyhow::Result<Announced> {
+/// The pending rows: their ids, each with a description.
+async fn pending_rows(db: &mut PgConnection) -> anyhow::Result<Announced> {
     let rows =
         db.fetch_all("SELECT id, kind, key, due_at - now() AS due_in FROM tidings.schedules ORDER BY due_at").await?;
     let mut pending = Announced::new();
@@ -62,9 +64,9 @@ async fn schedules(db: &mut PgConnection) -> anyhow::Result<Announced> {
     Ok(pending)
 }
 
-/// The queue is empty, and the history tells what was delivered.
-pub(super) async fn nothing_is_left(db: &mut PgConnection) -> anyhow::Result<()> {
-    // A consumer has a message a moment before its row is committed as delivered.
+/// Checks that no row is pending and that the history has all five rows as delivered.
+pub(super) async fn check_all_delivered(db: &mut PgConnection) -> anyhow::Result<()> {
+    // A consumer may receive a message a moment before the daemon commits the row as delivered.
     testkit::eventually("the last commit", async || {
         let left = db.fetch_one("SELECT count(*) FROM tidings.schedules").await.ok()?;
         (left.get::<i64, _>(0) == 0).then_some(())
@@ -78,7 +80,7 @@ pub(super) async fn nothing_is_left(db: &mut PgConnection) -> anyhow::Result<()>
         .await?;
     let (rows, delivered): (i64, i64) = (row.get("rows"), row.get("delivered"));
     println!(
-        "tidings.schedules is empty; tidings.deliveries has {delivered} rows, confirmed {:.1} ms after they were due at most (but the one that waited for its plugin)",
+        "tidings.schedules is empty; tidings.deliveries has {delivered} rows, confirmed at most {:.1} ms after they were due (except the one that waited for its plugin)",
         row.get::<f64, _>("latest_ms")
     );
     ensure!(rows == 5 && delivered == 5, "the history has {rows} rows, of which {delivered} were delivered");

@@ -1,15 +1,21 @@
-//! A consumer of Tidings' messages, done right, in one file to copy.
+//! A complete consumer of Tidings' messages, in one file to copy.
 //!
-//! - A message is acknowledged only after its effect is committed. Killed before that, the consumer gets it again.
-//! - Its id is written in the same transaction as the effect. A message that comes twice has its effect once.
-//! - `tidings-expires-ms` is looked at once more before anything is done: nobody can recall a message that is here.
-//! - What fails is rejected, not put back: it delays no other, and the daemon replays it from the dead letters.
-//! - While the database is away, nothing is acknowledged or rejected. The consumer hangs up, waits, and begins again.
-//! - At SIGTERM and SIGINT it takes no more, finishes what it has begun, and exits with 0.
+//! - It acknowledges a message only after the message's effect is committed. If it is killed before that, RabbitMQ
+//!   delivers the message again.
+//! - It writes the message id in the same transaction as the effect, so a message that arrives twice has its effect
+//!   once.
+//! - It checks `tidings-expires-ms` before it does anything, because a message can expire after RabbitMQ has delivered
+//!   it.
+//! - It rejects a message that fails, and does not requeue it: the message then delays no other, and the daemon replays
+//!   it from the dead letters.
+//! - While the database is away it neither acknowledges nor rejects. It closes the connection to RabbitMQ, waits, and
+//!   starts again.
+//! - At SIGTERM and SIGINT it takes no further messages, finishes those it has begun, and exits with 0.
 //!
 //! `DATABASE_URL=postgres://… AMQP_URL=amqp://…?heartbeat=10 cargo run --package tidings-tests --example consumer`
 //!
-//! Also read: `QUEUE` (example), `BINDING` (#, which is everything) and `EXCHANGE` (tidings, the daemon's).
+//! Further variables, with their defaults: `QUEUE` (example), `BINDING` (#, all messages) and `EXCHANGE` (tidings, as
+//! for the daemon).
 
 use std::env;
 use std::panic::AssertUnwindSafe;
@@ -29,15 +35,17 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use uuid::Uuid;
 
-/// How many messages are worked on at once. The broker holds the others back, for us or for another consumer.
+/// How many messages are handled at once. RabbitMQ keeps the others in the queue, for this or another consumer.
 const PREFETCH: u16 = 20;
-/// How long one message may take. Without a limit, a few that hang would stop the queue, and a stop would never end.
-const DEADLINE: Duration = Duration::from_secs(30);
-/// How long a server may take to answer.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long handling one message may take. Without a limit, a few handlers that hang would stop the queue, and the
+/// consumer could never stop.
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long to wait for an answer of a server.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// In an application these belong to its migrations. A message goes into every queue that is bound to its key, so an id
-/// counts once in each. Rows may be deleted when no copy can come any more: after a month, say.
+/// The consumer's tables; in an application they belong to its migrations. A message goes into every queue that is
+/// bound to its routing key, so an id is unique only within a queue. Rows of `consumer_handled` may be deleted when no
+/// copy can arrive any more, for example after a month.
 const TABLES: &str = "
     CREATE TABLE IF NOT EXISTS consumer_handled (
         queue text, message_id uuid, handled_at timestamptz NOT NULL DEFAULT now(), PRIMARY KEY (queue, message_id));
@@ -49,10 +57,10 @@ type Stop = Shared<BoxFuture<'static, ()>>;
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let urls = (env::var("DATABASE_URL").context("DATABASE_URL")?, env::var("AMQP_URL").context("AMQP_URL")?);
-    // A connection for each message at work, so that none waits for another's.
-    let options = PgPoolOptions::new().max_connections(PREFETCH.into()).acquire_timeout(PATIENCE);
-    // The server ends what hangs as well: a connection that waits for its answer is of no use to the next message.
-    let limit = [("statement_timeout", format!("{}s", DEADLINE.as_secs()))];
+    // One connection for each message that is handled at once, so that no handler waits for another.
+    let options = PgPoolOptions::new().max_connections(PREFETCH.into()).acquire_timeout(ANSWER_TIMEOUT);
+    // PostgreSQL ends a statement that hangs as well. Otherwise its connection could not be used for the next message.
+    let limit = [("statement_timeout", format!("{}s", MESSAGE_TIMEOUT.as_secs()))];
     let db = options.connect_lazy_with(urls.0.parse::<PgConnectOptions>().context("DATABASE_URL")?.options(limit));
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let stop = async move { tokio::select!( _ = terminate.recv() => (), _ = interrupt.recv() => () ) }.boxed().shared();
@@ -69,22 +77,23 @@ async fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// One connection to the broker, until `stop` or until something breaks. What was not acknowledged then comes again.
+/// Consumes over one connection to RabbitMQ, until `stop` or until an error. RabbitMQ then delivers again what was not
+/// acknowledged.
 async fn session(db: &PgPool, url: &str, stop: &Stop, pause: &mut u64) -> anyhow::Result<()> {
     let connect = async {
-        // First: while the database is away there is no use in taking messages.
+        // The database comes first: while it is away, no message could be handled.
         sqlx::raw_sql(TABLES).execute(db).await.context("the database cannot be used")?;
         Connection::connect(url, ConnectionProperties::default()).await.context("RabbitMQ cannot be used")
     };
     let connection = tokio::select! {
         () = stop.clone() => return Ok(()),
-        connected = timeout(PATIENCE, connect) => connected.context("no answer while connecting")??,
+        connected = timeout(ANSWER_TIMEOUT, connect) => connected.context("no answer while connecting")??,
     };
     let result = consume(&connection, db, stop, pause).await;
-    // After an error as well: the broker keeps what is not acknowledged for a connection as long as it believes in it.
-    let closed = timeout(PATIENCE, connection.close(200, "good-bye".into())).await;
+    // Also after an error: RabbitMQ requeues unacknowledged messages only when it knows that the connection is closed.
+    let closed = timeout(ANSWER_TIMEOUT, connection.close(200, "the consumer stops or starts again".into())).await;
     result?;
-    closed.context("no answer to good-bye")?.context("could not say good-bye")
+    closed.context("RabbitMQ did not answer when the connection was closed")?.context("could not close the connection")
 }
 
 async fn consume(connection: &Connection, db: &PgPool, stop: &Stop, pause: &mut u64) -> anyhow::Result<()> {
@@ -92,10 +101,10 @@ async fn consume(connection: &Connection, db: &PgPool, stop: &Stop, pause: &mut 
     let (queue, key, exchange) = (setting("QUEUE", "example"), setting("BINDING", "#"), setting("EXCHANGE", "tidings"));
     let (name, none) = (|| queue.as_str().into(), FieldTable::default);
     let channel = connection.create_channel().await?;
-    // As the daemon declares it, so that it does not matter who comes first.
+    // Declared with the same properties as by the daemon, so that either may start first.
     let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
     channel.exchange_declare(exchange.as_str().into(), ExchangeKind::Topic, durable, none()).await?;
-    // Without these, what is rejected would be lost. The exchange for dead letters is the daemon's.
+    // Without this argument, rejected messages would be lost. The daemon owns the exchange for dead letters.
     let mut arguments = FieldTable::default();
     arguments.insert("x-dead-letter-exchange".into(), AMQPValue::LongString(format!("{exchange}.dlx").into()));
     channel.queue_declare(name(), QueueDeclareOptions::durable(), arguments).await?;
@@ -104,7 +113,8 @@ async fn consume(connection: &Connection, db: &PgPool, stop: &Stop, pause: &mut 
     let mut messages = channel.basic_consume(name(), "".into(), BasicConsumeOptions::default(), none()).await?;
     println!("ready");
 
-    // Dropped after an error, it aborts what is at work: those transactions roll back, and the messages come again.
+    // After an error, dropping this set aborts the handlers: their transactions roll back, and RabbitMQ delivers the
+    // messages again.
     let mut handlers = JoinSet::new();
     loop {
         tokio::select! {
@@ -117,25 +127,29 @@ async fn consume(connection: &Connection, db: &PgPool, stop: &Stop, pause: &mut 
             }
         }
     }
-    // What the broker has sent and we have not begun goes back into the queue when the connection is closed.
+    // Messages that RabbitMQ has sent and no handler has begun go back into the queue when the connection is closed.
     let cancelled = channel.basic_cancel(messages.tag(), BasicCancelOptions::default());
-    timeout(PATIENCE, cancelled).await.context("RabbitMQ does not answer")??;
+    timeout(ANSWER_TIMEOUT, cancelled).await.context("RabbitMQ does not answer")??;
     while let Some(handled) = handlers.join_next().await {
         handled??;
     }
     Ok(())
 }
 
-/// One message, to its end. An error means that the broker was told nothing, and that everything begins again.
+/// Handles one message. An error means that the message was neither acknowledged nor rejected, and that the session
+/// must start again.
 async fn handle(db: PgPool, queue: String, message: Delivery) -> anyhow::Result<()> {
-    // A panic ends as a rejection too: a message that is never settled would take up a place for ever.
+    // A panic also rejects the message. A message that is neither acknowledged nor rejected would occupy a place of
+    // PREFETCH for ever.
     let work = AssertUnwindSafe(process(&db, &queue, &message)).catch_unwind();
-    let done = match timeout(DEADLINE, work).await {
+    let done = match timeout(MESSAGE_TIMEOUT, work).await {
         Ok(done) => done.unwrap_or_else(|_| Err(anyhow!("the handler panicked"))),
-        // Its own fault only if the database answers.
-        Err(_) => Err(db.acquire().await.map_or_else(Into::into, |_| anyhow!("it took longer than {DEADLINE:?}"))),
+        // The message is to blame only if the database answers.
+        Err(_) => {
+            Err(db.acquire().await.map_or_else(Into::into, |_| anyhow!("it took longer than {MESSAGE_TIMEOUT:?}")))
+        }
     };
-    let told = match done {
+    let answered = match done {
         Ok(outcome) => {
             println!("{outcome}");
             message.ack(BasicAckOptions::default()).await?
@@ -146,31 +160,35 @@ async fn handle(db: PgPool, queue: String, message: Delivery) -> anyhow::Result<
             message.nack(BasicNackOptions { requeue: false, multiple: false }).await?
         }
     };
-    ensure!(told, "lost RabbitMQ");
+    ensure!(answered, "lost RabbitMQ");
     Ok(())
 }
 
-/// The transaction: whatever leaves it before the commit rolls it back. Returns what to print.
+/// Runs the transaction of one message, and returns the line to print. Every return before the commit rolls it back.
 async fn process(db: &PgPool, queue: &str, message: &Delivery) -> anyhow::Result<String> {
     let header = |name: &str| message.properties.headers().as_ref().and_then(|headers| headers.inner().get(name));
-    // Without an id it is not from Tidings, and a copy of it could not be told. The dead letters are there to look at.
+    // A message without a UUID is not from Tidings, and a second copy could not be recognised. It becomes a dead
+    // letter.
     let id = message.properties.message_id().as_ref().and_then(|id| id.as_str().parse::<Uuid>().ok());
     let id = id.context("its message_id is not a UUID")?;
     let mut transaction = db.begin().await?;
     if let Some(expires_ms) = header("tidings-expires-ms") {
-        let AMQPValue::LongLongInt(expires_ms) = expires_ms else { bail!("its deadline is {expires_ms:?}") };
-        // By the clock of the database, which made the deadline: ours may be wrong.
+        let AMQPValue::LongLongInt(expires_ms) = expires_ms else {
+            bail!("tidings-expires-ms is not an integer: {expires_ms:?}")
+        };
+        // Compared with the database clock, by which the deadline was set: the clock of this machine may be wrong.
         let stale = "SELECT $1 <= (extract(epoch FROM clock_timestamp()) * 1000)::bigint";
         if sqlx::query_scalar(stale).bind(expires_ms).fetch_one(&mut *transaction).await? {
             return Ok(format!("stale {id}"));
         }
     }
-    // Where another consumer has the same message at work, this waits until that one has committed or rolled back.
+    // If another consumer is handling the same message, this waits until that transaction is committed or rolled back.
     let new = "INSERT INTO consumer_handled (queue, message_id) VALUES ($1, $2) ON CONFLICT DO NOTHING";
     if sqlx::query(new).bind(queue).bind(id).execute(&mut *transaction).await?.rows_affected() == 0 {
         return Ok(format!("duplicate {id}"));
     }
-    // A replayed letter comes straight into the queue, and its own routing key is then the queue's name.
+    // A replay is published directly to the queue, so its routing key is the queue's name. The header has the original
+    // key.
     let key = match header("tidings-routing-key") {
         Some(AMQPValue::LongString(key)) => key.to_string(),
         _ => message.routing_key.to_string(),
@@ -180,7 +198,7 @@ async fn process(db: &PgPool, queue: &str, message: &Delivery) -> anyhow::Result
     Ok(format!("handled {id} {key}"))
 }
 
-/// Yours goes here. What it does outside of the transaction, a mail for instance, may happen twice.
+/// Put your own work here. Effects outside of the transaction, such as an email, may happen twice.
 async fn effect(transaction: &mut PgConnection, id: Uuid, key: &str, body: &[u8]) -> anyhow::Result<()> {
     let parsed: serde_json::Value = serde_json::from_slice(body).context("the body is not JSON")?;
     ensure!(parsed["fail"] != true, "the body says fail");
@@ -189,8 +207,8 @@ async fn effect(transaction: &mut PgConnection, id: Uuid, key: &str, body: &[u8]
     Ok(())
 }
 
-/// Whether the message is not to blame: the connection broke, or the server shuts down, is full, is a replica, or chose
-/// a victim. Any other error would only come again.
+/// Whether the database and not the message is to blame: the connection broke, or the server shuts down, is full, is a
+/// standby, or rolled back the transaction over a deadlock. Any other error would occur again with the same message.
 fn database_is_away(error: &anyhow::Error) -> bool {
     let codes = ["08", "25006", "28", "3D", "40", "53", "57P", "58"];
     error.chain().any(|cause| match cause.downcast_ref() {

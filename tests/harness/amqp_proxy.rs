@@ -1,5 +1,5 @@
-//! A proxy that knows AMQP 0-9-1 well enough to see each method on its way, and to lose one, or the connection, at the
-//! very moment that matters.
+//! A proxy between the daemon and RabbitMQ that parses AMQP 0-9-1 frames. It can lose a chosen method, stop forwarding,
+//! or cut the connection at exactly that method.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -9,48 +9,48 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
-/// A method on its way: who sent it, its class and its number.
+/// A method that passes through the proxy, told apart by its sender, class and number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
-    /// The client asks for a message.
+    /// The client fetches a message (`basic.get`).
     Get,
-    /// The client publishes.
+    /// The client publishes (`basic.publish`).
     Publish,
-    /// The client is done with a message.
+    /// The client acknowledges a message (`basic.ack`).
     Ack,
-    /// The broker confirms messages.
+    /// The broker confirms messages (`basic.ack` to the client).
     Confirm,
-    /// Anything else.
+    /// Any other frame.
     Other,
 }
 
-/// What becomes of it.
+/// What the proxy does with a method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It goes on.
+    /// Forwards the method.
     Pass,
-    /// It is lost. Only for methods without content.
+    /// Drops the method. Only for methods without content.
     Lose,
-    /// It never arrives, nor does anything after it from the same side.
+    /// Forwards neither the method nor anything that the same side sends after it.
     Hang,
-    /// The connection breaks.
+    /// Closes the connection.
     Cut,
 }
 
-/// The proxy, on a port of its own.
+/// A running proxy. Dropping this value closes its connections.
 #[derive(Debug)]
 pub struct AmqpProxy {
-    /// Where it listens.
+    /// The port on which it listens.
     pub port: u16,
     _tasks: JoinSet<()>,
 }
 
 impl AmqpProxy {
-    /// Listens for connections to the broker, and has `judge` judge each method.
+    /// Listens on a free port, forwards to the broker, and calls `judge` for each method.
     ///
     /// # Panics
     ///
-    /// When there is no port.
+    /// When no port is free.
     pub async fn start(broker_port: u16, judge: impl Fn(Method) -> Verdict + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
         let port = listener.local_addr().expect("it is bound").port();
@@ -67,8 +67,8 @@ impl AmqpProxy {
                     let (from_client, to_client) = client.into_split();
                     let (from_broker, to_broker) = upstream.into_split();
                     tokio::select! {
-                        _ = pump(from_client, to_broker, true, &*judge) => {}
-                        _ = pump(from_broker, to_client, false, &*judge) => {}
+                        _ = forward(from_client, to_broker, true, &*judge) => {}
+                        _ = forward(from_broker, to_client, false, &*judge) => {}
                     }
                 });
             }
@@ -77,8 +77,8 @@ impl AmqpProxy {
     }
 }
 
-/// Passes frames on until the connection breaks or is cut.
-async fn pump(
+/// Forwards frames in one direction until the connection breaks or `judge` says [`Verdict::Cut`].
+async fn forward(
     mut from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
     by_client: bool,

@@ -1,41 +1,42 @@
-//! A certificate authority of a test's own, and the certificates that it gives to servers.
+//! A certificate authority for one test, and the server certificates that it signs.
 
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use time::{Duration, OffsetDateTime};
 
 pub use testkit::place::Identity;
 
-/// Who signs.
+/// A certificate authority.
 #[derive(Debug)]
 pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
-    /// Its own certificate, which whoever trusts it needs.
+    /// The authority's own certificate, in PEM. A client that shall trust the authority needs it.
     pub certificate: String,
 }
 
 impl Authority {
-    /// An authority of this name that nobody trusts yet; each is another one.
+    /// Makes a new authority with this name. Two authorities with the same name have different keys.
     ///
     /// # Panics
     ///
-    /// When there are no keys to be had.
+    /// When no key can be generated.
     #[must_use]
     pub fn new(name: &str) -> Self {
-        let mut params = params(name, &[]);
+        let mut params = certificate_params(name, &[]);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let key = KeyPair::generate().expect("a key");
         let certificate = params.self_signed(&key).expect("signed").pem();
         Self { issuer: Issuer::new(params, key), certificate }
     }
 
-    /// The identity of a server on `host`, which expires `days` from now, or has if that is negative.
+    /// Signs a certificate for a server on `host` that expires in `days` days. A negative number makes a certificate
+    /// that has already expired.
     ///
     /// # Panics
     ///
-    /// When `host` is no name.
+    /// When `host` is not a valid host name.
     #[must_use]
     pub fn identity(&self, host: &str, days: i64) -> Identity {
-        let mut params = params(host, &[host]);
+        let mut params = certificate_params(host, &[host]);
         params.not_after = OffsetDateTime::now_utc() + Duration::days(days);
         let key = KeyPair::generate().expect("a key");
         let certificate = params.signed_by(&key, &self.issuer).expect("signed").pem();
@@ -43,7 +44,7 @@ impl Authority {
     }
 }
 
-fn params(name: &str, hosts: &[&str]) -> CertificateParams {
+fn certificate_params(name: &str, hosts: &[&str]) -> CertificateParams {
     let hosts: Vec<String> = hosts.iter().map(|host| (*host).to_owned()).collect();
     let mut params = CertificateParams::new(hosts).expect("names of hosts");
     params.distinguished_name.push(DnType::CommonName, name);

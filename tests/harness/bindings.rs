@@ -1,6 +1,6 @@
-//! Writes the bindings that `tidings plugin new` puts into a new plugin as `src/tidings.rs`. They are checked in at
-//! `host/template/src/tidings.rs`, so that a new plugin builds without anything from a registry. A test holds that
-//! file against what is generated here.
+//! Generates the bindings that `tidings plugin new` puts into a new plugin as `src/tidings.rs`. They are checked in at
+//! `host/template/src/tidings.rs`, so that a new plugin builds without any crate from a registry. A test compares that
+//! file with the text that is generated here.
 
 use wit_bindgen_core::wit_parser::Resolve;
 use wit_bindgen_core::{Files, WorldGenerator as _};
@@ -8,7 +8,7 @@ use wit_bindgen_rust::Opts;
 
 use crate::repository;
 
-/// What stands before the generated text: inner attributes, which must come first, and short names for authors.
+/// The text before the generated code: inner attributes, which must come first, and short names for plugin authors.
 const HEAD: &str = r#"//! The bindings to the daemon: what a plugin is given, and what it answers.
 //!
 //! Generated from `wit/plugin.wit`; do not edit. They are written beforehand so that a plugin needs no other crate.
@@ -34,7 +34,7 @@ pub(crate) use export;
 
 "#;
 
-/// What stands behind it: as much of the crate `wit-bindgen` as the generated text calls for this world.
+/// The text after the generated code: those parts of the crate `wit-bindgen` that the generated code calls.
 const RUNTIME: &str = r#"
 /// What the generated text needs at run time, instead of the crate `wit-bindgen`.
 #[rustfmt::skip]
@@ -126,9 +126,9 @@ pub fn generate() -> String {
     let options = Opts {
         format: true,
         runtime_path: Some("crate::tidings::runtime".into()),
-        // `export!` is ours, see above.
+        // The macro `export!` is defined in HEAD and calls this one.
         export_macro_name: Some("export_component".into()),
-        // So that a plugin's tests can compare answers.
+        // With these derives, a plugin's tests can compare results.
         additional_derive_attributes: ["PartialEq", "Eq"].map(String::from).to_vec(),
         ..Opts::default()
     };

@@ -1,4 +1,5 @@
-//! A headless Chromium of our own, driven as a person would: by keys and clicks. Everything is seen through the page itself.
+//! A headless Chromium that tests control with keys and clicks, as a user would. Tests check only what the page itself
+//! shows.
 
 use std::io::{BufRead as _, BufReader};
 use std::net::TcpListener;
@@ -17,19 +18,19 @@ use url::{ParseError, Url};
 
 use crate::{eventually, eventually_within, setup};
 
-/// For the start of a browser, on a machine that is busy with a hundred other tests.
+/// How long the start of a browser or the loading of a page may take on a machine that runs a hundred other tests.
 const START: Duration = Duration::from_mins(2);
 
-/// The browser; ended when dropped.
+/// A running browser. Dropping this value ends it.
 #[derive(Debug)]
 pub struct Browser {
     driver: Child,
-    /// Where the driver has its session.
+    /// The URL of the driver's session.
     session: String,
     client: Client,
 }
 
-/// A command of Chromium's own.
+/// A command of the driver that only Chromium has.
 #[derive(Debug)]
 struct Chrome {
     path: &'static str,
@@ -47,13 +48,13 @@ impl WebDriverCompatibleCommand for Chrome {
 }
 
 impl Browser {
-    /// A browser as wide as a desk, in the light.
+    /// Starts a browser with a window 1280 pixels wide and a light colour scheme.
     ///
     /// # Panics
     ///
-    /// When there is none and it cannot be installed, or it does not start.
+    /// When Chromium cannot be installed or does not start.
     pub async fn start() -> Self {
-        let program = setup::chromium().expect("a browser");
+        let program = setup::find_chromium().expect("a browser");
         let port = TcpListener::bind(("127.0.0.1", 0)).and_then(|free| free.local_addr()).expect("a port").port();
         let mut driver = Command::new(&program.driver)
             .arg(format!("--port={port}"))
@@ -63,11 +64,11 @@ impl Browser {
             .process_group(0)
             .spawn()
             .expect("the driver starts");
-        let said = BufReader::new(driver.stdout.take().expect("piped"));
-        // Read to its end, so that it never waits for us.
+        let driver_output = BufReader::new(driver.stdout.take().expect("piped"));
+        // Its output is read until it ends, so that the driver never blocks on a full pipe.
         let (started, starts) = tokio::sync::oneshot::channel();
         std::thread::spawn(move || {
-            let mut lines = said.lines().map_while(Result::ok);
+            let mut lines = driver_output.lines().map_while(Result::ok);
             if lines.any(|line| line.contains("started successfully")) {
                 let _ = started.send(());
             }
@@ -78,7 +79,8 @@ impl Browser {
             "goog:loggingPrefs": { "browser": "ALL" },
             "goog:chromeOptions": {
                 "binary": program.browser,
-                // Its sandbox does not start as root; it shows nothing but our own page.
+                // Chromium's sandbox does not start as root. It is not needed: the browser only opens the daemon's
+                // page.
                 "args": ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars"],
             },
         });
@@ -90,71 +92,71 @@ impl Browser {
         let client = client.expect("the browser starts");
         let session = client.session_id().await.expect("asked").expect("a session");
         let browser = Self { driver, session: format!("{url}/session/{session}"), client };
-        browser.look(1280, false).await;
+        browser.set_view(1280, false).await;
         browser
     }
 
-    async fn chrome(&self, path: &'static str, body: Value) -> Value {
+    async fn run_chrome_command(&self, path: &'static str, body: Value) -> Value {
         self.client.issue_cmd(Chrome { path, body }).await.expect("the browser does it")
     }
 
-    async fn devtools(&self, command: &str, parameters: Value) -> Value {
-        self.chrome("goog/cdp/execute", json!({ "cmd": command, "params": parameters })).await
+    async fn run_devtools_command(&self, command: &str, parameters: Value) -> Value {
+        self.run_chrome_command("goog/cdp/execute", json!({ "cmd": command, "params": parameters })).await
     }
 
-    /// Makes it so wide, in pixels, and light or dark.
-    pub async fn look(&self, width: u32, dark: bool) {
+    /// Sets the width of the window in pixels, and a light or dark colour scheme.
+    pub async fn set_view(&self, width: u32, dark: bool) {
         let size = json!({ "width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600 });
-        self.devtools("Emulation.setDeviceMetricsOverride", size).await;
+        self.run_devtools_command("Emulation.setDeviceMetricsOverride", size).await;
         let theme = if dark { "dark" } else { "light" };
         let media = json!({ "features": [{ "name": "prefers-color-scheme", "value": theme }] });
-        self.devtools("Emulation.setEmulatedMedia", media).await;
+        self.run_devtools_command("Emulation.setEmulatedMedia", media).await;
     }
 
-    /// Opens a page, and waits until it has loaded.
+    /// Opens a page and waits until it has loaded.
     ///
     /// # Panics
     ///
-    /// When it does not load.
+    /// When the page does not load in time.
     pub async fn open(&self, url: &str) {
         eventually_within(START, url, async || self.client.goto(url).await.ok()).await;
     }
 
-    /// What a script in the page returns.
+    /// Runs a script in the page and returns its result.
     ///
     /// # Panics
     ///
-    /// When it throws.
-    pub async fn run(&self, script: &str) -> Value {
+    /// When the script throws.
+    pub async fn run_script(&self, script: &str) -> Value {
         self.client.execute(script, Vec::new()).await.unwrap_or_else(|error| panic!("{script}: {error}"))
     }
 
-    /// Waits until an expression in the page is true.
+    /// Waits until a JavaScript expression in the page is true.
     ///
     /// # Panics
     ///
-    /// When it is not in time.
-    pub async fn until(&self, expression: &str) {
+    /// When it is not true in time.
+    pub async fn wait_until(&self, expression: &str) {
         let script = format!("return Boolean({expression})");
-        eventually(expression, async || (self.run(&script).await == Value::Bool(true)).then_some(())).await;
+        eventually(expression, async || (self.run_script(&script).await == Value::Bool(true)).then_some(())).await;
     }
 
-    /// The text that is shown of the first thing that `css` selects.
+    /// The visible text of the first element that `css` selects.
     ///
     /// # Panics
     ///
-    /// When there is none.
+    /// When no element matches.
     pub async fn text(&self, css: &str) -> String {
         let found = self.client.find(Locator::Css(css)).await;
         found.unwrap_or_else(|error| panic!("{css}: {error}")).text().await.expect("a text")
     }
 
-    /// Waits until the text that is shown of it contains `part`.
+    /// Waits until the visible text of the first element that `css` selects contains `part`.
     ///
     /// # Panics
     ///
-    /// When it does not in time.
-    pub async fn until_text(&self, css: &str, part: &str) {
+    /// When it does not contain `part` in time.
+    pub async fn wait_until_text(&self, css: &str, part: &str) {
         let mut seen = String::new();
         let shows = async || {
             if let Ok(found) = self.client.find(Locator::Css(css)).await
@@ -167,11 +169,11 @@ impl Browser {
         eventually(&format!("{part:?} in {css}"), shows).await;
     }
 
-    /// Clicks on it, as soon as it can be clicked on.
+    /// Clicks on the first element that `css` selects, as soon as it can be clicked on.
     ///
     /// # Panics
     ///
-    /// When it cannot in time.
+    /// When it cannot be clicked on in time.
     pub async fn click(&self, css: &str) {
         eventually(&format!("a click on {css}"), async || {
             let found = self.client.find(Locator::Css(css)).await.ok()?;
@@ -180,12 +182,12 @@ impl Browser {
         .await;
     }
 
-    /// Types into whatever has the focus.
+    /// Types `text` into the element that has the focus.
     ///
     /// # Panics
     ///
-    /// When the browser does not take it.
-    pub async fn type_in(&self, text: &str) {
+    /// When the browser refuses the input.
+    pub async fn type_text(&self, text: &str) {
         let mut keys = KeyActions::new("keyboard".to_owned());
         for value in text.chars() {
             keys = keys.then(KeyAction::Down { value }).then(KeyAction::Up { value });
@@ -195,43 +197,43 @@ impl Browser {
 
     /// Presses a key.
     pub async fn press(&self, key: Key) {
-        self.type_in(&char::from(key).to_string()).await;
+        self.type_text(&char::from(key).to_string()).await;
     }
 
-    /// Goes on with the Tab key until the focus is on what `css` selects.
+    /// Presses the Tab key until an element that `css` selects has the focus.
     ///
     /// # Panics
     ///
-    /// When it never is.
+    /// When no such element has the focus after 200 presses.
     pub async fn tab_to(&self, css: &str) {
-        let there = format!("return document.activeElement.matches({})", Value::from(css));
+        let has_focus = format!("return document.activeElement.matches({})", Value::from(css));
         for _ in 0..200 {
-            if self.run(&there).await == Value::Bool(true) {
+            if self.run_script(&has_focus).await == Value::Bool(true) {
                 return;
             }
             self.press(Key::Tab).await;
         }
-        panic!("nobody gets to {css} with the Tab key");
+        panic!("the Tab key does not reach {css}");
     }
 
-    /// What the browser complained of since this was asked last.
-    pub async fn complaints(&self) -> Vec<String> {
-        let log = self.chrome("se/log", json!({ "type": "browser" })).await;
+    /// The messages in the browser's console since the last call.
+    pub async fn take_console_messages(&self) -> Vec<String> {
+        let log = self.run_chrome_command("se/log", json!({ "type": "browser" })).await;
         let lines = log.as_array().map(Vec::as_slice).unwrap_or_default();
         lines.iter().map(|line| line["message"].to_string()).collect()
     }
 
-    /// Writes down what all of the page looks like, as PNG.
+    /// Writes a screenshot of the whole page into `file`, as PNG.
     ///
     /// # Panics
     ///
-    /// When it cannot be written.
-    pub async fn picture(&self, file: &Path) {
-        self.run("scrollTo(0, 0)").await;
-        let size = self.run("return [innerWidth, document.documentElement.scrollHeight]").await;
+    /// When the file cannot be written.
+    pub async fn write_screenshot(&self, file: &Path) {
+        self.run_script("scrollTo(0, 0)").await;
+        let size = self.run_script("return [innerWidth, document.documentElement.scrollHeight]").await;
         let clip = json!({ "x": 0, "y": 0, "width": size[0], "height": size[1], "scale": 1 });
         let parameters = json!({ "format": "png", "captureBeyondViewport": true, "clip": clip });
-        let picture = self.devtools("Page.captureScreenshot", parameters).await;
+        let picture = self.run_devtools_command("Page.captureScreenshot", parameters).await;
         let picture = base64::Engine::decode(
             &base64::engine::general_purpose::STANDARD,
             picture["data"].as_str().expect("a picture"),
@@ -243,7 +245,7 @@ impl Browser {
 
 impl Drop for Browser {
     fn drop(&mut self) {
-        // It ends the browser, which is in a process group of its own.
+        // Deleting the session ends the browser, which is in another process group than the driver.
         let _ = ureq::delete(&self.session).call();
         let _ = self.driver.kill();
         let _ = self.driver.wait();

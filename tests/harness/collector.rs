@@ -1,4 +1,4 @@
-//! Somebody who collects traces over OTLP/HTTP, or does not: keeps what it was sent, as it came and decoded.
+//! A collector of traces over OTLP/HTTP that keeps every request, raw and decoded, or that misbehaves as a test asks.
 
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
@@ -21,21 +21,21 @@ use tokio::task::JoinSet;
 use crate::authority::Identity;
 use crate::eventually;
 
-/// That it has the spans.
-const TAKEN: &str = "HTTP/1.1 200 OK\r\nContent-Type: application/x-protobuf\r\nContent-Length: 0\r\n\r\n";
+/// The response that accepts the spans.
+const ACCEPTED: &str = "HTTP/1.1 200 OK\r\nContent-Type: application/x-protobuf\r\nContent-Length: 0\r\n\r\n";
 
-/// What it answers.
+/// How the collector responds.
 #[derive(Clone, Copy, Debug)]
 pub enum Answer {
-    /// That it has the spans.
-    Takes,
-    /// These bytes, behind which it hangs up.
-    Says(&'static str),
-    /// Nothing, ever.
-    Never,
+    /// Accepts the spans.
+    Accepts,
+    /// Sends these bytes and then closes the connection.
+    SendsAndCloses(&'static str),
+    /// Never responds.
+    Hangs,
 }
 
-/// A collector on a port of its own.
+/// A running collector.
 #[derive(Debug)]
 pub struct Collector {
     addr: SocketAddr,
@@ -43,52 +43,52 @@ pub struct Collector {
     _tasks: JoinSet<()>,
 }
 
-/// What it was sent once.
+/// An HTTP request that the collector received.
 #[derive(Clone, Debug)]
 pub struct Request {
     /// The request line and the headers.
     pub head: String,
-    /// Protobuf.
+    /// The body, in Protobuf.
     pub body: Vec<u8>,
 }
 
-/// A span that it was sent.
+/// A span that the collector received.
 #[derive(Clone, Debug)]
 pub struct Span {
     /// Trace id and span id, as `traceparent` writes them: `0af7…-b7ad…`.
     pub ids: String,
-    /// The span id of its parent; empty = it has none.
+    /// The span id of the parent; empty if there is none.
     pub parent: String,
-    /// Its name.
+    /// The name of the span.
     pub name: String,
-    /// What it is, such as `SPAN_KIND_PRODUCER`.
+    /// The kind of the span, such as `SPAN_KIND_PRODUCER`.
     pub kind: &'static str,
-    /// What it is linked to: ids as above, and the trace state.
+    /// The links: the ids of the linked span in the format of `ids`, and its trace state.
     pub links: Vec<(String, String)>,
-    /// Its attributes, numbers in decimal.
+    /// The attributes, with numbers written in decimal.
     pub attributes: BTreeMap<String, String>,
-    /// Its events, each with its nanoseconds since the Unix epoch.
+    /// The events, each with its time in nanoseconds since the Unix epoch.
     pub events: Vec<(String, u64)>,
-    /// From when to when, in nanoseconds since the Unix epoch.
-    pub lasted: (u64, u64),
-    /// What went wrong, if something did.
+    /// The start and the end, in nanoseconds since the Unix epoch.
+    pub start_and_end_ns: (u64, u64),
+    /// The message of the status, if the status is an error.
     pub error: Option<String>,
-    /// Who sent it: the attributes of the resource.
+    /// The attributes of the resource, which identify the sender.
     pub sender: BTreeMap<String, String>,
 }
 
 impl Collector {
-    /// Listens on any port that is free.
+    /// Listens on a free port.
     pub async fn start(answer: Answer) -> Self {
-        Self::at(SocketAddr::from(([127, 0, 0, 1], 0)), answer).await
+        Self::start_at(SocketAddr::from(([127, 0, 0, 1], 0)), answer).await
     }
 
-    /// Listens where a collector was that is gone.
+    /// Listens on `addr`, where an earlier collector has been dropped.
     ///
     /// # Panics
     ///
-    /// When the port is taken.
-    pub async fn at(addr: SocketAddr, answer: Answer) -> Self {
+    /// When the port is in use.
+    pub async fn start_at(addr: SocketAddr, answer: Answer) -> Self {
         let listener = TcpListener::bind(addr).await.expect("the port is free");
         let addr = listener.local_addr().expect("it is bound");
         let requests = Arc::new(Mutex::new(Vec::new()));
@@ -103,23 +103,23 @@ impl Collector {
         Self { addr, requests, _tasks: tasks }
     }
 
-    /// Where it listens.
+    /// The address on which it listens.
     #[must_use]
     pub fn addr(&self) -> SocketAddr {
         self.addr
     }
 
-    /// Where it listens, as `OTEL_EXPORTER_OTLP_ENDPOINT` says it.
+    /// The URL for `OTEL_EXPORTER_OTLP_ENDPOINT`.
     #[must_use]
     pub fn url(&self) -> String {
         format!("http://{}", self.addr)
     }
 
-    /// Takes spans over TLS as well, as the host that `identity` is of; returns the port.
+    /// Also accepts spans over TLS, with the certificate of `identity`, and returns the port.
     ///
     /// # Panics
     ///
-    /// When there is no port.
+    /// When no port is free.
     #[must_use]
     pub fn offer_tls(&self, identity: &Identity) -> u16 {
         let certificate = CertificateDer::from_pem_slice(identity.certificate.as_bytes()).expect("a certificate");
@@ -129,17 +129,17 @@ impl Collector {
         let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a port");
         let port = listener.local_addr().expect("it is bound").port();
         let requests = Arc::clone(&self.requests);
-        // It ends with this program.
+        // The thread runs until this program ends.
         std::thread::spawn(move || {
             for stream in listener.incoming() {
                 let connection = ServerConnection::new(Arc::clone(&config)).expect("a connection");
-                let mut stream = StreamOwned::new(connection, stream.expect("somebody"));
+                let mut stream = StreamOwned::new(connection, stream.expect("a client"));
                 let (mut bytes, mut some) = (Vec::new(), [0; 4096]);
                 while let Ok(count @ 1..) = stream.read(&mut some) {
                     bytes.extend_from_slice(&some[..count]);
-                    while let Some(request) = next(&mut bytes) {
-                        requests.lock().expect("nobody panics with it").push(request);
-                        let _ = stream.write_all(TAKEN.as_bytes());
+                    while let Some(request) = take_request(&mut bytes) {
+                        requests.lock().expect("no holder of the lock panics").push(request);
+                        let _ = stream.write_all(ACCEPTED.as_bytes());
                     }
                 }
             }
@@ -147,28 +147,28 @@ impl Collector {
         port
     }
 
-    /// Everything that it was sent.
+    /// All requests that were received so far.
     ///
     /// # Panics
     ///
     /// Never.
     #[must_use]
     pub fn requests(&self) -> Vec<Request> {
-        self.requests.lock().expect("nobody panics with it").clone()
+        self.requests.lock().expect("no holder of the lock panics").clone()
     }
 
-    /// Whether these bytes were sent anywhere.
+    /// Whether `text` occurs in the head or the body of any request.
     #[must_use]
     pub fn was_sent(&self, text: &str) -> bool {
         let holds = |bytes: &[u8]| bytes.windows(text.len()).any(|window| window == text.as_bytes());
         self.requests().iter().any(|request| holds(request.head.as_bytes()) || holds(&request.body))
     }
 
-    /// All spans so far.
+    /// All spans that were received so far.
     ///
     /// # Panics
     ///
-    /// When it was sent something else.
+    /// When a request is not an export of traces.
     #[must_use]
     pub fn spans(&self) -> Vec<Span> {
         let mut spans = Vec::new();
@@ -177,18 +177,18 @@ impl Collector {
             for of_resource in request.resource_spans {
                 let sender = attributes(of_resource.resource.map(|resource| resource.attributes).unwrap_or_default());
                 let sent = of_resource.scope_spans.into_iter().flat_map(|of_scope| of_scope.spans);
-                spans.extend(sent.map(|span| decoded(span, sender.clone())));
+                spans.extend(sent.map(|span| decode_span(span, sender.clone())));
             }
         }
         spans
     }
 
-    /// Waits until there are `count` spans with this value of an attribute, and returns them.
+    /// Waits until `count` spans have this value of an attribute, and returns them.
     ///
     /// # Panics
     ///
-    /// When there are others, or they do not come.
-    pub async fn with(&self, attribute: &str, value: &str, count: usize) -> Vec<Span> {
+    /// When there are more than `count`, or not enough in time.
+    pub async fn wait_for_spans(&self, attribute: &str, value: &str, count: usize) -> Vec<Span> {
         eventually(&format!("{count} spans whose {attribute} is {value}"), async || {
             let mut spans = self.spans();
             spans.retain(|span| span.attributes.get(attribute).is_some_and(|is| is == value));
@@ -198,37 +198,37 @@ impl Collector {
         .await
     }
 
-    /// Waits for the one span with this value of an attribute.
+    /// Waits for the only span with this value of an attribute.
     ///
     /// # Panics
     ///
-    /// As [`Collector::with`].
-    pub async fn one(&self, attribute: &str, value: &str) -> Span {
-        self.with(attribute, value, 1).await.remove(0)
+    /// As [`Collector::wait_for_spans`].
+    pub async fn wait_for_span(&self, attribute: &str, value: &str) -> Span {
+        self.wait_for_spans(attribute, value, 1).await.remove(0)
     }
 }
 
-/// Takes requests until somebody hangs up.
+/// Reads requests and responds to them until one side closes the connection.
 async fn serve(mut stream: TcpStream, answer: Answer, requests: Arc<Mutex<Vec<Request>>>) {
     let mut bytes = Vec::new();
     while stream.read_buf(&mut bytes).await.is_ok_and(|count| count > 0) {
-        while let Some(request) = next(&mut bytes) {
-            requests.lock().expect("nobody panics with it").push(request);
+        while let Some(request) = take_request(&mut bytes) {
+            requests.lock().expect("no holder of the lock panics").push(request);
             let text = match answer {
-                Answer::Takes => TAKEN,
-                Answer::Says(text) => text,
-                Answer::Never => std::future::pending().await,
+                Answer::Accepts => ACCEPTED,
+                Answer::SendsAndCloses(text) => text,
+                Answer::Hangs => std::future::pending().await,
             };
-            // Whoever was stopped meanwhile does not listen any more.
-            if stream.write_all(text.as_bytes()).await.is_err() || matches!(answer, Answer::Says(_)) {
+            // Writing fails if the daemon was stopped meanwhile.
+            if stream.write_all(text.as_bytes()).await.is_err() || matches!(answer, Answer::SendsAndCloses(_)) {
                 return;
             }
         }
     }
 }
 
-/// Takes the first request from `bytes`, if it is there to its end.
-fn next(bytes: &mut Vec<u8>) -> Option<Request> {
+/// Removes the first request from `bytes` and returns it, if it is complete.
+fn take_request(bytes: &mut Vec<u8>) -> Option<Request> {
     let head = bytes.windows(4).position(|window| window == b"\r\n\r\n")? + 4;
     let text = String::from_utf8(bytes[..head].to_vec()).expect("a head of ASCII");
     let line = text.lines().find(|line| line.to_ascii_lowercase().starts_with("content-length:")).expect("a length");
@@ -238,7 +238,7 @@ fn next(bytes: &mut Vec<u8>) -> Option<Request> {
     Some(Request { head: text, body })
 }
 
-fn decoded(span: Sent, sender: BTreeMap<String, String>) -> Span {
+fn decode_span(span: Sent, sender: BTreeMap<String, String>) -> Span {
     let ids = |trace_id: &[u8], span_id: &[u8]| format!("{}-{}", hex(trace_id), hex(span_id));
     let status = span.status.filter(|status| status.code == StatusCode::Error as i32);
     Span {
@@ -249,13 +249,13 @@ fn decoded(span: Sent, sender: BTreeMap<String, String>) -> Span {
         links: span.links.into_iter().map(|link| (ids(&link.trace_id, &link.span_id), link.trace_state)).collect(),
         attributes: attributes(span.attributes),
         events: span.events.into_iter().map(|event| (event.name, event.time_unix_nano)).collect(),
-        lasted: (span.start_time_unix_nano, span.end_time_unix_nano),
+        start_and_end_ns: (span.start_time_unix_nano, span.end_time_unix_nano),
         error: status.map(|status| status.message),
         sender,
     }
 }
 
-/// No attribute twice.
+/// The attributes by name. Panics when a name occurs twice.
 fn attributes(sent: Vec<KeyValue>) -> BTreeMap<String, String> {
     let mut attributes = BTreeMap::new();
     for KeyValue { key, value, .. } in sent {

@@ -1,6 +1,6 @@
-//! Guests that no toolchain would make, made in the test run: those that must be refused when they are loaded, those
-//! whose builds must fail with a reason, and those that look odd and must be served all the same. Their numbers are
-//! those of the project's catalogue of hostile plugins: those with the same number are variations of one idea.
+//! Plugins ("guests") that no toolchain would produce, generated while the tests run: some must be refused when they
+//! are loaded, some must fail with a reason when they build, and some look odd but must be served. Each has a number in
+//! the project's catalogue of hostile plugins; guests with the same number are variations of one attack.
 
 mod binary;
 mod misbehaving;
@@ -19,79 +19,79 @@ use module::{BODY, FOREVER, Module};
 pub struct Hostile {
     /// Its number in the catalogue.
     pub number: u8,
-    /// The stem of its file, unique; also its name, and the kind that it serves if it serves one.
+    /// The stem of its file name, which is unique. It is also the plugin's name, and the kind that it serves, if any.
     pub name: String,
-    /// The file.
+    /// The content of the file.
     pub bytes: Vec<u8>,
-    /// A part of the sentence that the daemon must find for it; of a harmless one, a part of the message's body.
-    pub says: &'static str,
+    /// A part of the error that the daemon must report. For a harmless guest, a part of the message's body.
+    pub expected: &'static str,
 }
 
 impl std::fmt::Debug for Hostile {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { number, name, bytes, says } = self;
-        write!(formatter, "{number} {name}, {} bytes: {says:?}", bytes.len())
+        let Self { number, name, bytes, expected } = self;
+        write!(formatter, "{number} {name}, {} bytes: {expected:?}", bytes.len())
     }
 }
 
-/// A guest that serves `kinds`: every row becomes an event with the routing key `hostile.NAME` and the body `tag`.
+/// A good guest that serves `kinds`: every row becomes an event with the routing key `hostile.NAME` and the body `tag`.
 ///
 /// # Panics
 ///
-/// When the repository's contract has changed so much that it cannot be made.
+/// When the contract in `wit/plugin.wit` has changed so much that it cannot be generated.
 #[must_use]
 pub fn well_behaved(name: &str, kinds: &[&str], tag: &str) -> Vec<u8> {
     tagged(name, kinds, tag).component()
 }
 
-/// The same, but every row takes `time` of waiting, which is no CPU time.
+/// A good guest that waits for `time` at every row, which uses no CPU time.
 ///
 /// # Panics
 ///
-/// When the repository's contract has changed so much that it cannot be made.
+/// When the contract in `wit/plugin.wit` has changed so much that it cannot be generated.
 #[must_use]
 pub fn slow(name: &str, kinds: &[&str], tag: &str, time: Duration) -> Vec<u8> {
     tagged(name, kinds, tag).sleep(time).component()
 }
 
-/// The same, but it takes `time` of waiting to load it.
+/// A good guest that waits for `time` while it is loaded.
 ///
 /// # Panics
 ///
-/// When the repository's contract has changed so much that it cannot be made.
+/// When the contract in `wit/plugin.wit` has changed so much that it cannot be generated.
 #[must_use]
 pub fn slow_to_load(name: &str, kinds: &[&str], tag: &str, time: Duration) -> Vec<u8> {
     tagged(name, kinds, tag).sleep_when_described(time).component()
 }
 
-/// The same, but it traps at the rows whose payload is `true`.
+/// A good guest that traps at rows whose payload is `true`.
 ///
 /// # Panics
 ///
-/// When the repository's contract has changed so much that it cannot be made.
+/// When the contract in `wit/plugin.wit` has changed so much that it cannot be generated.
 #[must_use]
 pub fn trapping_at_true(name: &str, kinds: &[&str], tag: &str) -> Vec<u8> {
-    // The row lies where the parameter points to; 76 bytes further is the address of its payload.
+    // The parameter points to the row. 76 bytes further is the address of its payload.
     let payload = "(i32.load8_u (i32.load offset=76 (local.get 0)))";
     let code = format!("(if (i32.eq {payload} (i32.const {})) (then unreachable))", b't');
     tagged(name, kinds, tag).build(&code).component()
 }
 
-/// A guest that serves `kinds` and traps whenever it should build.
+/// A guest that serves `kinds` and traps at every row.
 ///
 /// # Panics
 ///
-/// When the repository's contract has changed so much that it cannot be made.
+/// When the contract in `wit/plugin.wit` has changed so much that it cannot be generated.
 #[must_use]
 pub fn trapping(name: &str, kinds: &[&str]) -> Vec<u8> {
     Module::new(name, kinds).build("unreachable").component()
 }
 
-/// A guest that serves `kinds` and never comes to an end when it should build.
+/// A guest that serves `kinds` and loops forever at every row.
 ///
 /// # Panics
 ///
-/// When the repository's contract has changed so much that it cannot be made.
+/// When the contract in `wit/plugin.wit` has changed so much that it cannot be generated.
 #[must_use]
 pub fn spinning(name: &str, kinds: &[&str]) -> Vec<u8> {
     Module::new(name, kinds).build(FOREVER).component()
@@ -101,14 +101,14 @@ fn tagged(name: &str, kinds: &[&str], tag: &str) -> Module {
     Module::new(name, kinds).bytes(BODY, tag.as_bytes())
 }
 
-/// The same component with `text` in a custom section: other bytes, and hence another digest.
+/// Adds `text` to a component in a custom section, so that its digest changes and its behaviour does not.
 #[must_use]
 pub fn with_custom_section(bytes: &[u8], text: &str) -> Vec<u8> {
     [bytes, &binary::custom("tests", text.as_bytes())].concat()
 }
 
-/// Beginnings of `bytes`, never all of it: the 1,000 shortest, about 1,000 in between, and the 100 longest. One that ends
-/// where a section ends is whole, and may even be a good component that has lost no more than notes.
+/// Proper prefixes of `bytes`: the 1,000 shortest, about 1,000 in between, and the 100 longest. A prefix that ends at
+/// the end of a section is well-formed, and is even a good component if only custom sections are missing.
 pub fn truncations(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     let step = (bytes.len() / 1_000).max(1);
     let early = 1_000.min(bytes.len());
@@ -116,14 +116,14 @@ pub fn truncations(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     (0..early).chain((early..late).step_by(step)).chain(late..bytes.len()).map(|length| &bytes[..length])
 }
 
-/// Copies of `bytes`, each with up to eight bits flipped. Endless, and the same for the same `seed`.
+/// An endless sequence of copies of `bytes`, each with up to eight bits flipped. The same `seed` gives the same copies.
 ///
 /// # Panics
 ///
-/// When there are no bytes.
+/// When `bytes` is empty.
 pub fn bit_flips(bytes: &[u8], seed: u64) -> impl Iterator<Item = Vec<u8>> {
     let mut state = seed;
-    // SplitMix64: no more than a test needs, and the same on every machine and for all time.
+    // SplitMix64, because it is short and gives the same numbers on every machine.
     let mut random = move |below: usize| {
         state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -1,5 +1,6 @@
-//! What the tests and the measurements need beside the testkit, which it hands on: worlds, proxies, collectors, browsers, hostile
-//! guests, and the pages of the documentation. Never a mock.
+//! The library of the tests and the measurements. It re-exports the testkit and adds worlds (a database and a virtual
+//! host for each test), proxies, collectors, browsers, hostile plugins, and the pages of the documentation. It never
+//! mocks a server.
 
 pub mod amqp_proxy;
 pub mod authority;
@@ -15,6 +16,6 @@ pub mod raw;
 pub mod world;
 
 pub use testkit::{
-    PATIENCE, build, command_line, consumer, daemon, eventually, eventually_within, image, place, profile_dir,
+    EVENT_TIMEOUT, build, command_line, consumer, daemon, eventually, eventually_within, image, place, profile_dir,
     repository, servers, setup, target,
 };

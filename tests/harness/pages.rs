@@ -1,11 +1,12 @@
-//! The pages of the documentation, and a reader who does what they say: each block of a page is run, in the order of the
-//! page, as a person would type it. What a block is, its fence says behind the language, where no reader sees it:
+//! The pages of the documentation, and a [`Reader`] that runs their blocks in order, as a user would type them. The
+//! words after the language in a block's fence, which are not rendered, say what to do with the block:
 //!
-//! - `sh`, `sql`: a shell and `psql`. With `again`, until it comes to what is shown; with `exits=1`, it must end so; with
-//!   `daemon`, it goes on beside what follows, and the block ends with `tidings run`.
-//! - `text`: what the block before it shows. Its lines must be among what was written, in their order; numbers, ids and
-//!   times are examples, and … stands for anything.
-//! - any other, with the name of a file: what is in the file.
+//! - `sh`, `sql`: run by a shell or by `psql`. With `again`, the block is repeated until its output matches the next
+//!   block; with `exits=1`, it must end with that code; with `daemon`, its last line is `tidings run`, which keeps
+//!   running during the following blocks.
+//! - `text`: the expected output of the previous block. Its lines must occur in the output in this order; numbers, ids
+//!   and times may differ, and … stands for any text.
+//! - any other language, with the name of a file: the content of that file.
 
 mod reader;
 mod shape;
@@ -15,70 +16,70 @@ use std::fs;
 use crate::repository;
 
 pub use reader::Reader;
-pub use shape::missing;
+pub use shape::find_missing_line;
 
-/// A page.
+/// A page of the documentation.
 #[derive(Debug)]
 pub struct Page {
-    /// Where it lies in the repository.
+    /// The path of the page in the repository.
     pub path: &'static str,
     text: String,
 }
 
-/// A block of a page.
+/// A fenced block of a page.
 #[derive(Clone, Debug)]
 pub struct Block {
-    /// Where it begins.
+    /// The line at which it begins.
     pub line: usize,
-    /// The first word behind its fence.
+    /// The first word after the fence.
     pub language: String,
-    /// The others.
+    /// The other words after the fence.
     pub marks: Vec<String>,
-    /// What is in it.
+    /// The content of the block.
     pub text: String,
 }
 
-/// A command that cannot be run where the tests run, and what runs it.
+/// A command that the tests cannot run here, and the file that runs it.
 #[derive(Clone, Copy, Debug)]
-pub struct Elsewhere {
-    /// The command, as the pages have it.
+pub struct ExternalCommand {
+    /// The command as it stands in the pages.
     pub command: &'static str,
-    /// The file that runs it.
-    pub runs: &'static str,
-    /// What is written there.
-    pub as_: &'static str,
-    /// What comes to the same here.
-    pub here: Here,
+    /// The file that runs the command.
+    pub file: &'static str,
+    /// The text with which that file runs it.
+    pub text: &'static str,
+    /// What the tests do instead.
+    pub substitute: Substitute,
 }
 
-/// What comes to the same as a command that cannot be run.
+/// What the tests do instead of a command that they cannot run.
 #[derive(Clone, Copy, Debug)]
-pub enum Here {
-    /// Nothing is needed.
+pub enum Substitute {
+    /// Nothing.
     Nothing,
-    /// Another command.
+    /// Run this command.
     Shell(&'static str),
-    /// The daemon and the example consumer, running.
+    /// Start the daemon and the example consumer.
     Deployment,
 }
 
 impl Page {
-    /// Reads it.
+    /// Reads the page.
     ///
     /// # Panics
     ///
-    /// When it is not there.
+    /// When the file cannot be read.
     #[must_use]
     pub fn read(path: &'static str) -> Self {
         let text = fs::read_to_string(repository().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"));
         Self { path, text }
     }
 
-    /// Its blocks, in their order.
+    /// The blocks of the page, in order.
     ///
     /// # Panics
     ///
-    /// When one does not end.
+    /// When a block has no end.
     #[must_use]
     pub fn blocks(&self) -> Vec<Block> {
         let (mut blocks, mut open): (Vec<Block>, Option<Block>) = (Vec::new(), None);
@@ -98,7 +99,7 @@ impl Page {
         blocks
     }
 
-    /// What is outside of the blocks, by line.
+    /// The lines outside of blocks, with their numbers.
     #[must_use]
     pub fn prose(&self) -> Vec<(usize, &str)> {
         let mut inside = false;
@@ -110,7 +111,7 @@ impl Page {
         outside.map(|(number, line)| (number + 1, line)).collect()
     }
 
-    /// What is between backticks, by line.
+    /// The texts between backticks, with their line numbers.
     #[must_use]
     pub fn code(&self) -> Vec<(usize, &str)> {
         let mut code = Vec::new();
@@ -120,7 +121,7 @@ impl Page {
         code
     }
 
-    /// Where its links lead, by line.
+    /// The targets of the links, with their line numbers.
     #[must_use]
     pub fn links(&self) -> Vec<(usize, &str)> {
         let mut links = Vec::new();
@@ -130,7 +131,7 @@ impl Page {
         links
     }
 
-    /// The anchors of its headings, as GitHub makes them.
+    /// The anchors that GitHub makes for the headings.
     #[must_use]
     pub fn anchors(&self) -> Vec<String> {
         let headings = self.prose().into_iter().filter(|(_, line)| line.starts_with('#'));
@@ -143,7 +144,7 @@ impl Page {
             .collect()
     }
 
-    /// All of it.
+    /// The whole text.
     #[must_use]
     pub fn text(&self) -> &str {
         &self.text
@@ -151,23 +152,23 @@ impl Page {
 }
 
 impl Block {
-    /// Whether its fence says so.
+    /// Whether `mark` stands after the fence.
     #[must_use]
-    pub fn is(&self, mark: &str) -> bool {
+    pub fn has_mark(&self, mark: &str) -> bool {
         self.marks.iter().any(|other| other == mark)
     }
 
-    /// Its commands, a line each.
+    /// The commands, one for each line; continued lines are joined.
     #[must_use]
     pub fn commands(&self) -> Vec<String> {
         self.text.replace("\\\n", " ").lines().map(str::to_owned).collect()
     }
 }
 
-impl Elsewhere {
-    /// Whether this is the command of `line`, but for a comment behind it.
+impl ExternalCommand {
+    /// Whether `line` is this command, apart from a comment at its end.
     #[must_use]
-    pub fn is(&self, line: &str) -> bool {
+    pub fn matches(&self, line: &str) -> bool {
         line.split("  #").next().is_some_and(|command| command.trim_end() == self.command)
     }
 }

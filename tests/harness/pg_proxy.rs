@@ -1,5 +1,5 @@
-//! A proxy that knows PostgreSQL's protocol well enough to see each statement on its way, and to stop everything at the
-//! very moment that matters.
+//! A proxy between the daemon and PostgreSQL that parses the protocol. It can lose the reply to a chosen statement,
+//! stop forwarding, or cut the connection at exactly that statement.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -11,36 +11,36 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-/// What becomes of a statement.
+/// What the proxy does with a statement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
-    /// It goes on.
+    /// Forwards the statement.
     Pass,
-    /// It never arrives, and nothing after it.
+    /// Forwards neither the statement nor anything after it.
     Hang,
-    /// It arrives, and nobody hears what came of it.
+    /// Forwards the statement, and drops its reply and all later ones.
     LoseReply,
-    /// It never arrives, and the connection is closed.
+    /// Closes the connection without forwarding the statement.
     Cut,
 }
 
-/// The proxy, on a port of its own.
+/// A running proxy. Dropping this value closes its connections.
 #[derive(Debug)]
 pub struct PgProxy {
-    /// Where it listens.
+    /// The port on which it listens.
     pub port: u16,
     _tasks: JoinSet<()>,
 }
 
-/// The answer to a request for TLS is one byte, and the login begins anew.
+/// The code of a request for TLS. The server replies with one byte, and the client then sends its login.
 const SSL_REQUEST: [u8; 4] = 80_877_103_u32.to_be_bytes();
 
 impl PgProxy {
-    /// Listens for connections to the server, and has `judge` judge each statement that is executed.
+    /// Listens on a free port, forwards to the server, and calls `judge` for each statement that is executed.
     ///
     /// # Panics
     ///
-    /// When there is no port.
+    /// When no port is free.
     pub async fn start(server_port: u16, judge: impl Fn(&str) -> Fate + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
         let port = listener.local_addr().expect("it is bound").port();
@@ -58,8 +58,8 @@ impl PgProxy {
                     let (from_server, to_server) = upstream.into_split();
                     let (lost, losing) = watch::channel(false);
                     tokio::select! {
-                        _ = statements(from_client, to_server, &*judge, &lost) => {}
-                        _ = replies(from_server, to_client, losing) => {}
+                        _ = forward_statements(from_client, to_server, &*judge, &lost) => {}
+                        _ = forward_replies(from_server, to_client, losing) => {}
                     }
                 });
             }
@@ -68,28 +68,28 @@ impl PgProxy {
     }
 }
 
-async fn read(from: &mut OwnedReadHalf, count: usize) -> std::io::Result<Vec<u8>> {
+async fn read_bytes(from: &mut OwnedReadHalf, count: usize) -> std::io::Result<Vec<u8>> {
     let mut bytes = vec![0; count];
     from.read_exact(&mut bytes).await?;
     Ok(bytes)
 }
 
-/// A length that counts itself, and what it is the length of.
-async fn rest(from: &mut OwnedReadHalf) -> std::io::Result<Vec<u8>> {
-    let mut message = read(from, 4).await?;
+/// Reads a length, which includes its own four bytes, and the message of that length.
+async fn read_message(from: &mut OwnedReadHalf) -> std::io::Result<Vec<u8>> {
+    let mut message = read_bytes(from, 4).await?;
     let length = u32::from_be_bytes([message[0], message[1], message[2], message[3]]) as usize;
-    message.extend(read(from, length.saturating_sub(4)).await?);
+    message.extend(read_bytes(from, length.saturating_sub(4)).await?);
     Ok(message)
 }
 
-async fn statements(
+async fn forward_statements(
     mut from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
     judge: &(impl Fn(&str) -> Fate + ?Sized),
     lost: &watch::Sender<bool>,
 ) -> std::io::Result<()> {
     loop {
-        let login = rest(&mut from).await?;
+        let login = read_message(&mut from).await?;
         to.write_all(&login).await?;
         if login[4..] != SSL_REQUEST {
             break;
@@ -97,8 +97,8 @@ async fn statements(
     }
     let mut prepared: HashMap<Vec<u8>, String> = HashMap::new();
     loop {
-        let kind = read(&mut from, 1).await?;
-        let message = rest(&mut from).await?;
+        let kind = read_bytes(&mut from, 1).await?;
+        let message = read_message(&mut from).await?;
         let mut texts = message[4..].split(|byte| *byte == 0);
         let mut next = || texts.next().unwrap_or_default().to_vec();
         let executed = match kind[0] {
@@ -127,7 +127,7 @@ async fn statements(
     }
 }
 
-async fn replies(
+async fn forward_replies(
     mut from: impl AsyncRead + Unpin,
     mut to: OwnedWriteHalf,
     losing: watch::Receiver<bool>,

@@ -1,4 +1,4 @@
-//! A PgBouncer of our own: what stands in front of many a PostgreSQL.
+//! Starts a private PgBouncer in front of PostgreSQL.
 
 use std::fs;
 use std::net::{TcpListener, TcpStream};
@@ -8,27 +8,28 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 
-use crate::place::{as_user, own};
+use crate::place::{as_user, change_owner};
 use crate::setup;
 
-/// The pooler; killed when dropped.
+/// A running PgBouncer. Dropping this value kills it.
 #[derive(Debug)]
 pub struct Pooler {
-    /// Where it listens.
+    /// The port on which it listens.
     pub port: u16,
     child: Child,
     dir: PathBuf,
 }
 
 impl Pooler {
-    /// Starts one in front of the PostgreSQL on `postgres_port`, in the mode `session` or `transaction`. Settings of a session
-    /// that are not its own it ignores, or refuses.
+    /// Starts PgBouncer in front of the PostgreSQL on `postgres_port`, in the pool mode `session` or `transaction`.
+    /// With `ignores_settings` it ignores the settings that a client sends at login; otherwise it refuses such a
+    /// client.
     ///
     /// # Errors
     ///
-    /// When it cannot be installed or started.
+    /// When PgBouncer cannot be installed or started.
     pub fn start(postgres_port: u16, mode: &str, ignores_settings: bool) -> anyhow::Result<Self> {
-        let program = setup::pgbouncer()?;
+        let program = setup::find_pgbouncer()?;
         let port = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
         let dir = crate::target().join(format!("pooler-{port}"));
         fs::create_dir_all(&dir)?;
@@ -40,7 +41,7 @@ impl Pooler {
                  listen_port = {port}\nunix_socket_dir =\nauth_type = any\npool_mode = {mode}\nignore_startup_parameters = {ignored}\n"
             ),
         )?;
-        own("postgres", &program, &dir)?;
+        change_owner("postgres", &program, &dir)?;
         let log = fs::File::create(dir.join("log"))?;
         let child = as_user("postgres", &program)
             .arg(dir.join("pgbouncer.ini"))

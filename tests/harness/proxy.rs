@@ -1,4 +1,4 @@
-//! A TCP proxy between the daemon and a server, that can be absent, slow, cut, or swallow everything.
+//! A TCP proxy between the daemon and a server. It can delay bytes, swallow them, or cut connections.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -11,27 +11,27 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-/// What the proxy does with bytes.
+/// What the proxy does with the bytes that it receives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// Passes them on.
+    /// Forwards them.
     Pass,
-    /// Passes them on later.
+    /// Forwards them after this delay.
     Delay(Duration),
-    /// Takes them, and passes nothing on: what a half-open connection looks like.
+    /// Reads them and forwards nothing, like a half-open connection.
     Swallow,
-    /// The same with what the server says: it hears us, and we do not hear it.
+    /// Forwards only to the server, and drops the server's answers.
     SwallowAnswers,
-    /// Passes on as many bytes, of all connections in both directions together, and then closes every connection.
+    /// Forwards this many bytes, counted over all connections and both directions, and then closes every connection.
     CutAfter(i64),
-    /// Closes every connection, new ones included.
+    /// Closes every connection, including new ones.
     Cut,
 }
 
-/// A proxy on a port of its own.
+/// A running proxy. Dropping this value closes its connections.
 #[derive(Debug)]
 pub struct Proxy {
-    /// Where it listens.
+    /// The port on which it listens.
     pub port: u16,
     state: Arc<State>,
     _tasks: JoinSet<()>,
@@ -40,37 +40,38 @@ pub struct Proxy {
 #[derive(Debug)]
 struct State {
     mode: watch::Sender<Mode>,
-    /// Bytes until the cut.
+    /// How many bytes may still be forwarded in [`Mode::CutAfter`].
     left: AtomicI64,
-    /// How often those that were open were given up.
-    given_up: AtomicU64,
+    /// How often [`Proxy::swallow_open_connections`] was called. A connection that was opened at a smaller count is
+    /// swallowed.
+    swallow_count: AtomicU64,
 }
 
 impl Proxy {
-    /// Listens on `port` (0 = any) for connections to `server_port`.
+    /// Listens on `port` (0 = any free port) and forwards to `server_port`.
     ///
     /// # Panics
     ///
-    /// When the port is taken.
+    /// When the port is in use.
     pub async fn start(port: u16, server_port: u16) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", port)).await.expect("the port is free");
         let port = listener.local_addr().expect("it is bound").port();
         let state = Arc::new(State {
             mode: watch::Sender::new(Mode::Pass),
             left: AtomicI64::new(0),
-            given_up: AtomicU64::new(0),
+            swallow_count: AtomicU64::new(0),
         });
         let mut tasks = JoinSet::new();
         tasks.spawn(accept(listener, server_port, Arc::clone(&state)));
         Self { port, state, _tasks: tasks }
     }
 
-    /// Swallows, from now on and for ever, whatever goes through the connections that are open; new ones are as the mode says.
-    pub fn swallow_those_open(&self) {
-        self.state.given_up.fetch_add(1, Ordering::SeqCst);
+    /// From now on, swallows everything on the connections that are open now. New connections follow the mode.
+    pub fn swallow_open_connections(&self) {
+        self.state.swallow_count.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// Changes what happens from now on, to open connections as well.
+    /// Changes the mode for open and new connections.
     pub fn set(&self, mode: Mode) {
         if let Mode::CutAfter(bytes) = mode {
             self.state.left.store(bytes, Ordering::SeqCst);
@@ -86,7 +87,7 @@ async fn accept(listener: TcpListener, server_port: u16, state: Arc<State>) {
         let state = Arc::clone(&state);
         connections.spawn(async move {
             let mut mode = state.mode.subscribe();
-            let born = state.given_up.load(Ordering::SeqCst);
+            let opened_at = state.swallow_count.load(Ordering::SeqCst);
             if *mode.borrow() == Mode::Cut {
                 return;
             }
@@ -95,22 +96,22 @@ async fn accept(listener: TcpListener, server_port: u16, state: Arc<State>) {
             let (client_read, client_write) = client.into_split();
             let (server_read, server_write) = upstream.into_split();
             tokio::select! {
-                () = pump(client_read, server_write, &state, born, false) => {}
-                () = pump(server_read, client_write, &state, born, true) => {}
+                () = forward(client_read, server_write, &state, opened_at, false) => {}
+                () = forward(server_read, client_write, &state, opened_at, true) => {}
                 _ = async { mode.wait_for(|mode| *mode == Mode::Cut).await.map(|mode| *mode) } => {}
             }
         });
-        // Ended ones are forgotten.
+        // Connections that have ended are removed from the set.
         while connections.try_join_next().is_some() {}
     }
 }
 
-async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, state: &State, born: u64, answers: bool) {
+async fn forward(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, state: &State, opened_at: u64, answers: bool) {
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(length @ 1..) = from.read(&mut buffer).await {
         let mode = *state.mode.borrow();
         let passed = match mode {
-            _ if state.given_up.load(Ordering::SeqCst) != born => 0,
+            _ if state.swallow_count.load(Ordering::SeqCst) != opened_at => 0,
             Mode::Swallow => 0,
             Mode::SwallowAnswers if answers => 0,
             Mode::Pass | Mode::Cut | Mode::SwallowAnswers => length,

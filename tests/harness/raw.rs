@@ -1,9 +1,10 @@
-//! Publishes what no client library would: a few frames of AMQP 0-9-1, written by hand, with headers of any bytes.
+//! Publishes messages with arbitrary bytes as headers, which no client library would send, by writing frames of AMQP
+//! 0-9-1 directly.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 
-/// A connection with one channel that confirms.
+/// A connection with one channel in confirm mode.
 #[derive(Debug)]
 pub struct RawPublisher {
     stream: TcpStream,
@@ -14,11 +15,11 @@ const HEADER: u8 = 2;
 const BODY: u8 = 3;
 
 impl RawPublisher {
-    /// Connects as guest.
+    /// Connects as the user `guest`.
     ///
     /// # Panics
     ///
-    /// When it cannot.
+    /// When RabbitMQ refuses the connection.
     #[must_use]
     pub fn connect(port: u16, vhost: &str) -> Self {
         let stream = TcpStream::connect(("127.0.0.1", port)).expect("RabbitMQ is there");
@@ -38,11 +39,11 @@ impl RawPublisher {
         publisher
     }
 
-    /// Publishes `body` to a queue, with these headers, encoded, and waits for the confirm.
+    /// Publishes `body` to a queue, with these encoded headers, and waits for the confirm.
     ///
     /// # Panics
     ///
-    /// When the broker does not take it.
+    /// When RabbitMQ closes the connection or the channel.
     pub fn publish(&mut self, queue: &str, headers: &[u8], body: &[u8]) {
         self.method(1, 60, 40, &[vec![0, 0], short(b""), short(queue.as_bytes()), vec![0]].concat());
         let has_headers: u16 = 1 << 13;
@@ -67,7 +68,7 @@ impl RawPublisher {
         self.stream.write_all(bytes).expect("RabbitMQ reads");
     }
 
-    /// Waits for a method, and passes over others.
+    /// Reads frames until the given method arrives.
     fn expect(&mut self, class: u16, method: u16) {
         loop {
             let mut start = [0; 7];
@@ -88,33 +89,33 @@ impl RawPublisher {
     }
 }
 
-/// A short string, as on the wire.
+/// Encodes a short string.
 ///
 /// # Panics
 ///
-/// When it is longer than 255 bytes.
+/// When `bytes` has more than 255 bytes.
 #[must_use]
 pub fn short(bytes: &[u8]) -> Vec<u8> {
     [&[u8::try_from(bytes.len()).expect("a short string")][..], bytes].concat()
 }
 
-/// A long string, a table or an array, as on the wire.
+/// Encodes a long string, a table or an array.
 ///
 /// # Panics
 ///
-/// When it is longer than 4 GiB.
+/// When `bytes` has 4 GiB or more.
 #[must_use]
 pub fn long(bytes: &[u8]) -> Vec<u8> {
     [&u32::try_from(bytes.len()).expect("shorter").to_be_bytes()[..], bytes].concat()
 }
 
-/// The header `name` with a value of this type, as on the wire.
+/// Encodes the header `name` with a value of the type `kind`.
 #[must_use]
 pub fn header(name: &[u8], kind: u8, value: &[u8]) -> Vec<u8> {
     [&short(name)[..], &[kind], value].concat()
 }
 
-/// A header whose value is an array in an array, `depth` times.
+/// Encodes a header whose value is `depth` nested arrays.
 #[must_use]
 pub fn nested(name: &[u8], depth: usize) -> Vec<u8> {
     let mut value = Vec::new();

@@ -1,4 +1,5 @@
-//! One test's own world: a database, a virtual host, and the plugins it needs, on servers that all tests share.
+//! A world is the environment of one test: a database, a virtual host, and a plugin directory, on servers that all
+//! tests share.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -16,7 +17,7 @@ use crate::servers::Servers;
 pub use crate::servers::{database_url, execute};
 use crate::{build, eventually};
 
-/// What was built.
+/// The built programs.
 struct Built {
     daemon: PathBuf,
     plugins: PathBuf,
@@ -32,100 +33,101 @@ fn built() -> &'static Built {
     })
 }
 
-/// The reaper ends them with this program; nothing drops a static.
+/// The shared servers. A static is never dropped; the reaper stops the servers when this program ends.
 static SHARED: OnceLock<Servers> = OnceLock::new();
 
-/// The servers that all worlds of this program share, but for those with servers of their own.
+/// The servers that all worlds of this program share, except those made with [`World::on_servers`].
 fn shared() -> &'static Servers {
     SHARED.get_or_init(|| {
-        let servers = Servers::start().expect("servers of our own");
-        template(&servers, &built().daemon);
+        let servers = Servers::start().expect("the servers start");
+        create_template(&servers, &built().daemon);
         servers
     })
 }
 
-/// Has all worlds of this program share these servers, which are set up otherwise than for tests.
+/// Makes all worlds of this program share `servers`, which have other settings than those for tests.
 ///
 /// # Panics
 ///
-/// When there is a world already.
-pub fn share(servers: Servers) {
-    template(&servers, &built().daemon);
+/// When a world has already been made.
+pub fn share_servers(servers: Servers) {
+    create_template(&servers, &built().daemon);
     SHARED.set(servers).expect("before the first world");
 }
 
-/// guest:guest
+/// The credentials `guest:guest` for the management API.
 const GUEST: &str = "Basic Z3Vlc3Q6Z3Vlc3Q=";
 
-/// The database that every test's is a copy of, migrated by the binary.
+/// The migrated database of which every world gets a copy.
 const TEMPLATE: &str = "tidings_template";
 
-fn template(servers: &Servers, daemon: &Path) {
+fn create_template(servers: &Servers, daemon: &Path) {
     let create = || async {
         execute(servers.postgres_port, &format!("DROP DATABASE IF EXISTS {TEMPLATE}")).await;
         execute(servers.postgres_port, &format!("CREATE DATABASE {TEMPLATE}")).await;
         let launch =
             Launch::new(daemon, "migrate").with("TIDINGS_DATABASE_URL", database_url(servers.postgres_port, TEMPLATE));
-        let (code, output) = launch.finished().await;
+        let (code, output) = launch.run_to_end().await;
         assert_eq!(code, 0, "{output}");
     };
-    // We may be inside a runtime, which must not be blocked.
+    // The caller may be inside an asynchronous runtime, which must not be blocked, so this needs a thread and a
+    // runtime.
     std::thread::scope(|scope| {
         let runtime = || tokio::runtime::Runtime::new().expect("a runtime").block_on(create());
         scope.spawn(runtime).join().expect("the template is made");
     });
 }
 
-/// One test's own world.
+/// The environment of one test.
 #[derive(Debug)]
 pub struct World {
-    /// Its database.
+    /// The database.
     pub db: PgPool,
-    /// Its virtual host, as a consumer sees it.
+    /// A consumer's connection to the virtual host.
     pub broker: Broker,
-    /// Its plugin directory, empty at first.
+    /// The plugin directory, empty at first.
     pub plugin_dir: PathBuf,
-    /// The name of its database and virtual host.
+    /// The name of both the database and the virtual host.
     pub name: String,
-    /// Where PostgreSQL and RabbitMQ listen.
+    /// The ports of PostgreSQL and RabbitMQ.
     ports: (u16, u16),
     management_port: u16,
 }
 
 impl World {
-    /// A world without a plugin and without a daemon.
+    /// Makes a world without plugins.
     ///
     /// # Panics
     ///
-    /// When it cannot be made.
+    /// When the world cannot be made.
     pub async fn empty() -> Self {
-        Self::made(shared(), None).await
+        Self::create(shared(), None).await
     }
 
-    /// A world without a plugin and without a daemon, in whose virtual host a queue declared without a type is a quorum queue.
+    /// Makes a world without plugins, in whose virtual host a queue that is declared without a type is a quorum queue.
     ///
     /// # Panics
     ///
-    /// When it cannot be made.
+    /// When the world cannot be made.
     pub async fn of_quorum_queues() -> Self {
-        Self::made(shared(), Some("quorum")).await
+        Self::create(shared(), Some("quorum")).await
     }
 
-    /// A world on servers of its own, which may be stopped and started again.
+    /// Makes a world on `servers`, which the test may stop and restart, with these plugins.
     ///
     /// # Panics
     ///
-    /// When it cannot be made.
-    pub async fn on(servers: &Servers, plugins: &[&str]) -> Self {
-        template(servers, &built().daemon);
-        let world = Self::made(servers, None).await;
+    /// When the world cannot be made.
+    pub async fn on_servers(servers: &Servers, plugins: &[&str]) -> Self {
+        create_template(servers, &built().daemon);
+        let world = Self::create(servers, None).await;
         for plugin in plugins {
             world.install(plugin);
         }
         world
     }
 
-    async fn made(servers: &Servers, default_queue_type: Option<&str>) -> Self {
+    async fn create(servers: &Servers, default_queue_type: Option<&str>) -> Self {
         let name = format!("t{}", Uuid::new_v4().simple());
         let port = servers.postgres_port;
         execute(port, &format!("CREATE DATABASE {name} TEMPLATE {TEMPLATE}")).await;
@@ -138,12 +140,12 @@ impl World {
         Self { db, broker, plugin_dir, name, ports: (port, servers.rabbitmq_port), management_port }
     }
 
-    /// A world with these plugins of the repository or of tests/fixtures.
+    /// Makes a world with these plugins of `plugins/` or `tests/fixtures/`.
     ///
     /// # Panics
     ///
-    /// When it cannot be made.
-    pub async fn with(plugins: &[&str]) -> Self {
+    /// When the world cannot be made.
+    pub async fn with_plugins(plugins: &[&str]) -> Self {
         let world = Self::empty().await;
         for plugin in plugins {
             world.install(plugin);
@@ -151,56 +153,56 @@ impl World {
         world
     }
 
-    /// Puts a plugin into the directory.
+    /// Puts a plugin of `plugins/` or `tests/fixtures/` into the plugin directory.
     ///
     /// # Panics
     ///
     /// When there is no such plugin.
     pub fn install(&self, plugin: &str) {
-        self.put(&format!("{plugin}.wasm"), &std::fs::read(Self::built(plugin)).expect("it is there"));
+        self.put(&format!("{plugin}.wasm"), &std::fs::read(Self::built_plugin(plugin)).expect("it is there"));
     }
 
-    /// The file of a plugin of the repository or of tests/fixtures, as it was built.
+    /// The built file of a plugin of `plugins/` or `tests/fixtures/`.
     ///
     /// # Panics
     ///
     /// When there is no such plugin.
     #[must_use]
-    pub fn built(plugin: &str) -> PathBuf {
+    pub fn built_plugin(plugin: &str) -> PathBuf {
         let file = format!("{plugin}.wasm");
         let found = [&built().plugins, &built().fixtures].map(|dir| dir.join(&file));
         found.into_iter().find(|path| path.exists()).unwrap_or_else(|| panic!("no plugin {plugin}"))
     }
 
-    /// The daemon's program.
+    /// The path of the program `tidings`.
     #[must_use]
     pub fn binary() -> PathBuf {
         built().daemon.clone()
     }
 
-    /// Puts bytes into the plugin directory as `file`, all of them or nothing.
+    /// Writes `bytes` into the plugin directory as `file`, atomically.
     ///
     /// # Panics
     ///
-    /// When it cannot.
+    /// When the file cannot be written.
     pub fn put(&self, file: &str, bytes: &[u8]) {
         let aside = self.plugin_dir.join(format!(".{file}"));
         std::fs::write(&aside, bytes).expect("written");
         std::fs::rename(aside, self.plugin_dir.join(file)).expect("renamed");
     }
 
-    /// Runs `tidings` with `arguments` in this world to its end, and returns its exit code and what it wrote.
+    /// Runs `tidings` with `arguments` in this world until it ends, and returns its exit code and its output.
     pub async fn tidings<A: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> (i32, String) {
         let mut arguments = arguments.into_iter();
         let first = arguments.next().map(|first| first.as_ref().to_string_lossy().into_owned()).unwrap_or_default();
-        self.launch().subcommand(&first).args(arguments).finished().await
+        self.launch().subcommand(&first).args(arguments).run_to_end().await
     }
 
-    /// Takes away its database and its virtual host, which may be large.
+    /// Removes the database and the virtual host, for tests in which they are large.
     ///
     /// # Panics
     ///
-    /// When it cannot.
+    /// When a server refuses.
     pub async fn remove(self) {
         self.db.close().await;
         execute(self.ports.0, &format!("DROP DATABASE {} WITH (FORCE)", self.name)).await;
@@ -211,7 +213,7 @@ impl World {
         let _ = std::fs::remove_dir_all(self.state_dir());
     }
 
-    /// How to start a daemon for this world.
+    /// The settings with which a daemon runs in this world.
     #[must_use]
     pub fn launch(&self) -> Launch {
         let (postgres_port, rabbitmq_port) = self.ports;
@@ -220,31 +222,33 @@ impl World {
             .with("TIDINGS_AMQP_URL", amqp_url(rabbitmq_port, &self.name))
             .with("TIDINGS_PLUGIN_DIR", self.plugin_dir.display())
             .with("TIDINGS_STATE_DIR", self.state_dir().display())
-            // Any port that is free: the log says which.
+            // Any free port; the daemon writes it to its log.
             .with("TIDINGS_HTTP_ADDR", "127.0.0.1:0")
     }
 
-    /// What its daemons remember; made by them.
+    /// The state directory of the daemons of this world, which they create.
     #[must_use]
     pub fn state_dir(&self) -> PathBuf {
         crate::target().join("plugin-dirs").join(format!("{}.state", self.name))
     }
 
-    /// A running daemon, with a sweep so long that only wakes and due times can be what makes it act.
+    /// Starts a daemon whose sweep comes only every ten minutes, so that only wakes and due times make it act during a
+    /// test.
     ///
     /// # Panics
     ///
-    /// When it does not start.
-    pub async fn daemon(&self) -> Daemon {
-        self.launch().with("TIDINGS_SWEEP_MS", 600_000).ready().await
+    /// When the daemon does not start.
+    pub async fn start_daemon(&self) -> Daemon {
+        self.launch().with("TIDINGS_SWEEP_MS", 600_000).start_ready().await
     }
 
-    /// The same with many plugins, which take their time to load.
+    /// Starts a daemon as [`World::start_daemon`] does, and waits for minutes if need be, because many plugins take long
+    /// to load.
     ///
     /// # Panics
     ///
-    /// When it does not start within minutes.
-    pub async fn daemon_of_many(&self) -> Daemon {
+    /// When the daemon does not start within minutes.
+    pub async fn start_daemon_with_many_plugins(&self) -> Daemon {
         let mut daemon = self.launch().with("TIDINGS_SWEEP_MS", 600_000).start();
         daemon.wait_longer_for_line(" ready ").await;
         daemon
@@ -256,34 +260,35 @@ impl World {
         self.ports
     }
 
-    /// Where RabbitMQ's management API is, with the user and the password.
+    /// The URL of RabbitMQ's management API, with user and password.
     #[must_use]
     pub fn management_url(&self) -> String {
         format!("http://guest:guest@127.0.0.1:{}", self.management_port)
     }
 
-    /// Asks RabbitMQ's management API, or tells it something; an answer without a text is null.
+    /// Sends a request to RabbitMQ's management API, and returns the answer; an empty answer is null.
     ///
     /// # Panics
     ///
-    /// When it refuses.
+    /// When RabbitMQ refuses the request.
     #[must_use]
     pub fn manage(&self, method: &str, path: &str, body: Option<&Value>) -> Value {
         manage(&self.management_url(), method, path, body)
     }
 
-    /// A queue of this world, bound to the daemon's exchange with `keys`, and rejecting to its dead letters.
+    /// Declares a queue that is bound to the daemon's exchange with `keys` and dead-letters to `tidings.dlx`, and
+    /// consumes from it.
     pub async fn inbox(&self, keys: &[&str]) -> Inbox {
         let mut arguments = FieldTable::default();
         arguments.insert("x-dead-letter-exchange".into(), AMQPValue::LongString("tidings.dlx".into()));
         self.broker.inbox("tidings", &format!("inbox.{}", keys.join("+")), keys, arguments).await
     }
 
-    /// Runs a statement, and returns how many rows it touched.
+    /// Runs a statement, and returns the number of affected rows.
     ///
     /// # Panics
     ///
-    /// When it fails.
+    /// When the statement fails.
     pub async fn sql(&self, sql: &str) -> u64 {
         match sqlx::query(AssertSqlSafe(sql.to_owned())).execute(&self.db).await {
             Ok(done) => done.rows_affected(),
@@ -291,11 +296,11 @@ impl World {
         }
     }
 
-    /// The one value that a statement answers with.
+    /// Runs a query, and returns the first column of its first row.
     ///
     /// # Panics
     ///
-    /// When it fails, or answers otherwise.
+    /// When the query fails, returns no row, or a value of another type.
     pub async fn value<T>(&self, sql: &str) -> T
     where
         T: for<'r> sqlx::Decode<'r, sqlx::Postgres> + sqlx::Type<sqlx::Postgres>,
@@ -306,28 +311,28 @@ impl World {
         }
     }
 
-    /// The message of the error with which a statement fails.
+    /// Runs a statement that must fail, and returns the error message.
     ///
     /// # Panics
     ///
-    /// When it does not fail.
-    pub async fn error(&self, sql: &str) -> String {
+    /// When the statement does not fail.
+    pub async fn expect_error(&self, sql: &str) -> String {
         match sqlx::query(AssertSqlSafe(sql.to_owned())).execute(&self.db).await {
             Ok(_) => panic!("{sql} did not fail"),
             Err(error) => error.to_string(),
         }
     }
 
-    /// Waits until a statement answers `true`.
+    /// Repeats a query until it returns `true`.
     ///
     /// # Panics
     ///
-    /// When it does not in time.
-    pub async fn until(&self, sql: &str) {
+    /// When it does not return `true` in time.
+    pub async fn wait_until(&self, sql: &str) {
         eventually(sql, async || self.value::<bool>(sql).await.then_some(())).await;
     }
 
-    /// Now, by the database clock.
+    /// The current time of the database clock.
     pub async fn now(&self) -> OffsetDateTime {
         self.value("SELECT clock_timestamp()").await
     }
@@ -340,7 +345,7 @@ pub fn amqp_url(port: u16, vhost: &str) -> String {
 }
 
 fn create_vhost(management_port: u16, vhost: &str, default_queue_type: Option<&str>) {
-    // The first name is that of 3.10, the second that of later releases.
+    // RabbitMQ 3.10 reads the first name, later releases the second.
     let body = default_queue_type.map_or_else(
         || json!({}),
         |queue_type| json!({ "defaultqueuetype": queue_type, "default_queue_type": queue_type }),
@@ -348,7 +353,7 @@ fn create_vhost(management_port: u16, vhost: &str, default_queue_type: Option<&s
     manage(&format!("http://guest:guest@127.0.0.1:{management_port}"), "PUT", &format!("vhosts/{vhost}"), Some(&body));
 }
 
-/// Asks RabbitMQ's management API, or tells it something; an answer without a text is null.
+/// Sends a request to RabbitMQ's management API, and returns the answer; an empty answer is null.
 fn manage(url: &str, method: &str, path: &str, body: Option<&Value>) -> Value {
     let request = ureq::http::Request::builder().method(method).uri(format!("{url}/api/{path}"));
     let request = request.header("Content-Type", "application/json");

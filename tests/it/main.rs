@@ -1,5 +1,5 @@
-//! The behaviour of Tidings, against real servers. One folder per promise, one file per area; the names of the tests are what
-//! users may rely on.
+//! Tests of the behaviour of Tidings with real servers. There is one folder for each promise and one file for each
+//! area. The name of each test states what users may rely on.
 
 mod database;
 mod dead_letters;

@@ -1,5 +1,6 @@
-//! What must come of it, and what came: the producers' ledger is a table that commits together with the rows, the
-//! consumers' are files that are written before anything is acknowledged. The verdict compares them.
+//! Compares what was scheduled with what arrived. The producers' ledger is a table that is committed together with the
+//! rows; the consumers' ledgers are files that are written before a message is acknowledged. The verdict lists every
+//! difference.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -8,49 +9,49 @@ use anyhow::Context as _;
 use sqlx::postgres::PgPool;
 use uuid::Uuid;
 
-/// The table of what was committed. A row is here if, and only if, its schedule was written.
+/// The tables of the producers' ledger. A row is in `rig.scheduled` if, and only if, its schedule was committed.
 pub(crate) const TABLES: &str = "
     CREATE SCHEMA rig;
     CREATE TABLE rig.scheduled (id uuid PRIMARY KEY, due_at timestamptz NOT NULL, expires_at timestamptz);
     CREATE TABLE rig.cancelled (id uuid PRIMARY KEY, at timestamptz NOT NULL DEFAULT clock_timestamp())";
 
-/// After a fault is over, what it doubled may still arrive this much later: a confirm is awaited for ten seconds, and a frozen
-/// server's connections are given up after twenty.
-const DOUBLES_MS: i64 = 40_000;
-/// And what it delayed is still late for as long: everything is back to normal after this.
+/// How long after the end of a fault a second copy that it caused may still arrive: the daemon waits ten seconds for a
+/// confirm, and gives up the connections of a frozen server after twenty.
+const DUPLICATES_MS: i64 = 40_000;
+/// How long after the end of a fault a row may still be late because of it.
 const DELAYS_MS: i64 = 10_000;
 
-/// A row that arrives later than this after it could be delivered is late.
+/// A row is late if it arrives more than this after it was due and committed.
 const LATE_MS: i64 = 1_000;
 
-/// A time in which something was broken, in ms since the Unix epoch.
+/// A fault, with its start and end in ms since the Unix epoch.
 #[derive(Clone, Debug)]
 pub(crate) struct Fault {
-    pub(crate) what: &'static str,
-    /// Whether a message may arrive twice because of it.
-    pub(crate) doubles: bool,
+    pub(crate) name: &'static str,
+    /// Whether a message may arrive twice because of this fault.
+    pub(crate) may_duplicate: bool,
     pub(crate) from_ms: i64,
     pub(crate) until_ms: i64,
 }
 
-/// A message as a consumer saw it.
+/// The arrival of a message at a consumer.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Arrival {
     pub(crate) at_ms: i64,
     pub(crate) due_ms: i64,
     pub(crate) expires_ms: Option<i64>,
     pub(crate) replay: i64,
-    /// The broker says that it has handed it out before.
+    /// RabbitMQ marked the message as redelivered.
     pub(crate) redelivered: bool,
-    /// The consumer did what it says; otherwise it rejected it, or found it stale.
-    pub(crate) acted: bool,
+    /// The consumer handled the message. Otherwise it rejected the message, or found it past its deadline.
+    pub(crate) handled: bool,
 }
 
 impl Arrival {
     pub(crate) fn line(&self, id: Uuid) -> String {
-        let Self { at_ms, due_ms, expires_ms, replay, redelivered, acted } = self;
+        let Self { at_ms, due_ms, expires_ms, replay, redelivered, handled } = self;
         let expires_ms = expires_ms.unwrap_or(i64::MAX);
-        format!("{id} {at_ms} {due_ms} {expires_ms} {replay} {} {}\n", u8::from(*redelivered), u8::from(*acted))
+        format!("{id} {at_ms} {due_ms} {expires_ms} {replay} {} {}\n", u8::from(*redelivered), u8::from(*handled))
     }
 
     fn parse(line: &str) -> Option<(Uuid, Self)> {
@@ -58,14 +59,14 @@ impl Arrival {
         let id = parts.next()?.parse().ok()?;
         let mut number = || parts.next()?.parse::<i64>().ok();
         let (at_ms, due_ms, expires_ms, replay) = (number()?, number()?, number()?, number()?);
-        let (redelivered, acted) = (number()? == 1, number()? == 1);
+        let (redelivered, handled) = (number()? == 1, number()? == 1);
         let expires_ms = Some(expires_ms).filter(|ms| *ms != i64::MAX);
-        Some((id, Self { at_ms, due_ms, expires_ms, replay, redelivered, acted }))
+        Some((id, Self { at_ms, due_ms, expires_ms, replay, redelivered, handled }))
     }
 }
 
-/// Everything that arrived, in the order of time.
-pub(crate) fn arrivals(dir: &Path) -> anyhow::Result<HashMap<Uuid, Vec<Arrival>>> {
+/// Reads all arrivals from the consumers' files, by message id and in the order of time.
+pub(crate) fn read_arrivals(dir: &Path) -> anyhow::Result<HashMap<Uuid, Vec<Arrival>>> {
     let mut arrivals: HashMap<Uuid, Vec<Arrival>> = HashMap::new();
     for entry in std::fs::read_dir(dir)? {
         let file = entry?.path();
@@ -81,7 +82,7 @@ pub(crate) fn arrivals(dir: &Path) -> anyhow::Result<HashMap<Uuid, Vec<Arrival>>
     Ok(arrivals)
 }
 
-/// What was found. Everything but `duplicates` must be zero.
+/// The result of the comparison. The lists of ids must be empty; `duplicates` need not be.
 #[derive(Debug, Default)]
 pub(crate) struct Verdict {
     pub(crate) committed: usize,
@@ -94,14 +95,14 @@ pub(crate) struct Verdict {
     pub(crate) early: Vec<Uuid>,
     pub(crate) after_deadline: Vec<Uuid>,
     pub(crate) never_committed: Vec<Uuid>,
-    /// Cancelled, and arrived although nothing was broken between its due time and the cancellation.
+    /// Rows that were cancelled and arrived, although there was no fault between their due time and the cancellation.
     pub(crate) cancelled_and_seen: Vec<Uuid>,
-    /// Second copies of a message, by the fault in whose window each is.
+    /// The number of second copies of messages, by the fault that explains them.
     pub(crate) duplicates: BTreeMap<&'static str, usize>,
     pub(crate) unexplained_duplicates: Vec<Uuid>,
-    /// In ms, by what was broken at the time.
+    /// The lateness of rows in ms, by the fault at that time.
     pub(crate) lateness: BTreeMap<&'static str, Vec<i64>>,
-    /// By fault: for how many ms after each the rows that became deliverable were late.
+    /// For each kind of fault: how many ms after the end of each such fault rows were still late.
     pub(crate) normal_after: BTreeMap<&'static str, Vec<i64>>,
 }
 
@@ -121,7 +122,7 @@ impl Verdict {
     }
 }
 
-/// What the database knows of a row; times in ms since the Unix epoch.
+/// A row of the producers' ledger; times in ms since the Unix epoch.
 #[derive(sqlx::FromRow)]
 struct Scheduled {
     id: Uuid,
@@ -129,7 +130,7 @@ struct Scheduled {
     committed_ms: i64,
     expires_ms: Option<i64>,
     cancelled_ms: Option<i64>,
-    /// The history says that it expired.
+    /// `tidings.deliveries` has the row as expired.
     expired: bool,
 }
 
@@ -139,7 +140,7 @@ pub(crate) async fn judge(
     arrivals: &HashMap<Uuid, Vec<Arrival>>,
     faults: &[Fault],
 ) -> anyhow::Result<Verdict> {
-    let ms = |what: &str| format!("(extract(epoch FROM {what}) * 1000)::bigint");
+    let ms = |name: &str| format!("(extract(epoch FROM {name}) * 1000)::bigint");
     let scheduled = format!(
         "SELECT s.id, {} AS due_ms, {} AS committed_ms, {} AS expires_ms, {} AS cancelled_ms,
                 coalesce((SELECT outcome = 'expired' FROM tidings.deliveries d WHERE d.id = s.id LIMIT 1), false) AS expired
@@ -167,12 +168,12 @@ pub(crate) async fn judge(
             verdict.lost.push(row.id);
         }
         if let Some(cancelled_ms) = row.cancelled_ms.filter(|_| !seen.is_empty())
-            && doubling(faults, row.due_ms, cancelled_ms).is_none()
+            && find_duplicating_fault(faults, row.due_ms, cancelled_ms).is_none()
         {
             verdict.cancelled_and_seen.push(row.id);
         }
-        verdict.add(&row, seen, faults);
-        // The last fault before it arrived has to answer for it.
+        verdict.add_arrivals(&row, seen, faults);
+        // The lateness is attributed to the last fault that began before the arrival.
         if let Some(first) = seen.first().filter(|first| first.at_ms - row.ready_ms() > LATE_MS)
             && let Some(last) = faults.iter().rposition(|fault| fault.from_ms <= first.at_ms)
         {
@@ -180,21 +181,21 @@ pub(crate) async fn judge(
         }
     }
     for (fault, until) in faults.iter().zip(late_until) {
-        verdict.normal_after.entry(fault.what).or_default().push(until);
+        verdict.normal_after.entry(fault.name).or_default().push(until);
     }
     verdict.never_committed.extend(unknown);
     Ok(verdict)
 }
 
 impl Scheduled {
-    /// From when on it could be delivered.
+    /// The first moment at which the row could be delivered: when it was due and committed.
     fn ready_ms(&self) -> i64 {
         self.due_ms.max(self.committed_ms)
     }
 }
 
 impl Verdict {
-    fn add(&mut self, row: &Scheduled, seen: &[Arrival], faults: &[Fault]) {
+    fn add_arrivals(&mut self, row: &Scheduled, seen: &[Arrival], faults: &[Fault]) {
         let id = row.id;
         let mut copies: BTreeMap<i64, &Arrival> = BTreeMap::new();
         for arrival in seen {
@@ -203,39 +204,39 @@ impl Verdict {
             }
             let past = arrival.expires_ms.is_some_and(|at| at <= arrival.at_ms);
             self.stale += usize::from(past);
-            if past && arrival.acted {
+            if past && arrival.handled {
                 self.after_deadline.push(id);
             }
             self.replayed += usize::from(arrival.replay > 0);
-            // What the broker hands out again is no second message.
+            // A redelivery by RabbitMQ is not a second message.
             if arrival.redelivered {
                 continue;
             }
             if copies.insert(arrival.replay, arrival).is_some() {
-                match doubling(faults, arrival.due_ms, arrival.at_ms) {
-                    Some(what) => *self.duplicates.entry(what).or_default() += 1,
+                match find_duplicating_fault(faults, arrival.due_ms, arrival.at_ms) {
+                    Some(name) => *self.duplicates.entry(name).or_default() += 1,
                     None => self.unexplained_duplicates.push(id),
                 }
             }
         }
         if let Some(first) = seen.first() {
-            let class = class(faults, row.ready_ms(), first.at_ms);
+            let class = find_fault_class(faults, row.ready_ms(), first.at_ms);
             self.lateness.entry(class).or_default().push(first.at_ms - row.ready_ms());
         }
     }
 }
 
-/// The last fault in this time, or shortly before, because of which a message may arrive twice.
-fn doubling(faults: &[Fault], from_ms: i64, until_ms: i64) -> Option<&'static str> {
-    let may = |fault: &&Fault| fault.doubles && fault.overlaps(from_ms, until_ms, DOUBLES_MS);
-    faults.iter().rev().find(may).map(|fault| fault.what)
+/// The last fault in this period, or at most `DUPLICATES_MS` before it, because of which a message may arrive twice.
+fn find_duplicating_fault(faults: &[Fault], from_ms: i64, until_ms: i64) -> Option<&'static str> {
+    let may = |fault: &&Fault| fault.may_duplicate && fault.overlaps(from_ms, until_ms, DUPLICATES_MS);
+    faults.iter().rev().find(may).map(|fault| fault.name)
 }
 
-/// What was broken, or just mended, in this time.
-fn class(faults: &[Fault], from_ms: i64, until_ms: i64) -> &'static str {
+/// The fault that was present in this period, or ended at most `DELAYS_MS` before it.
+fn find_fault_class(faults: &[Fault], from_ms: i64, until_ms: i64) -> &'static str {
     let mut broken = faults.iter().filter(|fault| fault.overlaps(from_ms, until_ms, DELAYS_MS));
-    let Some(first) = broken.next() else { return "nothing" };
-    if broken.all(|fault| fault.what == first.what) { first.what } else { "several things" }
+    let Some(first) = broken.next() else { return "no fault" };
+    if broken.all(|fault| fault.name == first.name) { first.name } else { "several faults" }
 }
 
 impl Fault {

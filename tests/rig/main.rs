@@ -1,7 +1,7 @@
-//! `cargo rig`: producers, daemons and consumers as processes of their own, and a nemesis that breaks whatever they stand
-//! on. In the end everything that was committed must have arrived or be accounted for. `cargo rig -- --seconds 1800`;
-//! `--seed` repeats a run's faults, `--daemons` and `--rate` (rows a second) shape it, `--only killed` takes the faults with
-//! that in their names.
+//! `cargo rig` runs producers, daemons and consumers as separate processes, while a nemesis injects faults into them,
+//! the servers and the connections. At the end every committed row must have arrived, been cancelled or expired. Usage:
+//! `cargo rig -- --seconds 1800`. `--seed` repeats the faults of a run, `--daemons` and `--rate` (rows a second) set
+//! its size, and `--only killed` uses only faults with that word in their names.
 
 mod consumer;
 mod ledger;
@@ -28,10 +28,10 @@ use ledger::Verdict;
 use nemesis::{Nemesis, Victim};
 use random::Random;
 
-/// How long it may take until everything is delivered when nothing is broken any more.
+/// How long the delivery of all remaining rows may take after the last fault.
 const DRAIN: Duration = Duration::from_mins(5);
 
-/// How a run is shaped.
+/// The parameters of a run.
 #[derive(Clone)]
 struct Plan {
     seed: u64,
@@ -41,14 +41,14 @@ struct Plan {
     consumers: u64,
     /// Rows a second, of all producers together.
     rate: u64,
-    /// Only faults whose names contain this.
+    /// Use only faults whose names contain this text.
     only: String,
 }
 
-/// A process of ours, killed when dropped.
-struct Own(Child);
+/// A child process. Dropping this value kills it.
+struct ChildProcess(Child);
 
-impl Drop for Own {
+impl Drop for ChildProcess {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
@@ -76,11 +76,11 @@ async fn run(arguments: &[String]) -> anyhow::Result<()> {
         ["consume", url, seed, number, dir] => {
             consumer::consume(url, seed.parse()?, number.parse()?, Path::new(dir)).await
         }
-        settings => rig(&plan(settings)?).await,
+        settings => run_rig(&parse_plan(settings)?).await,
     }
 }
 
-fn plan(settings: &[&str]) -> anyhow::Result<Plan> {
+fn parse_plan(settings: &[&str]) -> anyhow::Result<Plan> {
     let seed = u64::try_from(nemesis::now_ms())?;
     let mut plan = Plan { seed, seconds: 60, daemons: 2, producers: 2, consumers: 2, rate: 400, only: String::new() };
     for setting in settings.chunks(2) {
@@ -95,16 +95,16 @@ fn plan(settings: &[&str]) -> anyhow::Result<Plan> {
             "--seconds" => plan.seconds = value,
             "--daemons" => plan.daemons = value,
             "--rate" => plan.rate = value,
-            other => bail!("{other} is none of --seed, --seconds, --daemons, --rate, --only"),
+            other => bail!("unknown argument {other}; there are --seed, --seconds, --daemons, --rate and --only"),
         }
     }
     Ok(plan)
 }
 
-async fn rig(plan: &Plan) -> anyhow::Result<()> {
+async fn run_rig(plan: &Plan) -> anyhow::Result<()> {
     println!("seed {}, {} s, {} daemons, {} rows/s", plan.seed, plan.seconds, plan.daemons, plan.rate);
-    let servers = tokio::task::spawn_blocking(Servers::private).await??;
-    let world = World::on(&servers, &["message"]).await;
+    let servers = tokio::task::spawn_blocking(Servers::start_private).await??;
+    let world = World::on_servers(&servers, &["message"]).await;
     let (postgres_port, rabbitmq_port) = world.ports();
     let (database, broker) = (database_url(postgres_port, &world.name), amqp_url(rabbitmq_port, &world.name));
     world.db.execute(ledger::TABLES).await?;
@@ -121,16 +121,31 @@ async fn rig(plan: &Plan) -> anyhow::Result<()> {
             .with("TIDINGS_STATE_DIR", world.state_dir().with_extension(format!("state{number}")).display())
             .with("TIDINGS_REPLAY_INTERVAL_MS", 2_000)
             .with("RUST_LOG", "info,lapin=off,sqlx=off");
-        daemons.push(Victim { daemon: launch.ready().await, logged: String::new(), launch, postgres, rabbitmq });
+        daemons.push(Victim {
+            daemon: launch.start_ready().await,
+            earlier_logs: String::new(),
+            launch,
+            postgres,
+            rabbitmq,
+        });
     }
-    let consumers: Vec<Own> = (0..plan.consumers)
-        .map(|number| own(&["consume", &broker, &plan.seed.to_string(), &number.to_string(), &dir.to_string_lossy()]))
-        .collect::<Result<_, _>>()?;
-    let reader = tokio::spawn(producer::read_for_ever(database.clone()));
-    let rate = (plan.rate / plan.producers).to_string();
-    let mut producers: Vec<Own> = (0..plan.producers)
+    let consumers: Vec<ChildProcess> = (0..plan.consumers)
         .map(|number| {
-            own(&["produce", &database, &plan.seed.to_string(), &number.to_string(), &plan.seconds.to_string(), &rate])
+            spawn_self(&["consume", &broker, &plan.seed.to_string(), &number.to_string(), &dir.to_string_lossy()])
+        })
+        .collect::<Result<_, _>>()?;
+    let reader = tokio::spawn(producer::hold_snapshot(database.clone()));
+    let rate = (plan.rate / plan.producers).to_string();
+    let mut producers: Vec<ChildProcess> = (0..plan.producers)
+        .map(|number| {
+            spawn_self(&[
+                "produce",
+                &database,
+                &plan.seed.to_string(),
+                &number.to_string(),
+                &plan.seconds.to_string(),
+                &rate,
+            ])
         })
         .collect::<Result<_, _>>()?;
 
@@ -143,11 +158,11 @@ async fn rig(plan: &Plan) -> anyhow::Result<()> {
         faults: Vec::new(),
         generation: 0,
         only: plan.only.clone(),
-        deck: Vec::new(),
+        remaining_faults: Vec::new(),
     };
     let begun = Instant::now();
     while begun.elapsed() < Duration::from_secs(plan.seconds) {
-        // Long enough, sometimes, for everything to be back to normal.
+        // One pause in four is so long that the effects of the last fault are over.
         let pause = if nemesis.random.below(4) == 0 { 15_000 } else { 500 + nemesis.random.below(4_000) };
         tokio::time::sleep(Duration::from_millis(pause)).await;
         nemesis.strike().await?;
@@ -156,36 +171,42 @@ async fn rig(plan: &Plan) -> anyhow::Result<()> {
         anyhow::ensure!(producer.0.wait()?.success(), "a producer failed");
     }
     reader.abort();
-    drained(&nemesis, &broker).await?;
+    wait_until_drained(&nemesis, &broker).await?;
     drop(consumers);
 
-    let verdict = ledger::judge(&nemesis.world.db, &ledger::arrivals(&dir)?, &nemesis.faults).await?;
+    let verdict = ledger::judge(&nemesis.world.db, &ledger::read_arrivals(&dir)?, &nemesis.faults).await?;
     report(&verdict, &nemesis);
     write_logs(&nemesis)?;
     if !verdict.is_clean() {
-        bail!("a promise was broken; --seed {} repeats the faults; more in {}", plan.seed, dir.display());
+        bail!(
+            "a promise was broken; --seed {} repeats the faults; the consumers' files are in {}",
+            plan.seed,
+            dir.display()
+        );
     }
     for victim in nemesis.daemons.drain(..) {
         let status = victim.daemon.stop().await;
-        anyhow::ensure!(status.success(), "a daemon did not stop in order");
+        anyhow::ensure!(status.success(), "a daemon did not stop cleanly");
     }
     let _ = std::fs::remove_dir_all(&dir);
     Ok(())
 }
 
-/// A process of this very program.
-fn own(arguments: &[&str]) -> anyhow::Result<Own> {
+/// Starts this program again with `arguments`.
+fn spawn_self(arguments: &[&str]) -> anyhow::Result<ChildProcess> {
     let program: PathBuf = std::env::current_exe()?;
-    Ok(Own(Command::new(program)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()?))
+    Ok(ChildProcess(
+        Command::new(program)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?,
+    ))
 }
 
-/// Waits until nothing is pending, waiting or dead.
-async fn drained(nemesis: &Nemesis, broker: &str) -> anyhow::Result<()> {
+/// Waits until no row is pending and the queues of the consumers, of dead letters and for parking are empty.
+async fn wait_until_drained(nemesis: &Nemesis, broker: &str) -> anyhow::Result<()> {
     let deadline = Instant::now() + DRAIN;
     let connection = Connection::connect(broker, ConnectionProperties::default()).await?;
     loop {
@@ -194,7 +215,7 @@ async fn drained(nemesis: &Nemesis, broker: &str) -> anyhow::Result<()> {
         for queue in [consumer::QUEUE, "tidings.dead", "tidings.parking"] {
             let channel = connection.create_channel().await?;
             let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-            // The parking queue may be gone until the next pass.
+            // The parking queue may be missing until the next pass declares it; count that as not drained.
             let declared = channel.queue_declare(queue.into(), options, FieldTable::default()).await;
             letters.push(declared.map_or(1, |queue| queue.message_count()));
         }
@@ -204,13 +225,15 @@ async fn drained(nemesis: &Nemesis, broker: &str) -> anyhow::Result<()> {
         if Instant::now() > deadline {
             write_logs(nemesis)?;
             let [rig, dead, parking] = letters[..] else { unreachable!("three queues") };
-            bail!("{pending} rows are pending, {rig} messages wait, {dead} are dead, {parking} parked");
+            bail!(
+                "{pending} rows are still pending, {rig} messages are in the queue, {dead} are dead letters, {parking} are parked"
+            );
         }
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
 }
 
-/// Leaves the daemons' logs in `target/rig/daemon0.log` and so on, those of the last run.
+/// Writes the daemons' logs to `target/rig/daemon0.log` and so on, over those of the previous run.
 fn write_logs(nemesis: &Nemesis) -> anyhow::Result<()> {
     for (number, victim) in nemesis.daemons.iter().enumerate() {
         std::fs::write(harness::target().join("rig").join(format!("daemon{number}.log")), victim.log())?;
@@ -221,19 +244,19 @@ fn write_logs(nemesis: &Nemesis) -> anyhow::Result<()> {
 fn report(verdict: &Verdict, nemesis: &Nemesis) {
     let mut kinds: BTreeMap<&str, usize> = BTreeMap::new();
     for fault in &nemesis.faults {
-        *kinds.entry(fault.what).or_default() += 1;
+        *kinds.entry(fault.name).or_default() += 1;
     }
     let Verdict { committed, cancelled, arrived, expired, replayed, stale, duplicates, .. } = verdict;
     println!(
-        "\n{} faults, second copies because of them, and after how long lateness was below 1 s again:",
+        "\n{} faults, each with the second copies that it caused, and the time until lateness was below 1 s again:",
         nemesis.faults.len()
     );
-    for (what, count) in kinds {
-        let doubled = duplicates.get(what).copied().unwrap_or_default();
-        let mut normal = verdict.normal_after.get(what).cloned().unwrap_or_default();
+    for (name, count) in kinds {
+        let doubled = duplicates.get(name).copied().unwrap_or_default();
+        let mut normal = verdict.normal_after.get(name).cloned().unwrap_or_default();
         normal.sort_unstable();
         let (median, most) = (normal.get(normal.len() / 2).copied().unwrap_or(0), normal.last().copied().unwrap_or(0));
-        println!("{count:>8}  {what:<32} {doubled:>6}   median {median:>6} ms   most {most:>6} ms");
+        println!("{count:>8}  {name:<32} {doubled:>6}   median {median:>6} ms   most {most:>6} ms");
     }
     let duplicates: usize = duplicates.values().sum();
     let lines: usize = nemesis.daemons.iter().map(|victim| victim.log().lines().count()).sum();
@@ -241,13 +264,13 @@ fn report(verdict: &Verdict, nemesis: &Nemesis) {
     println!("\n{committed:>8}  rows committed");
     println!("{arrived:>8}  arrived, {replayed} replays on top");
     println!("{cancelled:>8}  cancelled or moved");
-    println!("{expired:>8}  expired before anybody saw them");
-    println!("{stale:>8}  arrived past their deadline, and were left alone");
+    println!("{expired:>8}  expired before they arrived");
+    println!("{stale:>8}  arrived after their deadline, and were not handled");
     let rate = f64::from(u32::try_from(duplicates).unwrap_or(u32::MAX))
         / f64::from(u32::try_from(*committed).unwrap_or(1))
         * 100.0;
-    println!("{duplicates:>8}  second copies with the same id, each with a fault in its window ({rate:.3} % of rows)");
-    for (what, ids) in [
+    println!("{duplicates:>8}  second copies with the same id, each explained by a fault ({rate:.3} % of rows)");
+    for (name, ids) in [
         ("lost", &verdict.lost),
         ("early", &verdict.early),
         ("handled after the deadline", &verdict.after_deadline),
@@ -255,13 +278,13 @@ fn report(verdict: &Verdict, nemesis: &Nemesis) {
         ("were cancelled, and arrived without a fault", &verdict.cancelled_and_seen),
         ("second copies without a fault", &verdict.unexplained_duplicates),
     ] {
-        println!("{:>8}  {what}{}", ids.len(), ids.first().map_or(String::new(), |id| format!(", {id} for one")));
+        println!("{:>8}  {name}{}", ids.len(), ids.first().map_or(String::new(), |id| format!(", for example {id}")));
     }
-    println!("\nlateness at the consumer beyond due time and commit, by what was broken then or within 10 s before:");
-    for (what, late) in &verdict.lateness {
+    println!("\nlateness at the consumer after due time and commit, by the fault at that time or up to 10 s before:");
+    for (name, late) in &verdict.lateness {
         let mut late = late.clone();
         late.sort_unstable();
         let at = |percent: usize| late[(late.len() - 1) * percent / 100];
-        println!("{:>8}  p50 {:>6} ms   p99 {:>6} ms   most {:>6} ms   {what}", late.len(), at(50), at(99), at(100));
+        println!("{:>8}  p50 {:>6} ms   p99 {:>6} ms   most {:>6} ms   {name}", late.len(), at(50), at(99), at(100));
     }
 }

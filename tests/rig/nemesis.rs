@@ -1,4 +1,5 @@
-//! What breaks things. Each fault is chosen by the seed, printed, noted with its times, and mended before the next.
+//! Injects faults. Each fault is chosen by the seed, printed, recorded with its start and end, and ended before the
+//! next one begins.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,11 +16,11 @@ use lapin::{Connection, ConnectionProperties};
 use nix::sys::signal::Signal;
 use sqlx::AssertSqlSafe;
 
-use crate::consumer::{KEY, QUEUE, declare};
+use crate::consumer::{QUEUE, ROUTING_KEY, declare};
 use crate::ledger::Fault;
 use crate::random::Random;
 
-/// Everything that can be broken.
+/// The injector of faults, and everything that it can break.
 pub(crate) struct Nemesis {
     pub(crate) random: Random,
     pub(crate) servers: Arc<std::sync::Mutex<Servers>>,
@@ -28,23 +29,23 @@ pub(crate) struct Nemesis {
     pub(crate) daemons: Vec<Victim>,
     pub(crate) faults: Vec<Fault>,
     pub(crate) generation: u64,
-    /// Only faults whose names contain this.
+    /// Use only faults whose names contain this text.
     pub(crate) only: String,
-    /// What comes before any of these comes again.
-    pub(crate) deck: Vec<(&'static str, bool)>,
+    /// The faults that have not yet been used in this round. Every fault is used once before any is used again.
+    pub(crate) remaining_faults: Vec<(&'static str, bool)>,
 }
 
-/// A daemon and its links.
+/// A daemon and its proxied connections.
 pub(crate) struct Victim {
     pub(crate) launch: Launch,
     pub(crate) daemon: Daemon,
-    /// What those before it wrote.
-    pub(crate) logged: String,
+    /// The logs of the earlier daemons in this place.
+    pub(crate) earlier_logs: String,
     pub(crate) postgres: Proxy,
     pub(crate) rabbitmq: Proxy,
 }
 
-/// The faults, and whether a message may arrive twice because of one.
+/// The faults, each with whether a message may arrive twice because of it.
 const FAULTS: [(&str, bool); 23] = [
     ("daemon killed", true),
     ("daemon frozen", true),
@@ -76,108 +77,109 @@ pub(crate) fn now_ms() -> i64 {
 }
 
 impl Nemesis {
-    /// Breaks something, and mends it.
+    /// Injects the next fault and ends it.
     pub(crate) async fn strike(&mut self) -> anyhow::Result<()> {
-        if self.deck.is_empty() {
-            self.deck = FAULTS.into_iter().filter(|(what, _)| what.contains(&self.only)).collect();
+        if self.remaining_faults.is_empty() {
+            self.remaining_faults = FAULTS.into_iter().filter(|(name, _)| name.contains(&self.only)).collect();
         }
-        anyhow::ensure!(!self.deck.is_empty(), "no fault has {:?} in its name", self.only);
-        let (what, doubles) = self.deck.swap_remove(usize::try_from(self.random.below(self.deck.len() as u64))?);
+        anyhow::ensure!(!self.remaining_faults.is_empty(), "no fault has {:?} in its name", self.only);
+        let (name, may_duplicate) =
+            self.remaining_faults.swap_remove(usize::try_from(self.random.below(self.remaining_faults.len() as u64))?);
         let from_ms = now_ms();
-        println!("{:>8.1} s  {what}", self.faults.first().map_or(0.0, |first| seconds(from_ms - first.from_ms)));
-        // It counts as broken from now on, even if breaking it fails.
-        self.faults.push(Fault { what, doubles, from_ms, until_ms: i64::MAX });
-        self.break_and_mend(what).await.context(what)?;
+        println!("{:>8.1} s  {name}", self.faults.first().map_or(0.0, |first| seconds(from_ms - first.from_ms)));
+        // Recorded before the injection, so that the fault counts even if injecting it fails.
+        self.faults.push(Fault { name, may_duplicate, from_ms, until_ms: i64::MAX });
+        self.break_and_mend(name).await.context(name)?;
         for victim in &mut self.daemons {
-            anyhow::ensure!(!victim.daemon.has_ended(), "a daemon ended unasked:\n{}", victim.daemon.log());
+            anyhow::ensure!(!victim.daemon.has_ended(), "a daemon ended by itself:\n{}", victim.daemon.log());
         }
         self.faults.last_mut().expect("just noted").until_ms = now_ms();
         Ok(())
     }
 
-    async fn break_and_mend(&mut self, what: &str) -> anyhow::Result<()> {
+    async fn break_and_mend(&mut self, name: &str) -> anyhow::Result<()> {
         let victim = usize::try_from(self.random.below(self.daemons.len() as u64))?;
-        let moment = Duration::from_millis(500 + self.random.below(5_000));
-        match what {
+        let duration = Duration::from_millis(500 + self.random.below(5_000));
+        match name {
             "daemon killed" => {
                 let victim = &mut self.daemons[victim];
                 victim.daemon.signal(Signal::SIGKILL);
-                victim.daemon.ended().await;
-                victim.start_again().await;
+                victim.daemon.wait_for_end().await;
+                victim.restart().await;
             }
             "daemon frozen" => {
-                // Sometimes so long that the database gives its sessions up.
-                let moment = if self.random.below(4) == 0 { Duration::from_secs(35) } else { moment };
+                // One time in four so long that PostgreSQL ends the daemon's sessions.
+                let duration = if self.random.below(4) == 0 { Duration::from_secs(35) } else { duration };
                 self.daemons[victim].daemon.signal(Signal::SIGSTOP);
-                tokio::time::sleep(moment).await;
+                tokio::time::sleep(duration).await;
                 self.daemons[victim].daemon.signal(Signal::SIGCONT);
             }
             "daemons restarted one by one" => {
                 for victim in &mut self.daemons {
                     victim.daemon.signal(Signal::SIGTERM);
-                    let status = victim.daemon.ended().await;
-                    anyhow::ensure!(status.success(), "a daemon did not stop in order:\n{}", victim.daemon.log());
-                    victim.start_again().await;
+                    let status = victim.daemon.wait_for_end().await;
+                    anyhow::ensure!(status.success(), "a daemon did not stop cleanly:\n{}", victim.daemon.log());
+                    victim.restart().await;
                 }
             }
             "listener terminated" => {
                 self.terminate("query ILIKE '%LISTEN%' OR query = 'SELECT 1' OR query LIKE '%setval%'").await;
             }
             "sessions terminated" => self.terminate("true").await,
-            "PostgreSQL frozen" => self.freeze(Server::Postgres, moment).await?,
-            "RabbitMQ frozen" => self.freeze(Server::RabbitMq, moment).await?,
+            "PostgreSQL frozen" => self.freeze(Server::Postgres, duration).await?,
+            "RabbitMQ frozen" => self.freeze(Server::RabbitMq, duration).await?,
             "PostgreSQL stopped at once" => self.restart(Server::Postgres, Signal::SIGQUIT).await?,
             "PostgreSQL restarted" => self.restart(Server::Postgres, Signal::SIGINT).await?,
             "PostgreSQL killed" => self.restart(Server::Postgres, Signal::SIGKILL).await?,
             "RabbitMQ restarted" => self.restart(Server::RabbitMq, Signal::SIGTERM).await?,
             "RabbitMQ killed" => self.restart(Server::RabbitMq, Signal::SIGKILL).await?,
             "memory alarm" => {
-                self.alarm(true).await?;
-                tokio::time::sleep(moment).await;
-                self.alarm(false).await?;
+                self.set_memory_alarm(true).await?;
+                tokio::time::sleep(duration).await;
+                self.set_memory_alarm(false).await?;
             }
             "exchange deleted" => {
-                let connection = self.broker().await?;
+                let connection = self.connect_broker().await?;
                 let channel = connection.create_channel().await?;
                 channel.exchange_delete("tidings".into(), ExchangeDeleteOptions::default()).await?;
-                tokio::time::sleep(moment).await;
+                tokio::time::sleep(duration).await;
                 declare(&connection).await?;
             }
             "queue unbound" => {
-                let connection = self.broker().await?;
+                let connection = self.connect_broker().await?;
                 let channel = connection.create_channel().await?;
-                channel.queue_unbind(QUEUE.into(), "tidings".into(), KEY.into(), FieldTable::default()).await?;
-                tokio::time::sleep(moment).await;
+                channel.queue_unbind(QUEUE.into(), "tidings".into(), ROUTING_KEY.into(), FieldTable::default()).await?;
+                tokio::time::sleep(duration).await;
                 declare(&connection).await?;
             }
-            // The other one's messages go with it, as whoever deletes it must want.
+            // Deleting the second queue deletes its messages too. The first queue has its own copies.
             "one of two bound queues deleted" => {
-                let channel = self.broker().await?.create_channel().await?;
+                let channel = self.connect_broker().await?.create_channel().await?;
                 let (options, none) = (QueueDeclareOptions::default(), FieldTable::default());
                 channel.queue_declare("rig.other".into(), options, none.clone()).await?;
                 let options = QueueBindOptions::default();
-                channel.queue_bind("rig.other".into(), "tidings".into(), KEY.into(), options, none).await?;
-                tokio::time::sleep(moment).await;
+                channel.queue_bind("rig.other".into(), "tidings".into(), ROUTING_KEY.into(), options, none).await?;
+                tokio::time::sleep(duration).await;
                 channel.queue_delete("rig.other".into(), QueueDeleteOptions::default()).await?;
             }
-            // Nothing that is not parked may be in it, and nothing is.
+            // Nothing is lost: the rig parks no messages, so the queue is empty.
             "parking queue deleted" => {
-                let channel = self.broker().await?.create_channel().await?;
+                let channel = self.connect_broker().await?.create_channel().await?;
                 channel.queue_delete("tidings.parking".into(), QueueDeleteOptions::default()).await?;
             }
             "plugin replaced" => {
                 self.generation += 1;
-                let bytes = std::fs::read(World::built("message"))?;
+                let bytes = std::fs::read(World::built_plugin("message"))?;
                 let section = format!("generation {}", self.generation);
                 self.world.put("message.wasm", &with_custom_section(&bytes, &section));
             }
-            link => self.disturb(victim, link, moment).await,
+            link => self.disturb_link(victim, link, duration).await,
         }
         Ok(())
     }
 
-    async fn disturb(&mut self, victim: usize, what: &str, moment: Duration) {
-        let mode = match what {
+    async fn disturb_link(&mut self, victim: usize, name: &str, duration: Duration) {
+        let mode = match name {
             "link reset" => Mode::Cut,
             "link swallows" => Mode::Swallow,
             "link swallows answers" => Mode::SwallowAnswers,
@@ -187,7 +189,7 @@ impl Nemesis {
         let links = &self.daemons[victim];
         let link = if self.random.below(2) == 0 { &links.postgres } else { &links.rabbitmq };
         link.set(mode);
-        tokio::time::sleep(moment).await;
+        tokio::time::sleep(duration).await;
         link.set(Mode::Cut);
         link.set(Mode::Pass);
     }
@@ -200,9 +202,9 @@ impl Nemesis {
         let _ = sqlx::query(AssertSqlSafe(terminate)).execute(&self.world.db).await;
     }
 
-    async fn freeze(&self, server: Server, moment: Duration) -> anyhow::Result<()> {
+    async fn freeze(&self, server: Server, duration: Duration) -> anyhow::Result<()> {
         self.servers.lock().expect("whole").signal(server, Signal::SIGSTOP)?;
-        tokio::time::sleep(moment).await;
+        tokio::time::sleep(duration).await;
         self.servers.lock().expect("whole").signal(server, Signal::SIGCONT)
     }
 
@@ -211,26 +213,26 @@ impl Nemesis {
         tokio::task::spawn_blocking(move || servers.lock().expect("whole").restart(server, signal)).await?
     }
 
-    async fn alarm(&self, on: bool) -> anyhow::Result<()> {
+    async fn set_memory_alarm(&self, on: bool) -> anyhow::Result<()> {
         let servers = Arc::clone(&self.servers);
-        tokio::task::spawn_blocking(move || servers.lock().expect("whole").memory_alarm(on)).await?
+        tokio::task::spawn_blocking(move || servers.lock().expect("whole").set_memory_alarm(on)).await?
     }
 
-    async fn broker(&self) -> anyhow::Result<Connection> {
+    async fn connect_broker(&self) -> anyhow::Result<Connection> {
         Ok(Connection::connect(&self.amqp_url, ConnectionProperties::default()).await?)
     }
 }
 
 impl Victim {
-    async fn start_again(&mut self) {
-        let ended = std::mem::replace(&mut self.daemon, self.launch.ready().await);
-        self.logged += &ended.log();
-        self.logged += "\n";
+    async fn restart(&mut self) {
+        let ended = std::mem::replace(&mut self.daemon, self.launch.start_ready().await);
+        self.earlier_logs += &ended.log();
+        self.earlier_logs += "\n";
     }
 
-    /// What all the daemons that stood here wrote.
+    /// The logs of all daemons that have run in this place.
     pub(crate) fn log(&self) -> String {
-        self.logged.clone() + &self.daemon.log()
+        self.earlier_logs.clone() + &self.daemon.log()
     }
 }
 

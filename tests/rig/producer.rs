@@ -1,5 +1,6 @@
-//! A process that schedules, in every way an application may: one row, many, in long transactions, in ones that are rolled
-//! back, with keys that are moved and cancelled. What commits is in the ledger by the same transaction.
+//! A process that schedules rows in every way an application may: one or many, in long transactions, in transactions
+//! that are rolled back, and with keys that are rescheduled and cancelled. Each transaction also writes its rows to the
+//! ledger.
 
 use std::time::{Duration, Instant};
 
@@ -8,13 +9,13 @@ use sqlx::{Connection as _, Executor as _, Row as _};
 
 use crate::random::Random;
 
-/// Schedules for `seconds`, about `rate` rows a second, and goes on through whatever happens to the database.
+/// Schedules about `rate` rows a second for `seconds`, and continues after every failure of the database.
 pub(crate) async fn produce(url: &str, seed: u64, number: u64, seconds: u64, rate: u64) -> anyhow::Result<()> {
     let pool = PgPoolOptions::new().max_connections(8).acquire_timeout(Duration::from_secs(5)).connect_lazy(url)?;
     let mut random = Random::new(seed ^ (number << 32));
     let begun = Instant::now();
     let (mut written, mut turn) = (0, 0_u64);
-    // Transactions that stay open while others go on.
+    // Transactions that stay open while the loop continues.
     let mut open = tokio::task::JoinSet::new();
     let mut pace = tokio::time::interval(Duration::from_millis(20));
     while begun.elapsed() < Duration::from_secs(seconds) {
@@ -32,24 +33,26 @@ pub(crate) async fn produce(url: &str, seed: u64, number: u64, seconds: u64, rat
         match random.below(10) {
             0 => {
                 let (pool, held_ms) = (pool.clone(), random.below(4_000));
-                open.spawn(async move { transaction(&pool, rows, held_ms, true).await });
+                open.spawn(async move { write_rows(&pool, rows, held_ms, true).await });
             }
-            1 => drop(transaction(&pool, rows, 0, false).await),
+            1 => drop(write_rows(&pool, rows, 0, false).await),
             2 => {
-                let (own, deed, wait_ms) = (pool.clone(), random.below(3), random.below(3_000));
-                open.spawn(async move { keyed(&own, &key, deed, wait_ms).await });
-                drop(transaction(&pool, rows, 0, true).await);
+                let (keyed_pool, action, wait_ms) = (pool.clone(), random.below(3), random.below(3_000));
+                open.spawn(async move { write_keyed_row(&keyed_pool, &key, action, wait_ms).await });
+                drop(write_rows(&pool, rows, 0, true).await);
             }
-            // A transaction that failed wrote nothing, or committed and nobody heard of it: the ledger knows.
-            _ => drop(transaction(&pool, rows, 0, true).await),
+            // A transaction that failed wrote nothing, or was committed without the producer learning it. The ledger is
+            // right in either case.
+            _ => drop(write_rows(&pool, rows, 0, true).await),
         }
     }
     while open.join_next().await.is_some() {}
     Ok(())
 }
 
-/// Rows due within five seconds, a fifth of them with a deadline a few seconds later, in a transaction that is held open.
-async fn transaction(pool: &PgPool, rows: i64, held_ms: u64, commit: bool) -> Result<(), sqlx::Error> {
+/// Writes rows that are due within five seconds, a fifth of them with a deadline one to ten seconds later, and keeps
+/// the transaction open for `held_ms`.
+async fn write_rows(pool: &PgPool, rows: i64, held_ms: u64, commit: bool) -> Result<(), sqlx::Error> {
     let mut transaction = pool.begin().await?;
     sqlx::query(
         r#"WITH written AS (
@@ -68,8 +71,9 @@ async fn transaction(pool: &PgPool, rows: i64, held_ms: u64, commit: bool) -> Re
     if commit { transaction.commit().await } else { transaction.rollback().await }
 }
 
-/// A row with a key that is left alone, moved or cancelled a while later, perhaps too late.
-async fn keyed(pool: &PgPool, key: &str, deed: u64, wait_ms: u64) -> Result<(), sqlx::Error> {
+/// Writes a row with a key. After `wait_ms`, when it may already be delivered, leaves it (`action` 0), cancels it (1)
+/// or reschedules it.
+async fn write_keyed_row(pool: &PgPool, key: &str, action: u64, wait_ms: u64) -> Result<(), sqlx::Error> {
     pool.execute(
         sqlx::query(
             r#"WITH written AS (
@@ -84,8 +88,8 @@ async fn keyed(pool: &PgPool, key: &str, deed: u64, wait_ms: u64) -> Result<(), 
     .await?;
     tokio::time::sleep(Duration::from_millis(wait_ms)).await;
     let mut transaction = pool.begin().await?;
-    let Some(old) = pending(&mut transaction, key).await? else { return Ok(()) };
-    let statement = match deed {
+    let Some(old) = find_pending_id(&mut transaction, key).await? else { return Ok(()) };
+    let statement = match action {
         0 => return Ok(()),
         1 => "SELECT tidings.cancel('message', $1)",
         _ => "SELECT tidings.reschedule('message', $1, clock_timestamp() + interval '1 s')",
@@ -94,20 +98,20 @@ async fn keyed(pool: &PgPool, key: &str, deed: u64, wait_ms: u64) -> Result<(), 
         return Ok(());
     }
     sqlx::query("INSERT INTO rig.cancelled VALUES ($1)").bind(old).execute(&mut *transaction).await?;
-    if let Some(new) = pending(&mut transaction, key).await? {
+    if let Some(new) = find_pending_id(&mut transaction, key).await? {
         let insert = "INSERT INTO rig.scheduled SELECT id, due_at FROM tidings.schedules WHERE id = $1";
         sqlx::query(insert).bind(new).execute(&mut *transaction).await?;
     }
     transaction.commit().await
 }
 
-async fn pending(connection: &mut PgConnection, key: &str) -> Result<Option<uuid::Uuid>, sqlx::Error> {
+async fn find_pending_id(connection: &mut PgConnection, key: &str) -> Result<Option<uuid::Uuid>, sqlx::Error> {
     let row = sqlx::query("SELECT id FROM tidings.schedules WHERE kind = 'message' AND key = $1").bind(key);
     Ok(row.fetch_optional(connection).await?.map(|row| row.get(0)))
 }
 
-/// Holds a snapshot open for ever, as a backup or a report does, so that nothing can be vacuumed.
-pub(crate) async fn read_for_ever(url: String) {
+/// Keeps a snapshot open for ever, as a backup or a report does, so that PostgreSQL cannot remove dead rows.
+pub(crate) async fn hold_snapshot(url: String) {
     let mut pace = tokio::time::interval(Duration::from_secs(1));
     loop {
         pace.tick().await;

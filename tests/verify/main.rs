@@ -1,11 +1,13 @@
-//! `cargo verify`: sets up what the tests need, runs the rig for a while, and passes the tests, on servers that all of them
-//! share. What is given after `--` goes to the tests, a part of a name for instance; then there is no rig.
+//! `cargo verify` sets up what the tests need, runs the model and 90 seconds of the rig, and then runs the tests on
+//! servers that all of them share. Arguments after `--` are passed to the tests, for example a part of a name; the
+//! model and the rig are then left out.
 //!
-//! `cargo verify -- model`: the model of the scheduler's core alone (`host/core/README.md`), which needs no server; with `--seed N
-//! --steps M`, so many steps of large worlds; with `--mutants`, faults that it must name.
+//! `cargo verify -- model` runs only the model of the scheduler's core (`host/core/README.md`), which needs no server.
+//! With `--seed N --steps M` it runs M steps of large worlds; with `--mutants` it checks that the model finds
+//! deliberate faults.
 //!
-//! `cargo verify -- newest`: the tests of behaviour alone, on PostgreSQL and RabbitMQ out of Docker images. What is given behind
-//! it goes to them.
+//! `cargo verify -- newest` runs only the tests of behaviour, on PostgreSQL and RabbitMQ from Docker images. Further
+//! arguments are passed to them.
 
 use std::process::{Command, ExitCode};
 
@@ -27,7 +29,7 @@ fn main() -> ExitCode {
 fn verify() -> anyhow::Result<bool> {
     let mut words = std::env::args().skip(1).peekable();
     if words.next_if_eq("model").is_some() {
-        return model(words);
+        return run_model(words);
     }
     let newest = words.next_if_eq("newest").is_some();
     if newest {
@@ -44,22 +46,22 @@ fn verify() -> anyhow::Result<bool> {
     eprintln!("building the example consumers ...");
     build::rust_consumer()?;
     build::python_consumer()?;
-    setup::chromium()?;
+    setup::find_chromium()?;
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut tests = Command::new(&cargo);
     tests.arg("test").current_dir(repository());
     if newest {
-        tests.args(["--package", "tidings-tests", "--test", "it", "--"]).args(words).env(image::NEWEST, "1");
+        tests.args(["--package", "tidings-tests", "--test", "it", "--"]).args(words).env(image::NEWEST_VARIABLE, "1");
         return Ok(tests.status().context("could not run cargo test")?.success());
     }
     if words.peek().is_none() {
-        if !model(std::iter::empty())? {
+        if !run_model(std::iter::empty())? {
             return Ok(false);
         }
-        eprintln!("breaking things for a while ...");
+        eprintln!("running the rig: faults at random for 90 s ...");
         let rig = Command::new(&cargo)
             .args(["run", "--package", "tidings-tests", "--bin", "rig", "--"])
-            // Always the same faults: what is random is when they hit.
+            // The seed fixes the faults; only their timing relative to the daemons' work varies.
             .args(["--seconds", "90", "--seed", "5", "--daemons", "2", "--rate", "200"])
             .current_dir(repository())
             .status()
@@ -68,15 +70,15 @@ fn verify() -> anyhow::Result<bool> {
             return Ok(false);
         }
     }
-    eprintln!("starting a PostgreSQL and a RabbitMQ of our own ...");
+    eprintln!("starting a private PostgreSQL and RabbitMQ ...");
     let servers = Servers::start()?;
     let (name, ports) = servers.environment();
     tests.args(["--workspace", "--"]).args(words).env(name, ports);
     Ok(tests.status().context("could not run cargo test")?.success())
 }
 
-/// Whether the model of the scheduler's core finds nothing wrong.
-fn model(words: impl Iterator<Item = String>) -> anyhow::Result<bool> {
+/// Runs the model of the scheduler's core, and returns whether it found no violation.
+fn run_model(words: impl Iterator<Item = String>) -> anyhow::Result<bool> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let model = Command::new(cargo)
         .args(["run", "--package", "tidings-model", "--"])

@@ -1,5 +1,5 @@
-//! Guests that can be loaded. What they do when they should build must end as a failure with a reason; of the harmless
-//! ones, it only looks odd.
+//! Guests that can be loaded. Most of them misbehave when they build a row, which must end as a failure with a reason.
+//! The harmless ones only look odd and must be served.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use super::module::{ANSWER, BODY, CONTENT_TYPE, FOREVER, HEADERS, HOST, Module, 
 use super::{Hostile, binary};
 
 const LOG: &str = "(func $log (param i32 i32 i32))";
-/// The longest time there is might overflow into a short one.
+/// Ten years rather than the longest possible time, which might overflow into a short one.
 const TEN_YEARS: Duration = Duration::from_hours(87_600);
 const CPU: &str = "it used more than 100 ms of CPU time (cpu-ms)";
 const MEMORY: &str = "MiB of memory and may have 64 (memory-mib)";
@@ -17,12 +17,12 @@ const OUTPUT: &str = "it handed more than 1024 KiB to the host in one call (outp
 const STACK: &str = "its stack overflowed (1 MiB)";
 const UNREACHABLE: &str = "it trapped (unreachable)";
 
-/// Plugins that can be loaded, and each of which serves the one kind that is its name: a row of it must end as a failure
-/// whose reason has the sentence in it, and must not harm the daemon or the rows of others.
+/// Plugins that can be loaded, each of which serves one kind with the plugin's name. A row of that kind must fail with
+/// a reason that contains [`Hostile::expected`], and must not harm the daemon or rows of other kinds.
 ///
 /// # Panics
 ///
-/// When the repository's contract has changed so much that they cannot be made.
+/// When the contract in `wit/plugin.wit` has changed so much that they cannot be generated.
 #[must_use]
 pub fn misbehaving() -> Vec<Hostile> {
     [time(), memory(), stack_and_traps(), lists(), texts(), values(), events(), handles()]
@@ -31,8 +31,8 @@ pub fn misbehaving() -> Vec<Hostile> {
         .collect()
 }
 
-/// Plugins that look odd and must be served. Each serves the one kind that is its name; its events have the routing key
-/// `hostile.NAME`.
+/// Plugins that look odd and must be served. Each serves one kind with the plugin's name; its events have the routing
+/// key `hostile.NAME`.
 ///
 /// # Panics
 ///
@@ -54,17 +54,17 @@ pub fn harmless() -> Vec<Hostile> {
             it.world("export more;", "interface more { further: func(); }")
                 .fields(r#"(func (export "tidings:plugin/more@0.1.0#further"))"#)
         }),
-        Hostile { number: 31, name: "blocks-10000".to_owned(), bytes: with_blocks, says: "good" },
+        Hostile { number: 31, name: "blocks-10000".to_owned(), bytes: with_blocks, expected: "good" },
     ]
 }
 
-/// A guest that serves the kind `name`, spoilt.
-fn guest(number: u8, name: &str, says: &'static str, spoil: impl FnOnce(Module) -> Module) -> Hostile {
+/// A guest that serves the kind `name`, modified by `spoil`.
+fn guest(number: u8, name: &str, expected: &'static str, spoil: impl FnOnce(Module) -> Module) -> Hostile {
     let bytes = spoil(Module::new(name, &[name])).component();
-    Hostile { number, name: name.to_owned(), bytes, says }
+    Hostile { number, name: name.to_owned(), bytes, expected }
 }
 
-/// Those that take too long.
+/// Guests that take too much time.
 fn time() -> Vec<Hostile> {
     vec![
         guest(1, "loop", CPU, |it| it.build(FOREVER)),
@@ -86,16 +86,16 @@ fn time() -> Vec<Hostile> {
     ]
 }
 
-/// Those that take too much.
+/// Guests that take too much memory.
 fn memory() -> Vec<Hostile> {
-    let others = each(10, |number| format!("(memory $other{number} 1)"));
+    let memories = each(10, |number| format!("(memory $other{number} 1)"));
     let grow_others = each(10, |number| format!("(drop (memory.grow $other{number} (i32.const 160)))"));
     vec![
         guest(6, "memory-steps", MEMORY, |it| {
             it.build("(loop $again (drop (memory.grow (i32.const 16))) (br $again))")
         }),
         guest(6, "memory-leap", MEMORY, |it| it.build("(drop (memory.grow (i32.const 65000)))")),
-        guest(7, "memories", MEMORY, |it| it.fields(&others).build(&grow_others)),
+        guest(7, "memories", MEMORY, |it| it.fields(&memories).build(&grow_others)),
         guest(9, "table", "table elements and may have 100000", |it| {
             it.fields("(table $table 1 funcref)")
                 .build("(loop $again (drop (table.grow $table (ref.null func) (i32.const 1000))) (br $again))")
@@ -103,7 +103,7 @@ fn memory() -> Vec<Hostile> {
     ]
 }
 
-/// Those that trap.
+/// Guests that overflow the stack or trap.
 fn stack_and_traps() -> Vec<Hostile> {
     let recursion = "(func $deeper (param i32) (result i32) (i32.add (call $deeper (local.get 0)) (i32.const 1)))";
     let recurse = "(drop (call $deeper (i32.const 0)))";
@@ -141,25 +141,26 @@ fn stack_and_traps() -> Vec<Hostile> {
     ]
 }
 
-/// A recursion with frames so large that it comes to its end before its time is up, and `code` in each.
+/// A recursion that runs `code` in each frame. The frames are so large that the stack overflows before the CPU limit is
+/// reached.
 fn wide_recursion(code: &str) -> String {
     let locals = each(100, |number| format!("(local $l{number} i64)"));
     let load = each(100, |number| format!("(local.set $l{number} (i64.load (i32.const {})))", number * 8));
     let store = each(100, |number| format!("(i64.store (i32.const {}) (local.get $l{number}))", number * 8));
-    // What was read before the call is written after it, and must be kept on the stack meanwhile.
+    // The values are read before the call and written after it, so they must be kept on the stack.
     format!("(func $wide {locals} {load} {code} (call $wide) {store})")
 }
 
-/// What `text` makes of the numbers below `count`, together.
+/// The concatenation of `text` for each number below `count`.
 fn each(count: u32, text: impl FnMut(u32) -> String) -> String {
     (0..count).map(text).collect::<Vec<_>>().concat()
 }
 
-/// Those that return addresses and lengths that lead astray, or to more than there should be.
+/// Guests that return invalid addresses and lengths, or more data than they may.
 fn lists() -> Vec<Hostile> {
     const MIB: u32 = 1 << 20;
     const ELSEWHERE: &str = "it broke the contract: list pointer/length out of bounds of memory";
-    // Each is 16 bytes for the guest, some more for the host, and 16 KiB of text that all of them share.
+    // Each header takes 16 bytes in the guest and somewhat more in the host; all of them share one text of 16 KiB.
     let shared: Vec<u8> =
         [0, 0, ZEROS, 1 << 14].into_iter().flat_map(u32::to_le_bytes).collect::<Vec<_>>().repeat(1_000);
     vec![
@@ -192,13 +193,13 @@ fn lists() -> Vec<Hostile> {
     ]
 }
 
-/// Those whose texts are none.
+/// Guests that return invalid strings.
 fn texts() -> Vec<Hostile> {
     const ENDLESS: &str = "it broke the contract: string pointer/length out of bounds of memory";
     let encoded = |encoding, name: &'static str| move |_| Module::encoded(encoding, name, &[name]);
     let utf16 = |name| encoded(StringEncoding::UTF16, name);
     let compact = |name| encoded(StringEncoding::CompactUTF16, name);
-    // Half of a surrogate pair, alone.
+    // One half of a surrogate pair.
     let lone: &[u8] = &[0x00, 0xd8];
     vec![
         guest(17, "utf8-broken", "it broke the contract: invalid utf-8", |it| it.units(ROUTING_KEY, b"ab\xff", 3)),
@@ -223,7 +224,7 @@ fn texts() -> Vec<Hostile> {
     ]
 }
 
-/// Those whose values do not exist.
+/// Guests that return invalid discriminants.
 fn values() -> Vec<Hostile> {
     vec![
         guest(18, "result-7", "it broke the contract: invalid expected discriminant", |it| it.poke(ANSWER, &[7])),
@@ -237,7 +238,7 @@ fn values() -> Vec<Hostile> {
     ]
 }
 
-/// Those whose events cannot be published.
+/// Guests that return events which cannot be published.
 fn events() -> Vec<Hostile> {
     let names: Vec<String> = (0..8_000).map(|number| number.to_string()).collect();
     let many: Vec<(&str, &str)> = names.iter().map(|name| (name.as_str(), "")).collect();
@@ -257,7 +258,7 @@ fn events() -> Vec<Hostile> {
     ]
 }
 
-/// Those that keep what they should give back.
+/// Guests that never drop their handles.
 fn handles() -> Vec<Hostile> {
     let things = "interface things { resource thing { constructor(); } }";
     vec![

@@ -1,4 +1,4 @@
-//! A guest in WebAssembly text, and the component around it: a good one, of which every part can be replaced.
+//! Generates a good guest from WebAssembly text, of which every part can be replaced, and the component around it.
 
 use std::fmt::Write as _;
 use std::sync::OnceLock;
@@ -9,12 +9,12 @@ use wit_parser::Resolve;
 
 use crate::repository;
 
-/// Where what `build` returns lies in the guest's memory: a `result<built, build-error>` of 56 bytes. The addresses
-/// here and below are those of the canonical ABI.
+/// The address of the result of `build` in the guest's memory: a `result<built, build-error>` of 56 bytes. This address
+/// and the following ones are laid out by the canonical ABI.
 pub(super) const ANSWER: u32 = 1024;
-/// The payload of the answer: an event, or an error.
+/// The payload of the result: an event or an error.
 pub(super) const PAYLOAD: u32 = ANSWER + 8;
-/// The event's routing key; like all texts and lists, an address and a length.
+/// The event's routing key: an address and a length, as for all strings and lists.
 pub(super) const ROUTING_KEY: u32 = PAYLOAD;
 /// The event's content type.
 pub(super) const CONTENT_TYPE: u32 = PAYLOAD + 8;
@@ -22,32 +22,33 @@ pub(super) const CONTENT_TYPE: u32 = PAYLOAD + 8;
 pub(super) const BODY: u32 = PAYLOAD + 16;
 /// The event's headers: 16 bytes each.
 pub(super) const HEADERS: u32 = PAYLOAD + 24;
-/// Whether there is a time to live; the value is 8 bytes further.
+/// Whether there is a time to live. The value is 8 bytes further.
 pub(super) const TTL: u32 = PAYLOAD + 32;
-/// Where what `describe` returns lies: a `plugin-info` of 24 bytes.
+/// The address of the result of `describe`: a `plugin-info` of 24 bytes.
 pub(super) const INFO: u32 = ANSWER + 56;
 /// The plugin's version.
 pub(super) const VERSION: u32 = INFO + 8;
 /// The plugin's kinds: 40 bytes each.
 pub(super) const KINDS: u32 = INFO + 16;
-/// The first of the kinds: its name, its summary, and two options of 12 bytes each.
+/// The first kind: its name, its summary, and two options of 12 bytes each.
 pub(super) const FIRST_KIND: u32 = INFO + 24;
-/// Nothing lies here and beyond, if the memory has the pages: as many zeros as a test wants to pass off as something.
+/// From this address on the memory, if it has enough pages, contains only zeros. Tests use them as large lists and
+/// strings.
 pub(super) const ZEROS: u32 = 1 << 20;
 
-/// The daemon's interface.
+/// The interface that the daemon exports to plugins.
 pub(super) const HOST: &str = "tidings:plugin/host@0.1.0";
-/// The line of the world that others are put beside.
+/// The line of the world before which tests insert further lines.
 pub(super) const EXPORT: &str = "export builder;";
-/// What a function of a guest does that never returns.
+/// The code of a function that never returns.
 pub(super) const FOREVER: &str = "(loop $again (br $again))";
 
-/// A guest. As it comes from [`Module::new`], it serves its kinds; the methods spoil it.
+/// A guest. [`Module::new`] makes a guest that serves its kinds; the methods then break parts of it.
 #[derive(Clone, Debug)]
 pub(super) struct Module {
     wit: String,
     encoding: StringEncoding,
-    /// What lies in the memory from `ANSWER` on.
+    /// The content of the memory from `ANSWER` on.
     memory: Vec<u8>,
     pages: u32,
     imports: String,
@@ -64,7 +65,7 @@ impl Module {
         Self::encoded(StringEncoding::UTF8, name, kinds)
     }
 
-    /// The same, with its texts in another encoding.
+    /// A good guest whose strings have another encoding.
     pub(super) fn encoded(encoding: StringEncoding, name: &str, kinds: &[&str]) -> Self {
         let nothing = String::new;
         let mut guest = Self {
@@ -89,25 +90,26 @@ impl Module {
         guest.text(ROUTING_KEY, &routing_key).text(CONTENT_TYPE, "text/plain").bytes(BODY, b"good")
     }
 
-    /// Another contract than wit/plugin.wit: with `other` in place of `text`.
-    pub(super) fn replace(mut self, text: &str, other: &str) -> Self {
+    /// Changes the contract from that of `wit/plugin.wit`: replaces `text` by `replacement`.
+    pub(super) fn replace(mut self, text: &str, replacement: &str) -> Self {
         assert!(self.wit.contains(text), "wit/plugin.wit has no {text:?} any more");
-        self.wit = self.wit.replace(text, other);
+        self.wit = self.wit.replace(text, replacement);
         self
     }
 
-    /// Another contract than wit/plugin.wit: with `line` in its world, and `declarations` of what the line is about.
+    /// Changes the contract from that of `wit/plugin.wit`: adds `line` to its world, and the `declarations` that the
+    /// line needs.
     pub(super) fn world(mut self, line: &str, declarations: &str) -> Self {
         self.wit += declarations;
         self.replace(EXPORT, &format!("{line}\n  {EXPORT}"))
     }
 
-    /// Imports `function` of `interface`, which `declarations` declare. The core module imports it as `core`.
+    /// Imports `function` of `interface`, which `declarations` declare. `core` declares the import in the core module.
     pub(super) fn import(self, interface: &str, declarations: &str, function: &str, core: &str) -> Self {
         self.world(&format!("import {interface};"), declarations).core_import(interface, function, core)
     }
 
-    /// Imports `function` of an `interface` that the contract has.
+    /// Imports `function` of an `interface` that the contract already declares.
     pub(super) fn core_import(mut self, interface: &str, function: &str, core: &str) -> Self {
         writeln!(self.imports, r#"(import "{interface}" "{function}" {core})"#).expect("a String takes everything");
         self
@@ -115,7 +117,7 @@ impl Module {
 
     /// Imports the timers of WASI.
     pub(super) fn timers(self) -> Self {
-        // The real packages have more, which does not matter to a guest that does not use it.
+        // The real packages declare more functions; a guest need declare only those that it imports.
         let wit = "
             package wasi:io@0.2.0 {
               interface poll {
@@ -142,42 +144,42 @@ impl Module {
         self.timers().blocking().describe(&wait(time))
     }
 
-    /// Imports what waits for a timer.
+    /// Imports the function that waits for a timer.
     fn blocking(self) -> Self {
         self.core_import("wasi:io/poll@0.2.0", "[method]pollable.block", "(func $block (param i32))")
     }
 
-    /// More fields of the core module: functions, memories, tables.
+    /// Adds fields to the core module: functions, memories, tables.
     pub(super) fn fields(mut self, text: &str) -> Self {
         self.fields += text;
         self
     }
 
-    /// Code that runs before `describe` returns.
+    /// Adds code that runs before `describe` returns.
     pub(super) fn describe(mut self, code: &str) -> Self {
         self.describe += code;
         self
     }
 
-    /// Code that runs before `build` returns.
+    /// Adds code that runs before `build` returns.
     pub(super) fn build(mut self, code: &str) -> Self {
         self.build += code;
         self
     }
 
-    /// Code that runs before the host gets memory for an argument.
+    /// Adds code that runs before `cabi_realloc` gives the host memory for an argument.
     pub(super) fn realloc(mut self, code: &str) -> Self {
         self.realloc += code;
         self
     }
 
-    /// Code that runs when the host has read what `build` returned.
+    /// Adds code that runs after the host has read the result of `build`.
     pub(super) fn post_return(mut self, code: &str) -> Self {
         self.post_return += code;
         self
     }
 
-    /// At least so many pages of memory, of 64 KiB.
+    /// Gives the guest at least this many pages of memory, of 64 KiB each.
     pub(super) fn pages(mut self, pages: u32) -> Self {
         self.pages = pages;
         self
@@ -190,31 +192,31 @@ impl Module {
         self
     }
 
-    /// A list of `length` elements at `address`, whatever lies there.
+    /// Writes a list at `at` whose elements are at `address`, without checking what lies there.
     pub(super) fn list(self, at: u32, address: u32, length: u32) -> Self {
         self.poke(at, &address.to_le_bytes()).poke(at + 4, &length.to_le_bytes())
     }
 
-    /// A list of bytes, or a text that may be wrong.
+    /// Writes a list of bytes at `at`, or a string that need not be valid.
     pub(super) fn bytes(mut self, at: u32, bytes: &[u8]) -> Self {
         let address = self.place(bytes);
         self.list(at, address, size(bytes.len()))
     }
 
-    /// A text of `units` units.
+    /// Writes a string at `at` whose length is `units` code units.
     pub(super) fn units(mut self, at: u32, bytes: &[u8], units: u32) -> Self {
         let address = self.place(bytes);
         self.list(at, address, units)
     }
 
-    /// A text.
+    /// Writes a string at `at`, in the encoding of the guest.
     pub(super) fn text(self, at: u32, text: &str) -> Self {
         let (bytes, units): (Vec<u8>, usize) = match self.encoding {
             StringEncoding::UTF8 => (text.into(), text.len()),
             StringEncoding::UTF16 => {
                 (text.encode_utf16().flat_map(u16::to_le_bytes).collect(), text.encode_utf16().count())
             }
-            // The other half of this encoding, UTF-16, has a bit of its own in the length.
+            // This encoding is either Latin-1, or UTF-16 with the highest bit of the length set.
             StringEncoding::CompactUTF16 => {
                 let latin1 = |char| u8::try_from(char).expect("the texts of the tests are Latin-1");
                 (text.chars().map(latin1).collect(), text.chars().count())
@@ -223,7 +225,7 @@ impl Module {
         self.units(at, &bytes, size(units))
     }
 
-    /// Headers.
+    /// Replaces the headers of the event.
     pub(super) fn headers(mut self, headers: &[(&str, &str)]) -> Self {
         let list = self.place(&vec![0; 16 * headers.len()]);
         self = self.list(HEADERS, list, size(headers.len()));
@@ -233,7 +235,7 @@ impl Module {
         self
     }
 
-    /// Puts bytes where nothing else lies, and returns where that is.
+    /// Puts bytes behind the memory that is used so far, and returns their address.
     fn place(&mut self, bytes: &[u8]) -> u32 {
         self.memory.resize(self.memory.len().next_multiple_of(8), 0);
         let address = ANSWER + size(self.memory.len());
@@ -241,7 +243,7 @@ impl Module {
         address
     }
 
-    /// The core module's text.
+    /// The text of the core module.
     fn core(&self) -> String {
         let Self { imports, fields, describe, build, realloc, post_return, .. } = self;
         let version = self.wit.split_once('@').and_then(|(_, rest)| rest.split_once(';')).expect("it is a package").0;
@@ -279,11 +281,11 @@ impl Module {
         )
     }
 
-    /// The component.
+    /// Generates the component.
     ///
     /// # Panics
     ///
-    /// When a test made a guest that is not even wrong.
+    /// When the guest is not valid WebAssembly or does not match its contract.
     pub(super) fn component(&self) -> Vec<u8> {
         let mut resolve = Resolve::default();
         let package = resolve.push_source("plugin.wit", &self.wit).expect("the contract is WIT");
@@ -298,7 +300,7 @@ impl Module {
     }
 }
 
-/// The contract.
+/// The text of `wit/plugin.wit`.
 fn wit() -> &'static str {
     static WIT: OnceLock<String> = OnceLock::new();
     WIT.get_or_init(|| {

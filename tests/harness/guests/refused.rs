@@ -1,4 +1,4 @@
-//! Files that must be refused when they are loaded.
+//! Files that the daemon must refuse to load.
 
 use super::Hostile;
 use super::binary::{self, COMPONENT, MODULE};
@@ -9,12 +9,12 @@ const DOES_NOT_FIT: &str = "it does not fit wit/plugin.wit";
 const NOT_A_COMPONENT: &str = "not a WebAssembly component";
 const NO_BUILDER: &str = "it does not export tidings:plugin/builder@0.1.0, ";
 
-/// Files that must be refused when they are loaded, with the sentence in the reason, and must not harm the daemon or
-/// what else is loaded. One has 65 MiB.
+/// Files that the daemon must refuse to load, with a reason that contains [`Hostile::expected`]. They must not harm the
+/// daemon or other plugins. One of them has 65 MiB.
 ///
 /// # Panics
 ///
-/// When the repository's contract has changed so much that they cannot be made.
+/// When the contract in `wit/plugin.wit` has changed so much that they cannot be generated.
 #[must_use]
 pub fn refused() -> Vec<Hostile> {
     [files(), worlds(), builders(), features(), starts(), descriptions(), bombs(), nests()]
@@ -23,29 +23,29 @@ pub fn refused() -> Vec<Hostile> {
         .collect()
 }
 
-/// A file as it is.
-fn file(number: u8, name: &str, says: &'static str, bytes: impl Into<Vec<u8>>) -> Hostile {
-    Hostile { number, name: name.to_owned(), bytes: bytes.into(), says }
+/// A file with these bytes.
+fn file(number: u8, name: &str, expected: &'static str, bytes: impl Into<Vec<u8>>) -> Hostile {
+    Hostile { number, name: name.to_owned(), bytes: bytes.into(), expected }
 }
 
-/// A guest, spoilt before it became a component.
-fn guest(number: u8, name: &str, says: &'static str, spoil: impl FnOnce(Module) -> Module) -> Hostile {
-    file(number, name, says, spoil(Module::new(name, &[name])).component())
+/// A guest that `spoil` modifies before it becomes a component.
+fn guest(number: u8, name: &str, expected: &'static str, spoil: impl FnOnce(Module) -> Module) -> Hostile {
+    file(number, name, expected, spoil(Module::new(name, &[name])).component())
 }
 
-/// A good component, spoilt.
-fn spoilt(number: u8, name: &str, says: &'static str, spoil: impl FnOnce(&[u8]) -> Vec<u8>) -> Hostile {
-    file(number, name, says, spoil(&Module::new(name, &[name]).component()))
+/// A good component that `spoil` modifies.
+fn spoilt(number: u8, name: &str, expected: &'static str, spoil: impl FnOnce(&[u8]) -> Vec<u8>) -> Hostile {
+    file(number, name, expected, spoil(&Module::new(name, &[name]).component()))
 }
 
-/// WebAssembly text as bytes.
+/// Assembles WebAssembly text.
 fn wasm(text: &str) -> Vec<u8> {
     wat::parse_str(text).unwrap_or_else(|error| panic!("{error}\n{text}"))
 }
 
-/// Files that are no components, or no whole ones.
+/// Files that are not components, or are incomplete or damaged.
 fn files() -> Vec<Hostile> {
-    // As wasmtime writes them: ELF for an operating system of its own.
+    // The header of wasmtime's precompiled files: ELF, with wasmtime's own operating system id.
     let mut precompiled = b"\x7fELF\x02\x01\x01\xc8".to_vec();
     precompiled.resize(64, 0);
     vec![
@@ -66,14 +66,14 @@ fn files() -> Vec<Hostile> {
         file(29, "layer-of-tomorrow", NOT_A_COMPONENT, b"\0asm\x0d\0\x02\0"),
         file(29, "version-of-tomorrow", DAMAGED, b"\0asm\x0e\0\x01\0"),
         spoilt(29, "junk-behind", DAMAGED, |good| [good, b"\xff\xff\xff\xff"].concat()),
-        // All of it is a component, but for its size.
+        // A valid component that is too large.
         spoilt(33, "padding-65-mib", "more than 67108864", |good| {
             [good, &binary::custom("padding", &vec![0; 65 << 20])].concat()
         }),
     ]
 }
 
-/// Components that import what is not there, or not like that, or are of another version.
+/// Components that import something unknown, or with another type, or of another version.
 fn worlds() -> Vec<Hostile> {
     const MANY: &str =
         "wasi:keyvalue/store@0.2.0: a part of WASI that plugins are not given; acme:things/thing@1.0.0: not known";
@@ -83,12 +83,12 @@ fn worlds() -> Vec<Hostile> {
         package acme:things@1.0.0 { interface thing { take: func(); } }";
     let sockets = "package wasi:sockets@0.2.0 { interface tcp { take: func(); } }";
     let future = "package wasi:cli@0.3.0 { interface environment { take: func(); } }";
-    let other = "package wasi:cli@0.2.0 { interface environment { get-environment: func() -> string; } }";
+    let another_result = "package wasi:cli@0.2.0 { interface environment { get-environment: func() -> string; } }";
     let take = "(func)";
-    let version = |name: &str, version: &str, says| guest(25, name, says, |it| it.replace("0.1.0", version));
+    let version = |name: &str, version: &str, expected| guest(25, name, expected, |it| it.replace("0.1.0", version));
     vec![
         guest(23, "imports-many", MANY, |it| {
-            // The first import declares the packages of all.
+            // The first import declares the packages of all three.
             it.import("wasi:http/outgoing-handler@0.2.0", foreign, "take", take)
                 .import("wasi:keyvalue/store@0.2.0", "", "take", take)
                 .import("acme:things/thing@1.0.0", "", "take", take)
@@ -126,7 +126,7 @@ fn worlds() -> Vec<Hostile> {
             it.replace("warn, error }", "warn, error, fatal }").core_import(HOST, "log", "(func (param i32 i32 i32))")
         }),
         guest(24, "wasi-with-another-result", DOES_NOT_FIT, |it| {
-            it.import("wasi:cli/environment@0.2.0", other, "get-environment", "(func (param i32))")
+            it.import("wasi:cli/environment@0.2.0", another_result, "get-environment", "(func (param i32))")
         }),
         version("version-0-9", "0.9.0", "it speaks tidings:plugin 0.9; this daemon serves 0.1"),
         version("version-1-0", "1.0.0", "it speaks tidings:plugin 1.0; this daemon serves 0.1"),
@@ -134,7 +134,7 @@ fn worlds() -> Vec<Hostile> {
     ]
 }
 
-/// Components that do not export what they should.
+/// Components that lack the export `builder`, or export it with another type.
 fn builders() -> Vec<Hostile> {
     let builder = |exports: &str| {
         wasm(&format!(
@@ -160,7 +160,7 @@ fn builders() -> Vec<Hostile> {
     ]
 }
 
-/// Components that use what is switched off.
+/// Components that use WebAssembly features which the daemon switches off.
 fn features() -> Vec<Hostile> {
     let using =
         |name: &str, module: &str| spoilt(25, name, DAMAGED, |good| binary::with_modules(good, &[wasm(module)]));
@@ -180,7 +180,7 @@ fn features() -> Vec<Hostile> {
     ]
 }
 
-/// Components that go wrong while they are instantiated.
+/// Components that fail while they are instantiated.
 fn starts() -> Vec<Hostile> {
     const CPU: &str = "while starting, it used more than 100 ms of CPU time (cpu-ms)";
     const MEMORY: &str = "MiB of memory and may have 64 (memory-mib)";
@@ -188,8 +188,8 @@ fn starts() -> Vec<Hostile> {
     const ELSEWHERE: &str = "while starting, it trapped (wasm trap: out of bounds memory access)";
     let start = |code: &str| format!("(func $start {code}) (start $start)");
     let inside = format!("(component (core module $module {}) (core instance (instantiate $module)))", start(FOREVER));
-    let instances = |number, name: &str, says, module: &str, times| {
-        spoilt(number, name, says, |good| binary::with_instances(good, &wasm(module), times))
+    let instances = |number, name: &str, expected, module: &str, times| {
+        spoilt(number, name, expected, |good| binary::with_instances(good, &wasm(module), times))
     };
     vec![
         guest(2, "start-loop", CPU, |it| it.fields(&start(FOREVER))),
@@ -207,7 +207,7 @@ fn starts() -> Vec<Hostile> {
     ]
 }
 
-/// Guests that describe themselves wrongly.
+/// Guests whose `describe` fails or returns an invalid description.
 fn descriptions() -> Vec<Hostile> {
     const CPU: &str = "its describe() failed: it used more than 100 ms of CPU time (cpu-ms)";
     const OUTPUT: &str = "its describe() failed: it handed more than 1024 KiB to the host in one call (output-kib)";
@@ -217,7 +217,7 @@ fn descriptions() -> Vec<Hostile> {
     const OPTION: &str = "its describe() failed: it broke the contract: invalid option discriminant";
     const PRINTABLE: &str = "which is not 1 to 100 printable bytes";
     const KIND: &str = "which does not match [a-z0-9][a-z0-9._-]{0,99}";
-    let kinds = |name: &str, says, kinds: &[&str]| file(36, name, says, Module::new(name, kinds).component());
+    let kinds = |name: &str, expected, kinds: &[&str]| file(36, name, expected, Module::new(name, kinds).component());
     let many: Vec<String> = (0..1_001).map(|number| format!("k{number}")).collect();
     let many: Vec<&str> = many.iter().map(String::as_str).collect();
     vec![
@@ -247,14 +247,16 @@ fn descriptions() -> Vec<Hostile> {
     ]
 }
 
-/// Components that take an age to compile, and more memory than there is.
+/// Components that take too much time and memory to compile.
 fn bombs() -> Vec<Hostile> {
-    let with = |name: &str, says, module: Vec<u8>| spoilt(31, name, says, |good| binary::with_modules(good, &[module]));
-    // i32.const 1; then i32.const 1, i32.add, again and again; drop.
+    let with = |name: &str, expected, module: Vec<u8>| {
+        spoilt(31, name, expected, |good| binary::with_modules(good, &[module]))
+    };
+    // i32.const 1; then 700,000 times: i32.const 1, i32.add; then drop.
     let sum = [&[0x41, 1], &*[0x41, 1, 0x6a].repeat(700_000), &[0x1a]].concat();
-    // i32.const 0; br_table: so many targets, and one more.
+    // i32.const 0; then br_table with 500,000 targets and the default target.
     let targets = [&[0x41, 0, 0x0e], &*binary::leb128(500_000), &vec![0; 500_001]].concat();
-    // One declaration of 50,000 locals, of type i64.
+    // One declaration: 50,000 locals of type i64.
     let locals = [&[1], &*binary::leb128(50_000), &[0x7e]].concat();
     vec![
         with("function-2-mib", "more than 1048576", binary::functions(1, &[0], &sum)),
@@ -264,9 +266,9 @@ fn bombs() -> Vec<Hostile> {
     ]
 }
 
-/// Components of too many parts.
+/// Components with too many or too deeply nested parts.
 fn nests() -> Vec<Hostile> {
-    // Each type is twice as large as the one before.
+    // Each type is twice as large as the previous one.
     let doubled: Vec<String> =
         (0..40).map(|number| format!("(type $t{} (tuple $t{number} $t{number}))", number + 1)).collect();
     let types = wasm(&format!("(component (type $t0 u8) {})", doubled.concat()));

@@ -1,17 +1,18 @@
-//! What a page shows, against what was written: the same but for numbers, ids and times.
+//! Compares the output that a page shows with the real output, ignoring differences in numbers, ids and times.
 
-/// The first line of what a page shows that `output` does not have behind the one before it.
+/// The first line of `shown` that `output` does not contain after the previous lines. `None` if all lines were found.
 #[must_use]
-pub fn missing<'a>(shown: &'a str, output: &str) -> Option<&'a str> {
-    let mut lines = output.lines().map(shape);
+pub fn find_missing_line<'a>(shown: &'a str, output: &str) -> Option<&'a str> {
+    let mut lines = output.lines().map(normalize);
     shown.lines().filter(|line| !line.trim().is_empty() && line.trim() != "…").find(|line| {
-        let wanted = shape(line);
-        !lines.any(|line| fits(&wanted, &line))
+        let wanted = normalize(line);
+        !lines.any(|line| matches_wanted(&wanted, &line))
     })
 }
 
-/// A line without what differs from one time to the next: whatever has a digit in it is 0, and spaces and dashes are one.
-fn shape(line: &str) -> String {
+/// A line without the parts that differ between runs: each word with a digit becomes 0, and repeated spaces or dashes
+/// become one.
+fn normalize(line: &str) -> String {
     let mut words: Vec<String> = Vec::new();
     for char in line.chars() {
         let joins = |char: char| char.is_ascii_alphanumeric() || "._:@+-".contains(char);
@@ -23,7 +24,7 @@ fn shape(line: &str) -> String {
     }
     let shaped = words.into_iter().map(|word| {
         if word.contains(|char: char| char.is_ascii_digit()) {
-            // But for a colon or a full stop behind it.
+            // A colon or a full stop at the end is kept.
             format!("0{}", &word[word.trim_end_matches([':', '.']).len()..])
         } else if word.chars().all(|char| char == '-' || char == '+') {
             word.chars().next().map(String::from).unwrap_or_default()
@@ -34,8 +35,8 @@ fn shape(line: &str) -> String {
     shaped.collect::<String>().trim().to_owned()
 }
 
-/// Whether `line` is what `wanted` says, in which … stands for anything.
-fn fits(wanted: &str, line: &str) -> bool {
+/// Whether `line` matches `wanted`, in which … stands for any text.
+fn matches_wanted(wanted: &str, line: &str) -> bool {
     let mut parts = wanted.split('…');
     let first = parts.next().unwrap_or_default();
     let Some(mut rest) = line.strip_prefix(first) else { return false };

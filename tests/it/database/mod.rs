@@ -1,4 +1,4 @@
-//! The SQL interface, and the databases that the daemon runs on.
+//! Tests of the SQL interface, and of the databases on which the daemon runs.
 
 pub(crate) mod few_connections;
 pub(crate) mod platforms;

@@ -1,11 +1,11 @@
-//! The SQL interface: functions, plain statements, constraints, roles. No daemon runs in most of these.
+//! The SQL interface: functions, plain statements, constraints, roles. Most of these tests run no daemon.
 
 use harness::world::{World, database_url};
 use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection, Row as _};
 use uuid::Uuid;
 
 #[tokio::test]
-async fn schedule_with_a_key_replaces_keeps_or_refuses() {
+async fn schedule_with_a_pending_key_replaces_keeps_or_raises_an_error() {
     let world = World::empty().await;
     let schedule = async |payload: &str, on_conflict: &str| {
         let sql = format!(
@@ -23,17 +23,17 @@ async fn schedule_with_a_key_replaces_keeps_or_refuses() {
     assert_eq!(schedule("3", "keep").await, second);
     assert_eq!(world.value::<String>(pending).await, format!("{second}2"));
 
-    let error = world.error("SELECT tidings.schedule('a', now(), key => 'k', on_conflict => 'error')").await;
+    let error = world.expect_error("SELECT tidings.schedule('a', now(), key => 'k', on_conflict => 'error')").await;
     assert!(error.contains(r#"key "k" of kind "a" is already scheduled"#), "{error}");
 
-    // Another kind, and no key at all, are nobody's conflict.
+    // The same key in another kind does not conflict, and rows without a key never do.
     world.sql("SELECT tidings.schedule('b', now(), key => 'k', on_conflict => 'error')").await;
     world.sql("SELECT tidings.schedule('a', now(), on_conflict => 'error') FROM generate_series(1, 2)").await;
     assert_eq!(world.value::<i64>("SELECT count(*) FROM tidings.schedules").await, 4);
 }
 
 #[tokio::test]
-async fn a_replaced_row_starts_afresh() {
+async fn replacing_a_row_resets_its_attempts_and_other_columns() {
     let world = World::empty().await;
     world.sql("SELECT tidings.schedule('a', now(), key => 'k', subject => 's', headers => '{\"h\":\"1\"}')").await;
     world.sql("UPDATE tidings.schedules SET attempts = 3, failures = 3, held = true, last_error = 'x', not_before = now() + interval '1 h'").await;
@@ -47,7 +47,7 @@ async fn a_replaced_row_starts_afresh() {
 }
 
 #[tokio::test]
-async fn reschedule_moves_a_row_gives_it_a_new_id_and_keeps_the_rest() {
+async fn reschedule_moves_a_row_with_a_new_id_and_keeps_its_payload_and_subject() {
     let world = World::empty().await;
     let id: Uuid = world.value("SELECT tidings.schedule('a', now(), '{\"p\":1}', key => 'k', subject => 's')").await;
     world.sql("UPDATE tidings.schedules SET attempts = 3, last_error = 'x'").await;
@@ -59,12 +59,12 @@ async fn reschedule_moves_a_row_gives_it_a_new_id_and_keeps_the_rest() {
     assert!(world.value::<bool>(moved).await);
     assert_ne!(world.value::<Uuid>("SELECT id FROM tidings.schedules").await, id);
     assert!(!world.value::<bool>("SELECT tidings.reschedule('a', 'another', now())").await);
-    let error = world.error("SELECT tidings.reschedule('a', 'k', 'infinity')").await;
+    let error = world.expect_error("SELECT tidings.reschedule('a', 'k', 'infinity')").await;
     assert!(error.contains("due_at"), "{error}");
 }
 
 #[tokio::test]
-async fn cancel_removes_one_row_and_cancel_subject_all_about_it() {
+async fn cancel_removes_one_row_and_cancel_subject_removes_all_rows_of_a_subject() {
     let world = World::empty().await;
     world.sql("SELECT tidings.schedule('a', now(), key => n::text, subject => 's' || n % 2) FROM generate_series(1, 5) AS n").await;
 
@@ -76,7 +76,7 @@ async fn cancel_removes_one_row_and_cancel_subject_all_about_it() {
 }
 
 #[tokio::test]
-async fn what_is_rolled_back_was_never_scheduled_rescheduled_or_cancelled() {
+async fn a_rollback_undoes_schedule_reschedule_and_cancel() {
     let world = World::empty().await;
     world.sql("SELECT tidings.schedule('a', '2100-01-01Z', key => 'k')").await;
     let before: String = world.value("SELECT s::text FROM tidings.schedules AS s").await;
@@ -95,7 +95,7 @@ async fn what_is_rolled_back_was_never_scheduled_rescheduled_or_cancelled() {
 }
 
 #[tokio::test]
-async fn misuse_is_an_error_that_names_the_column_in_both_ways_in() {
+async fn invalid_input_raises_an_error_that_names_the_column_in_insert_and_in_schedule() {
     let world = World::empty().await;
     let long = "x".repeat(256);
     let headers_too_long = format!(r#"{{"h":"{}"}}"#, "v".repeat(16_384));
@@ -129,7 +129,7 @@ async fn misuse_is_an_error_that_names_the_column_in_both_ways_in() {
         ("kind, due_at, headers", r#"'a', now(), '{"":"v"}'"#, "headers must not be named"),
         ("kind, due_at, headers", &format!("'a', now(), '{name_too_long}'"), "headers must not be named"),
     ] {
-        let error = world.error(&format!("INSERT INTO tidings.schedules ({columns}) VALUES ({values})")).await;
+        let error = world.expect_error(&format!("INSERT INTO tidings.schedules ({columns}) VALUES ({values})")).await;
         assert!(error.contains(named), "INSERT {columns}: {values}: {error}");
 
         let arguments: Vec<String> = columns
@@ -137,18 +137,18 @@ async fn misuse_is_an_error_that_names_the_column_in_both_ways_in() {
             .zip(values.splitn(columns.split(", ").count(), ", "))
             .map(|(name, value)| format!("{name} => {value}"))
             .collect();
-        let error = world.error(&format!("SELECT tidings.schedule({})", arguments.join(", "))).await;
+        let error = world.expect_error(&format!("SELECT tidings.schedule({})", arguments.join(", "))).await;
         assert!(error.contains(named), "schedule {columns}: {values}: {error}");
     }
-    let error = world.error("SELECT tidings.schedule('a', now(), on_conflict => 'ignore')").await;
+    let error = world.expect_error("SELECT tidings.schedule('a', now(), on_conflict => 'ignore')").await;
     assert!(error.contains("on_conflict must be replace, keep or error, not 'ignore'"), "{error}");
-    let error = world.error("SELECT tidings.schedule('a', now(), on_conflict => null)").await;
+    let error = world.expect_error("SELECT tidings.schedule('a', now(), on_conflict => null)").await;
     assert!(error.contains("on_conflict"), "{error}");
     assert_eq!(world.value::<i64>("SELECT count(*) FROM tidings.schedules").await, 0);
 }
 
 #[tokio::test]
-async fn the_edges_of_what_is_allowed_are_allowed() {
+async fn the_smallest_and_largest_allowed_values_are_accepted() {
     let world = World::empty().await;
     let long = "x".repeat(255);
     world
@@ -162,7 +162,7 @@ async fn the_edges_of_what_is_allowed_are_allowed() {
 }
 
 #[tokio::test]
-async fn ids_are_version_7_and_in_the_order_of_time() {
+async fn ids_are_uuids_of_version_7_in_the_order_of_time() {
     let world = World::empty().await;
     let mut ids = Vec::new();
     for _ in 0..5 {
@@ -179,7 +179,7 @@ async fn ids_are_version_7_and_in_the_order_of_time() {
 }
 
 #[tokio::test]
-async fn an_update_of_the_due_time_gives_a_new_id_and_others_keep_it() {
+async fn updating_due_at_gives_a_row_a_new_id_and_other_updates_keep_the_id() {
     let world = World::empty().await;
     let id: Uuid = world.value("SELECT tidings.schedule('a', '2100-01-01Z', key => 'k')").await;
     let current = "SELECT id FROM tidings.schedules";
@@ -192,7 +192,7 @@ async fn an_update_of_the_due_time_gives_a_new_id_and_others_keep_it() {
 }
 
 #[tokio::test]
-async fn an_edit_makes_a_waiting_row_due_at_once() {
+async fn editing_a_row_that_backs_off_or_is_held_makes_it_due_at_once() {
     let world = World::empty().await;
     world.sql("SELECT tidings.schedule('a', now(), key => 'k')").await;
     world.sql("UPDATE tidings.schedules SET not_before = now() + interval '5 min', attempts = 4, refusals = 2, held = true").await;
@@ -205,7 +205,7 @@ async fn an_edit_makes_a_waiting_row_due_at_once() {
 }
 
 #[tokio::test]
-async fn a_producer_schedules_in_every_way_and_can_do_nothing_else() {
+async fn a_producer_can_schedule_in_every_way_and_has_no_other_rights() {
     let world = World::empty().await;
     let role = format!("app_{}", world.name);
     world.sql(&format!("CREATE ROLE {role} LOGIN")).await;
@@ -251,26 +251,26 @@ async fn a_producer_schedules_in_every_way_and_can_do_nothing_else() {
 }
 
 #[tokio::test]
-async fn the_daemon_runs_as_a_member_of_its_role() {
-    let world = World::with(&["misbehave"]).await;
+async fn the_daemon_runs_as_a_member_of_tidings_daemon() {
+    let world = World::with_plugins(&["misbehave"]).await;
     let mut inbox = world.inbox(&["#"]).await;
     let role = format!("daemon_{}", world.name);
     world.sql(&format!("CREATE ROLE {role} LOGIN")).await;
     world.sql(&format!("GRANT tidings_daemon TO {role}")).await;
     let url = database_url(world.ports().0, &world.name).replace("postgres@", &format!("{role}@"));
-    let _daemon = world.launch().with("TIDINGS_DATABASE_URL", url).ready().await;
+    let _daemon = world.launch().with("TIDINGS_DATABASE_URL", url).start_ready().await;
 
     world.sql("SELECT tidings.schedule(kind, now()) FROM unnest('{invalid,skip,trap,nobody}'::text[]) AS kind").await;
     world.sql("SELECT tidings.schedule('echo', now())").await;
 
     inbox.next().await;
-    world.until("SELECT count(*) = 1 FROM tidings.parked").await;
-    world.until("SELECT count(*) = 2 FROM tidings.deliveries").await;
-    world.until("SELECT count(*) = 2 FROM tidings.schedules WHERE held OR attempts > 0").await;
+    world.wait_until("SELECT count(*) = 1 FROM tidings.parked").await;
+    world.wait_until("SELECT count(*) = 2 FROM tidings.deliveries").await;
+    world.wait_until("SELECT count(*) = 2 FROM tidings.schedules WHERE held OR attempts > 0").await;
 }
 
 #[tokio::test]
-async fn without_a_role_there_is_no_way_in() {
+async fn a_user_without_either_role_can_neither_schedule_nor_read() {
     let world = World::empty().await;
     let role = format!("nobody_{}", world.name);
     world.sql(&format!("CREATE ROLE {role} LOGIN")).await;
@@ -284,8 +284,8 @@ async fn without_a_role_there_is_no_way_in() {
 }
 
 #[tokio::test]
-async fn a_transaction_that_is_to_be_prepared_turns_notifications_off() {
-    let world = World::with(&["message"]).await;
+async fn a_transaction_can_be_prepared_after_it_turns_notifications_off() {
+    let world = World::with_plugins(&["message"]).await;
     let mut session = world.db.acquire().await.expect("a session");
     let schedule = r#"SELECT tidings.schedule('message', now(), '{"routing_key":"a","body":1}')"#;
     let name = &world.name;
@@ -301,15 +301,15 @@ async fn a_transaction_that_is_to_be_prepared_turns_notifications_off() {
     session.execute(AssertSqlSafe(format!("COMMIT PREPARED '{name}'"))).await.expect("committed");
 
     let mut inbox = world.inbox(&["#"]).await;
-    let _daemon = world.daemon().await;
+    let _daemon = world.start_daemon().await;
     inbox.next().await;
 }
 
 #[tokio::test]
-async fn keep_waits_for_a_row_in_flight_and_then_inserts() {
+async fn schedule_waits_for_a_row_in_flight_with_the_same_key_and_then_inserts() {
     let world = World::empty().await;
     let first: Uuid = world.value("SELECT tidings.schedule('a', now(), key => 'k')").await;
-    // As the daemon does it: locked, then deleted.
+    // The claim locks the row and then deletes it, as the daemon does.
     let mut claim = world.db.begin().await.expect("a transaction");
     claim.execute("SELECT FROM tidings.schedules FOR UPDATE").await.expect("locked");
 
@@ -319,7 +319,7 @@ async fn keep_waits_for_a_row_in_flight_and_then_inserts() {
         let scheduling = tokio::spawn(async move {
             sqlx::query(AssertSqlSafe(sql)).fetch_one(&db).await.map(|row| row.get::<Uuid, _>(0))
         });
-        world.until("SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock')").await;
+        world.wait_until("SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock')").await;
         claim.execute("DELETE FROM tidings.schedules").await.expect("deleted");
         claim.commit().await.expect("delivered");
         let second = scheduling.await.expect("no panic").unwrap_or_else(|error| panic!("{on_conflict}: {error}"));

@@ -1,13 +1,14 @@
-//! Databases that cannot do what the daemon needs: it says which, why and what to do, and goes on when it is mended.
+//! Databases that lack something the daemon needs: the daemon says which database, why and what to do, and starts as
+//! soon as the problem is solved.
 
 use harness::pooler::Pooler;
 use harness::servers::Servers;
 use harness::world::{World, database_url, execute};
 
 #[tokio::test]
-async fn behind_a_pooler_it_refuses_to_run_and_says_why() {
-    let world = World::with(&["message"]).await;
-    for (mode, ignores_settings, why) in [
+async fn the_daemon_refuses_to_run_behind_a_pooler_and_says_why() {
+    let world = World::with_plugins(&["message"]).await;
+    for (mode, ignores_settings, reason) in [
         ("transaction", true, "our sessions are shared, as behind PgBouncer in transaction mode"),
         ("session", true, "does not pass our settings on"),
         ("session", false, "does not pass our settings on"),
@@ -15,7 +16,7 @@ async fn behind_a_pooler_it_refuses_to_run_and_says_why() {
         let pooler = Pooler::start(world.ports().0, mode, ignores_settings).expect("a pooler");
         let mut daemon = world.launch().with("TIDINGS_DATABASE_URL", database_url(pooler.port, &world.name)).start();
 
-        let line = daemon.wait_for_line(why).await;
+        let line = daemon.wait_for_line(reason).await;
 
         assert!(line.contains(&format!("127.0.0.1:{}", pooler.port)), "{line}");
         assert!(line.contains("give PostgreSQL's own address"), "{line}");
@@ -24,10 +25,10 @@ async fn behind_a_pooler_it_refuses_to_run_and_says_why() {
 }
 
 #[tokio::test]
-async fn a_standby_is_refused_until_it_is_promoted() {
-    let servers = Servers::alone().await;
-    let world = World::on(&servers, &["message"]).await;
-    let standby = servers.standby().expect("a standby");
+async fn the_daemon_refuses_a_standby_until_it_is_promoted() {
+    let servers = Servers::start_private_async().await;
+    let world = World::on_servers(&servers, &["message"]).await;
+    let standby = servers.start_standby().expect("a standby");
     let mut daemon = world.launch().with("TIDINGS_DATABASE_URL", database_url(standby.port, &world.name)).start();
 
     let line = daemon.wait_for_line("it is a standby, which takes no writes").await;
@@ -38,8 +39,8 @@ async fn a_standby_is_refused_until_it_is_promoted() {
 }
 
 #[tokio::test]
-async fn a_role_without_the_rights_is_told_what_to_grant_and_served_when_it_has_them() {
-    let world = World::with(&["message"]).await;
+async fn a_daemon_without_rights_says_what_to_grant_and_starts_once_it_is_granted() {
+    let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
     let role = format!("r{}", world.name);
     world.sql(&format!("CREATE ROLE {role} LOGIN")).await;

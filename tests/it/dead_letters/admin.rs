@@ -1,32 +1,34 @@
-//! Dead letters and parked ones by hand: `tidings dead` and `tidings parked`, and the metrics that say when to.
+//! Work on dead letters and parked rows by hand with `tidings dead` and `tidings parked`, and the metrics that show
+//! when it is needed.
 
 use harness::eventually;
 use harness::world::World;
 use lapin::BasicProperties;
 
 use crate::dead_letters::replay::{
-    no_pass_at_start, often, once, pass_at_start, publish, reject, send, until_waiting, waiting,
+    count_messages, force_pass_at_start, launch_with_frequent_passes, launch_with_hourly_passes, publish_message,
+    reject_next, schedule_message, suppress_pass_at_start, wait_for_message_count,
 };
 
-/// Two messages of two kinds dead in two queues, and the daemon's pass in an hour.
-async fn two_dead() -> (World, harness::daemon::Daemon) {
-    let world = World::with(&["message", "game-status"]).await;
-    let mut one = world.inbox(&["k"]).await;
-    let mut two = world.inbox(&["game.#"]).await;
-    no_pass_at_start(&world).await;
-    let daemon = once(&world).ready().await;
-    send(&world, r#"{"routing_key": "k", "body": 1}"#).await;
-    reject(&mut one).await;
+/// Makes two dead letters of two kinds from two queues, with a daemon that makes no pass during the test.
+async fn make_two_dead_letters() -> (World, harness::daemon::Daemon) {
+    let world = World::with_plugins(&["message", "game-status"]).await;
+    let mut first = world.inbox(&["k"]).await;
+    let mut second = world.inbox(&["game.#"]).await;
+    suppress_pass_at_start(&world).await;
+    let daemon = launch_with_hourly_passes(&world).start_ready().await;
+    schedule_message(&world, r#"{"routing_key": "k", "body": 1}"#).await;
+    reject_next(&mut first).await;
     let game = r#"{"game_id": "7d8a6f5e-0000-4000-8000-000000000000", "target_status": "DONE", "transition_time": "2026-11-22T00:00:00Z"}"#;
     world.sql(&format!("SELECT tidings.schedule('game-status', now(), '{game}')")).await;
-    reject(&mut two).await;
-    until_waiting(&world, "tidings.dead", 2).await;
+    reject_next(&mut second).await;
+    wait_for_message_count(&world, "tidings.dead", 2).await;
     (world, daemon)
 }
 
 #[tokio::test]
-async fn dead_letters_are_counted_by_queue_kind_and_reason_and_stay() {
-    let (world, _daemon) = two_dead().await;
+async fn dead_list_counts_dead_letters_by_queue_kind_and_reason_and_leaves_them_in_place() {
+    let (world, _daemon) = make_two_dead_letters().await;
 
     let (code, output) = world.tidings(["dead", "list"]).await;
     assert_eq!(code, 0, "{output}");
@@ -37,29 +39,29 @@ async fn dead_letters_are_counted_by_queue_kind_and_reason_and_stay() {
     assert!(output.contains("1 of 2") && !output.contains("game-status"), "{output}");
     let (_, output) = world.tidings(["dead", "list", "--queue", "nowhere"]).await;
     assert!(output.contains("0 of 2"), "{output}");
-    assert_eq!(waiting(&world, "tidings.dead").await, 2);
+    assert_eq!(count_messages(&world, "tidings.dead").await, 2);
 }
 
 #[tokio::test]
-async fn dead_letters_are_replayed_by_hand_as_chosen_and_a_dry_run_does_nothing() {
-    let (world, _daemon) = two_dead().await;
+async fn dead_replay_replays_only_the_chosen_dead_letters_and_a_dry_run_changes_nothing() {
+    let (world, _daemon) = make_two_dead_letters().await;
 
     let (code, output) = world.tidings(["dead", "replay", "--dry-run"]).await;
     assert_eq!(code, 0, "{output}");
     assert!(output.contains("would go back into inbox.k") && output.contains("would be: 2 replayed"), "{output}");
-    assert_eq!(waiting(&world, "tidings.dead").await, 2);
+    assert_eq!(count_messages(&world, "tidings.dead").await, 2);
 
     let (code, output) = world.tidings(["dead", "replay", "--kind", "message"]).await;
     assert_eq!(code, 0, "{output}");
     assert!(output.contains("1 replayed, 0 expired, 0 parked, 1 left"), "{output}");
-    assert_eq!(waiting(&world, "tidings.dead").await, 1);
+    assert_eq!(count_messages(&world, "tidings.dead").await, 1);
     let (_, output) = world.tidings(["dead", "list"]).await;
     assert!(output.contains("game-status") && output.contains("1 of 1"), "{output}");
 }
 
 #[tokio::test]
-async fn dead_letters_are_dropped_only_if_somebody_says_which() {
-    let (world, _daemon) = two_dead().await;
+async fn dead_drop_requires_a_selection_and_drops_only_that() {
+    let (world, _daemon) = make_two_dead_letters().await;
 
     let (code, output) = world.tidings(["dead", "drop"]).await;
     assert_eq!(code, 64, "{output}");
@@ -68,12 +70,12 @@ async fn dead_letters_are_dropped_only_if_somebody_says_which() {
     assert!(code == 0 && output.contains("1 dropped"), "{output}");
     let (code, output) = world.tidings(["dead", "drop", "--since", "soon"]).await;
     assert_eq!(code, 64, "{output}");
-    assert_eq!(waiting(&world, "tidings.dead").await, 1);
+    assert_eq!(count_messages(&world, "tidings.dead").await, 1);
 }
 
 #[tokio::test]
-async fn whoever_works_on_dead_letters_is_alone_with_them() {
-    let (world, _daemon) = two_dead().await;
+async fn a_command_on_dead_letters_waits_for_a_pass_and_fails_if_the_pass_takes_too_long() {
+    let (world, _daemon) = make_two_dead_letters().await;
     let mut session = world.db.acquire().await.expect("a connection");
     sqlx::query("SELECT pg_advisory_lock(hashtextextended('tidings.dead tidings', 0))")
         .execute(&mut *session)
@@ -85,11 +87,11 @@ async fn whoever_works_on_dead_letters_is_alone_with_them() {
         assert_eq!(code, 1, "{output}");
         assert!(output.contains("somebody is making a pass"), "{output}");
     }
-    assert_eq!(waiting(&world, "tidings.dead").await, 2);
+    assert_eq!(count_messages(&world, "tidings.dead").await, 2);
 
-    // Most passes are short: whoever comes meanwhile waits for its end.
+    // Most passes are short, so a command that runs during a pass waits for its end.
     let unlock = async {
-        world.until("SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted)").await;
+        world.wait_until("SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted)").await;
         sqlx::query("SELECT pg_advisory_unlock_all()").execute(&mut *session).await.expect("unlocked");
     };
     let ((code, output), ()) = tokio::join!(world.tidings(["dead", "list"]), unlock);
@@ -97,32 +99,33 @@ async fn whoever_works_on_dead_letters_is_alone_with_them() {
 }
 
 #[tokio::test]
-async fn without_a_daemon_ever_the_dead_letters_are_a_sentence_and_nothing_is_declared() {
+async fn dead_list_explains_a_missing_queue_and_declares_nothing() {
     let world = World::empty().await;
 
     let (code, output) = world.tidings(["dead", "list"]).await;
 
     assert_eq!(code, 1, "{output}");
     assert!(output.contains("the daemon declares their queue when it starts"), "{output}");
-    let (code, output) = world.launch().subcommand("dead").args(["list"]).without("TIDINGS_AMQP_URL").finished().await;
+    let (code, output) =
+        world.launch().subcommand("dead").args(["list"]).without("TIDINGS_AMQP_URL").run_to_end().await;
     assert!(code == 64 && output.contains("TIDINGS_AMQP_URL is not set"), "{output}");
 }
 
 #[tokio::test]
-async fn parked_rows_and_letters_are_one_list_and_go_back_or_away_by_id() {
-    let world = World::with(&["message"]).await;
+async fn parked_rows_and_letters_are_listed_together_and_retried_or_dropped_by_id() {
+    let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["k"]).await;
-    let daemon = often(&world).with("TIDINGS_REPLAY_MAX", 1).ready().await;
-    // A row that no plugin can use, a letter that was replayed too often, and one that cannot go anywhere.
-    let row = send(&world, r#"{"no": "routing key"}"#).await;
-    world.until("SELECT EXISTS (SELECT FROM tidings.parked)").await;
-    let letter = send(&world, r#"{"routing_key": "k", "body": "letter"}"#).await;
+    let daemon = launch_with_frequent_passes(&world).with("TIDINGS_REPLAY_MAX", 1).start_ready().await;
+    // A row whose payload is invalid, a dead letter that was replayed too often, and one without an `x-death` header.
+    let row = schedule_message(&world, r#"{"no": "routing key"}"#).await;
+    world.wait_until("SELECT EXISTS (SELECT FROM tidings.parked)").await;
+    let letter = schedule_message(&world, r#"{"routing_key": "k", "body": "letter"}"#).await;
     for _ in 0..2 {
-        reject(&mut inbox).await;
+        reject_next(&mut inbox).await;
     }
     let lost = BasicProperties::default().with_message_id("lost".into());
-    publish(&world, "tidings.dlx", "", b"lost", lost).await;
-    until_waiting(&world, "tidings.parking", 2).await;
+    publish_message(&world, "tidings.dlx", "", b"lost", lost).await;
+    wait_for_message_count(&world, "tidings.parking", 2).await;
     assert!(daemon.stop().await.success());
 
     let (code, output) = world.tidings(["parked", "list"]).await;
@@ -142,21 +145,21 @@ async fn parked_rows_and_letters_are_one_list_and_go_back_or_away_by_id() {
     let (code, output) = world.tidings(["parked", "retry", "--all"]).await;
     assert!(code == 1 && output.contains("lost stays: it has no x-death"), "{output}");
     assert!(output.contains("1 rows and 0 letters put back, 1 stay"), "{output}");
-    world.until("SELECT NOT EXISTS (SELECT FROM tidings.parked) AND EXISTS (SELECT FROM tidings.schedules)").await;
+    world.wait_until("SELECT NOT EXISTS (SELECT FROM tidings.parked) AND EXISTS (SELECT FROM tidings.schedules)").await;
 
     let (code, output) = world.tidings(["parked", "drop", "lost"]).await;
     assert!(code == 0 && output.contains("0 rows and 1 letters dropped"), "{output}");
-    assert_eq!(waiting(&world, "tidings.parking").await, 0);
+    assert_eq!(count_messages(&world, "tidings.parking").await, 0);
     let (_, output) = world.tidings(["parked", "list"]).await;
     assert!(output.contains("0 rows and 0 letters are parked"), "{output}");
 }
 
 #[tokio::test]
-async fn parked_rows_go_back_although_one_of_them_cannot() {
-    let world = World::with(&["message"]).await;
-    let daemon = once(&world).ready().await;
+async fn parked_rows_are_retried_even_if_one_of_them_cannot_be() {
+    let world = World::with_plugins(&["message"]).await;
+    let daemon = launch_with_hourly_passes(&world).start_ready().await;
     world.sql(r#"SELECT tidings.schedule('message', now(), '{"bad": 1}', key => 'key ' || n) FROM generate_series(1, 3) AS n"#).await;
-    world.until("SELECT count(*) = 3 FROM tidings.parked").await;
+    world.wait_until("SELECT count(*) = 3 FROM tidings.parked").await;
     assert!(daemon.stop().await.success());
     world.sql("SELECT tidings.schedule('message', now(), key => 'key 2')").await;
 
@@ -170,11 +173,11 @@ async fn parked_rows_go_back_although_one_of_them_cannot() {
 }
 
 #[tokio::test]
-async fn the_metrics_tell_of_dead_letters_replays_and_where_deadlines_had_come() {
-    let world = World::with(&["message"]).await;
+async fn metrics_count_dead_letters_replays_and_where_messages_expired() {
+    let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["k"]).await;
-    no_pass_at_start(&world).await;
-    let mut daemon = once(&world).ready().await;
+    suppress_pass_at_start(&world).await;
+    let mut daemon = launch_with_hourly_passes(&world).start_ready().await;
     let url = format!("http://{}/metrics", daemon.http_addr().await);
     let metric = async |name: &str| -> f64 {
         let text = ureq::get(&url).call().expect("an answer").body_mut().read_to_string().expect("text");
@@ -185,7 +188,7 @@ async fn the_metrics_tell_of_dead_letters_replays_and_where_deadlines_had_come()
     let until = async |name: &str, value: f64| {
         eventually(&format!("{name} {value}"), async || ((metric(name).await - value).abs() < 0.1).then_some(())).await;
     };
-    // Zero from the start.
+    // The series exist from the start, with the value 0.
     for outcome in ["replayed", "expired", "parked", "left"] {
         until(&format!("tidings_replays_total{{outcome=\"{outcome}\"}}"), 0.0).await;
     }
@@ -198,14 +201,14 @@ async fn the_metrics_tell_of_dead_letters_replays_and_where_deadlines_had_come()
 
     world.sql("INSERT INTO tidings.schedules (kind, due_at, expires_at) VALUES ('message', now() - interval '2 s', now() - interval '1 s')").await;
     until("tidings_expired_total{where=\"row\"}", 1.0).await;
-    send(&world, r#"{"routing_key": "k", "body": 1, "ttl_ms": 0}"#).await;
+    schedule_message(&world, r#"{"routing_key": "k", "body": 1, "ttl_ms": 0}"#).await;
     until("tidings_expired_total{where=\"event\"}", 1.0).await;
-    send(&world, r#"{"routing_key": "k", "body": 1}"#).await;
-    reject(&mut inbox).await;
+    schedule_message(&world, r#"{"routing_key": "k", "body": 1}"#).await;
+    reject_next(&mut inbox).await;
     until("tidings_dead_letters", 1.0).await;
     assert!(daemon.stop().await.success());
-    pass_at_start(&world).await;
-    let mut daemon = once(&world).ready().await;
+    force_pass_at_start(&world).await;
+    let mut daemon = launch_with_hourly_passes(&world).start_ready().await;
     inbox.next().await;
     daemon.wait_for_line("replayed=1").await;
     let url = format!("http://{}/metrics", daemon.http_addr().await);

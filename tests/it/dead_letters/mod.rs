@@ -1,4 +1,4 @@
-//! What consumers reject comes back, and what is the daemon's own in RabbitMQ is there.
+//! Tests of dead letters: rejected messages are replayed, and the exchanges and queues that the daemon owns exist.
 
 pub(crate) mod admin;
 pub(crate) mod hostile_headers;

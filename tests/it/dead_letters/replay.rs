@@ -1,5 +1,5 @@
-//! What consumers reject comes back until it is taken, as long as it is of use; nothing comes twice into a queue that had
-//! it, and nothing that can never go back stands in the way.
+//! Rejected messages are replayed until they are acknowledged or expire. Only the queue that rejected a message gets it
+//! again, and dead letters that cannot be replayed block no others.
 
 use std::collections::BTreeMap;
 
@@ -11,53 +11,60 @@ use lapin::BasicProperties;
 use lapin::options::{BasicAckOptions, BasicGetOptions, BasicPublishOptions, QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable};
 
-/// As if a pass had just begun: a daemon that starts now makes none.
-pub(crate) async fn no_pass_at_start(world: &World) {
+/// Records that a pass has just begun, so that a daemon that starts now makes none.
+pub(crate) async fn suppress_pass_at_start(world: &World) {
     world.sql("INSERT INTO tidings.passes VALUES ('tidings', now()) ON CONFLICT (exchange) DO UPDATE SET began_at = now()").await;
 }
 
-/// As if there had never been a pass: a daemon that starts now makes one.
-pub(crate) async fn pass_at_start(world: &World) {
+/// Removes the record of the last pass, so that a daemon that starts now makes one.
+pub(crate) async fn force_pass_at_start(world: &World) {
     world.sql("DELETE FROM tidings.passes").await;
 }
 
-/// A daemon whose only pass is that of its start.
-pub(crate) fn once(world: &World) -> Launch {
+/// How to start a daemon that makes at most one pass during a test, at its start.
+pub(crate) fn launch_with_hourly_passes(world: &World) -> Launch {
     world.launch().with("TIDINGS_SWEEP_MS", 600_000).with("TIDINGS_REPLAY_INTERVAL_MS", 3_600_000)
 }
 
-/// A daemon that makes a pass every second.
-pub(crate) fn often(world: &World) -> Launch {
+/// How to start a daemon that makes a pass every second.
+pub(crate) fn launch_with_frequent_passes(world: &World) -> Launch {
     world.launch().with("TIDINGS_SWEEP_MS", 600_000).with("TIDINGS_REPLAY_INTERVAL_MS", 1_000)
 }
 
-pub(crate) async fn send(world: &World, payload: &str) -> uuid::Uuid {
+pub(crate) async fn schedule_message(world: &World, payload: &str) -> uuid::Uuid {
     world.value(&format!("SELECT tidings.schedule('message', now(), '{payload}')")).await
 }
 
-/// Letters in a queue that nobody consumes.
-pub(crate) async fn waiting(world: &World, queue: &str) -> u32 {
+/// The number of messages in a queue without a consumer.
+pub(crate) async fn count_messages(world: &World, queue: &str) -> u32 {
     let channel = world.broker.channel().await;
     let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
     channel.queue_declare(queue.into(), options, FieldTable::default()).await.expect("it exists").message_count()
 }
 
-pub(crate) async fn until_waiting(world: &World, queue: &str, count: u32) {
-    eventually(&format!("{count} in {queue}"), async || (waiting(world, queue).await == count).then_some(())).await;
+pub(crate) async fn wait_for_message_count(world: &World, queue: &str, count: u32) {
+    eventually(&format!("{count} in {queue}"), async || (count_messages(world, queue).await == count).then_some(()))
+        .await;
 }
 
-/// Publishes something that no daemon made.
-pub(crate) async fn publish(world: &World, exchange: &str, key: &str, body: &[u8], properties: BasicProperties) {
+/// Publishes a message that does not come from a daemon.
+pub(crate) async fn publish_message(
+    world: &World,
+    exchange: &str,
+    key: &str,
+    body: &[u8],
+    properties: BasicProperties,
+) {
     let channel = world.broker.channel().await;
     let options = BasicPublishOptions::default();
     let published = channel.basic_publish(exchange.into(), key.into(), options, body, properties).await;
     published.expect("written").await.expect("taken");
-    // A round trip, so that it has arrived.
-    waiting(world, "tidings.dead").await;
+    // A round trip to RabbitMQ, after which the message is in its queue.
+    count_messages(world, "tidings.dead").await;
 }
 
-/// The first message of a queue that nobody consumes, taken.
-pub(crate) async fn take(world: &World, queue: &str) -> Received {
+/// Takes the first message from a queue without a consumer.
+pub(crate) async fn take_message(world: &World, queue: &str) -> Received {
     let channel = world.broker.channel().await;
     let message = eventually(&format!("a message in {queue}"), async || {
         channel.basic_get(queue.into(), BasicGetOptions { no_ack: true }).await.expect("it exists")
@@ -66,14 +73,14 @@ pub(crate) async fn take(world: &World, queue: &str) -> Received {
     Received { at_ms: 0, delivery: message.delivery }
 }
 
-pub(crate) async fn reject(inbox: &mut Inbox) -> Received {
+pub(crate) async fn reject_next(inbox: &mut Inbox) -> Received {
     let received = inbox.next_unacknowledged().await;
     inbox.reject(&received).await;
     received
 }
 
-/// Counts the passes that a daemon has made.
-pub(crate) async fn passes(daemon: &Daemon, count: usize) {
+/// Waits until a daemon has made `count` passes.
+pub(crate) async fn wait_for_passes(daemon: &Daemon, count: usize) {
     eventually(&format!("{count} passes"), async || {
         (daemon.log().matches("took back dead letters").count() >= count).then_some(())
     })
@@ -81,12 +88,12 @@ pub(crate) async fn passes(daemon: &Daemon, count: usize) {
 }
 
 #[tokio::test]
-async fn a_rejected_message_comes_back_into_its_queue_alone_as_it_was_until_it_is_taken() {
-    let world = World::with(&["message"]).await;
+async fn a_rejected_message_is_replayed_unchanged_to_its_own_queue_only_until_it_is_acknowledged() {
+    let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["a.*"]).await;
     let mut other = world.inbox(&["#"]).await;
-    let _daemon = often(&world).ready().await;
-    let id = send(
+    let _daemon = launch_with_frequent_passes(&world).start_ready().await;
+    let id = schedule_message(
         &world,
         r#"{"routing_key": "a.b", "body": {"n": 1}, "headers": {"own": "header"}, "content_type": "text/x"}"#,
     )
@@ -95,7 +102,7 @@ async fn a_rejected_message_comes_back_into_its_queue_alone_as_it_was_until_it_i
 
     let mut seen = Vec::new();
     for _ in 0..3 {
-        seen.push(reject(&mut inbox).await);
+        seen.push(reject_next(&mut inbox).await);
     }
     let taken = inbox.next().await;
 
@@ -117,19 +124,19 @@ async fn a_rejected_message_comes_back_into_its_queue_alone_as_it_was_until_it_i
         assert_eq!(again.properties().delivery_mode(), &Some(2));
         assert_eq!(again.properties().expiration(), &None);
     }
-    until_waiting(&world, "tidings.dead", 0).await;
-    assert!(other.within(std::time::Duration::from_millis(200)).await.is_none(), "the other queue had its copy");
+    wait_for_message_count(&world, "tidings.dead", 0).await;
+    assert!(other.next_within(std::time::Duration::from_millis(200)).await.is_none(), "the other queue had its copy");
 }
 
 #[tokio::test]
-async fn a_dead_letter_comes_back_with_what_is_left_of_its_life_and_an_expired_one_never() {
-    let world = World::with(&["message"]).await;
+async fn a_dead_letter_is_replayed_with_its_remaining_time_to_live_and_an_expired_one_never() {
+    let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["long"]).await;
-    // Nobody consumes here: what comes expires.
+    // A queue without a consumer, in which messages expire.
     let channel = world.broker.channel().await;
     let mut arguments = FieldTable::default();
     arguments.insert("x-dead-letter-exchange".into(), AMQPValue::LongString("tidings.dlx".into()));
-    let daemon = often(&world).ready().await;
+    let daemon = launch_with_frequent_passes(&world).start_ready().await;
     channel.queue_declare("short".into(), QueueDeclareOptions::durable(), arguments).await.expect("a queue");
     channel
         .queue_bind(
@@ -142,9 +149,9 @@ async fn a_dead_letter_comes_back_with_what_is_left_of_its_life_and_an_expired_o
         .await
         .expect("bound");
 
-    send(&world, r#"{"routing_key": "short", "body": 1, "ttl_ms": 300}"#).await;
-    send(&world, r#"{"routing_key": "long", "body": 1, "ttl_ms": 600000}"#).await;
-    let first = reject(&mut inbox).await;
+    schedule_message(&world, r#"{"routing_key": "short", "body": 1, "ttl_ms": 300}"#).await;
+    schedule_message(&world, r#"{"routing_key": "long", "body": 1, "ttl_ms": 600000}"#).await;
+    let first = reject_next(&mut inbox).await;
     let again = inbox.next().await;
 
     let life = |received: &Received| -> i64 {
@@ -154,70 +161,72 @@ async fn a_dead_letter_comes_back_with_what_is_left_of_its_life_and_an_expired_o
     assert_eq!(again.number("tidings-expires-ms"), deadline, "the deadline never moves");
     assert!(life(&again) < life(&first));
     assert!((deadline - again.at_ms - life(&again)).abs() < 5_000, "what is left of it");
-    passes(&daemon, 1).await;
+    wait_for_passes(&daemon, 1).await;
     eventually("the expired one is dropped", async || daemon.log().contains("expired=1").then_some(())).await;
-    until_waiting(&world, "tidings.dead", 0).await;
-    assert_eq!(waiting(&world, "short").await, 0);
+    wait_for_message_count(&world, "tidings.dead", 0).await;
+    assert_eq!(count_messages(&world, "short").await, 0);
 }
 
 #[tokio::test]
-async fn a_daemon_that_starts_again_and_again_does_not_replay_at_every_start() {
-    let world = World::with(&["message"]).await;
+async fn a_daemon_that_restarts_often_does_not_replay_at_every_start() {
+    let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["k"]).await;
-    let daemon = once(&world).ready().await;
+    let daemon = launch_with_hourly_passes(&world).start_ready().await;
     eventually("the pass of the start", async || {
         world.value::<bool>("SELECT EXISTS (SELECT FROM tidings.passes)").await.then_some(())
     })
     .await;
-    send(&world, r#"{"routing_key": "k", "body": 1}"#).await;
-    reject(&mut inbox).await;
+    schedule_message(&world, r#"{"routing_key": "k", "body": 1}"#).await;
+    reject_next(&mut inbox).await;
     assert!(daemon.stop().await.success());
 
     for _ in 0..3 {
-        let daemon = once(&world).ready().await;
-        // It has looked whether it is time.
+        let daemon = launch_with_hourly_passes(&world).start_ready().await;
+        // When it delivers a row, it has decided whether to make a pass.
         world.sql(r#"SELECT tidings.schedule('message', now(), '{"routing_key":"k","body":2}')"#).await;
         inbox.next().await;
         assert!(daemon.stop().await.success());
     }
-    assert_eq!(waiting(&world, "tidings.dead").await, 1);
+    assert_eq!(count_messages(&world, "tidings.dead").await, 1);
 
     world.sql("UPDATE tidings.passes SET began_at = began_at - interval '6 minutes'").await;
-    let _daemon = once(&world).ready().await;
+    let _daemon = launch_with_hourly_passes(&world).start_ready().await;
     assert_eq!(inbox.next().await.number("tidings-replay"), 1);
 }
 
 #[tokio::test]
-async fn what_cannot_go_back_is_parked_with_the_reason_and_blocks_nothing() {
-    let world = World::with(&["message"]).await;
-    let daemon = often(&world).with("TIDINGS_REPLAY_MAX", 2).ready().await;
+async fn dead_letters_that_cannot_be_replayed_are_parked_with_the_reason_and_block_no_others() {
+    let world = World::with_plugins(&["message"]).await;
+    let daemon = launch_with_frequent_passes(&world).with("TIDINGS_REPLAY_MAX", 2).start_ready().await;
     let mut inbox = world.inbox(&["k"]).await;
     let header = |name: &str, value: AMQPValue| {
         let mut headers = FieldTable::default();
         headers.insert(name.into(), value);
         BasicProperties::default().with_headers(headers)
     };
-    publish(&world, "tidings.dlx", "", b"no history", BasicProperties::default()).await;
-    publish(&world, "tidings.dlx", "", b"odd history", header("x-death", AMQPValue::LongString("?".into()))).await;
-    publish(&world, "", "inbox.k", b"odd deadline", header("tidings-expires-ms", AMQPValue::Boolean(true))).await;
+    publish_message(&world, "tidings.dlx", "", b"no history", BasicProperties::default()).await;
+    publish_message(&world, "tidings.dlx", "", b"odd history", header("x-death", AMQPValue::LongString("?".into())))
+        .await;
+    publish_message(&world, "", "inbox.k", b"odd deadline", header("tidings-expires-ms", AMQPValue::Boolean(true)))
+        .await;
     let odd = inbox.next_unacknowledged().await;
     inbox.reject(&odd).await;
-    send(&world, r#"{"routing_key": "k", "body": "tireless"}"#).await;
+    schedule_message(&world, r#"{"routing_key": "k", "body": "tireless"}"#).await;
     for _ in 0..3 {
-        reject(&mut inbox).await;
+        reject_next(&mut inbox).await;
     }
-    until_waiting(&world, "tidings.parking", 4).await;
-    // A queue that goes away with its letters.
+    wait_for_message_count(&world, "tidings.parking", 4).await;
+    // A queue that is deleted after it has rejected a message.
     let mut gone = world.inbox(&["gone"]).await;
-    send(&world, r#"{"routing_key": "gone", "body": "gone"}"#).await;
+    schedule_message(&world, r#"{"routing_key": "gone", "body": "gone"}"#).await;
     let last = gone.next_unacknowledged().await;
     gone.reject(&last).await;
     gone.channel.queue_delete(gone.queue.as_str().into(), QueueDeleteOptions::default()).await.expect("deleted");
-    until_waiting(&world, "tidings.parking", 5).await;
+    wait_for_message_count(&world, "tidings.parking", 5).await;
 
     let mut reasons = BTreeMap::new();
     for _ in 0..5 {
-        let parked = take(&world, "tidings.parking").await;
+        let parked = take_message(&world, "tidings.parking").await;
         let headers = parked.properties().headers().clone().expect("headers");
         let reason = match headers.inner().get("tidings-parked-reason") {
             Some(AMQPValue::LongString(reason)) => String::from_utf8_lossy(reason.as_bytes()).into_owned(),
@@ -232,17 +241,17 @@ async fn what_cannot_go_back_is_parked_with_the_reason_and_blocks_nothing() {
         ("tireless", "replayed 2 times"),
         ("gone", "is gone"),
     ] {
-        assert!(reasons.get(body).is_some_and(|said| said.contains(reason)), "{body}: {reasons:?}");
+        assert!(reasons.get(body).is_some_and(|actual| actual.contains(reason)), "{body}: {reasons:?}");
     }
-    assert_eq!(waiting(&world, "tidings.dead").await, 0);
+    assert_eq!(count_messages(&world, "tidings.dead").await, 0);
     drop(daemon);
 }
 
 #[tokio::test]
-async fn a_foreign_letter_goes_back_untouched() {
+async fn a_dead_letter_from_another_publisher_is_replayed_unchanged() {
     let world = World::empty().await;
-    // It declares what is ours.
-    assert!(once(&world).ready().await.stop().await.success());
+    // The daemon declares its exchanges and queues.
+    assert!(launch_with_hourly_passes(&world).start_ready().await.stop().await.success());
     let mut inbox = world.inbox(&["k"]).await;
     let mut headers = FieldTable::default();
     headers.insert("flag".into(), AMQPValue::Boolean(true));
@@ -255,11 +264,11 @@ async fn a_foreign_letter_goes_back_untouched() {
         .with_priority(3)
         .with_user_id("guest".into());
     let body = vec![0_u8, 255, 1, 254];
-    publish(&world, "", "inbox.k", &body, properties).await;
+    publish_message(&world, "", "inbox.k", &body, properties).await;
     let received = inbox.next_unacknowledged().await;
     inbox.reject(&received).await;
-    until_waiting(&world, "tidings.dead", 1).await;
-    let _daemon = often(&world).ready().await;
+    wait_for_message_count(&world, "tidings.dead", 1).await;
+    let _daemon = launch_with_frequent_passes(&world).start_ready().await;
 
     let again = inbox.next_unacknowledged().await;
     assert_eq!(again.delivery.data, body);
@@ -274,17 +283,21 @@ async fn a_foreign_letter_goes_back_untouched() {
 }
 
 #[tokio::test]
-async fn several_daemons_replay_a_letter_once_a_pass() {
-    let world = World::with(&["message"]).await;
+async fn several_daemons_replay_a_dead_letter_only_once_in_each_pass() {
+    let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["k"]).await;
-    let _daemons = [often(&world).ready().await, often(&world).ready().await, often(&world).ready().await];
+    let _daemons = [
+        launch_with_frequent_passes(&world).start_ready().await,
+        launch_with_frequent_passes(&world).start_ready().await,
+        launch_with_frequent_passes(&world).start_ready().await,
+    ];
     for _ in 0..20 {
-        send(&world, r#"{"routing_key": "k", "body": 1}"#).await;
+        schedule_message(&world, r#"{"routing_key": "k", "body": 1}"#).await;
     }
     for round in 0..3 {
         let mut ids = std::collections::BTreeSet::new();
         for _ in 0..20 {
-            let received = reject(&mut inbox).await;
+            let received = reject_next(&mut inbox).await;
             assert_eq!(received.number("tidings-replay"), round);
             assert!(ids.insert(received.id()), "twice in a pass");
         }

@@ -1,4 +1,4 @@
-//! What the documentation says is so: its commands run, its names exist, and its example consumers do what they should.
+//! Tests of the documentation: its commands run, the names in it exist, and its example consumers work.
 
 pub(crate) mod consumers;
 pub(crate) mod docs;

@@ -1,5 +1,5 @@
-//! What the documentation names exists: files and headings, settings, metrics, alerts, commands and their flags; and it names
-//! all of them.
+//! Checks the names in the documentation: linked files and headings, settings, metrics, alerts, commands and flags
+//! exist, and the documentation mentions all of them.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -8,13 +8,14 @@ use harness::pages::Page;
 use harness::repository;
 use harness::world::World;
 
-use crate::documentation::docs::{PAGES, assert_none, pages};
+use crate::documentation::docs::{PAGES, fail_on_mistakes, pages};
 
-/// Flags of other programs that stand in a sentence: of `cargo rig`, and of componentize-py.
-const OTHERS_FLAGS: [&str; 5] = ["--seed", "--daemons", "--rate", "--only", "--stub-wasi"];
+/// Flags in the text that belong to other programs: `cargo rig` and componentize-py.
+const FLAGS_OF_OTHER_PROGRAMS: [&str; 5] = ["--seed", "--daemons", "--rate", "--only", "--stub-wasi"];
 
-/// What begins like a setting and is none: what all of them begin with, what is never read, and what others set.
-const NO_SETTINGS: [&str; 4] = ["TIDINGS_", "TIDINGS_X_", "TIDINGS_SERVICE_HOST", "TIDINGS_PORT_"];
+/// Names in the text that begin like a setting but are none: the common prefix, prefixes that the daemon ignores, and
+/// variables of Kubernetes.
+const NAMES_OF_NO_SETTING: [&str; 4] = ["TIDINGS_", "TIDINGS_X_", "TIDINGS_SERVICE_HOST", "TIDINGS_PORT_"];
 
 #[test]
 fn every_link_leads_to_a_file_and_a_heading() {
@@ -27,41 +28,41 @@ fn every_link_leads_to_a_file_and_a_heading() {
             if !to.exists() {
                 mistakes.push(format!("{}:{line}: there is no {link}", page.path));
             } else if let Some(anchor) = anchor {
-                let to = pages().into_iter().find(|page| same(&repository().join(page.path), &to));
+                let to = pages().into_iter().find(|page| is_same_file(&repository().join(page.path), &to));
                 if !to.is_some_and(|to| to.anchors().iter().any(|other| other == anchor)) {
                     mistakes.push(format!("{}:{line}: there is no heading {link}", page.path));
                 }
             }
         }
     }
-    assert_none(&mistakes);
+    fail_on_mistakes(&mistakes);
 }
 
-fn same(one: &Path, other: &Path) -> bool {
+fn is_same_file(one: &Path, other: &Path) -> bool {
     one.canonicalize().ok() == other.canonicalize().ok()
 }
 
-/// The words of `text` that begin like this and go on with these characters.
-fn words<'a>(text: &'a str, begin: &str, goes_on: impl Fn(char) -> bool) -> BTreeSet<&'a str> {
+/// The words of `text` that begin with `begin` and continue with characters for which `goes_on` is true.
+fn find_words<'a>(text: &'a str, begin: &str, goes_on: impl Fn(char) -> bool) -> BTreeSet<&'a str> {
     let starts =
         text.match_indices(begin).filter(|(at, _)| !text[..*at].ends_with(|char: char| char.is_alphanumeric()));
     starts.map(|(at, _)| &text[at..][..text[at..].find(|char| !goes_on(char)).unwrap_or(text.len() - at)]).collect()
 }
 
 #[tokio::test]
-async fn every_variable_of_a_page_is_a_setting_and_every_setting_is_in_the_reference() {
+async fn every_variable_on_a_page_is_a_setting_and_every_setting_is_in_the_reference() {
     let world = World::empty().await;
-    let (_, output) = world.launch().with("TIDINGS_NONSENSE", 1).finished().await;
+    let (_, output) = world.launch().with("TIDINGS_NONSENSE", 1).run_to_end().await;
     let settings = output.split("there are ").nth(1).and_then(|rest| rest.split(". ").next()).expect("a list");
     let settings: BTreeSet<&str> = settings.split(", ").collect();
     assert!(settings.len() > 15, "{settings:?}");
     let mut mistakes = Vec::new();
     for page in PAGES.map(Page::read) {
-        let named = words(page.text(), "TIDINGS_", |char| char.is_ascii_uppercase() || char == '_');
+        let named = find_words(page.text(), "TIDINGS_", |char| char.is_ascii_uppercase() || char == '_');
         mistakes.extend(
             named
                 .difference(&settings)
-                .filter(|name| !NO_SETTINGS.contains(name))
+                .filter(|name| !NAMES_OF_NO_SETTING.contains(name))
                 .map(|name| format!("{}: {name}", page.path)),
         );
     }
@@ -72,13 +73,13 @@ async fn every_variable_of_a_page_is_a_setting_and_every_setting_is_in_the_refer
             .filter(|name| !reference.text().contains(**name))
             .map(|name| format!("not in the reference: {name}")),
     );
-    assert_none(&mistakes);
+    fail_on_mistakes(&mistakes);
 }
 
 #[tokio::test]
-async fn every_metric_of_a_page_exists_with_its_labels_and_operations_has_them_all() {
-    let world = World::with(&["message"]).await;
-    let mut daemon = world.daemon().await;
+async fn every_metric_on_a_page_exists_with_its_labels_and_operations_lists_all_metrics() {
+    let world = World::with_plugins(&["message"]).await;
+    let mut daemon = world.start_daemon().await;
     let url = format!("http://{}/metrics", daemon.http_addr().await);
     let asked = tokio::task::spawn_blocking(move || {
         ureq::get(&url).call().expect("an answer").body_mut().read_to_string().expect("text")
@@ -95,7 +96,7 @@ async fn every_metric_of_a_page_exists_with_its_labels_and_operations_has_them_a
             let named = |label: &str| {
                 scraped.lines().any(|series| series.starts_with(name) && series.contains(&format!("{label}=\"")))
             };
-            // The roles, and the processes' own, begin like them.
+            // Roles, and the metrics of the process, have the same prefix.
             let other = ["tidings_producer", "tidings_daemon", "tidings_service", "tidings_process_…"].contains(&code);
             if !other && !metrics.contains(name) || !labels.clone().all(named) {
                 mistakes.push(format!("{}:{line}: there is no metric {code}", page.path));
@@ -112,11 +113,11 @@ async fn every_metric_of_a_page_exists_with_its_labels_and_operations_has_them_a
             mistakes.push(format!("not in host/docs/operations.md: {alert}"));
         }
     }
-    assert_none(&mistakes);
+    fail_on_mistakes(&mistakes);
 }
 
-/// The subcommands and the flags of a command, as its help has them.
-async fn help(world: &World, command: &[&str]) -> (Vec<String>, String) {
+/// The subcommands of a command, and the text of its help.
+async fn read_help(world: &World, command: &[&str]) -> (Vec<String>, String) {
     let (code, help) = world.tidings([command, &["--help"]].concat()).await;
     assert_eq!(code, 0, "{command:?}: {help}");
     let listed = help.split("Commands:\n").nth(1).unwrap_or_default().lines();
@@ -126,14 +127,14 @@ async fn help(world: &World, command: &[&str]) -> (Vec<String>, String) {
 }
 
 #[tokio::test]
-async fn every_command_in_a_sentence_exists_with_its_flags_and_the_reference_names_them_all() {
+async fn every_command_on_a_page_exists_with_its_flags_and_the_reference_lists_all_commands() {
     let world = World::empty().await;
     let reference = Page::read("host/docs/reference.md");
     let (mut known, mut mistakes) = (Vec::new(), Vec::new());
-    for name in help(&world, &[]).await.0 {
-        let (inner, text) = help(&world, &[&name]).await;
+    for name in read_help(&world, &[]).await.0 {
+        let (inner, text) = read_help(&world, &[&name]).await;
         for inner in &inner {
-            let text = help(&world, &[&name, inner]).await.1;
+            let text = read_help(&world, &[&name, inner]).await.1;
             let listed = reference
                 .code()
                 .iter()
@@ -152,7 +153,7 @@ async fn every_command_in_a_sentence_exists_with_its_flags_and_the_reference_nam
     for page in PAGES.map(Page::read) {
         for (line, code) in page.code() {
             let place = format!("{}:{line}", page.path);
-            let words = words(code, "--", |char| char.is_ascii_lowercase() || char == '-');
+            let words = find_words(code, "--", |char| char.is_ascii_lowercase() || char == '-');
             if code.starts_with("tidings ") {
                 let command = known.iter().filter(|(name, _)| code == name || code.starts_with(&format!("{name} ")));
                 let Some((name, help)) = command.max_by_key(|(name, _)| name.len()) else {
@@ -163,11 +164,11 @@ async fn every_command_in_a_sentence_exists_with_its_flags_and_the_reference_nam
                     .iter()
                     .filter(|flag| !help.contains(&format!("{flag} ")) && !help.contains(&format!("{flag}\n")));
                 mistakes.extend(odd.map(|flag| format!("{place}: {name} has no flag {flag}")));
-            } else if code.starts_with("--") && !OTHERS_FLAGS.contains(words.first().unwrap_or(&"")) {
+            } else if code.starts_with("--") && !FLAGS_OF_OTHER_PROGRAMS.contains(words.first().unwrap_or(&"")) {
                 let odd = words.iter().filter(|flag| !flags.contains(**flag));
                 mistakes.extend(odd.map(|flag| format!("{place}: no command has the flag {flag}")));
             }
         }
     }
-    assert_none(&mistakes);
+    fail_on_mistakes(&mistakes);
 }

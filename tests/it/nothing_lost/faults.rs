@@ -1,5 +1,5 @@
-//! Faults in the middle of the work, each mechanism on its own: links that fall silent, messages that the broker cannot
-//! bear, daemons that freeze or are replaced. The rig breaks everything at once.
+//! Faults during deliveries, one mechanism for each test: connections that fall silent, messages that RabbitMQ refuses
+//! by closing the channel, daemons that freeze or are replaced. The rig combines all faults.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,59 +14,60 @@ use harness::world::{World, amqp_url, database_url};
 use nix::sys::signal::Signal;
 use uuid::Uuid;
 
-use crate::on_time::delivery::row_in_flight;
+use crate::on_time::delivery::start_row_in_flight;
 
-/// A link that fell silent is found after 30 s at the latest; a busy machine may take longer.
-const UNTIL_FOUND: Duration = Duration::from_mins(1);
+/// The daemon detects a silent connection after 30 s at the latest; a busy machine may take longer.
+const SILENCE_LIMIT: Duration = Duration::from_mins(1);
 
-/// One row that is due.
-const ROW: &str = r#"SELECT tidings.schedule('message', now(), '{"routing_key": "a", "body": 1}')"#;
+/// The statement that schedules a row that is due, and returns its id.
+const SCHEDULE_ROW: &str = r#"SELECT tidings.schedule('message', now(), '{"routing_key": "a", "body": 1}')"#;
 
 #[tokio::test]
-async fn connections_to_the_database_that_fall_silent_are_found_and_replaced_without_a_sweep() {
-    let world = World::with(&["message"]).await;
+async fn silent_connections_to_postgresql_are_detected_and_replaced_without_a_sweep() {
+    let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
     let proxy = Proxy::start(0, world.ports().0).await;
     let url = database_url(proxy.port, &world.name);
-    let mut daemon = world.launch().with("TIDINGS_SWEEP_MS", 600_000).with("TIDINGS_DATABASE_URL", url).ready().await;
-    world.sql(ROW).await;
+    let mut daemon =
+        world.launch().with("TIDINGS_SWEEP_MS", 600_000).with("TIDINGS_DATABASE_URL", url).start_ready().await;
+    world.sql(SCHEDULE_ROW).await;
     inbox.next().await;
-    world.until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
+    world.wait_until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
 
-    proxy.swallow_those_open();
-    let id: Uuid = world.value(ROW).await;
+    proxy.swallow_open_connections();
+    let id: Uuid = world.value(SCHEDULE_ROW).await;
 
     let received =
-        eventually_within(UNTIL_FOUND, "the message", async || inbox.within(Duration::from_secs(1)).await).await;
+        eventually_within(SILENCE_LIMIT, "the message", async || inbox.next_within(Duration::from_secs(1)).await).await;
     assert_eq!(received.id(), id);
     daemon.wait_for_line("lost the connection for notifications").await;
 }
 
 #[tokio::test]
-async fn a_connection_to_the_broker_that_falls_silent_is_found_and_replaced() {
-    let world = World::with(&["message"]).await;
+async fn a_silent_connection_to_rabbitmq_is_detected_and_replaced() {
+    let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
     let proxy = Proxy::start(0, world.ports().1).await;
     let url = amqp_url(proxy.port, &world.name);
-    let mut daemon = world.launch().with("TIDINGS_SWEEP_MS", 600_000).with("TIDINGS_AMQP_URL", url).ready().await;
+    let mut daemon = world.launch().with("TIDINGS_SWEEP_MS", 600_000).with("TIDINGS_AMQP_URL", url).start_ready().await;
 
-    proxy.swallow_those_open();
-    let id: Uuid = world.value(ROW).await;
+    proxy.swallow_open_connections();
+    let id: Uuid = world.value(SCHEDULE_ROW).await;
 
     let received =
-        eventually_within(UNTIL_FOUND, "the message", async || inbox.within(Duration::from_secs(1)).await).await;
+        eventually_within(SILENCE_LIMIT, "the message", async || inbox.next_within(Duration::from_secs(1)).await).await;
     assert_eq!(received.id(), id);
     daemon.wait_for_line("lost the connection to RabbitMQ").await;
-    world.until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
+    world.wait_until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
 }
 
 #[tokio::test]
 async fn a_message_that_closes_the_channel_is_parked_and_the_rest_of_its_batch_arrives() {
-    let servers = Servers::alone().await;
-    servers.largest_message(1000).expect("told");
-    let world = World::on(&servers, &["message"]).await;
+    let servers = Servers::start_private_async().await;
+    servers.set_max_message_size(1000).expect("told");
+    let world = World::on_servers(&servers, &["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
-    // Written before the daemon starts, so that one batch has them all.
+    // Written before the daemon starts, so that all rows are in one batch.
     world
         .sql(
             "INSERT INTO tidings.schedules (kind, key, due_at, payload, headers)
@@ -76,57 +77,60 @@ async fn a_message_that_closes_the_channel_is_parked_and_the_rest_of_its_batch_a
                FROM generate_series(1, 40) AS n",
         )
         .await;
-    let daemon = world.daemon().await;
+    let daemon = world.start_daemon().await;
 
     let mut ids = HashSet::new();
     while ids.len() < 38 {
         ids.insert(inbox.next().await.id());
     }
-    world.until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
+    world.wait_until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
     assert_eq!(world.value::<String>("SELECT string_agg(key, ' ' ORDER BY key) FROM tidings.parked").await, "13 7");
     let reason: String = world.value("SELECT reason FROM tidings.parked WHERE key = '7'").await;
     assert!(
         reason.starts_with("RabbitMQ closed the channel over its message") && reason.contains("larger than"),
         "{reason}"
     );
-    // The batch was taken along once, and never again.
+    // The channel was closed once for the whole batch, and not again.
     assert_eq!(daemon.log().matches("could not publish").count(), 1, "{}", daemon.log());
 }
 
 #[tokio::test]
-async fn a_daemon_that_was_frozen_for_so_long_that_another_took_its_row_publishes_nothing() {
-    let world = World::with(&["misbehave"]).await;
+async fn a_daemon_frozen_until_another_has_delivered_its_row_publishes_nothing() {
+    let world = World::with_plugins(&["misbehave"]).await;
     let mut inbox = world.inbox(&["#"]).await;
-    let (mut frozen, id) = row_in_flight(&world).await;
+    let (mut frozen, id) = start_row_in_flight(&world).await;
     frozen.signal(Signal::SIGSTOP);
-    let other =
-        world.launch().with("TIDINGS_STATE_DIR", world.state_dir().with_extension("other").display()).ready().await;
+    let other = world
+        .launch()
+        .with("TIDINGS_STATE_DIR", world.state_dir().with_extension("other").display())
+        .start_ready()
+        .await;
 
-    // PostgreSQL waits 30 s for a transaction in which nothing happens.
+    // PostgreSQL ends the frozen daemon's session after 30 s in an idle transaction.
     let received =
-        eventually_within(UNTIL_FOUND, "the message", async || inbox.within(Duration::from_secs(1)).await).await;
+        eventually_within(SILENCE_LIMIT, "the message", async || inbox.next_within(Duration::from_secs(1)).await).await;
     assert_eq!(received.id(), id);
     let delivered = format!("SELECT count(*) = 1 FROM tidings.deliveries WHERE id = '{id}'");
-    world.until(&delivered).await;
+    world.wait_until(&delivered).await;
 
     frozen.signal(Signal::SIGCONT);
     frozen.wait_for_line("could not say whether a claim still holds").await;
     assert!(frozen.stop().await.success());
     assert!(other.stop().await.success());
-    assert!(inbox.within(Duration::ZERO).await.is_none(), "a second copy");
+    assert!(inbox.next_within(Duration::ZERO).await.is_none(), "a second copy");
     assert!(world.value::<bool>(&delivered).await);
 }
 
 #[tokio::test]
-async fn daemons_that_are_replaced_one_by_one_lose_nothing_and_double_nothing() {
-    let world = World::with(&["message"]).await;
+async fn replacing_daemons_one_by_one_neither_loses_nor_duplicates_messages() {
+    let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
     let launch = |number: usize| {
         world.launch().with("TIDINGS_STATE_DIR", world.state_dir().with_extension(format!("{number}")).display())
     };
     let mut daemons: Vec<Daemon> = Vec::new();
     for number in 0..3 {
-        daemons.push(launch(number).ready().await);
+        daemons.push(launch(number).start_ready().await);
     }
     let (done, mut is_done) = tokio::sync::watch::channel(false);
     let written = tokio::spawn({
@@ -136,7 +140,7 @@ async fn daemons_that_are_replaced_one_by_one_lose_nothing_and_double_nothing() 
             let mut pace = tokio::time::interval(Duration::from_millis(5));
             while !*is_done.borrow_and_update() {
                 pace.tick().await;
-                written.insert(sqlx::query_scalar::<_, Uuid>(ROW).fetch_one(&db).await.expect("written"));
+                written.insert(sqlx::query_scalar::<_, Uuid>(SCHEDULE_ROW).fetch_one(&db).await.expect("written"));
             }
             written
         }
@@ -144,13 +148,13 @@ async fn daemons_that_are_replaced_one_by_one_lose_nothing_and_double_nothing() 
 
     for (number, daemon) in daemons.iter_mut().enumerate() {
         daemon.signal(Signal::SIGTERM);
-        assert!(daemon.ended().await.success(), "{}", daemon.log());
-        *daemon = launch(number).ready().await;
+        assert!(daemon.wait_for_end().await.success(), "{}", daemon.log());
+        *daemon = launch(number).start_ready().await;
     }
     done.send_replace(true);
     let written = written.await.expect("written");
 
-    world.until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
+    world.wait_until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
     for daemon in daemons {
         assert!(daemon.stop().await.success());
     }
@@ -158,23 +162,23 @@ async fn daemons_that_are_replaced_one_by_one_lose_nothing_and_double_nothing() 
     while received.len() < written.len() {
         received.push(inbox.next().await.id());
     }
-    assert!(inbox.within(Duration::from_millis(100)).await.is_none(), "a second copy");
+    assert!(inbox.next_within(Duration::from_millis(100)).await.is_none(), "a second copy");
     assert_eq!(HashSet::from_iter(received), written);
 }
 
 #[tokio::test]
-async fn while_the_broker_blocks_nothing_is_claimed_and_memory_stays_flat_and_afterwards_all_of_it_goes_out() {
-    let servers = Servers::alone().await;
-    let world = World::on(&servers, &["message"]).await;
+async fn while_rabbitmq_blocks_publishing_no_row_is_claimed_and_afterwards_all_rows_are_delivered() {
+    let servers = Servers::start_private_async().await;
+    let world = World::on_servers(&servers, &["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
-    let mut daemon = world.launch().with("TIDINGS_SWEEP_MS", 100).ready().await;
-    world.sql(ROW).await;
+    let mut daemon = world.launch().with("TIDINGS_SWEEP_MS", 100).start_ready().await;
+    world.sql(SCHEDULE_ROW).await;
     inbox.next().await;
-    world.until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
+    world.wait_until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
 
-    servers.memory_alarm(true).expect("an alarm");
-    // RabbitMQ says that it blocks when somebody publishes.
-    let first: Uuid = world.value(ROW).await;
+    servers.set_memory_alarm(true).expect("an alarm");
+    // RabbitMQ reports that it blocks only when a client publishes.
+    let first: Uuid = world.value(SCHEDULE_ROW).await;
     daemon.wait_for_line("RabbitMQ blocks publishing").await;
     let before = resident_kib(daemon.pid());
     world
@@ -184,16 +188,16 @@ async fn while_the_broker_blocks_nothing_is_claimed_and_memory_stays_flat_and_af
                FROM generate_series(1, 5000)",
         )
         .await;
-    // The first one's batch ends without a confirm, and then many sweeps go by.
+    // The batch of the first row ends without a confirm. Many sweeps follow, and none may claim a row.
     let unlocked = "SELECT count(*) = 5001 FROM (SELECT FROM tidings.schedules FOR UPDATE SKIP LOCKED) AS free";
-    world.until(unlocked).await;
+    world.wait_until(unlocked).await;
     for _ in 0..100 {
         assert!(world.value::<bool>(unlocked).await, "something was claimed");
     }
     let grown = resident_kib(daemon.pid()).saturating_sub(before);
     assert!(grown < 16 * 1024, "{grown} KiB more");
 
-    servers.memory_alarm(false).expect("no alarm");
+    servers.set_memory_alarm(false).expect("no alarm");
     let mut ids = HashSet::new();
     while ids.len() < 5001 {
         let received = inbox.next().await;
@@ -201,7 +205,7 @@ async fn while_the_broker_blocks_nothing_is_claimed_and_memory_stays_flat_and_af
         ids.insert(received.id());
     }
     assert!(ids.contains(&first));
-    world.until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
+    world.wait_until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
 }
 
 fn resident_kib(pid: u32) -> u64 {
@@ -211,8 +215,8 @@ fn resident_kib(pid: u32) -> u64 {
 }
 
 #[tokio::test]
-async fn a_row_whose_confirm_never_comes_stays_due_and_goes_out_again_with_the_same_id() {
-    let world = World::with(&["message"]).await;
+async fn a_row_whose_confirm_never_arrives_is_published_again_with_the_same_id() {
+    let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
     let lost = AtomicUsize::new(0);
     let proxy = AmqpProxy::start(world.ports().1, move |method| match method {
@@ -224,18 +228,18 @@ async fn a_row_whose_confirm_never_comes_stays_due_and_goes_out_again_with_the_s
         .launch()
         .with("TIDINGS_SWEEP_MS", 600_000)
         .with("TIDINGS_AMQP_URL", amqp_url(proxy.port, &world.name))
-        .ready()
+        .start_ready()
         .await;
 
-    let id: Uuid = world.value(ROW).await;
+    let id: Uuid = world.value(SCHEDULE_ROW).await;
 
     for copy in 1..=2 {
         let received = inbox.next().await;
         assert_eq!((received.id(), received.number("tidings-attempt")), (id, 1), "copy {copy}");
     }
     daemon.wait_for_line("gave up after 10 s waiting for RabbitMQ to take 1 messages").await;
-    world.until("SELECT count(*) = 1 FROM tidings.deliveries WHERE outcome = 'delivered'").await;
-    // The confirm of the second copy was not taken for that of a later message.
-    let next: Uuid = world.value(ROW).await;
+    world.wait_until("SELECT count(*) = 1 FROM tidings.deliveries WHERE outcome = 'delivered'").await;
+    // The confirm of the second copy was not mistaken for that of a later message.
+    let next: Uuid = world.value(SCHEDULE_ROW).await;
     assert_eq!(inbox.next().await.id(), next);
 }

@@ -1,4 +1,5 @@
-//! No row is lost, whatever is killed, cut off, frozen or refused; a second copy needs a fault and has the same id.
+//! Tests that no row is lost when anything is killed, cut off, frozen or refused. A second copy of a message occurs
+//! only after a fault, and has the same id.
 
 pub(crate) mod crash;
 pub(crate) mod faults;

@@ -1,5 +1,5 @@
-//! Ten thousand messages, consumers that reject three of ten, and a broker that is restarted twice in the middle: what has
-//! no deadline is handled in the end, what has one never after it, and nothing is lost.
+//! Ten thousand messages, consumers that reject three of ten, and a RabbitMQ that is restarted twice. Every message
+//! without a deadline is handled in the end, no message is handled after its deadline, and none is lost.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -17,44 +17,44 @@ use lapin::{Connection, ConnectionProperties};
 use nix::sys::signal::Signal;
 use uuid::Uuid;
 
-use crate::dead_letters::replay::often;
+use crate::dead_letters::replay::launch_with_frequent_passes;
 
 const QUEUE: &str = "inbox";
 const MESSAGES: usize = 10_000;
 const CONSUMERS: u64 = 3;
-/// Of those that have a deadline: every second.
+/// The time to live of every second message; the others have no deadline.
 const TTL_MS: i64 = 4_000;
-/// For what takes as long as it takes on a busy machine.
-const LONG: Duration = Duration::from_mins(4);
+/// How long each stage of the test may take on a busy machine.
+const STAGE_LIMIT: Duration = Duration::from_mins(4);
 
-/// What consumers did.
+/// What the consumers did.
 #[derive(Debug, Default)]
 struct Ledger {
-    /// When each was handled, first and again, and its deadline.
+    /// The times at which each message was handled, and its deadline, in ms since the Unix epoch.
     handled: BTreeMap<Uuid, Vec<(i64, Option<i64>)>>,
     rejected: usize,
-    /// Came too late, and was left alone.
+    /// The number of messages that arrived after their deadline and were not handled.
     stale: usize,
 }
 
 impl Ledger {
-    fn handled(&self, with_deadline: bool) -> usize {
+    fn count_handled(&self, with_deadline: bool) -> usize {
         self.handled.values().filter(|times| times[0].1.is_some() == with_deadline).count()
     }
 }
 
-/// Consumes for ever, through whatever happens to the broker.
+/// Consumes for ever, and reconnects whenever the connection fails.
 async fn consume(url: String, seed: u64, ledger: Arc<Mutex<Ledger>>) {
     let mut random = seed;
-    // The pace of reconnecting.
+    // Limits how often it reconnects.
     let mut pace = tokio::time::interval(Duration::from_millis(200));
     loop {
         pace.tick().await;
-        let _ = session(&url, &mut random, &ledger).await;
+        let _ = run_session(&url, &mut random, &ledger).await;
     }
 }
 
-async fn session(url: &str, random: &mut u64, ledger: &Mutex<Ledger>) -> lapin::Result<()> {
+async fn run_session(url: &str, random: &mut u64, ledger: &Mutex<Ledger>) -> lapin::Result<()> {
     let connection = Connection::connect(url, ConnectionProperties::default()).await?;
     let channel = connection.create_channel().await?;
     channel.basic_qos(50, BasicQosOptions::default()).await?;
@@ -84,7 +84,7 @@ async fn session(url: &str, random: &mut u64, ledger: &Mutex<Ledger>) -> lapin::
     Ok(())
 }
 
-async fn expired(daemon: &mut Daemon) -> usize {
+async fn count_expired(daemon: &mut Daemon) -> usize {
     let url = format!("http://{}/metrics", daemon.http_addr().await);
     let text = ureq::get(&url).call().expect("an answer").body_mut().read_to_string().expect("text");
     let counts = text.lines().filter(|line| line.starts_with("tidings_expired_total{"));
@@ -92,15 +92,17 @@ async fn expired(daemon: &mut Daemon) -> usize {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_lost_or_late_while_consumers_reject_and_the_broker_restarts() {
-    let servers = Servers::alone().await;
+async fn no_message_is_lost_or_handled_after_its_deadline_while_consumers_reject_and_rabbitmq_restarts() {
+    let servers = Servers::start_private_async().await;
     let servers = Arc::new(Mutex::new(servers));
     let world = {
-        // The lock is held by nobody else yet.
+        // No other task uses the lock yet, so holding it while blocking is safe.
         let held = servers.lock().expect("whole");
-        tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(World::on(&held, &["message"])))
+        tokio::task::block_in_place(|| {
+            tokio::runtime::Handle::current().block_on(World::on_servers(&held, &["message"]))
+        })
     };
-    // Dead letters of other queues are handed on without a confirm, and lost if the broker stops in that moment.
+    // Without `at-least-once`, RabbitMQ dead-letters without confirms, and loses a message if it stops at that moment.
     let mut arguments = FieldTable::default();
     for (name, value) in [
         ("x-queue-type", "quorum"),
@@ -120,7 +122,7 @@ async fn nothing_is_lost_or_late_while_consumers_reject_and_the_broker_restarts(
     for number in 0..CONSUMERS {
         consumers.spawn(consume(url.clone(), seed.wrapping_add(number * 2), Arc::clone(&ledger)));
     }
-    let mut daemon = often(&world).ready().await;
+    let mut daemon = launch_with_frequent_passes(&world).start_ready().await;
     world
         .sql(&format!(
             "INSERT INTO tidings.schedules (kind, due_at, payload)
@@ -132,7 +134,7 @@ async fn nothing_is_lost_or_late_while_consumers_reject_and_the_broker_restarts(
 
     for handled in [MESSAGES / 5, MESSAGES / 2] {
         let reached = async || (ledger.lock().expect("whole").handled.len() >= handled).then_some(());
-        eventually_within(LONG, &format!("{handled} handled"), reached).await;
+        eventually_within(STAGE_LIMIT, &format!("{handled} handled"), reached).await;
         let servers = Arc::clone(&servers);
         let restarted = tokio::task::spawn_blocking(move || {
             servers.lock().expect("whole").restart(Server::RabbitMq, Signal::SIGTERM)
@@ -140,17 +142,17 @@ async fn nothing_is_lost_or_late_while_consumers_reject_and_the_broker_restarts(
         restarted.await.expect("no panic").expect("restarted");
     }
 
-    let all_without = async || (ledger.lock().expect("whole").handled(false) == MESSAGES / 2).then_some(());
-    eventually_within(LONG, "all without a deadline handled", all_without).await;
-    eventually_within(LONG, "nothing is pending", async || {
+    let all_without = async || (ledger.lock().expect("whole").count_handled(false) == MESSAGES / 2).then_some(());
+    eventually_within(STAGE_LIMIT, "all without a deadline handled", all_without).await;
+    eventually_within(STAGE_LIMIT, "nothing is pending", async || {
         world.value::<bool>("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await.then_some(())
     })
     .await;
-    // Past the last deadline, what is left expires.
+    // After the last deadline, all remaining messages expire.
     let broker = Broker::connect(&url).await;
     let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
     for queue in [QUEUE, "tidings.dead"] {
-        eventually_within(LONG, &format!("{queue} is empty"), async || {
+        eventually_within(STAGE_LIMIT, &format!("{queue} is empty"), async || {
             let channel = broker.channel().await;
             let declared = channel.queue_declare(queue.into(), options, FieldTable::default()).await.expect("a queue");
             (declared.message_count() == 0).then_some(())
@@ -160,13 +162,13 @@ async fn nothing_is_lost_or_late_while_consumers_reject_and_the_broker_restarts(
     let history: i64 = world.value("SELECT count(*) FROM tidings.deliveries").await;
     let past: bool =
         world.value(&format!("SELECT max(due_at) + interval '{TTL_MS} ms' < now() FROM tidings.deliveries")).await;
-    let expired = expired(&mut daemon).await;
+    let expired = count_expired(&mut daemon).await;
     let ledger = ledger.lock().expect("whole");
     let copies: usize = ledger.handled.values().map(|times| times.len() - 1).sum();
     println!(
         "{} handled, of which {} with a deadline, {copies} copies; {} rejections; {expired} expired, {} came stale",
         ledger.handled.len(),
-        ledger.handled(true),
+        ledger.count_handled(true),
         ledger.rejected,
         ledger.stale
     );
@@ -177,9 +179,9 @@ async fn nothing_is_lost_or_late_while_consumers_reject_and_the_broker_restarts(
             assert!(expires_ms.is_none_or(|expires_ms| *at_ms < expires_ms), "{id} was handled after its deadline");
         }
     }
-    // All of them are past their deadline by now, so whoever was not handled has expired: counted by the daemon, copies and
-    // all.
-    let accounted = ledger.handled(true) + ledger.stale + expired;
+    // All deadlines have passed, so every message with a deadline was handled, arrived stale, or was counted as expired
+    // by the daemon, which counts copies too.
+    let accounted = ledger.count_handled(true) + ledger.stale + expired;
     assert!(accounted >= MESSAGES / 2, "of those with a deadline {accounted} are accounted for");
     assert!(past, "the last deadline has passed");
 }

@@ -1,4 +1,5 @@
-//! When rows are delivered: milliseconds after they are due, whatever got lost on the way, and at a cost that does not grow.
+//! Tests that rows are delivered milliseconds after they are due, even if notifications are lost, at a cost that does
+//! not grow with the number of rows.
 
 pub(crate) mod assumptions;
 pub(crate) mod delivery;

@@ -1,5 +1,6 @@
-//! Many who write due rows at once are not told to stand in line for a notification: the daemon looks by itself meanwhile.
-//! The sweep, which would find whatever it missed, comes once an hour here.
+//! When many transactions write due rows at once, triggers do not notify (NOTIFY serialises commits), and the daemon
+//! looks at the queue by itself until `tidings.polling_until`. In these tests the sweep, which would find missed rows,
+//! comes only once an hour.
 
 use std::time::Duration;
 
@@ -10,14 +11,15 @@ use harness::world::World;
 use nix::sys::signal::Signal;
 use sqlx::postgres::PgListener;
 
-/// A row that is due.
-const ROW: &str = r#"INSERT INTO tidings.schedules (kind, due_at, payload) VALUES ('message', now(), '{"routing_key": "a", "body": 1}')"#;
-/// Whether somebody promised to look by himself.
-const PROMISED: &str = "SELECT to_timestamp(last_value / 1e6::float8) > clock_timestamp() FROM tidings.polling_until";
+/// The statement that writes a row that is due.
+const INSERT_ROW: &str = r#"INSERT INTO tidings.schedules (kind, due_at, payload) VALUES ('message', now(), '{"routing_key": "a", "body": 1}')"#;
+/// Whether a daemon has promised to look by itself until a later time.
+const IS_PROMISED: &str =
+    "SELECT to_timestamp(last_value / 1e6::float8) > clock_timestamp() FROM tidings.polling_until";
 const ALL_DELIVERED: &str = "SELECT NOT EXISTS (SELECT FROM tidings.schedules)";
 
-/// Counts notifications until `the end`, which comes after all others.
-pub(crate) async fn notifications(world: &World, listener: &mut PgListener) -> usize {
+/// Notifies `the end`, which arrives after all earlier notifications, and counts the notifications before it.
+pub(crate) async fn count_notifications(world: &World, listener: &mut PgListener) -> usize {
     world.sql("NOTIFY tidings, 'the end'").await;
     let mut notified = 0;
     while listener.recv().await.expect("a notification").payload() != "the end" {
@@ -26,75 +28,76 @@ pub(crate) async fn notifications(world: &World, listener: &mut PgListener) -> u
     notified
 }
 
-pub(crate) async fn listener(world: &World) -> PgListener {
+pub(crate) async fn connect_listener(world: &World) -> PgListener {
     let mut listener = PgListener::connect_with(&world.db).await.expect("a listener");
     listener.listen("tidings").await.expect("listening");
     listener
 }
 
-/// Promises to look by ourselves.
-pub(crate) fn promise(ahead: &str) -> String {
+/// The statement that promises, as a daemon would, to look by itself for the interval `ahead`.
+pub(crate) fn promise_sql(ahead: &str) -> String {
     format!(
         "SELECT setval('tidings.polling_until', (extract(epoch FROM clock_timestamp() + interval '{ahead}') * 1e6)::bigint)"
     )
 }
 
 #[tokio::test]
-async fn many_who_write_due_rows_hardly_notify_and_each_row_is_delivered() {
-    let world = World::with(&["message"]).await;
-    let mut listener = listener(&world).await;
+async fn concurrent_writers_of_due_rows_notify_rarely_and_every_row_is_delivered() {
+    let world = World::with_plugins(&["message"]).await;
+    let mut listener = connect_listener(&world).await;
     let _inbox = world.inbox(&["#"]).await;
-    let _daemon = world.launch().with("TIDINGS_SWEEP_MS", 3_600_000).ready().await;
+    let _daemon = world.launch().with("TIDINGS_SWEEP_MS", 3_600_000).start_ready().await;
 
     join_all((0..8).map(|_| async {
         for _ in 0..250 {
-            world.sql(ROW).await;
+            world.sql(INSERT_ROW).await;
         }
     }))
     .await;
 
-    world.until(ALL_DELIVERED).await;
+    world.wait_until(ALL_DELIVERED).await;
     assert_eq!(world.value::<i64>("SELECT count(*) FROM tidings.deliveries").await, 2_000);
-    let notified = notifications(&world, &mut listener).await;
+    let notified = count_notifications(&world, &mut listener).await;
     assert!(notified < 1_000, "{notified} of 2000 transactions notified");
 
-    // Afterwards one row notifies as ever.
-    world.until(&PROMISED.replace('>', "<")).await;
-    world.sql(ROW).await;
-    assert_eq!(notifications(&world, &mut listener).await, 1);
-    world.until(ALL_DELIVERED).await;
+    // After the promise has ended, a row notifies again.
+    world.wait_until(&IS_PROMISED.replace('>', "<")).await;
+    world.sql(INSERT_ROW).await;
+    assert_eq!(count_notifications(&world, &mut listener).await, 1);
+    world.wait_until(ALL_DELIVERED).await;
 }
 
-/// On servers of its own: what others write there tells the daemon which numbers have been given to transactions, and it must
-/// know without.
+/// Uses private servers, because transactions of other tests would show the daemon which transaction numbers are in
+/// use, and it must not depend on that.
 #[tokio::test]
-async fn a_row_of_a_transaction_that_was_silent_and_stayed_open_is_found_when_it_is_committed() {
-    let servers = Servers::alone().await;
-    let world = World::on(&servers, &["message"]).await;
+async fn a_row_of_a_long_transaction_that_did_not_notify_is_found_at_its_commit() {
+    let servers = Servers::start_private_async().await;
+    let world = World::on_servers(&servers, &["message"]).await;
     let _inbox = world.inbox(&["#"]).await;
-    let _daemon = world.launch().with("TIDINGS_SWEEP_MS", 3_600_000).ready().await;
-    let mut listener = listener(&world).await;
+    let _daemon = world.launch().with("TIDINGS_SWEEP_MS", 3_600_000).start_ready().await;
+    let mut listener = connect_listener(&world).await;
 
-    world.sql(&promise("1.9 s")).await;
-    // The daemon sees it.
-    notifications(&world, &mut listener).await;
+    world.sql(&promise_sql("1.9 s")).await;
+    // The daemon is notified and sees the promise.
+    count_notifications(&world, &mut listener).await;
     let mut transaction = world.db.begin().await.expect("a transaction");
-    sqlx::query(ROW).execute(&mut *transaction).await.expect("written");
-    world.until(&PROMISED.replace('>', "<")).await;
-    // It goes on looking for as long as the transaction is open, which is what the test is about.
+    sqlx::query(INSERT_ROW).execute(&mut *transaction).await.expect("written");
+    world.wait_until(&IS_PROMISED.replace('>', "<")).await;
+    // The daemon must keep looking for as long as the transaction is open: this is what the test is about.
     tokio::time::sleep(Duration::from_millis(200)).await;
     transaction.commit().await.expect("committed");
 
-    world.until(ALL_DELIVERED).await;
-    assert_eq!(notifications(&world, &mut listener).await, 0, "it was silent");
+    world.wait_until(ALL_DELIVERED).await;
+    assert_eq!(count_notifications(&world, &mut listener).await, 0, "it was silent");
 }
 
-/// A daemon that was frozen finds all notifications of that time at once, and takes them for a flood.
+/// A daemon that was frozen receives all notifications of that time at once, takes them for a flood, and makes a
+/// promise.
 #[tokio::test]
-async fn a_promise_binds_the_other_daemons_too_and_they_deliver_what_only_they_serve() {
-    let world = World::with(&["message"]).await;
+async fn a_promise_to_poll_makes_all_daemons_poll_for_the_kinds_that_they_serve() {
+    let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
-    let _left = world.launch().with("TIDINGS_SWEEP_MS", 3_600_000).ready().await;
+    let _left = world.launch().with("TIDINGS_SWEEP_MS", 3_600_000).start_ready().await;
     let dir = world.plugin_dir.join("right");
     std::fs::create_dir(&dir).expect("made");
     std::fs::write(dir.join("right.wasm"), well_behaved("right", &["right"], "right")).expect("written");
@@ -103,36 +106,36 @@ async fn a_promise_binds_the_other_daemons_too_and_they_deliver_what_only_they_s
         .with("TIDINGS_SWEEP_MS", 3_600_000)
         .with("TIDINGS_PLUGIN_DIR", dir.display())
         .with("TIDINGS_STATE_DIR", world.state_dir().with_extension("right").display())
-        .ready()
+        .start_ready()
         .await;
 
     right.signal(Signal::SIGSTOP);
     for _ in 0..20 {
         world.sql("NOTIFY tidings").await;
-        // Too few at a time for the left one to make a promise of its own.
+        // Too few at a time for the left daemon to make a promise.
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    assert!(!world.value::<bool>(PROMISED).await);
+    assert!(!world.value::<bool>(IS_PROMISED).await);
     right.signal(Signal::SIGCONT);
-    world.until(PROMISED).await;
-    // The triggers are silent.
-    world.sql(ROW).await;
+    world.wait_until(IS_PROMISED).await;
+    // The triggers do not notify.
+    world.sql(INSERT_ROW).await;
 
     inbox.next().await;
 }
 
 #[tokio::test]
-async fn a_promise_that_nobody_keeps_ends_by_itself() {
+async fn a_promise_to_poll_that_no_daemon_keeps_ends_by_itself() {
     let world = World::empty().await;
-    let mut listener = listener(&world).await;
-    world.sql(&promise("1.9 s")).await;
-    world.sql(ROW).await;
-    assert_eq!(notifications(&world, &mut listener).await, 0);
-    world.until(&PROMISED.replace('>', "<")).await;
-    world.sql(ROW).await;
-    assert_eq!(notifications(&world, &mut listener).await, 1);
-    // Left over from before the clock was set back.
-    world.sql(&promise("1 hour")).await;
-    world.sql(ROW).await;
-    assert_eq!(notifications(&world, &mut listener).await, 1);
+    let mut listener = connect_listener(&world).await;
+    world.sql(&promise_sql("1.9 s")).await;
+    world.sql(INSERT_ROW).await;
+    assert_eq!(count_notifications(&world, &mut listener).await, 0);
+    world.wait_until(&IS_PROMISED.replace('>', "<")).await;
+    world.sql(INSERT_ROW).await;
+    assert_eq!(count_notifications(&world, &mut listener).await, 1);
+    // A promise too far in the future, as it remains after the clock was set back, does not count.
+    world.sql(&promise_sql("1 hour")).await;
+    world.sql(INSERT_ROW).await;
+    assert_eq!(count_notifications(&world, &mut listener).await, 1);
 }

@@ -1,11 +1,11 @@
-//! The checked queries in `.sqlx`, which the daemon is compiled with, against the schema that the migrations make: they
-//! must not drift apart. To write them anew see migrations/README.md.
+//! Compares the checked queries in `.sqlx`, with which the daemon is compiled, with the schema that the migrations
+//! make, and checks what the queries cost. How to write `.sqlx` anew: migrations/README.md.
 
 use harness::world::World;
 use sqlx::{AssertSqlSafe, Executor as _, SqlSafeStr as _};
 
 #[tokio::test]
-async fn the_checked_queries_are_those_of_the_schema() {
+async fn the_checked_queries_match_the_schema() {
     let world = World::empty().await;
     let mut checked = 0;
     for entry in std::fs::read_dir(harness::repository().join(".sqlx")).expect("the checked queries") {
@@ -24,8 +24,8 @@ async fn the_checked_queries_are_those_of_the_schema() {
     assert!(checked > 0, "there are none");
 }
 
-/// The checked query with this part.
-pub(crate) fn checked(part: &str) -> String {
+/// The checked query that contains `part`.
+pub(crate) fn find_checked_query(part: &str) -> String {
     let dir = std::fs::read_dir(harness::repository().join(".sqlx")).expect("the checked queries");
     let queries = dir.map(|entry| std::fs::read_to_string(entry.expect("an entry").path()).expect("a file"));
     let mut texts = queries.map(|text| {
@@ -34,15 +34,15 @@ pub(crate) fn checked(part: &str) -> String {
     texts.find(|text| text.contains(part)).unwrap_or_else(|| panic!("no query with {part}"))
 }
 
-/// A part of the query that claims.
+/// A part that only the claim query contains.
 pub(crate) const CLAIM: &str = "generate_series(1, units)";
 
-/// How many pages a query reads, prepared and planned for any argument, and its plan.
-pub(crate) async fn pages(world: &World, query: &str, types: &str, arguments: &str) -> (u64, String) {
+/// The number of pages that a prepared query with a generic plan reads, and its plan.
+pub(crate) async fn count_pages(world: &World, query: &str, types: &str, arguments: &str) -> (u64, String) {
     let mut connection = world.db.acquire().await.expect("a connection");
     let mut run =
         async |sql: String| sqlx::query(AssertSqlSafe(sql)).fetch_all(&mut *connection).await.expect("it runs");
-    // As in the daemon's sessions.
+    // The same planner settings as in the daemon's sessions.
     run("SET plan_cache_mode = force_generic_plan".into()).await;
     run("SET enable_sort = off".into()).await;
     run(format!("PREPARE asked({types}) AS {query}")).await;
@@ -50,7 +50,7 @@ pub(crate) async fn pages(world: &World, query: &str, types: &str, arguments: &s
     run("DEALLOCATE asked".into()).await;
     run("RESET ALL".into()).await;
     let plan: Vec<String> = plan.iter().map(|row| sqlx::Row::get(row, 0)).collect();
-    // The first is that of the whole statement.
+    // The first such line is that of the whole statement.
     let buffers = plan.iter().find(|line| line.contains("Buffers: shared")).expect("they are counted");
     let pages = buffers.split(['=', ' ']).filter_map(|word| word.parse::<u64>().ok()).sum();
     (pages, plan.join("\n"))
@@ -66,16 +66,16 @@ async fn a_look_at_the_queue_costs_the_same_however_many_rows_are_held() {
         )
         .await;
     world.sql("INSERT INTO tidings.schedules (kind, due_at) SELECT 'message', now() + interval '1 day' FROM generate_series(1, 10)").await;
-    // Of those that we serve one is paused.
+    // One of the served kinds is paused.
     world.sql("INSERT INTO tidings.schedules (kind, due_at, held) SELECT 'other', now(), true FROM generate_series(1, 1000)").await;
     world.sql("INSERT INTO tidings.pauses (kind) VALUES ('other')").await;
     world.sql("ANALYZE tidings.schedules").await;
 
-    // The same statement is a sweep.
+    // The same statement looks and sweeps.
     for sweep in ["false", "true"] {
         let arguments = format!("'{{message,other}}', NULL, {sweep}, 1000");
         let types = "text[], timestamptz, boolean, bigint";
-        let (pages, plan) = pages(&world, &checked("held_for_us"), types, &arguments).await;
+        let (pages, plan) = count_pages(&world, &find_checked_query("held_for_us"), types, &arguments).await;
         assert!(pages < 40, "{plan}");
     }
 }
@@ -92,7 +92,8 @@ async fn a_claim_and_its_settlement_cost_the_same_however_many_rows_wait() {
     world.sql("ANALYZE tidings.schedules").await;
 
     let types = "text[], bigint, bigint, timestamptz, boolean";
-    let (read, plan) = pages(&world, &checked(CLAIM), types, "'{message}', 200, 2097152, '-infinity', false").await;
+    let (read, plan) =
+        count_pages(&world, &find_checked_query(CLAIM), types, "'{message}', 200, 2097152, '-infinity', false").await;
     assert!(read < 60 && !plan.contains("Seq Scan on schedules"), "{read}\n{plan}");
 
     let types = "uuid[], text[], timestamptz[], text[], text[], text[], bigint[]";
@@ -104,12 +105,13 @@ async fn a_claim_and_its_settlement_cost_the_same_however_many_rows_wait() {
     let (instant, number) = (filled("now()"), filled("1::bigint"));
     let arguments =
         format!("'{{{ids}}}', {}, {instant}, {text}, {text}, {text}, {number}", filled("'delivered'::text"));
-    let (read, plan) = pages(&world, &checked("INSERT INTO tidings.deliveries"), types, &arguments).await;
+    let (read, plan) =
+        count_pages(&world, &find_checked_query("INSERT INTO tidings.deliveries"), types, &arguments).await;
     assert!(read < 200 && !plan.contains("Seq Scan on schedules"), "{read}\n{plan}");
 }
 
 #[tokio::test]
-async fn what_the_page_shows_costs_the_same_however_many_rows_wait_or_are_parked() {
+async fn the_queries_of_the_page_cost_the_same_however_many_rows_wait_or_are_parked() {
     let world = World::empty().await;
     world.sql("INSERT INTO tidings.schedules (kind, due_at) SELECT 'message', now() + number * interval '1 minute' FROM generate_series(1, 100000) AS number").await;
     world
@@ -124,7 +126,7 @@ async fn what_the_page_shows_costs_the_same_however_many_rows_wait_or_are_parked
         ("SELECT id FROM tidings.parked ORDER BY id LIMIT", "bigint", "50", 120),
         ("slot_at AS \"at!\"", "timestamptz, float8, text, bigint, timestamptz", "now(), NULL, NULL, 10, NULL", 40),
     ] {
-        let (pages, plan) = pages(&world, &checked(part), types, arguments).await;
+        let (pages, plan) = count_pages(&world, &find_checked_query(part), types, arguments).await;
         assert!(pages < most && !plan.contains("Seq Scan"), "{pages} {part}\n{plan}");
     }
 }

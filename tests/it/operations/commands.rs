@@ -1,5 +1,5 @@
-//! The commands about rows: schedule, cancel, next (explain has a file of its own); and what all commands have in common: `--json`, an end of the
-//! reader, bad arguments.
+//! The commands `schedule`, `cancel` and `next`, and what all commands have in common: `--json`, a closed standard
+//! output, bad arguments. `explain` has its own file.
 
 use std::io::Write as _;
 use std::process::{Command, Output, Stdio};
@@ -8,24 +8,24 @@ use harness::daemon::Launch;
 use harness::world::{World, database_url};
 use serde_json::{Value, json};
 
-use crate::dead_letters::replay::no_pass_at_start;
+use crate::dead_letters::replay::suppress_pass_at_start;
 
-/// A command in a world.
-fn command(world: &World, arguments: &[&str]) -> Launch {
+/// How to run a command in a world.
+fn launch_command(world: &World, arguments: &[&str]) -> Launch {
     world.launch().subcommand(arguments[0]).args(&arguments[1..])
 }
 
-/// Runs it to its end, while whatever else is in the test goes on.
-async fn run(mut command: Command) -> Output {
+/// Runs a command until it ends, without blocking the test's runtime.
+async fn run_command(mut command: Command) -> Output {
     let ran = tokio::task::spawn_blocking(move || command.output()).await.expect("it does not panic");
     ran.expect("it runs")
 }
 
-/// Runs a command with `--json`, and returns its exit code and its answer; null = there is none.
-pub(crate) async fn json(world: &World, arguments: &[&str]) -> (i32, Value) {
-    let mut command = command(world, arguments).args(["--json"]).command();
+/// Runs a command with `--json`, and returns its exit code and its JSON output; null if there is none.
+pub(crate) async fn run_json(world: &World, arguments: &[&str]) -> (i32, Value) {
+    let mut command = launch_command(world, arguments).args(["--json"]).command();
     command.stdin(Stdio::null());
-    let ran = run(command).await;
+    let ran = run_command(command).await;
     let answer = String::from_utf8(ran.stdout).expect("UTF-8");
     let answer = if answer.is_empty() {
         Value::Null
@@ -35,13 +35,13 @@ pub(crate) async fn json(world: &World, arguments: &[&str]) -> (i32, Value) {
     (ran.status.code().expect("it was not killed"), answer)
 }
 
-/// The names of what a JSON object has in it.
-pub(crate) fn names(object: &Value) -> Vec<&str> {
+/// The names of the fields of a JSON object.
+pub(crate) fn field_names(object: &Value) -> Vec<&str> {
     object.as_object().expect("an object").keys().map(String::as_str).collect()
 }
 
 #[tokio::test]
-async fn schedule_writes_a_row_as_it_was_told_and_prints_its_id() {
+async fn schedule_writes_a_row_with_all_given_values_and_prints_its_id() {
     let world = World::empty().await;
     let arguments = ["schedule", "message", "--at", "2026-12-24T19:00:00+01:00", "--key", "k", "--subject", "s"];
     let more = ["--expires-in", "90s", "--payload", r#"{"a": 1.10}"#, "--header", "b=1=2", "--header", "c="];
@@ -55,8 +55,8 @@ async fn schedule_writes_a_row_as_it_was_told_and_prints_its_id() {
     assert_eq!(row, format!(r#"{output} message k s 1798135200 00:01:30 {{"a": 1.10}} {{"b": "1=2", "c": ""}}"#));
 
     let (code, answer) =
-        json(&world, &["schedule", "message", "--in", "3days", "--expires-at", "9999-12-31T00:00:00Z"]).await;
-    assert_eq!((code, names(&answer)), (0, vec!["id"]));
+        run_json(&world, &["schedule", "message", "--in", "3days", "--expires-at", "9999-12-31T00:00:00Z"]).await;
+    assert_eq!((code, field_names(&answer)), (0, vec!["id"]));
     let right: bool = world
         .value(&format!("SELECT due_at - now() BETWEEN interval '71 hours' AND interval '72 hours' FROM tidings.schedules WHERE id = '{}'", answer["id"].as_str().expect("an id")))
         .await;
@@ -64,7 +64,7 @@ async fn schedule_writes_a_row_as_it_was_told_and_prints_its_id() {
 }
 
 #[tokio::test]
-async fn a_payload_comes_from_a_file_or_from_standard_input() {
+async fn schedule_reads_a_payload_from_a_file_or_from_standard_input() {
     let world = World::empty().await;
     let file = world.plugin_dir.join("payload.json");
     std::fs::write(&file, "{\"from\": \"a file\"}\n").expect("written");
@@ -72,7 +72,7 @@ async fn a_payload_comes_from_a_file_or_from_standard_input() {
     let (code, output) =
         world.tidings(["schedule", "message", "--in", "1h", "--payload", &format!("@{}", file.display())]).await;
     assert_eq!(code, 0, "{output}");
-    let reading = command(&world, &["schedule", "message", "--in", "2h", "--payload", "-"]);
+    let reading = launch_command(&world, &["schedule", "message", "--in", "2h", "--payload", "-"]);
     let mut child = reading.command().stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("it runs");
     child.stdin.take().expect("piped").write_all(b"[\"from standard input\"]").expect("written");
     assert!(child.wait().expect("it ends").success());
@@ -83,24 +83,24 @@ async fn a_payload_comes_from_a_file_or_from_standard_input() {
 }
 
 #[tokio::test]
-async fn what_is_scheduled_by_hand_is_delivered_at_once_if_it_is_due() {
-    let world = World::with(&["message"]).await;
+async fn a_row_scheduled_on_the_command_line_is_delivered_at_once_if_it_is_due() {
+    let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
-    let _daemon = world.daemon().await;
+    let _daemon = world.start_daemon().await;
 
     let payload = r#"{"routing_key": "k", "body": 1}"#;
-    let (code, answer) = json(&world, &["schedule", "message", "--in", "0s", "--payload", payload]).await;
+    let (code, answer) = run_json(&world, &["schedule", "message", "--in", "0s", "--payload", payload]).await;
 
     assert_eq!(code, 0);
-    // With a sweep of ten minutes: it was notified.
+    // The sweep comes only every ten minutes, so the daemon was notified.
     assert_eq!(inbox.next().await.id().to_string(), answer["id"].as_str().expect("an id"));
 }
 
 #[tokio::test]
-async fn a_key_that_is_taken_is_replaced_kept_or_an_error_as_asked() {
+async fn schedule_with_a_pending_key_replaces_keeps_or_fails_as_asked() {
     let world = World::empty().await;
     let schedule = async |more: &[&str]| {
-        json(&world, &[&["schedule", "message", "--in", "1h", "--key", "k"], more].concat()).await
+        run_json(&world, &[&["schedule", "message", "--in", "1h", "--key", "k"], more].concat()).await
     };
     let first = schedule(&[]).await.1;
 
@@ -121,7 +121,7 @@ async fn a_key_that_is_taken_is_replaced_kept_or_an_error_as_asked() {
 }
 
 #[tokio::test]
-async fn bad_input_is_a_sentence_that_names_the_argument_and_nothing_is_done() {
+async fn invalid_arguments_are_reported_by_name_and_change_nothing() {
     let world = World::empty().await;
     let long = "k".repeat(256);
     let schedule = ["schedule", "message", "--in", "1h"];
@@ -169,14 +169,14 @@ async fn bad_input_is_a_sentence_that_names_the_argument_and_nothing_is_done() {
 }
 
 #[tokio::test]
-async fn cancel_removes_by_key_or_by_subject_and_says_if_there_was_nothing() {
+async fn cancel_removes_rows_by_key_or_subject_and_reports_when_there_were_none() {
     let world = World::empty().await;
     world
         .sql("SELECT tidings.schedule('a', now() + interval '1 hour', key => 'k' || n, subject => 's') FROM generate_series(1, 3) AS n")
         .await;
 
-    assert_eq!(json(&world, &["cancel", "a", "k1"]).await, (0, json!({ "cancelled": 1 })));
-    assert_eq!(json(&world, &["cancel", "a", "k1"]).await, (66, json!({ "cancelled": 0 })));
+    assert_eq!(run_json(&world, &["cancel", "a", "k1"]).await, (0, json!({ "cancelled": 1 })));
+    assert_eq!(run_json(&world, &["cancel", "a", "k1"]).await, (66, json!({ "cancelled": 0 })));
     let (code, output) = world.tidings(["cancel", "--subject", "s"]).await;
     assert_eq!((code, output.as_str()), (0, "2 rows cancelled"));
     let (code, output) = world.tidings(["cancel", "--subject", "s"]).await;
@@ -184,7 +184,7 @@ async fn cancel_removes_by_key_or_by_subject_and_says_if_there_was_nothing() {
 }
 
 #[tokio::test]
-async fn next_shows_what_is_due_next_and_about_how_much_more_there_is() {
+async fn next_shows_the_next_due_rows_and_an_estimate_of_how_many_more_there_are() {
     let world = World::empty().await;
     let (code, output) = world.tidings(["next"]).await;
     assert_eq!((code, output.as_str()), (0, "nothing is due"));
@@ -195,19 +195,19 @@ async fn next_shows_what_is_due_next_and_about_how_much_more_there_is() {
     world.sql("INSERT INTO tidings.schedules (kind, due_at, held) SELECT 'nobody', now(), true FROM generate_series(1, 2)").await;
     world.sql("INSERT INTO tidings.pauses (kind, reason) VALUES ('c', 'why not')").await;
 
-    let (code, answer) = json(&world, &["next"]).await;
+    let (code, answer) = run_json(&world, &["next"]).await;
     assert_eq!(code, 0, "{answer}");
-    assert_eq!(names(&answer), ["held", "more", "more_is_estimate", "now", "paused", "rows"]);
+    assert_eq!(field_names(&answer), ["held", "more", "more_is_estimate", "now", "paused", "rows"]);
     assert_eq!((&answer["more"], &answer["more_is_estimate"]), (&json!(11), &json!(false)));
     let rows = answer["rows"].as_array().expect("a list");
     assert_eq!(rows.len(), 20);
-    assert_eq!(names(&rows[0]), ["at", "attempts", "due_at", "held", "id", "key", "kind", "subject"]);
+    assert_eq!(field_names(&rows[0]), ["at", "attempts", "due_at", "held", "id", "key", "kind", "subject"]);
     assert_eq!((&rows[0]["key"], &rows[1]["subject"]), (&json!("k1"), &json!("about")));
     assert!(rows[0]["at"].as_str().is_some_and(|at| at.ends_with('Z')), "{}", rows[0]);
     assert_eq!(answer["held"], json!([{ "kind": "nobody", "rows": 2, "or_more": false }]));
-    assert_eq!(names(&answer["paused"][0]), ["by", "kind", "reason", "since", "until"]);
+    assert_eq!(field_names(&answer["paused"][0]), ["by", "kind", "reason", "since", "until"]);
 
-    let (_, answer) = json(&world, &["next", "--within", "200s", "--kind", "a"]).await;
+    let (_, answer) = run_json(&world, &["next", "--within", "200s", "--kind", "a"]).await;
     assert_eq!((answer["rows"].as_array().expect("a list").len(), &answer["more"]), (3, &json!(0)));
     assert_eq!((&answer["held"], &answer["paused"]), (&json!([]), &json!([])));
     let (_, output) = world.tidings(["next", "--limit", "2"]).await;
@@ -219,35 +219,37 @@ async fn next_shows_what_is_due_next_and_about_how_much_more_there_is() {
 
     world.sql("INSERT INTO tidings.schedules (kind, due_at) SELECT 'a', now() + interval '1 day' FROM generate_series(1, 5000)").await;
     world.sql("ANALYZE tidings.schedules").await;
-    let (_, answer) = json(&world, &["next"]).await;
+    let (_, answer) = run_json(&world, &["next"]).await;
     assert_eq!(answer["more_is_estimate"], json!(true));
     assert!((3_000..7_000).contains(&answer["more"].as_u64().expect("a number")), "{}", answer["more"]);
 }
 
 #[tokio::test]
-async fn a_producer_may_schedule_cancel_and_ask_and_not_pause() {
+async fn a_producer_may_use_schedule_cancel_next_and_explain_but_not_pause() {
     let world = World::empty().await;
     let role = format!("r{}", world.name);
     world.sql(&format!("CREATE ROLE {role} LOGIN IN ROLE tidings_producer")).await;
     let url = database_url(world.ports().0, &world.name).replace("postgres@", &format!("{role}@"));
     world.sql("INSERT INTO tidings.pauses (kind) VALUES ('b')").await;
-    let run = async |arguments: &[&str]| command(&world, arguments).with("TIDINGS_DATABASE_URL", &url).finished().await;
+    let run_as_producer = async |arguments: &[&str]| {
+        launch_command(&world, arguments).with("TIDINGS_DATABASE_URL", &url).run_to_end().await
+    };
 
     for arguments in
         [&["schedule", "a", "--in", "1h", "--key", "k"][..], &["next"], &["explain", "a/k"], &["cancel", "a", "k"]]
     {
-        let (code, output) = run(arguments).await;
+        let (code, output) = run_as_producer(arguments).await;
         assert_eq!(code, 0, "{arguments:?}: {output}");
     }
     for arguments in [&["pause", "a"][..], &["resume", "b"]] {
-        let (code, output) = run(arguments).await;
+        let (code, output) = run_as_producer(arguments).await;
         assert!(code == 1 && output.contains("GRANT tidings_daemon TO"), "{arguments:?}: {output}");
     }
     assert_eq!(world.value::<i64>("SELECT count(*) FROM tidings.pauses").await, 1);
 }
 
 #[tokio::test]
-async fn a_database_without_the_schema_is_exit_code_65() {
+async fn commands_on_a_database_without_the_schema_exit_with_65() {
     let world = World::empty().await;
     world.sql("DROP SCHEMA tidings CASCADE").await;
 
@@ -260,15 +262,15 @@ async fn a_database_without_the_schema_is_exit_code_65() {
 }
 
 #[tokio::test]
-async fn every_command_that_answers_has_one_json_document() {
-    let world = World::with(&["message"]).await;
-    no_pass_at_start(&world).await;
-    let mut daemon = world.daemon().await;
+async fn every_command_with_output_prints_one_json_document_with_the_flag_json() {
+    let world = World::with_plugins(&["message"]).await;
+    suppress_pass_at_start(&world).await;
+    let mut daemon = world.start_daemon().await;
     let addr = daemon.http_addr().await;
     world.sql("SELECT tidings.schedule('message', now(), '{}', key => 'parked')").await;
-    world.until("SELECT count(*) = 1 FROM tidings.parked").await;
+    world.wait_until("SELECT count(*) = 1 FROM tidings.parked").await;
     world.sql("INSERT INTO tidings.pauses (kind) VALUES ('message')").await;
-    let wasm = World::built("message");
+    let wasm = World::built_plugin("message");
     let wasm = wasm.to_str().expect("UTF-8");
     let fixtures = world.plugin_dir.with_extension("fixtures");
     std::fs::create_dir_all(&fixtures).expect("made");
@@ -276,48 +278,54 @@ async fn every_command_that_answers_has_one_json_document() {
         .expect("written");
     let fixtures = fixtures.to_str().expect("UTF-8");
 
-    let (code, answer) = json(&world, &["migrate"]).await;
-    assert_eq!((code, names(&answer), &answer["ran"]), (0, vec!["database", "ran"], &json!(0)));
-    let (code, answer) = json(&world, &["dead", "list"]).await;
+    let (code, answer) = run_json(&world, &["migrate"]).await;
+    assert_eq!((code, field_names(&answer), &answer["ran"]), (0, vec!["database", "ran"], &json!(0)));
+    let (code, answer) = run_json(&world, &["dead", "list"]).await;
     assert_eq!((code, answer), (0, json!({ "waiting": 0, "looked_at": 0, "listed": 0, "groups": [] })));
-    let (code, answer) = json(&world, &["dead", "replay", "--dry-run"]).await;
-    assert_eq!((code, names(&answer)), (0, vec!["dry_run", "expired", "left", "letters", "parked", "replayed"]));
-    assert_eq!(json(&world, &["dead", "drop", "--all"]).await, (0, json!({ "dropped": 0 })));
-    let (code, answer) = json(&world, &["parked", "list"]).await;
-    assert_eq!((code, names(&answer), &answer["letters"]), (0, vec!["letters", "rows"], &json!([])));
-    assert_eq!(names(&answer["rows"][0]), ["id", "key", "kind", "parked_at", "plugin", "reason"]);
-    assert_eq!(json(&world, &["parked", "retry", "--all"]).await, (0, json!({ "rows": 1, "letters": 0, "stay": [] })));
-    world.until("SELECT count(*) = 1 FROM tidings.schedules WHERE held").await;
-    assert_eq!(json(&world, &["parked", "drop", "--all"]).await, (0, json!({ "rows": 0, "letters": 0 })));
-    let (code, answer) = json(&world, &["plugin", "check", wasm]).await;
-    let fields = ["digest", "file", "imports", "inert", "kinds", "limits", "plugin", "size_bytes"];
-    assert_eq!((code, names(&answer)), (0, fields.to_vec()));
-    assert_eq!(names(&answer["limits"]), ["cpu_ms", "memory_mib", "output_kib", "wall_ms"]);
-    assert_eq!(names(&answer["kinds"][0]), ["example", "kind", "payload_schema", "summary"]);
-    let (code, answer) = json(&world, &["plugin", "test", wasm, "--fixtures", fixtures]).await;
+    let (code, answer) = run_json(&world, &["dead", "replay", "--dry-run"]).await;
+    assert_eq!((code, field_names(&answer)), (0, vec!["dry_run", "expired", "left", "letters", "parked", "replayed"]));
+    assert_eq!(run_json(&world, &["dead", "drop", "--all"]).await, (0, json!({ "dropped": 0 })));
+    let (code, answer) = run_json(&world, &["parked", "list"]).await;
+    assert_eq!((code, field_names(&answer), &answer["letters"]), (0, vec!["letters", "rows"], &json!([])));
+    assert_eq!(field_names(&answer["rows"][0]), ["id", "key", "kind", "parked_at", "plugin", "reason"]);
     assert_eq!(
-        (code, names(&answer), &answer["failed"]),
+        run_json(&world, &["parked", "retry", "--all"]).await,
+        (0, json!({ "rows": 1, "letters": 0, "stay": [] }))
+    );
+    world.wait_until("SELECT count(*) = 1 FROM tidings.schedules WHERE held").await;
+    assert_eq!(run_json(&world, &["parked", "drop", "--all"]).await, (0, json!({ "rows": 0, "letters": 0 })));
+    let (code, answer) = run_json(&world, &["plugin", "check", wasm]).await;
+    let fields = ["digest", "file", "imports", "inert", "kinds", "limits", "plugin", "size_bytes"];
+    assert_eq!((code, field_names(&answer)), (0, fields.to_vec()));
+    assert_eq!(field_names(&answer["limits"]), ["cpu_ms", "memory_mib", "output_kib", "wall_ms"]);
+    assert_eq!(field_names(&answer["kinds"][0]), ["example", "kind", "payload_schema", "summary"]);
+    let (code, answer) = run_json(&world, &["plugin", "test", wasm, "--fixtures", fixtures]).await;
+    assert_eq!(
+        (code, field_names(&answer), &answer["failed"]),
         (1, vec!["failed", "fixtures", "passed", "plugin"], &json!(1))
     );
     let fields = ["difference", "fixture", "instructions", "memory_bytes", "result", "took_ms"];
-    assert_eq!((names(&answer["fixtures"][0]), &answer["fixtures"][0]["result"]), (fields.to_vec(), &json!("failed")));
-    let (code, answer) = json(&world, &["plugin", "list", "--http-addr", &addr]).await;
-    assert_eq!((code, names(&answer)), (0, vec!["held", "paused", "plugins"]));
+    assert_eq!(
+        (field_names(&answer["fixtures"][0]), &answer["fixtures"][0]["result"]),
+        (fields.to_vec(), &json!("failed"))
+    );
+    let (code, answer) = run_json(&world, &["plugin", "list", "--http-addr", &addr]).await;
+    assert_eq!((code, field_names(&answer)), (0, vec!["held", "paused", "plugins"]));
     assert_eq!((&answer["paused"][0]["kind"], &answer["held"]), (&json!("message"), &json!([])));
     let (code, output) = world.tidings(["plugin", "list", "--http-addr", &addr]).await;
     assert!(code == 0 && output.contains("paused: the kind message is paused by postgres"), "{output}");
-    let (code, answer) = json(&world, &["doctor"]).await;
-    assert_eq!((code, names(&answer), &answer["failed"]), (0, vec!["checks", "failed"], &json!(false)));
-    assert_eq!(names(&answer["checks"][0]), ["level", "says"]);
+    let (code, answer) = run_json(&world, &["doctor"]).await;
+    assert_eq!((code, field_names(&answer), &answer["failed"]), (0, vec!["checks", "failed"], &json!(false)));
+    assert_eq!(field_names(&answer["checks"][0]), ["level", "says"]);
     assert!(answer["checks"].as_array().is_some_and(|checks| checks.len() > 20), "{answer}");
 }
 
 #[tokio::test]
-async fn nobody_who_reads_is_no_reason_to_panic() {
-    let world = World::with(&["message"]).await;
-    let mut daemon = world.daemon().await;
+async fn commands_do_not_panic_when_their_output_is_closed() {
+    let world = World::with_plugins(&["message"]).await;
+    let mut daemon = world.start_daemon().await;
     let addr = daemon.http_addr().await;
-    let wasm = World::built("message");
+    let wasm = World::built_plugin("message");
     let wasm = wasm.to_str().expect("UTF-8");
 
     for arguments in [
@@ -344,15 +352,15 @@ async fn nobody_who_reads_is_no_reason_to_panic() {
             drop(reader);
             writer
         };
-        let mut unread = command(&world, arguments).command();
+        let mut unread = launch_command(&world, arguments).command();
         unread.stdin(Stdio::null()).stdout(closed()).stderr(Stdio::piped());
         let ran = tokio::task::spawn_blocking(move || unread.spawn()?.wait_with_output()).await.expect("no panic");
         let ran = ran.expect("it runs");
-        let said = String::from_utf8_lossy(&ran.stderr).into_owned();
-        assert!(ran.status.code().is_some_and(|code| code != 101), "{arguments:?}: {} {said}", ran.status);
-        assert!(!said.contains("panicked"), "{arguments:?}: {said}");
-        // As behind `2>&1 | head`.
-        let mut unread = command(&world, arguments).command();
+        let stderr = String::from_utf8_lossy(&ran.stderr).into_owned();
+        assert!(ran.status.code().is_some_and(|code| code != 101), "{arguments:?}: {} {stderr}", ran.status);
+        assert!(!stderr.contains("panicked"), "{arguments:?}: {stderr}");
+        // Standard error is closed as well, as with `2>&1 | head`.
+        let mut unread = launch_command(&world, arguments).command();
         unread.stdin(Stdio::null()).stdout(closed()).stderr(closed());
         let status = tokio::task::spawn_blocking(move || unread.status()).await.expect("no panic").expect("it runs");
         assert!(status.code().is_some_and(|code| code != 101), "{arguments:?}: {status}");
@@ -360,7 +368,7 @@ async fn nobody_who_reads_is_no_reason_to_panic() {
 }
 
 #[tokio::test]
-async fn every_shell_gets_completions_that_know_the_commands() {
+async fn completions_for_every_shell_contain_the_commands_and_flags() {
     let world = World::empty().await;
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         let (code, output) = world.tidings(["completions", shell]).await;

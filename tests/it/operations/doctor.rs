@@ -1,4 +1,4 @@
-//! `tidings doctor`: what it says of deployments that are well and of deployments that are not, and that it changes nothing.
+//! `tidings doctor`: what it reports about healthy and unhealthy deployments. It never changes anything.
 
 use harness::daemon::Launch;
 use harness::eventually;
@@ -9,57 +9,57 @@ use lapin::options::QueueDeclareOptions;
 use lapin::types::{AMQPValue, FieldTable};
 use serde_json::{Value, json};
 
-use crate::dead_letters::replay::{publish, until_waiting};
-use crate::operations::process::free_port;
+use crate::dead_letters::replay::{publish_message, wait_for_message_count};
+use crate::operations::process::find_free_port;
 
-/// The doctor of a world without a daemon.
-fn doctor(world: &World) -> Launch {
-    world.launch().subcommand("doctor").with("TIDINGS_HTTP_ADDR", format!("127.0.0.1:{}", free_port()))
+/// How to run the doctor in a world without a daemon.
+fn launch_doctor(world: &World) -> Launch {
+    world.launch().subcommand("doctor").with("TIDINGS_HTTP_ADDR", format!("127.0.0.1:{}", find_free_port()))
 }
 
-/// Those lines that begin with `level`.
-fn lines<'a>(output: &'a str, level: &str) -> Vec<&'a str> {
+/// The lines of the output that begin with `level`.
+fn lines_at_level<'a>(output: &'a str, level: &str) -> Vec<&'a str> {
     output.lines().filter(|line| line.starts_with(&format!("{level:<6}"))).collect()
 }
 
-/// How many lines there are at each level: ok, note, warn and FAIL. The log may be among them.
-fn counts(output: &str) -> [usize; 4] {
-    ["ok", "note", "warn", "FAIL"].map(|level| lines(output, level).len())
+/// The number of lines at each level: ok, note, warn and FAIL. Other lines, such as those of the log, are not counted.
+fn count_levels(output: &str) -> [usize; 4] {
+    ["ok", "note", "warn", "FAIL"].map(|level| lines_at_level(output, level).len())
 }
 
-/// Whether one of the lines at `level` contains all of `parts`.
-fn says(output: &str, level: &str, parts: &[&str]) -> bool {
-    lines(output, level).iter().any(|line| parts.iter().all(|part| line.contains(part)))
+/// Whether a line at `level` contains all of `parts`.
+fn has_line(output: &str, level: &str, parts: &[&str]) -> bool {
+    lines_at_level(output, level).iter().any(|line| parts.iter().all(|part| line.contains(part)))
 }
 
-/// Asks RabbitMQ's management API.
-fn managed(world: &World, path: &str) -> Value {
+/// The answer of RabbitMQ's management API to a GET request.
+fn get_management(world: &World, path: &str) -> Value {
     let url = format!("{}/api/{path}", world.management_url());
     let text = ureq::get(&url).call().expect("an answer").body_mut().read_to_string().expect("text");
     serde_json::from_str(&text).expect("JSON")
 }
 
 #[tokio::test]
-async fn a_deployment_that_is_well_is_ok_in_every_line() {
-    let world = World::with(&["message"]).await;
-    // One environment serves both.
+async fn doctor_reports_a_healthy_deployment_as_ok_in_every_line() {
+    let world = World::with_plugins(&["message"]).await;
+    // The daemon and the doctor run with the same settings.
     let settings = world.launch().with("TIDINGS_MANAGEMENT_URL", world.management_url());
-    let mut daemon = settings.ready().await;
+    let mut daemon = settings.start_ready().await;
     let addr = daemon.http_addr().await;
 
-    let (code, output) = settings.subcommand("doctor").with("TIDINGS_HTTP_ADDR", addr).finished().await;
+    let (code, output) = settings.subcommand("doctor").with("TIDINGS_HTTP_ADDR", addr).run_to_end().await;
 
     assert_eq!(code, 0, "{output}");
-    assert_eq!(counts(&output), [28, 0, 0, 0], "{output}");
+    assert_eq!(count_levels(&output), [28, 0, 0, 0], "{output}");
     assert!(output.contains("3 triggers") && output.contains("11 indexes"), "{output}");
 }
 
 #[tokio::test]
-async fn a_world_without_a_daemon_is_told_of_and_left_as_it_is() {
-    let world = World::with(&["message"]).await;
+async fn doctor_reports_what_is_missing_without_a_daemon_and_changes_nothing() {
+    let world = World::with_plugins(&["message"]).await;
     let seen = async || {
-        let exchanges = managed(&world, &format!("exchanges/{}", world.name));
-        let queues = managed(&world, &format!("queues/{}", world.name));
+        let exchanges = get_management(&world, &format!("exchanges/{}", world.name));
+        let queues = get_management(&world, &format!("queues/{}", world.name));
         let names = |of: &Value| -> Vec<String> {
             let mut names: Vec<String> =
                 of.as_array().expect("a list").iter().map(|one| one["name"].to_string()).collect();
@@ -72,44 +72,44 @@ async fn a_world_without_a_daemon_is_told_of_and_left_as_it_is() {
     };
     let before = seen().await;
 
-    let (code, output) = doctor(&world).finished().await;
+    let (code, output) = launch_doctor(&world).run_to_end().await;
 
     assert_eq!(code, 0, "{output}");
-    for what in ["exchange tidings ", "exchange tidings.dlx", "queue tidings.dead", "queue tidings.parking"] {
-        assert!(says(&output, "note", &[what, "`tidings run` declares it"]), "{what}:\n{output}");
+    for item in ["exchange tidings ", "exchange tidings.dlx", "queue tidings.dead", "queue tidings.parking"] {
+        assert!(has_line(&output, "note", &[item, "`tidings run` declares it"]), "{item}:\n{output}");
     }
-    assert!(says(&output, "note", &["no daemon answers at 127.0.0.1"]), "{output}");
-    assert!(says(&output, "note", &["state directory", "`tidings run` makes it"]), "{output}");
-    assert!(says(&output, "note", &["TIDINGS_MANAGEMENT_URL"]), "{output}");
+    assert!(has_line(&output, "note", &["no daemon answers at 127.0.0.1"]), "{output}");
+    assert!(has_line(&output, "note", &["state directory", "`tidings run` makes it"]), "{output}");
+    assert!(has_line(&output, "note", &["TIDINGS_MANAGEMENT_URL"]), "{output}");
     let after = seen().await;
     assert!(before.2 == 0 && !before.3 && !before.0.iter().any(|name| name.contains("tidings")), "{before:?}");
     assert_eq!(after, before);
 }
 
 #[tokio::test]
-async fn a_disabled_trigger_and_a_dropped_index_fail_with_the_statement_that_helps() {
-    let world = World::with(&["message"]).await;
+async fn doctor_reports_a_disabled_trigger_and_a_dropped_index_with_the_repairing_statements() {
+    let world = World::with_plugins(&["message"]).await;
     world.sql("ALTER TABLE tidings.schedules DISABLE TRIGGER notify_after_insert").await;
     world.sql("DROP INDEX tidings.schedules_slot_at").await;
 
-    let (code, output) = doctor(&world).finished().await;
+    let (code, output) = launch_doctor(&world).run_to_end().await;
 
     assert_eq!(code, 1, "{output}");
     let enable = "ALTER TABLE tidings.schedules ENABLE TRIGGER notify_after_insert";
     let create = "CREATE INDEX schedules_slot_at ON tidings.schedules (slot_at)";
-    assert!(says(&output, "FAIL", &["notify_after_insert is disabled", enable]), "{output}");
-    assert!(says(&output, "FAIL", &["schedules_slot_at is missing", create]), "{output}");
-    assert_eq!(lines(&output, "FAIL").len(), 2, "{output}");
+    assert!(has_line(&output, "FAIL", &["notify_after_insert is disabled", enable]), "{output}");
+    assert!(has_line(&output, "FAIL", &["schedules_slot_at is missing", create]), "{output}");
+    assert_eq!(lines_at_level(&output, "FAIL").len(), 2, "{output}");
 
     world.sql(enable).await;
     world.sql(create).await;
-    let (code, output) = doctor(&world).finished().await;
+    let (code, output) = launch_doctor(&world).run_to_end().await;
     assert_eq!(code, 0, "{output}");
 }
 
 #[tokio::test]
-async fn every_trigger_and_index_that_the_migrations_make_is_missed() {
-    let world = World::with(&["message"]).await;
+async fn doctor_reports_every_missing_trigger_and_index() {
+    let world = World::with_plugins(&["message"]).await;
     let names: Vec<String> = world
         .value(
             "SELECT array_agg(name) FROM (
@@ -141,33 +141,33 @@ async fn every_trigger_and_index_that_the_migrations_make_is_missed() {
         )
         .await;
 
-    let (code, output) = doctor(&world).finished().await;
+    let (code, output) = launch_doctor(&world).run_to_end().await;
 
     assert_eq!(code, 1, "{output}");
     for name in &names {
-        assert!(says(&output, "FAIL", &[&format!("{name} is missing (")]), "{name}:\n{output}");
+        assert!(has_line(&output, "FAIL", &[&format!("{name} is missing (")]), "{name}:\n{output}");
     }
     assert_eq!(output.matches(" is missing (").count(), names.len(), "{output}");
 }
 
 #[tokio::test]
-async fn a_queue_that_exists_otherwise_fails_with_the_difference() {
-    let world = World::with(&["message"]).await;
+async fn doctor_reports_a_queue_with_other_arguments_and_the_difference() {
+    let world = World::with_plugins(&["message"]).await;
     let channel = world.broker.channel().await;
     let mut arguments = FieldTable::default();
     arguments.insert("x-message-ttl".into(), AMQPValue::LongInt(1000));
     channel.queue_declare("tidings.dead".into(), QueueDeclareOptions::durable(), arguments).await.expect("declared");
 
-    let (code, output) = doctor(&world).finished().await;
+    let (code, output) = launch_doctor(&world).run_to_end().await;
 
     assert_eq!(code, 1, "{output}");
-    assert!(says(&output, "FAIL", &["the queue tidings.dead", "x-message-ttl", "TIDINGS_EXCHANGE"]), "{output}");
-    assert_eq!(lines(&output, "FAIL").len(), 1, "{output}");
+    assert!(has_line(&output, "FAIL", &["the queue tidings.dead", "x-message-ttl", "TIDINGS_EXCHANGE"]), "{output}");
+    assert_eq!(lines_at_level(&output, "FAIL").len(), 1, "{output}");
 }
 
 #[tokio::test]
-async fn whoever_has_held_a_snapshot_for_longest_is_named() {
-    let world = World::with(&["message"]).await;
+async fn doctor_names_the_session_or_prepared_transaction_with_the_oldest_snapshot() {
+    let world = World::with_plugins(&["message"]).await;
     let mut session = world.db.acquire().await.expect("a connection");
     for statement in [
         "SET application_name = 'somebody slow'",
@@ -178,9 +178,9 @@ async fn whoever_has_held_a_snapshot_for_longest_is_named() {
     }
     let pid: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut *session).await.expect("a pid");
 
-    let (code, output) = doctor(&world).finished().await;
+    let (code, output) = launch_doctor(&world).run_to_end().await;
     assert_eq!(code, 0, "{output}");
-    assert!(says(&output, "ok", &[&format!("pid {pid} (somebody slow, user postgres)")]), "{output}");
+    assert!(has_line(&output, "ok", &[&format!("pid {pid} (somebody slow, user postgres)")]), "{output}");
 
     sqlx::query("ROLLBACK").execute(&mut *session).await.expect("rolled back");
     let gid = format!("of {}", world.name);
@@ -189,78 +189,78 @@ async fn whoever_has_held_a_snapshot_for_longest_is_named() {
         sqlx::query(sqlx::AssertSqlSafe(statement)).execute(&mut *session).await.expect(statement);
     }
 
-    let (code, output) = doctor(&world).finished().await;
+    let (code, output) = launch_doctor(&world).run_to_end().await;
 
-    // First of all: a prepared transaction outlives the test.
+    // Rolled back before any assertion can fail, because a prepared transaction outlives the test.
     world.sql(&format!("ROLLBACK PREPARED '{gid}'")).await;
     assert_eq!(code, 0, "{output}");
-    assert!(says(&output, "ok", &[&format!("the prepared transaction {gid} of user postgres")]), "{output}");
+    assert!(has_line(&output, "ok", &[&format!("the prepared transaction {gid} of user postgres")]), "{output}");
 }
 
 #[tokio::test]
-async fn servers_that_refuse_the_login_fail_in_words_and_are_asked_nothing_more() {
-    let world = World::with(&["message"]).await;
+async fn doctor_reports_refused_logins_and_checks_nothing_more_on_those_servers() {
+    let world = World::with_plugins(&["message"]).await;
     let (postgres, rabbitmq) = world.ports();
     let database = format!("postgres://nobody_{0}:s3cret@127.0.0.1:{postgres}/{0}", world.name);
     let broker = format!("amqp://guest:s3cret@127.0.0.1:{rabbitmq}/{}", world.name);
-    let refused = doctor(&world).with("TIDINGS_DATABASE_URL", database).with("TIDINGS_AMQP_URL", broker);
+    let refused = launch_doctor(&world).with("TIDINGS_DATABASE_URL", database).with("TIDINGS_AMQP_URL", broker);
 
-    let (code, output) = refused.with("TIDINGS_MANAGEMENT_URL", world.management_url()).finished().await;
+    let (code, output) = refused.with("TIDINGS_MANAGEMENT_URL", world.management_url()).run_to_end().await;
 
     assert_eq!(code, 1, "{output}");
-    assert!(says(&output, "FAIL", &["PostgreSQL", "refused the login", "TIDINGS_DATABASE_URL"]), "{output}");
-    assert!(says(&output, "FAIL", &["RabbitMQ", "refused the login", "TIDINGS_AMQP_URL"]), "{output}");
-    // The plugin directory, the state directory and the daemon.
-    assert_eq!(counts(&output), [2, 2, 0, 2], "{output}");
+    assert!(has_line(&output, "FAIL", &["PostgreSQL", "refused the login", "TIDINGS_DATABASE_URL"]), "{output}");
+    assert!(has_line(&output, "FAIL", &["RabbitMQ", "refused the login", "TIDINGS_AMQP_URL"]), "{output}");
+    // The other four lines are about the plugin directory, the state directory and the daemon.
+    assert_eq!(count_levels(&output), [2, 2, 0, 2], "{output}");
     assert!(!output.contains("s3cret"), "{output}");
 }
 
 #[tokio::test]
-async fn without_its_schema_a_daemon_is_not_ready_and_nothing_is_asked_of_tables() {
-    let world = World::with(&["message"]).await;
-    let mut daemon = world.daemon().await;
+async fn doctor_checks_no_tables_when_the_schema_is_missing() {
+    let world = World::with_plugins(&["message"]).await;
+    let mut daemon = world.start_daemon().await;
     world.sql("DROP SCHEMA tidings CASCADE").await;
 
     let addr = daemon.http_addr().await;
-    let (code, output) = doctor(&world).with("TIDINGS_HTTP_ADDR", addr).finished().await;
+    let (code, output) = launch_doctor(&world).with("TIDINGS_HTTP_ADDR", addr).run_to_end().await;
 
     assert_eq!(code, 1, "{output}");
-    assert!(says(&output, "FAIL", &["run `tidings migrate` first"]), "{output}");
-    assert!(says(&output, "FAIL", &["the daemon at", "is not ready", "tidings migrate"]), "{output}");
-    assert_eq!(lines(&output, "FAIL").len(), 2, "{output}");
-    assert!(says(&output, "ok", &["a notification takes"]) && !output.contains("triggers"), "{output}");
+    assert!(has_line(&output, "FAIL", &["run `tidings migrate` first"]), "{output}");
+    assert!(has_line(&output, "FAIL", &["the daemon at", "is not ready", "tidings migrate"]), "{output}");
+    assert_eq!(lines_at_level(&output, "FAIL").len(), 2, "{output}");
+    assert!(has_line(&output, "ok", &["a notification takes"]) && !output.contains("triggers"), "{output}");
 }
 
 #[tokio::test]
-async fn a_role_like_the_daemons_is_enough_and_one_without_rights_is_told_what_it_lacks() {
-    let world = World::with(&["message"]).await;
+async fn doctor_needs_only_the_daemons_rights_and_names_missing_ones() {
+    let world = World::with_plugins(&["message"]).await;
     let role = format!("role_{}", world.name);
     world.sql(&format!("CREATE ROLE {role} LOGIN")).await;
     let database = format!("postgres://{role}@127.0.0.1:{}/{}", world.ports().0, world.name);
-    let doctor = doctor(&world).with("TIDINGS_DATABASE_URL", database);
+    let doctor = launch_doctor(&world).with("TIDINGS_DATABASE_URL", database);
 
-    let (code, output) = doctor.finished().await;
+    let (code, output) = doctor.run_to_end().await;
     assert_eq!(code, 1, "{output}");
-    assert!(says(&output, "FAIL", &["permission denied", "GRANT tidings_daemon TO our_role"]), "{output}");
-    assert_eq!(lines(&output, "FAIL").len(), 1, "{output}");
+    assert!(has_line(&output, "FAIL", &["permission denied", "GRANT tidings_daemon TO our_role"]), "{output}");
+    assert_eq!(lines_at_level(&output, "FAIL").len(), 1, "{output}");
 
     world.sql(&format!("GRANT tidings_daemon TO {role}")).await;
     let mut session = world.db.acquire().await.expect("a connection");
     for statement in ["BEGIN ISOLATION LEVEL REPEATABLE READ", "SELECT count(*) FROM tidings.schedules"] {
         sqlx::query(statement).execute(&mut *session).await.expect(statement);
     }
-    let (code, output) = doctor.finished().await;
+    let (code, output) = doctor.run_to_end().await;
     assert_eq!(code, 0, "{output}");
-    assert!(says(&output, "note", &["1 sessions of other roles", "GRANT pg_read_all_stats"]), "{output}");
+    assert!(has_line(&output, "note", &["1 sessions of other roles", "GRANT pg_read_all_stats"]), "{output}");
 
     world.sql(&format!("GRANT pg_read_all_stats TO {role}")).await;
-    let (_, output) = doctor.finished().await;
-    assert!(says(&output, "ok", &["the oldest is that of the session"]), "{output}");
+    let (_, output) = doctor.run_to_end().await;
+    assert!(has_line(&output, "ok", &["the oldest is that of the session"]), "{output}");
 }
 
 #[tokio::test]
-async fn rows_that_are_late_held_and_parked_are_told_of() {
-    let world = World::with(&["message"]).await;
+async fn doctor_reports_late_held_and_parked_rows() {
+    let world = World::with_plugins(&["message"]).await;
     let oldest: uuid::Uuid = world
         .value(
             "INSERT INTO tidings.schedules (kind, due_at, not_before, last_error)
@@ -281,82 +281,85 @@ async fn rows_that_are_late_held_and_parked_are_told_of() {
         )
         .await;
 
-    let (code, output) = doctor(&world).finished().await;
+    let (code, output) = launch_doctor(&world).run_to_end().await;
 
     assert_eq!(code, 1, "{output}");
-    assert!(says(&output, "FAIL", &["2 rows", &oldest.to_string(), "kind message", "1h", "nobody came"]), "{output}");
-    assert!(says(&output, "warn", &["held", "2 of the kind nobody-a, 1 of the kind nobody-b"]), "{output}");
+    assert!(
+        has_line(&output, "FAIL", &["2 rows", &oldest.to_string(), "kind message", "1h", "nobody came"]),
+        "{output}"
+    );
+    assert!(has_line(&output, "warn", &["held", "2 of the kind nobody-a, 1 of the kind nobody-b"]), "{output}");
 
     world.sql("INSERT INTO tidings.pauses (kind, reason) VALUES ('nobody-a', 'on purpose')").await;
-    let (_, output) = doctor(&world).finished().await;
-    assert!(says(&output, "note", &["the kind nobody-a is paused by postgres", "on purpose"]), "{output}");
-    assert!(!says(&output, "warn", &["of the kind nobody-a"]), "{output}");
-    assert!(says(&output, "warn", &["1 of the kind nobody-b"]), "{output}");
-    assert!(says(&output, "note", &["1 rows are parked"]), "{output}");
+    let (_, output) = launch_doctor(&world).run_to_end().await;
+    assert!(has_line(&output, "note", &["the kind nobody-a is paused by postgres", "on purpose"]), "{output}");
+    assert!(!has_line(&output, "warn", &["of the kind nobody-a"]), "{output}");
+    assert!(has_line(&output, "warn", &["1 of the kind nobody-b"]), "{output}");
+    assert!(has_line(&output, "note", &["1 rows are parked"]), "{output}");
 }
 
 #[tokio::test]
-async fn a_policy_on_our_queues_and_letters_in_them_are_seen() {
-    let world = World::with(&["message"]).await;
-    assert!(world.daemon().await.stop().await.success());
+async fn doctor_reports_policies_on_the_daemons_queues_and_the_letters_in_them() {
+    let world = World::with_plugins(&["message"]).await;
+    assert!(world.start_daemon().await.stop().await.success());
     let lost = BasicProperties::default().with_message_id("lost".into());
-    publish(&world, "tidings.dlx", "", b"lost", lost).await;
-    until_waiting(&world, "tidings.dead", 1).await;
+    publish_message(&world, "tidings.dlx", "", b"lost", lost).await;
+    wait_for_message_count(&world, "tidings.dead", 1).await;
     let policy =
         json!({ "pattern": "^tidings\\.dead$", "apply-to": "queues", "definition": { "message-ttl": 600_000 } });
     ureq::put(&format!("{}/api/policies/{}/short", world.management_url(), world.name))
         .header("Content-Type", "application/json")
         .send(policy.to_string())
         .expect("it is set");
-    let doctor = doctor(&world).with("TIDINGS_MANAGEMENT_URL", world.management_url());
+    let doctor = launch_doctor(&world).with("TIDINGS_MANAGEMENT_URL", world.management_url());
 
-    // RabbitMQ takes its time to apply it.
+    // RabbitMQ applies a policy with a delay.
     let output = eventually("a warning of the policy", async || {
-        let (code, output) = doctor.finished().await;
+        let (code, output) = doctor.run_to_end().await;
         assert_eq!(code, 0, "{output}");
-        (!lines(&output, "warn").is_empty()).then_some(output)
+        (!lines_at_level(&output, "warn").is_empty()).then_some(output)
     })
     .await;
 
-    assert!(says(&output, "warn", &["policy short", "tidings.dead", "message-ttl = 600000"]), "{output}");
-    assert!(says(&output, "ok", &["no policy", "tidings.parking"]), "{output}");
-    assert!(says(&output, "ok", &["no alarm"]), "{output}");
-    assert!(says(&output, "note", &["1 letters are dead", "0 are parked"]), "{output}");
+    assert!(has_line(&output, "warn", &["policy short", "tidings.dead", "message-ttl = 600000"]), "{output}");
+    assert!(has_line(&output, "ok", &["no policy", "tidings.parking"]), "{output}");
+    assert!(has_line(&output, "ok", &["no alarm"]), "{output}");
+    assert!(has_line(&output, "note", &["1 letters are dead", "0 are parked"]), "{output}");
 
     let wrong = world.management_url().replace(":guest@", ":s3cret@");
-    let (code, output) = doctor.with("TIDINGS_MANAGEMENT_URL", wrong).finished().await;
+    let (code, output) = doctor.with("TIDINGS_MANAGEMENT_URL", wrong).run_to_end().await;
     assert_eq!(code, 0, "{output}");
-    assert!(says(&output, "warn", &["401", "TIDINGS_MANAGEMENT_URL"]) && !output.contains("s3cret"), "{output}");
+    assert!(has_line(&output, "warn", &["401", "TIDINGS_MANAGEMENT_URL"]) && !output.contains("s3cret"), "{output}");
 }
 
-/// On servers of its own: an alarm is everybody's.
+/// Uses private servers, because an alarm blocks all users of a RabbitMQ.
 #[tokio::test]
-async fn an_alarm_of_the_broker_fails_and_is_named() {
-    let servers = Servers::alone().await;
-    let world = World::on(&servers, &["message"]).await;
-    let doctor = doctor(&world).with("TIDINGS_MANAGEMENT_URL", world.management_url());
-    servers.memory_alarm(true).expect("it is told");
+async fn doctor_reports_an_alarm_of_rabbitmq_as_a_failure() {
+    let servers = Servers::start_private_async().await;
+    let world = World::on_servers(&servers, &["message"]).await;
+    let doctor = launch_doctor(&world).with("TIDINGS_MANAGEMENT_URL", world.management_url());
+    servers.set_memory_alarm(true).expect("it is told");
 
-    // RabbitMQ looks at its memory every second or so.
+    // RabbitMQ checks its memory about every second.
     let output = eventually("an alarm", async || {
-        let (code, output) = doctor.finished().await;
+        let (code, output) = doctor.run_to_end().await;
         (code == 1).then_some(output)
     })
     .await;
 
-    assert!(says(&output, "FAIL", &["alarm", "nobody can publish", "memory of "]), "{output}");
-    assert_eq!(lines(&output, "FAIL").len(), 1, "{output}");
+    assert!(has_line(&output, "FAIL", &["alarm", "nobody can publish", "memory of "]), "{output}");
+    assert_eq!(lines_at_level(&output, "FAIL").len(), 1, "{output}");
 }
 
 #[tokio::test]
-async fn the_doctor_takes_the_daemons_settings_and_refuses_the_same_mistakes() {
-    let world = World::with(&["message"]).await;
-    let mistaken = doctor(&world)
+async fn doctor_accepts_the_daemons_settings_and_reports_the_same_mistakes() {
+    let world = World::with_plugins(&["message"]).await;
+    let mistaken = launch_doctor(&world)
         .with("TIDINGS_MANAGEMENT_URL", "ftp://user:secret@host")
         .with("TIDINGS_SWEEP_MS", "soon")
         .with("TIDINGS_DOCTOR", "1");
 
-    let (code, output) = mistaken.finished().await;
+    let (code, output) = mistaken.run_to_end().await;
 
     assert_eq!(code, 64, "{output}");
     for mistake in ["TIDINGS_MANAGEMENT_URL does not begin", "TIDINGS_SWEEP_MS is", "TIDINGS_DOCTOR is not a setting"] {
@@ -364,8 +367,8 @@ async fn the_doctor_takes_the_daemons_settings_and_refuses_the_same_mistakes() {
     }
     assert!(!output.contains("secret"), "{output}");
 
-    // What is not there is for the doctor to say.
-    let (code, output) = doctor(&world).with("TIDINGS_PLUGIN_DIR", "/nonexistent").finished().await;
+    // A missing directory is not a mistake in the settings here, but a finding of the doctor.
+    let (code, output) = launch_doctor(&world).with("TIDINGS_PLUGIN_DIR", "/nonexistent").run_to_end().await;
     assert_eq!(code, 1, "{output}");
-    assert!(says(&output, "FAIL", &["/nonexistent", "TIDINGS_PLUGIN_DIR"]), "{output}");
+    assert!(has_line(&output, "FAIL", &["/nonexistent", "TIDINGS_PLUGIN_DIR"]), "{output}");
 }

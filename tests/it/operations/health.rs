@@ -1,13 +1,13 @@
-//! What the daemon says of its own health: `/livez` and `/readyz`, each with reasons.
+//! The daemon's health at `/livez` and `/readyz`, with reasons.
 
 use harness::daemon::Daemon;
 use harness::proxy::{Mode, Proxy};
 use harness::world::{World, amqp_url, database_url};
-use harness::{PATIENCE, eventually, eventually_within};
+use harness::{EVENT_TIMEOUT, eventually, eventually_within};
 use sqlx::Executor as _;
 
-/// Status and body of what a daemon answers.
-pub(crate) async fn ask(daemon: &mut Daemon, path: &str) -> (u16, serde_json::Value) {
+/// Sends a GET request to a daemon, and returns the status and the JSON body.
+pub(crate) async fn get_json(daemon: &mut Daemon, path: &str) -> (u16, serde_json::Value) {
     let url = format!("http://{}{path}", daemon.http_addr().await);
     let asked = tokio::task::spawn_blocking(move || {
         let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
@@ -18,18 +18,18 @@ pub(crate) async fn ask(daemon: &mut Daemon, path: &str) -> (u16, serde_json::Va
     asked.await.expect("asked")
 }
 
-/// Waits until the daemon is not ready for a reason that contains `part`, and alive all the same.
-pub(crate) async fn until_unready(daemon: &mut Daemon, part: &str) {
-    let what = format!("the reason {part:?}");
-    eventually(&what, async || {
-        let (status, body) = ask(daemon, "/readyz").await;
+/// Waits until the daemon is not ready for a reason that contains `part`, and checks that it is still alive.
+pub(crate) async fn wait_until_unready(daemon: &mut Daemon, part: &str) {
+    let event = format!("the reason {part:?}");
+    eventually(&event, async || {
+        let (status, body) = get_json(daemon, "/readyz").await;
         let reasons = body["reasons"].as_array().expect("reasons");
         assert_eq!(status == 200, reasons.is_empty(), "{body}");
         assert_eq!(body["ready"], reasons.is_empty(), "{body}");
         reasons.iter().any(|reason| reason.as_str().is_some_and(|reason| reason.contains(part))).then_some(())
     })
     .await;
-    let (status, body) = ask(daemon, "/livez").await;
+    let (status, body) = get_json(daemon, "/livez").await;
     assert_eq!(
         (status, &body["alive"]),
         (200, &true.into()),
@@ -37,54 +37,55 @@ pub(crate) async fn until_unready(daemon: &mut Daemon, part: &str) {
     );
 }
 
-pub(crate) async fn until_ready(daemon: &mut Daemon) {
-    eventually("being ready", async || (ask(daemon, "/readyz").await.0 == 200).then_some(())).await;
+pub(crate) async fn wait_until_ready(daemon: &mut Daemon) {
+    eventually("being ready", async || (get_json(daemon, "/readyz").await.0 == 200).then_some(())).await;
 }
 
 #[tokio::test]
-async fn a_broker_that_is_away_is_a_reason_with_its_address_until_it_is_back() {
-    let world = World::with(&["message"]).await;
+async fn while_rabbitmq_is_away_readyz_gives_its_address_as_the_reason() {
+    let world = World::with_plugins(&["message"]).await;
     let proxy = Proxy::start(0, world.ports().1).await;
-    let mut daemon = world.launch().with("TIDINGS_AMQP_URL", amqp_url(proxy.port, &world.name)).ready().await;
-    until_ready(&mut daemon).await;
+    let mut daemon = world.launch().with("TIDINGS_AMQP_URL", amqp_url(proxy.port, &world.name)).start_ready().await;
+    wait_until_ready(&mut daemon).await;
 
     proxy.set(Mode::Cut);
-    until_unready(&mut daemon, &format!("RabbitMQ at 127.0.0.1:{}/{} is away", proxy.port, world.name)).await;
+    wait_until_unready(&mut daemon, &format!("RabbitMQ at 127.0.0.1:{}/{} is away", proxy.port, world.name)).await;
     proxy.set(Mode::Pass);
-    until_ready(&mut daemon).await;
+    wait_until_ready(&mut daemon).await;
 }
 
 #[tokio::test]
-async fn a_database_that_is_away_or_silent_is_a_reason_until_it_is_back() {
-    let world = World::with(&["message"]).await;
+async fn while_postgresql_is_away_or_silent_readyz_gives_it_as_the_reason() {
+    let world = World::with_plugins(&["message"]).await;
     let proxy = Proxy::start(0, world.ports().0).await;
-    let mut daemon = world.launch().with("TIDINGS_DATABASE_URL", database_url(proxy.port, &world.name)).ready().await;
-    until_ready(&mut daemon).await;
+    let mut daemon =
+        world.launch().with("TIDINGS_DATABASE_URL", database_url(proxy.port, &world.name)).start_ready().await;
+    wait_until_ready(&mut daemon).await;
 
     proxy.set(Mode::Swallow);
-    until_unready(&mut daemon, "PostgreSQL did not answer within 3 s").await;
+    wait_until_unready(&mut daemon, "PostgreSQL did not answer within 3 s").await;
     proxy.set(Mode::Cut);
-    until_unready(&mut daemon, "not listening for notifications").await;
+    wait_until_unready(&mut daemon, "not listening for notifications").await;
     proxy.set(Mode::Pass);
-    until_ready(&mut daemon).await;
+    wait_until_ready(&mut daemon).await;
 }
 
 #[tokio::test]
-async fn before_it_has_started_it_answers_and_says_what_it_waits_for() {
+async fn a_starting_daemon_answers_readyz_and_says_what_it_waits_for() {
     let world = World::empty().await;
     let proxy = Proxy::start(0, world.ports().0).await;
     proxy.set(Mode::Cut);
     let mut daemon = world.launch().with("TIDINGS_DATABASE_URL", database_url(proxy.port, &world.name)).start();
 
-    until_unready(&mut daemon, "starting").await;
-    until_unready(&mut daemon, &format!("could not reach PostgreSQL at 127.0.0.1:{}", proxy.port)).await;
+    wait_until_unready(&mut daemon, "starting").await;
+    wait_until_unready(&mut daemon, &format!("could not reach PostgreSQL at 127.0.0.1:{}", proxy.port)).await;
     proxy.set(Mode::Pass);
-    until_ready(&mut daemon).await;
+    wait_until_ready(&mut daemon).await;
 }
 
 #[tokio::test]
-async fn a_row_that_is_late_is_a_reason_until_it_is_delivered_and_a_held_or_expired_one_is_none() {
-    let world = World::with(&["message"]).await;
+async fn a_late_row_makes_the_daemon_unready_until_it_is_delivered_and_a_held_row_does_not() {
+    let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
     world
         .sql(
@@ -93,23 +94,24 @@ async fn a_row_that_is_late_is_a_reason_until_it_is_delivered_and_a_held_or_expi
                ('nobody', now() - interval '1 hour', now() - interval '1 hour', '{}')"#,
         )
         .await;
-    // Somebody works on it, so that nobody can deliver it.
+    // Another transaction locks the row, so that the daemon cannot deliver it.
     let mut busy = world.db.begin().await.expect("a transaction");
     busy.execute("SELECT FROM tidings.schedules WHERE kind = 'message' FOR UPDATE").await.expect("locked");
-    let mut daemon = world.daemon().await;
+    let mut daemon = world.start_daemon().await;
 
-    until_unready(&mut daemon, "late: a row that nothing holds back has been due for 6").await;
+    wait_until_unready(&mut daemon, "late: a row that nothing holds back has been due for 6").await;
     busy.rollback().await.expect("rolled back");
     inbox.next().await;
-    world.until("SELECT held FROM tidings.schedules WHERE kind = 'nobody'").await;
-    until_ready(&mut daemon).await;
+    world.wait_until("SELECT held FROM tidings.schedules WHERE kind = 'nobody'").await;
+    wait_until_ready(&mut daemon).await;
 }
 
 #[tokio::test]
-async fn the_canary_goes_the_whole_way_again_and_again_and_its_lateness_is_a_metric() {
-    let world = World::with(&["message"]).await;
+async fn canaries_are_delivered_repeatedly_and_their_lateness_is_a_metric() {
+    let world = World::with_plugins(&["message"]).await;
     let mut everything = world.inbox(&["tidings.canary.*"]).await;
-    let mut daemon = world.launch().with("TIDINGS_SWEEP_MS", 600_000).with("TIDINGS_CANARY_MS", 100).ready().await;
+    let mut daemon =
+        world.launch().with("TIDINGS_SWEEP_MS", 600_000).with("TIDINGS_CANARY_MS", 100).start_ready().await;
 
     let (first, second) = (everything.next().await, everything.next().await);
     assert_ne!(first.id(), second.id());
@@ -122,40 +124,41 @@ async fn the_canary_goes_the_whole_way_again_and_again_and_its_lateness_is_a_met
         (count.parse::<u32>().expect("a number") >= 2).then_some(())
     })
     .await;
-    until_ready(&mut daemon).await;
+    wait_until_ready(&mut daemon).await;
 }
 
 #[tokio::test]
-async fn a_lost_canary_is_a_reason_until_one_comes_again() {
-    let world = World::with(&["message"]).await;
+async fn a_lost_canary_makes_the_daemon_unready_until_the_next_one_arrives() {
+    let world = World::with_plugins(&["message"]).await;
     let proxy = Proxy::start(0, world.ports().0).await;
     let url = database_url(proxy.port, &world.name);
-    let mut daemon = world.launch().with("TIDINGS_DATABASE_URL", url).with("TIDINGS_CANARY_MS", 100).ready().await;
-    until_ready(&mut daemon).await;
+    let mut daemon =
+        world.launch().with("TIDINGS_DATABASE_URL", url).with("TIDINGS_CANARY_MS", 100).start_ready().await;
+    wait_until_ready(&mut daemon).await;
 
     proxy.set(Mode::Cut);
-    // One that is on its way already is lost after half a minute.
+    // A canary that is already on its way counts as lost only after half a minute.
     let lost = "the reason that a canary was lost";
-    eventually_within(2 * PATIENCE, lost, async || {
-        let (_, body) = ask(&mut daemon, "/readyz").await;
+    eventually_within(2 * EVENT_TIMEOUT, lost, async || {
+        let (_, body) = get_json(&mut daemon, "/readyz").await;
         body.to_string().contains("the last canary was lost").then_some(())
     })
     .await;
     proxy.set(Mode::Pass);
-    until_ready(&mut daemon).await;
+    wait_until_ready(&mut daemon).await;
     daemon.wait_for_line("the canary came again").await;
 }
 
-/// So it is between the migration and the replacement of a daemon.
+/// This is the state of a deployment between a migration and the replacement of the daemon.
 #[tokio::test]
-async fn a_daemon_that_runs_says_that_the_database_is_newer_and_goes_on_delivering() {
-    let world = World::with(&["message"]).await;
+async fn a_running_daemon_reports_a_newer_database_and_continues_to_deliver() {
+    let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
-    let mut daemon = world.daemon().await;
+    let mut daemon = world.start_daemon().await;
 
     world.sql("INSERT INTO tidings._sqlx_migrations VALUES (9999, 'later', now(), true, '', 0)").await;
 
-    until_unready(&mut daemon, "by a newer tidings (migration 9999)").await;
+    wait_until_unready(&mut daemon, "by a newer tidings (migration 9999)").await;
     world.sql(r#"SELECT tidings.schedule('message', now(), '{"routing_key": "a", "body": 1}')"#).await;
     inbox.next().await;
 }

@@ -1,4 +1,5 @@
-//! What an operator sees and does: commands, health, metrics, logs, traces, the page, pauses, TLS, starting and stopping.
+//! Tests of what operators see and do: commands, health, metrics, logs, traces, the page, pauses, TLS, starting and
+//! stopping.
 
 pub(crate) mod collectors;
 pub(crate) mod commands;

@@ -1,4 +1,4 @@
-//! The process: its settings, its exit codes, servers that are away or refuse, and how it stops.
+//! The daemon's process: its settings, its exit codes, servers that are away or refuse the login, and how it stops.
 
 use std::net::TcpListener;
 use std::time::Instant;
@@ -11,7 +11,7 @@ use lapin::options::{ExchangeDeclareOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use nix::sys::signal::Signal;
 
-use crate::on_time::delivery::row_in_flight;
+use crate::on_time::delivery::start_row_in_flight;
 
 #[tokio::test]
 async fn all_mistakes_in_the_settings_are_reported_together_with_exit_code_64() {
@@ -29,7 +29,7 @@ async fn all_mistakes_in_the_settings_are_reported_together_with_exit_code_64() 
         .with("TIDINGS_EXCHANGE", "amq.topic")
         .with("TIDINGS_SWEEEP_MS", "1");
 
-    let (code, output) = launch.finished().await;
+    let (code, output) = launch.run_to_end().await;
 
     assert_eq!(code, 64, "{output}");
     for mistake in [
@@ -51,14 +51,14 @@ async fn all_mistakes_in_the_settings_are_reported_together_with_exit_code_64() 
 }
 
 #[tokio::test]
-async fn a_url_that_cannot_be_understood_is_a_mistake_without_its_password() {
+async fn an_invalid_url_is_reported_without_its_password() {
     let world = World::empty().await;
     let launch = world
         .launch()
         .with("TIDINGS_DATABASE_URL", "postgres://user:secret@host:port/db")
         .with("TIDINGS_AMQP_URL", "amqp://user:secret@host:port/vhost");
 
-    let (code, output) = launch.finished().await;
+    let (code, output) = launch.run_to_end().await;
 
     assert_eq!(code, 64, "{output}");
     assert!(
@@ -69,26 +69,26 @@ async fn a_url_that_cannot_be_understood_is_a_mistake_without_its_password() {
 }
 
 #[tokio::test]
-async fn an_unmigrated_an_older_and_a_newer_database_are_refused_with_exit_code_65() {
-    let world = World::with(&["message"]).await;
+async fn unmigrated_older_and_newer_databases_are_refused_with_exit_code_65() {
+    let world = World::with_plugins(&["message"]).await;
 
     world
         .sql("DELETE FROM tidings._sqlx_migrations WHERE version = (SELECT max(version) FROM tidings._sqlx_migrations)")
         .await;
-    let (code, output) = world.launch().finished().await;
+    let (code, output) = world.launch().run_to_end().await;
     assert!(code == 65 && output.contains("run `tidings migrate` first"), "{code} {output}");
 
     world.sql("INSERT INTO tidings._sqlx_migrations VALUES (9999, 'later', now(), true, '', 0)").await;
-    let (code, output) = world.launch().finished().await;
+    let (code, output) = world.launch().run_to_end().await;
     assert!(code == 65 && output.contains("by a newer tidings (migration 9999)"), "{code} {output}");
 
     world.sql("DROP SCHEMA tidings CASCADE").await;
-    let (code, output) = world.launch().finished().await;
+    let (code, output) = world.launch().run_to_end().await;
     assert!(code == 65 && output.contains("has 0 of the"), "{code} {output}");
 }
 
 #[tokio::test]
-async fn migrating_twice_changes_nothing_and_leaves_the_applications_own_migrations_alone() {
+async fn migrating_twice_changes_nothing_and_keeps_the_applications_own_migrations() {
     let world = World::empty().await;
     world.sql("DROP SCHEMA tidings CASCADE").await;
     world
@@ -103,9 +103,9 @@ async fn migrating_twice_changes_nothing_and_leaves_the_applications_own_migrati
         .without("TIDINGS_PLUGIN_DIR")
         .with("TIDINGS_DATABASE_URL", database_url(port, &world.name));
 
-    let (code, output) = migrate.finished().await;
+    let (code, output) = migrate.run_to_end().await;
     assert!(code == 0 && output.contains("migrations on"), "{code} {output}");
-    let (code, output) = migrate.finished().await;
+    let (code, output) = migrate.run_to_end().await;
     assert!(code == 0 && output.contains("is up to date"), "{code} {output}");
 
     assert_eq!(world.value::<i64>("SELECT count(*) FROM public._sqlx_migrations").await, 1);
@@ -113,32 +113,37 @@ async fn migrating_twice_changes_nothing_and_leaves_the_applications_own_migrati
 }
 
 #[tokio::test]
-async fn a_database_that_cannot_store_every_text_is_refused() {
-    let world = World::with(&["message"]).await;
+async fn a_database_with_another_encoding_than_utf8_is_refused() {
+    let world = World::with_plugins(&["message"]).await;
     let (port, _) = world.ports();
     let name = format!("latin_{}", world.name);
     execute(port, &format!("CREATE DATABASE {name} TEMPLATE template0 ENCODING 'LATIN1' LOCALE 'C'")).await;
     let launch = world.launch().with("TIDINGS_DATABASE_URL", database_url(port, &name));
-    let (code, output) =
-        launch.clone().subcommand("migrate").without("TIDINGS_AMQP_URL").without("TIDINGS_PLUGIN_DIR").finished().await;
+    let (code, output) = launch
+        .clone()
+        .subcommand("migrate")
+        .without("TIDINGS_AMQP_URL")
+        .without("TIDINGS_PLUGIN_DIR")
+        .run_to_end()
+        .await;
     assert_eq!(code, 0, "{output}");
 
-    let (code, output) = launch.finished().await;
+    let (code, output) = launch.run_to_end().await;
 
     assert!(code == 65 && output.contains("has the encoding LATIN1; Tidings needs UTF8"), "{code} {output}");
 }
 
-/// A port that nobody listens on now.
-pub(crate) fn free_port() -> u16 {
+/// A port on which no process listens now.
+pub(crate) fn find_free_port() -> u16 {
     TcpListener::bind(("127.0.0.1", 0)).and_then(|listener| listener.local_addr()).expect("a port").port()
 }
 
 #[tokio::test]
-async fn servers_that_are_away_at_the_start_are_waited_for_with_a_line_each() {
-    let world = World::with(&["message"]).await;
+async fn the_daemon_waits_for_servers_that_are_away_at_the_start_and_logs_a_line_for_each() {
+    let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
     let (postgres, rabbitmq) = world.ports();
-    let (postgres_away, rabbitmq_away) = (free_port(), free_port());
+    let (postgres_away, rabbitmq_away) = (find_free_port(), find_free_port());
     let mut daemon = world
         .launch()
         .with("TIDINGS_DATABASE_URL", database_url(postgres_away, &world.name))
@@ -156,8 +161,8 @@ async fn servers_that_are_away_at_the_start_are_waited_for_with_a_line_each() {
 }
 
 #[tokio::test]
-async fn servers_that_refuse_the_login_are_named_without_the_password_and_tried_again() {
-    let world = World::with(&["message"]).await;
+async fn a_refused_login_is_logged_without_the_password_and_retried() {
+    let world = World::with_plugins(&["message"]).await;
     let (postgres, rabbitmq) = world.ports();
     let role = format!("later_{}", world.name);
     let database = format!("postgres://{role}:s3cret@127.0.0.1:{postgres}/{}", world.name);
@@ -174,8 +179,8 @@ async fn servers_that_refuse_the_login_are_named_without_the_password_and_tried_
 }
 
 #[tokio::test]
-async fn servers_that_go_away_and_come_back_cost_nothing_but_time() {
-    let world = World::with(&["message"]).await;
+async fn rows_are_delivered_on_the_first_attempt_after_a_server_was_away() {
+    let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
     let (postgres, rabbitmq) = world.ports();
     let (to_postgres, to_rabbitmq) = (Proxy::start(0, postgres).await, Proxy::start(0, rabbitmq).await);
@@ -184,7 +189,7 @@ async fn servers_that_go_away_and_come_back_cost_nothing_but_time() {
         .with("TIDINGS_SWEEP_MS", 600_000)
         .with("TIDINGS_DATABASE_URL", database_url(to_postgres.port, &world.name))
         .with("TIDINGS_AMQP_URL", amqp_url(to_rabbitmq.port, &world.name))
-        .ready()
+        .start_ready()
         .await;
     for (proxy, line) in
         [(&to_postgres, "lost the connection for notifications"), (&to_rabbitmq, "lost the connection to RabbitMQ")]
@@ -197,20 +202,20 @@ async fn servers_that_go_away_and_come_back_cost_nothing_but_time() {
 
         let received = inbox.next().await;
         assert_eq!((received.id(), received.number("tidings-attempt")), (id, 1));
-        world.until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
+        world.wait_until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
     }
 }
 
 #[tokio::test]
-async fn an_exchange_or_queue_that_exists_otherwise_is_a_start_up_error_that_names_it_and_the_difference() {
-    let world = World::with(&["message"]).await;
+async fn an_exchange_or_queue_with_other_arguments_is_a_start_up_error_that_names_the_difference() {
+    let world = World::with_plugins(&["message"]).await;
     let channel = world.broker.channel().await;
     let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
     channel
         .exchange_declare("shop".into(), ExchangeKind::Direct, durable, FieldTable::default())
         .await
         .expect("declared");
-    let (code, output) = world.launch().with("TIDINGS_EXCHANGE", "shop").finished().await;
+    let (code, output) = world.launch().with("TIDINGS_EXCHANGE", "shop").run_to_end().await;
     assert!(
         code == 1 && output.contains("the exchange shop") && output.contains("inequivalent arg 'type'"),
         "{code} {output}"
@@ -219,7 +224,7 @@ async fn an_exchange_or_queue_that_exists_otherwise_is_a_start_up_error_that_nam
     let mut arguments = FieldTable::default();
     arguments.insert("x-message-ttl".into(), AMQPValue::LongInt(1000));
     channel.queue_declare("tidings.dead".into(), QueueDeclareOptions::durable(), arguments).await.expect("declared");
-    let (code, output) = world.launch().finished().await;
+    let (code, output) = world.launch().run_to_end().await;
     assert!(
         code == 1 && output.contains("the queue tidings.dead") && output.contains("x-message-ttl"),
         "{code} {output}"
@@ -227,9 +232,10 @@ async fn an_exchange_or_queue_that_exists_otherwise_is_a_start_up_error_that_nam
 }
 
 #[tokio::test]
-async fn everything_is_named_after_the_exchange() {
-    let world = World::with(&["message"]).await;
-    let _daemon = world.launch().with("TIDINGS_EXCHANGE", "shop").with("TIDINGS_QUEUE_TYPE", "quorum").ready().await;
+async fn all_exchanges_and_queues_are_named_after_the_configured_exchange() {
+    let world = World::with_plugins(&["message"]).await;
+    let _daemon =
+        world.launch().with("TIDINGS_EXCHANGE", "shop").with("TIDINGS_QUEUE_TYPE", "quorum").start_ready().await;
     let mut inbox = world.broker.inbox("shop", "q", &["a"], FieldTable::default()).await;
 
     world.sql(r#"SELECT tidings.schedule('message', now(), '{"routing_key":"a","body":1}')"#).await;
@@ -243,10 +249,10 @@ async fn everything_is_named_after_the_exchange() {
 }
 
 #[tokio::test]
-async fn what_a_consumer_rejects_lies_in_the_dead_letters() {
-    let world = World::with(&["message"]).await;
+async fn a_rejected_message_becomes_a_dead_letter() {
+    let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["a"]).await;
-    let _daemon = world.daemon().await;
+    let _daemon = world.start_daemon().await;
     let id: uuid::Uuid =
         world.value(r#"SELECT tidings.schedule('message', now(), '{"routing_key":"a","body":1}')"#).await;
     let received = inbox.next_unacknowledged().await;
@@ -266,27 +272,28 @@ async fn what_a_consumer_rejects_lies_in_the_dead_letters() {
 }
 
 #[tokio::test]
-async fn a_signal_during_a_long_sleep_ends_the_daemon_at_once_with_exit_code_0() {
-    let world = World::with(&["message"]).await;
+async fn a_signal_ends_an_idle_daemon_at_once_with_exit_code_0() {
+    let world = World::with_plugins(&["message"]).await;
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
-        let mut daemon = world.daemon().await;
+        let mut daemon = world.start_daemon().await;
         let asked_at = Instant::now();
         daemon.signal(signal);
-        assert!(daemon.ended().await.success());
-        // The promise is a second; a machine that is busy with other tests is given three. The sweep is ten minutes.
+        assert!(daemon.wait_for_end().await.success());
+        // The promise is one second; a machine that runs other tests gets three. The sweep comes only every ten
+        // minutes.
         assert!(asked_at.elapsed().as_secs() < 3, "it took {:?}", asked_at.elapsed());
     }
 }
 
 #[tokio::test]
-async fn a_signal_while_busy_ends_the_daemon_after_what_is_in_flight() {
-    let world = World::with(&["misbehave"]).await;
+async fn sigterm_ends_a_busy_daemon_after_it_finishes_the_rows_in_flight() {
+    let world = World::with_plugins(&["misbehave"]).await;
     let mut inbox = world.inbox(&["#"]).await;
-    let (mut daemon, _) = row_in_flight(&world).await;
+    let (mut daemon, _) = start_row_in_flight(&world).await;
 
     daemon.signal(Signal::SIGTERM);
 
-    assert!(daemon.ended().await.success());
+    assert!(daemon.wait_for_end().await.success());
     inbox.next().await;
     assert_eq!(world.value::<i64>("SELECT count(*) FROM tidings.deliveries WHERE key = 'echo'").await, 1);
 }
@@ -301,12 +308,12 @@ async fn help_and_version_succeed_and_wrong_usage_has_exit_code_64() {
         }
         launch
     };
-    let (code, output) = bare("--help").finished().await;
+    let (code, output) = bare("--help").run_to_end().await;
     assert!(code == 0 && output.contains("migrate"), "{code} {output}");
-    let (code, _) = bare("--version").finished().await;
+    let (code, _) = bare("--version").run_to_end().await;
     assert_eq!(code, 0);
-    let (code, output) = bare("walk").finished().await;
+    let (code, output) = bare("walk").run_to_end().await;
     assert!(code == 64 && output.contains("walk"), "{code} {output}");
-    let (code, output) = bare("migrate").finished().await;
+    let (code, output) = bare("migrate").run_to_end().await;
     assert!(code == 64 && output.contains("TIDINGS_DATABASE_URL is not set"), "{code} {output}");
 }

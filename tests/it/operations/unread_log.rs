@@ -1,4 +1,4 @@
-//! A log that nobody takes: the daemon delivers on, and counts what it could not write.
+//! A log that cannot be written: the daemon continues to deliver, and counts the lost lines.
 
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::process::{Child, Command, Stdio};
@@ -7,26 +7,27 @@ use harness::eventually;
 use harness::world::World;
 
 use crate::operations::metrics::scrape_at;
-use crate::operations::process::free_port;
+use crate::operations::process::find_free_port;
 
 const DROPPED: &str = "tidings_log_lines_dropped_total";
 
-/// A daemon that is started otherwise than by the harness; killed when dropped.
-struct Unread {
+/// A daemon whose standard error is not read by the harness. Dropping this value kills it.
+struct UnreadDaemon {
     child: Child,
     addr: String,
 }
 
-impl Drop for Unread {
+impl Drop for UnreadDaemon {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// A daemon of `world` that logs much, started by `sh -c` with `exec "$0" run` in it, so that it is the process itself.
-fn unread(world: &World, shell: &str, log: Stdio) -> Unread {
-    let addr = format!("127.0.0.1:{}", free_port());
+/// Starts a daemon that logs much, with `sh -c`. The script must contain `exec "$0" run`, so that the child process is
+/// the daemon.
+fn start_with_log(world: &World, shell: &str, log: Stdio) -> UnreadDaemon {
+    let addr = format!("127.0.0.1:{}", find_free_port());
     let launch = world.launch().with("TIDINGS_HTTP_ADDR", &addr).with("RUST_LOG", "debug").with("TIDINGS_SWEEP_MS", 50);
     let mut command = launch.command();
     let settings: Vec<_> =
@@ -39,11 +40,11 @@ fn unread(world: &World, shell: &str, log: Stdio) -> Unread {
             None => command.env_remove(name),
         };
     }
-    Unread { child: command.spawn().expect("sh runs"), addr }
+    UnreadDaemon { child: command.spawn().expect("sh runs"), addr }
 }
 
-/// It delivers a row.
-async fn delivers(world: &World, daemon: &mut Unread) {
+/// Checks that the daemon is running and delivers a row.
+async fn check_delivery(world: &World, daemon: &mut UnreadDaemon) {
     let body = uuid::Uuid::new_v4();
     let mut inbox = world.inbox(&[&format!("unread.{body}")]).await;
     world
@@ -55,46 +56,47 @@ async fn delivers(world: &World, daemon: &mut Unread) {
         if let Some(ended) = daemon.child.try_wait().expect("our child") {
             panic!("the daemon ended: {ended}");
         }
-        inbox.within(std::time::Duration::from_millis(200)).await
+        inbox.next_within(std::time::Duration::from_millis(200)).await
     })
     .await;
     assert_eq!(received.text(), body.to_string());
 }
 
-async fn dropped(daemon: &Unread) -> f64 {
+async fn count_dropped_lines(daemon: &UnreadDaemon) -> f64 {
     scrape_at(&daemon.addr).await[DROPPED]
 }
 
 #[tokio::test]
-async fn a_daemon_whose_log_is_closed_disk_full_or_never_there_delivers_and_counts_the_lines_that_are_lost() {
-    let world = World::with(&["message"]).await;
+async fn a_daemon_whose_log_is_closed_or_on_a_full_disk_delivers_and_counts_the_lost_lines() {
+    let world = World::with_plugins(&["message"]).await;
     for (shell, log, counts) in [
-        // Nobody has ever read it.
+        // The reading end of the pipe is closed at once.
         (r#"exec "$0" run"#, Stdio::piped(), true),
         (r#"exec "$0" run 2>/dev/full"#, Stdio::null(), true),
-        // The standard library opens /dev/null in its place, or a connection would get the number.
+        // Rust's standard library opens /dev/null for the closed descriptor, so no line is lost; otherwise a connection
+        // would get its number.
         (r#"exec "$0" run 2>&-"#, Stdio::null(), false),
     ] {
-        let mut daemon = unread(&world, shell, log);
+        let mut daemon = start_with_log(&world, shell, log);
         drop(daemon.child.stderr.take());
-        delivers(&world, &mut daemon).await;
-        assert_eq!(dropped(&daemon).await > 0.0, counts, "{shell}");
+        check_delivery(&world, &mut daemon).await;
+        assert_eq!(count_dropped_lines(&daemon).await > 0.0, counts, "{shell}");
     }
 }
 
 #[tokio::test]
-async fn a_daemon_whose_log_is_read_for_a_while_delivers_on_when_its_reader_is_gone() {
-    let world = World::with(&["message"]).await;
-    let mut daemon = unread(&world, r#"exec "$0" run"#, Stdio::piped());
+async fn a_daemon_continues_to_deliver_when_the_reader_of_its_log_is_gone() {
+    let world = World::with_plugins(&["message"]).await;
+    let mut daemon = start_with_log(&world, r#"exec "$0" run"#, Stdio::piped());
     let mut reader = BufReader::new(daemon.child.stderr.take().expect("piped"));
     let mut line = String::new();
     reader.read_line(&mut line).expect("a line");
-    delivers(&world, &mut daemon).await;
+    check_delivery(&world, &mut daemon).await;
 
     drop(reader);
 
-    eventually("lines that are lost", async || (dropped(&daemon).await > 0.0).then_some(())).await;
-    delivers(&world, &mut daemon).await;
+    eventually("lines that are lost", async || (count_dropped_lines(&daemon).await > 0.0).then_some(())).await;
+    check_delivery(&world, &mut daemon).await;
     let pid = nix::unistd::Pid::from_raw(daemon.child.id().cast_signed());
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("it is running");
     let ended = eventually("its end", async || daemon.child.try_wait().expect("our child")).await;
@@ -102,13 +104,13 @@ async fn a_daemon_whose_log_is_read_for_a_while_delivers_on_when_its_reader_is_g
 }
 
 #[tokio::test]
-async fn a_daemon_whose_log_goes_into_a_pipe_that_is_full_delivers_on() {
-    let world = World::with(&["message"]).await;
-    let mut daemon = unread(&world, r#"exec "$0" run"#, Stdio::piped());
+async fn a_daemon_continues_to_deliver_when_its_log_goes_into_a_full_pipe() {
+    let world = World::with_plugins(&["message"]).await;
+    let mut daemon = start_with_log(&world, r#"exec "$0" run"#, Stdio::piped());
     let mut log = daemon.child.stderr.take().expect("piped");
 
-    delivers(&world, &mut daemon).await;
-    // Many more lines than fit into a pipe, at every level.
+    check_delivery(&world, &mut daemon).await;
+    // These rows cause many more lines than fit into a pipe.
     let _inbox = world.inbox(&["unread"]).await;
     world
         .sql(
@@ -116,10 +118,10 @@ async fn a_daemon_whose_log_goes_into_a_pipe_that_is_full_delivers_on() {
                SELECT 'message', now(), '{"routing_key":"unread","body":1}' FROM generate_series(1, 5000)"#,
         )
         .await;
-    world.until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
+    world.wait_until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
 
-    eventually("lines that are lost", async || (dropped(&daemon).await > 0.0).then_some(())).await;
-    delivers(&world, &mut daemon).await;
+    eventually("lines that are lost", async || (count_dropped_lines(&daemon).await > 0.0).then_some(())).await;
+    check_delivery(&world, &mut daemon).await;
     let mut start = [0; 1024];
     log.read_exact(&mut start).expect("what was written first is there");
 }

@@ -1,15 +1,16 @@
-//! The contract with plugins, wit/plugin.wit: what was released stays loadable, and what is generated of it is up to date.
+//! The contract with plugins, wit/plugin.wit: plugins built for a released version can be loaded, and the generated
+//! bindings are up to date.
 
 use harness::world::World;
 use harness::{bindings, repository};
 use wit_parser::Resolve;
 
-/// The contract as it was released, and a plugin that was built with it. Neither ever changes.
+/// The directory with the released contract and a plugin that was built for it. Neither may ever change.
 const KEPT: &str = "tests/fixtures/kept/0.1.0";
 
-/// What wasm-tools says about replacing one contract by another.
+/// Checks with the rules of wasm-tools whether one contract may replace another.
 fn semver_check(old: &str, new: &str) -> Result<(), String> {
-    // As two versions: two packages with one name are the same to the resolver.
+    // The new contract gets another version: the resolver treats two packages with the same name as one.
     let new = new.replacen("package tidings:plugin@0.1.0;", "package tidings:plugin@0.1.99;", 1);
     let mut resolve = Resolve::default();
     let mut world = |name: &str, text: &str| {
@@ -27,7 +28,7 @@ fn the_contract_is_compatible_with_the_released_one() {
 
     assert_eq!(semver_check(&kept, &now), Ok(()));
 
-    // What would break plugins is found.
+    // Changes that break plugins are found.
     for (from, to) in [
         ("attempt: u32,", "attempt: u64,"),
         ("skip(string),", ""),
@@ -39,17 +40,17 @@ fn the_contract_is_compatible_with_the_released_one() {
         assert_ne!(broken, now, "{from} is there");
         assert!(semver_check(&kept, &broken).is_err(), "{to:?} in place of {from:?} was taken");
     }
-    // What a plugin may ignore may be added.
+    // A function that plugins need not import may be added.
     let more = now.replacen("interface host {", "interface host { name: func() -> string;", 1);
     assert_eq!(semver_check(&kept, &more), Ok(()));
 }
 
 #[tokio::test]
-async fn a_plugin_that_was_built_for_the_released_contract_serves() {
+async fn a_plugin_built_for_the_released_contract_serves() {
     let world = World::empty().await;
     let mut inbox = world.inbox(&["#"]).await;
     world.put("message.wasm", &std::fs::read(repository().join(KEPT).join("message.wasm")).expect("it is kept"));
-    let _daemon = world.daemon().await;
+    let _daemon = world.start_daemon().await;
 
     world.sql(r#"SELECT tidings.schedule('message', now(), '{"routing_key": "kept", "body": "as ever"}')"#).await;
 
@@ -58,7 +59,7 @@ async fn a_plugin_that_was_built_for_the_released_contract_serves() {
 }
 
 #[test]
-fn the_bindings_of_a_new_plugin_are_those_of_the_contract() {
+fn the_bindings_of_a_new_plugin_match_the_contract() {
     let file = repository().join("host/template/src/tidings.rs");
     let generated = bindings::generate();
     if std::env::var_os("UPDATE_BINDINGS").is_some() {

@@ -1,4 +1,4 @@
-//! Plugins are added, replaced and removed while the daemon runs, and no plugin harms a row of another.
+//! Tests of plugins: they are added, replaced and removed while the daemon runs, and no plugin harms rows of another.
 
 pub(crate) mod allowlist;
 pub(crate) mod authoring;

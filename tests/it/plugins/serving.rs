@@ -1,4 +1,5 @@
-//! Plugins: the three of the repository end to end, what is refused when the directory is loaded, and their settings.
+//! Serving plugins: the three of the repository from row to message, the files that are refused at the start, and the
+//! settings of plugins.
 
 use std::time::Duration;
 
@@ -6,16 +7,16 @@ use harness::guests::{slow_to_load, well_behaved};
 use harness::world::World;
 use serde_json::json;
 
-use crate::operations::health::ask;
-use crate::plugins::reload::schedule;
+use crate::operations::health::get_json;
+use crate::plugins::reload::schedule_row;
 
 const GAME: &str = "6f0f5e2e-6a2b-4b0e-9d0b-3a4f0a6b1c2d";
 
 #[tokio::test]
-async fn a_game_reminder_reaches_its_services_in_their_envelope_and_lives_until_the_game_starts() {
-    let world = World::with(&["game-reminder"]).await;
+async fn a_game_reminder_arrives_in_the_expected_envelope_and_expires_when_the_game_starts() {
+    let world = World::with_plugins(&["game-reminder"]).await;
     let mut inbox = world.inbox(&["game.#"]).await;
-    let _daemon = world.daemon().await;
+    let _daemon = world.start_daemon().await;
 
     world
         .sql(&format!(
@@ -32,11 +33,11 @@ async fn a_game_reminder_reaches_its_services_in_their_envelope_and_lives_until_
         event,
         json!({"event_type": "game.reminder_due", "timestamp": null, "data": {"game_id": GAME, "reminder_minutes": 120}, "trace_id": null})
     );
-    world.until("SELECT count(*) = 1 FROM tidings.deliveries").await;
+    world.wait_until("SELECT count(*) = 1 FROM tidings.deliveries").await;
     let starts_ms: i64 = world
         .value("SELECT floor(extract(epoch FROM (payload->>'starts_at')::timestamptz) * 1000)::bigint FROM tidings.deliveries")
         .await;
-    // The plugin counts from its own now in whole milliseconds.
+    // The plugin computes the time to live from its `now-ms`, in whole milliseconds.
     assert!((received.number("tidings-expires-ms") - starts_ms).abs() <= 1, "the deadline is the game's start");
     let expiration: i64 =
         received.properties().expiration().as_ref().expect("one").as_str().parse().expect("an integer");
@@ -44,10 +45,10 @@ async fn a_game_reminder_reaches_its_services_in_their_envelope_and_lives_until_
 }
 
 #[tokio::test]
-async fn a_game_status_change_reaches_its_services_without_a_deadline_however_late() {
-    let world = World::with(&["game-status"]).await;
+async fn a_game_status_change_arrives_without_a_deadline_however_late_it_is() {
+    let world = World::with_plugins(&["game-status"]).await;
     let mut inbox = world.inbox(&["game.status_transition_due"]).await;
-    let _daemon = world.daemon().await;
+    let _daemon = world.start_daemon().await;
     let data = json!({"game_id": GAME, "target_status": "IN_PROGRESS", "transition_time": "2020-01-01T10:00:00Z"});
 
     world.sql(&format!("SELECT tidings.schedule('game-status', '2020-01-01T10:00:00Z', '{data}')")).await;
@@ -59,10 +60,10 @@ async fn a_game_status_change_reaches_its_services_without_a_deadline_however_la
 }
 
 #[tokio::test]
-async fn a_message_reaches_its_queue_as_the_payload_says() {
-    let world = World::with(&["message"]).await;
+async fn the_plugin_message_publishes_body_headers_and_content_type_of_the_payload() {
+    let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["hello.*"]).await;
-    let _daemon = world.daemon().await;
+    let _daemon = world.start_daemon().await;
 
     world
         .sql(
@@ -79,12 +80,12 @@ async fn a_message_reaches_its_queue_as_the_payload_says() {
 }
 
 #[tokio::test]
-async fn a_message_takes_what_sql_takes() {
-    let world = World::with(&["message"]).await;
+async fn the_plugin_message_accepts_every_payload_that_sql_accepts() {
+    let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["large"]).await;
-    let _daemon = world.daemon().await;
+    let _daemon = world.start_daemon().await;
     let bodies = [
-        // Of a text every line must be unescaped; the other is passed on as it is written, longer than it is stored.
+        // A string of which every line must be unescaped, and an array whose JSON text is longer than its stored form.
         "to_jsonb(repeat(repeat('x', 60) || E'\\n', 16777000 / 61))",
         "jsonb_agg(true) FROM generate_series(1, 4100000)",
     ];
@@ -107,8 +108,8 @@ async fn a_message_takes_what_sql_takes() {
 }
 
 #[tokio::test]
-async fn a_file_that_cannot_serve_is_named_and_refused_and_the_others_serve() {
-    let world = World::with(&["message"]).await;
+async fn a_plugin_file_that_cannot_serve_is_refused_by_name_and_the_others_serve() {
+    let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
     let dir = &world.plugin_dir;
     let good = std::fs::read(dir.join("message.wasm")).expect("it is there");
@@ -124,11 +125,11 @@ async fn a_file_that_cannot_serve_is_named_and_refused_and_the_others_serve() {
     std::fs::copy(dir.join("message.wasm"), dir.join("second.wasm")).expect("copied");
     std::fs::copy(dir.join("message.wasm"), dir.join("unset.wasm")).expect("copied");
     std::fs::write(dir.join("unset.toml"), "[limits]\ncpu-ms = 0").expect("written");
-    // None of our business.
+    // Files that the daemon ignores.
     std::fs::write(dir.join(".hidden.wasm"), "").expect("written");
     std::fs::write(dir.join("README.md"), "").expect("written");
 
-    let daemon = world.daemon().await;
+    let daemon = world.start_daemon().await;
 
     for (file, reason) in [
         ("empty.wasm", "it is empty, not a WebAssembly component"),
@@ -153,30 +154,30 @@ async fn a_file_that_cannot_serve_is_named_and_refused_and_the_others_serve() {
 }
 
 #[tokio::test]
-async fn a_plugin_is_configured_and_limited_by_the_file_beside_it() {
-    let world = World::with(&["misbehave"]).await;
+async fn the_toml_file_beside_a_plugin_sets_its_configuration_and_limits() {
+    let world = World::with_plugins(&["misbehave"]).await;
     let mut inbox = world.inbox(&["#"]).await;
     let settings = "[config]\ngreeting = \"Guten Tag\"\n[limits]\noutput-kib = 4096\nmemory-mib = 16\n";
     std::fs::write(world.plugin_dir.join("misbehave.toml"), settings).expect("written");
-    let _daemon = world.daemon().await;
+    let _daemon = world.start_daemon().await;
 
     world.sql("SELECT tidings.schedule('config', now())").await;
     assert_eq!(inbox.next().await.text(), "Guten Tag");
-    // With the default it would have been refused.
+    // With the default limit this would fail.
     world.sql("SELECT tidings.schedule('flood', now())").await;
     assert_eq!(inbox.next().await.delivery.data.len(), 2_000_000);
     world.sql("SELECT tidings.schedule('grow', now())").await;
-    world.until("SELECT count(*) = 1 FROM tidings.parked WHERE reason LIKE '%may have 16 (memory-mib)%'").await;
+    world.wait_until("SELECT count(*) = 1 FROM tidings.parked WHERE reason LIKE '%may have 16 (memory-mib)%'").await;
 }
 
 #[tokio::test]
-async fn what_a_plugin_logs_is_bounded_and_harmless() {
-    let world = World::with(&["misbehave"]).await;
+async fn the_log_lines_of_a_plugin_are_limited_and_escaped() {
+    let world = World::with_plugins(&["misbehave"]).await;
     let mut inbox = world.inbox(&["#"]).await;
-    // Writing all that takes its time, which is not what this is about.
+    // Writing so many lines takes longer than the default limits allow, which this test is not about.
     std::fs::write(world.plugin_dir.join("misbehave.toml"), "[limits]\ncpu-ms = 10000\nwall-ms = 20000\n")
         .expect("written");
-    let daemon = world.daemon().await;
+    let daemon = world.start_daemon().await;
 
     world.sql("SELECT tidings.schedule('log', now())").await;
 
@@ -189,19 +190,20 @@ async fn what_a_plugin_logs_is_bounded_and_harmless() {
 }
 
 #[tokio::test]
-async fn many_plugins_serve_when_the_daemon_is_ready_and_of_two_with_one_kind_the_first_by_name() {
+async fn many_plugins_serve_when_the_daemon_is_ready_and_the_first_file_by_name_gets_a_shared_kind() {
     const PLUGINS: usize = 60;
     let world = World::empty().await;
     for number in 0..PLUGINS {
         let name = format!("p{number:02}");
         world.put(&format!("{name}.wasm"), &well_behaved(&name, &[&name], &name));
-        // Each has a rival with a later name, of which half are ready sooner, since their code is kept already.
+        // Each has a rival with a later name. At the second start half of the rivals are ready sooner, because their
+        // compiled code is in the cache.
         world.put(&format!("q{number:02}.wasm"), &well_behaved("rival", &[&name], &name));
     }
     let mut inbox = world.inbox(&["hostile.#"]).await;
 
     for start in 1..=2 {
-        let daemon = world.daemon_of_many().await;
+        let daemon = world.start_daemon_with_many_plugins().await;
         let log = daemon.log();
         assert_eq!(log.matches("refused the plugin ").count(), PLUGINS, "{log}");
         for number in 0..PLUGINS {
@@ -215,7 +217,7 @@ async fn many_plugins_serve_when_the_daemon_is_ready_and_of_two_with_one_kind_th
         let expected: Vec<String> = (0..PLUGINS).map(|number| format!("hostile.p{number:02}")).collect();
         assert_eq!(keys, expected, "start {start}");
         assert!(daemon.stop().await.success());
-        // Some of the first are compiled anew at the next start.
+        // Half of the plugins are replaced and must be compiled at the next start.
         for number in (0..PLUGINS).step_by(2) {
             let name = format!("p{number:02}");
             world.put(&format!("{name}.wasm"), &well_behaved(&name, &[&name], "anew"));
@@ -224,19 +226,19 @@ async fn many_plugins_serve_when_the_daemon_is_ready_and_of_two_with_one_kind_th
 }
 
 #[tokio::test]
-async fn each_plugin_serves_as_soon_as_it_is_ready_and_nothing_of_the_others_is_held_meanwhile() {
-    let world = World::with(&["message"]).await;
+async fn each_plugin_serves_as_soon_as_it_is_loaded_and_rows_of_the_others_are_not_held_meanwhile() {
+    let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
     world.put("slow.wasm", &slow_to_load("slow", &["later"], "later", Duration::from_secs(8)));
     std::fs::write(world.plugin_dir.join("slow.toml"), "[limits]\nwall-ms = 60000\n").expect("written");
-    // Due first, and far more of them than a claim takes.
+    // These rows are due first, and are far more than a claim takes.
     world.sql("INSERT INTO tidings.schedules (kind, due_at) SELECT 'later', now() FROM generate_series(1, 3000)").await;
-    schedule(&world, "message", r#"{"routing_key":"a","body":"now"}"#).await;
+    schedule_row(&world, "message", r#"{"routing_key":"a","body":"now"}"#).await;
 
     let mut daemon = world.launch().start();
 
     assert_eq!(inbox.next().await.text(), "now", "those that are due first wait for their plugin");
-    let (status, body) = ask(&mut daemon, "/readyz").await;
+    let (status, body) = get_json(&mut daemon, "/readyz").await;
     assert!(status == 503 && body.to_string().contains("starting"), "{status} {body}");
     for _ in 0..3_000 {
         assert_eq!(inbox.next().await.text(), "later");

@@ -1,5 +1,6 @@
-//! A state directory without room, or that nothing may be written to: it is a cache and a memory, and the daemon delivers
-//! without. Each daemon here is in a mount namespace of its own, with a file system of its own for that directory.
+//! A state directory that is full or read-only: the daemon loses its cache of compiled code and its record of good and
+//! quarantined versions, and still delivers. Each daemon here runs in its own mount namespace, with a separate file
+//! system for that directory.
 
 use std::path::PathBuf;
 
@@ -9,8 +10,9 @@ use harness::guests::{trapping, well_behaved};
 use harness::world::World;
 use serde_json::Value;
 
-/// `tidings SUBCOMMAND` with a state directory on a tmpfs that is mounted with `options`, after `prepare` in it.
-fn on_tmpfs(world: &World, subcommand: &str, options: &str, prepare: &str) -> Launch {
+/// How to run `tidings SUBCOMMAND` with a state directory on a tmpfs. The tmpfs is mounted with `options`, and the
+/// script `prepare` runs in it first.
+fn launch_on_tmpfs(world: &World, subcommand: &str, options: &str, prepare: &str) -> Launch {
     let state = world.state_dir();
     std::fs::create_dir_all(&state).expect("made");
     let script = format!(
@@ -28,12 +30,12 @@ fn on_tmpfs(world: &World, subcommand: &str, options: &str, prepare: &str) -> La
         .launch()
         .with("TIDINGS_SWEEP_MS", 600_000)
         .with("TIDINGS_STATE_DIR", state.join("state").display())
-        .running(&PathBuf::from("unshare"))
+        .with_program(&PathBuf::from("unshare"))
         .args(arguments)
 }
 
-/// What the daemon answers at `/readyz`.
-async fn readyz(daemon: &mut Daemon) -> Value {
+/// The JSON answer of the daemon at `/readyz`.
+async fn get_readyz(daemon: &mut Daemon) -> Value {
     let url = format!("http://{}/readyz", daemon.http_addr().await);
     let asked = tokio::task::spawn_blocking(move || {
         let agent: ureq::Agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
@@ -42,79 +44,79 @@ async fn readyz(daemon: &mut Daemon) -> Value {
     serde_json::from_str(&asked.await.expect("asked")).expect("JSON")
 }
 
-async fn notes(daemon: &mut Daemon) -> String {
-    let answer = readyz(daemon).await;
+async fn get_notes(daemon: &mut Daemon) -> String {
+    let answer = get_readyz(daemon).await;
     assert_eq!((&answer["ready"], &answer["reasons"]), (&true.into(), &Value::Array(vec![])), "{answer}");
     answer["notes"].to_string()
 }
 
-async fn serves(world: &World, plugin: &str, kind: &str) {
+async fn check_serving(world: &World, plugin: &str, kind: &str) {
     let mut inbox = world.inbox(&[&format!("hostile.{plugin}")]).await;
     world.sql(&format!("SELECT tidings.schedule('{kind}', now())")).await;
     inbox.next().await;
 }
 
-/// Where the daemon sees its state directory, as we see it.
-fn inside(daemon: &Daemon, world: &World) -> PathBuf {
+/// The path at which this process sees the tmpfs inside the daemon's mount namespace.
+fn state_dir_in_namespace(daemon: &Daemon, world: &World) -> PathBuf {
     PathBuf::from(format!("/proc/{}/root{}", daemon.pid(), world.state_dir().display()))
 }
 
 #[tokio::test]
-async fn without_room_for_compiled_code_every_plugin_serves_and_a_line_a_note_and_the_doctor_say_so() {
+async fn a_full_state_directory_is_reported_and_every_plugin_serves() {
     let world = World::empty().await;
     world.put("one.wasm", &well_behaved("one", &["one"], "1"));
     world.put("two.wasm", &well_behaved("two", &["two"], "2"));
-    // Nothing is left, whether the directories were there before or not.
+    // The file system is full, with and without an existing state directory.
     for prepare in ["mkdir state; head -c 9m /dev/zero >filler || true", "head -c 9m /dev/zero >filler || true"] {
-        let mut daemon = on_tmpfs(&world, "run", "size=256k", prepare).ready().await;
+        let mut daemon = launch_on_tmpfs(&world, "run", "size=256k", prepare).start_ready().await;
 
-        serves(&world, "one", "one").await;
-        serves(&world, "two", "two").await;
-        let notes = notes(&mut daemon).await;
+        check_serving(&world, "one", "one").await;
+        check_serving(&world, "two", "two").await;
+        let notes = get_notes(&mut daemon).await;
         let place = world.state_dir().join("state");
         for part in [place.to_str().expect("UTF-8"), "No space left on device"] {
             assert!(notes.contains(part), "{part}: {notes}");
         }
         assert!(!daemon.log().contains("refused"), "{}", daemon.log());
-        // A new version while it runs.
+        // A new version is loaded while the daemon runs.
         world.put("two.wasm", &well_behaved("two", &["three"], &prepare.len().to_string()));
         eventually("the new version", async || daemon.log().contains("kinds=\"three\"").then_some(())).await;
-        serves(&world, "two", "three").await;
+        check_serving(&world, "two", "three").await;
         assert_eq!(daemon.log().matches("cannot be written").count(), 1, "{}", daemon.log());
         assert!(daemon.stop().await.success());
         world.put("two.wasm", &well_behaved("two", &["two"], "2"));
     }
 
     let prepare = "mkdir state; head -c 9m /dev/zero >filler || true";
-    let (_, output) = on_tmpfs(&world, "doctor", "size=256k", prepare).finished().await;
+    let (_, output) = launch_on_tmpfs(&world, "doctor", "size=256k", prepare).run_to_end().await;
     let line = output.lines().find(|line| line.contains("the state directory"));
     assert!(line.is_some_and(|line| line.starts_with("warn") && line.contains("No space left on device")), "{output}");
 }
 
 #[tokio::test]
-async fn a_state_directory_that_is_read_only_from_the_start_keeps_nothing_and_everything_serves() {
+async fn a_read_only_state_directory_is_reported_and_every_plugin_serves() {
     let world = World::empty().await;
     world.put("one.wasm", &well_behaved("one", &["one"], "1"));
-    let mut daemon = on_tmpfs(&world, "run", "ro", "true").ready().await;
+    let mut daemon = launch_on_tmpfs(&world, "run", "ro", "true").start_ready().await;
 
-    serves(&world, "one", "one").await;
-    let notes = notes(&mut daemon).await;
+    check_serving(&world, "one", "one").await;
+    let notes = get_notes(&mut daemon).await;
     assert!(notes.contains("Read-only file system"), "{notes}");
     assert!(daemon.stop().await.success());
 }
 
 #[tokio::test]
-async fn a_state_directory_that_has_room_again_keeps_what_was_rolled_back_meanwhile_and_compiled_code() {
+async fn a_state_directory_with_room_again_gets_the_quarantine_and_compiled_code() {
     let world = World::empty().await;
     world.put("plugin.wasm", &well_behaved("plugin", &["kind"], "good"));
-    let mut daemon = on_tmpfs(&world, "run", "size=4m", "true").ready().await;
-    serves(&world, "plugin", "kind").await;
-    let state = inside(&daemon, &world).join("state");
+    let mut daemon = launch_on_tmpfs(&world, "run", "size=4m", "true").start_ready().await;
+    check_serving(&world, "plugin", "kind").await;
+    let state = state_dir_in_namespace(&daemon, &world).join("state");
     let good = || std::fs::read_dir(state.join("good")).into_iter().flatten().count();
     eventually("what built a row", async || (good() > 0).then_some(())).await;
 
-    // It becomes full while it runs, and a version is rolled back.
-    let filler = inside(&daemon, &world).join("filler");
+    // The file system becomes full while the daemon runs, and a version is rolled back.
+    let filler = state_dir_in_namespace(&daemon, &world).join("filler");
     let _ = std::fs::write(&filler, vec![0; 9 << 20]);
     world.put("plugin.wasm", &trapping("plugin", &["kind"]));
     daemon.wait_for_line("generation=2").await;
@@ -122,19 +124,19 @@ async fn a_state_directory_that_has_room_again_keeps_what_was_rolled_back_meanwh
     daemon.wait_for_line("rolled back").await;
     daemon.wait_for_line("cannot be written").await;
     let quarantined = || std::fs::read_dir(state.join("quarantined")).expect("it is there").count();
-    assert!(notes(&mut daemon).await.contains("No space left on device"));
+    assert!(get_notes(&mut daemon).await.contains("No space left on device"));
 
     std::fs::remove_file(&filler).expect("removed");
 
     daemon.wait_for_line("can be written again").await;
     eventually("the quarantine", async || (quarantined() == 1).then_some(())).await;
-    eventually("no note", async || (notes(&mut daemon).await == "[]").then_some(())).await;
-    // Code that could not be kept leaves nothing behind in the way of what can.
+    eventually("no note", async || (get_notes(&mut daemon).await == "[]").then_some(())).await;
+    // Compiled code that could not be written leaves no files that block later writes.
     let modules = || std::fs::read_dir(state.join("cache/modules")).into_iter().flatten().filter_map(Result::ok);
     let files = || modules().flat_map(|dir| std::fs::read_dir(dir.path()).into_iter().flatten().filter_map(Result::ok));
     let before = files().filter(|file| !file.file_name().to_string_lossy().contains('.')).count();
     world.put("other.wasm", &well_behaved("other", &["other"], "o"));
-    serves(&world, "other", "other").await;
+    check_serving(&world, "other", "other").await;
     assert!(files().all(|file| !file.file_name().to_string_lossy().contains("wip-atomic-write-mod")), "leftovers");
     let after = files().filter(|file| !file.file_name().to_string_lossy().contains('.')).count();
     assert!(after > before, "{before} files, then {after}");

@@ -1,6 +1,6 @@
-//! Builds the daemon and the plugins, as a user would with cargo. Where there is no WebAssembly target, the ways to one
-//! are tried in order: the target as it is installed; `rustup target add`; Debian's own compiler, whose standard library
-//! is built from source on the way.
+//! Builds the daemon and the plugins with cargo, as a user would. A compiler with a WebAssembly target is found in this
+//! order: an installed target; Debian's own compiler, if it is installed; `rustup target add`; Debian's own compiler,
+//! installed with apt. Debian's compiler has no standard library for WebAssembly, so it is built from source.
 
 mod consumers;
 mod languages;
@@ -19,20 +19,22 @@ use crate::{command_line, profile_dir, repository, setup, target};
 pub use consumers::{python_consumer, rust_consumer};
 pub use languages::{cargo_component, javascript, python};
 
-/// Debian's packages: a current compiler under names of its own, the source of its standard library, linkers.
+/// Debian's packages: a current compiler (under the names `rustc-web` and `cargo-web`), the source of its standard
+/// library, and linkers.
 const DEBIAN_PACKAGES: [&str; 5] = ["rustc-web", "cargo-web", "rust-web-src", "rust-web-llvm", "lld-22"];
-/// Where they put the linker that makes components.
+/// The directory in which those packages install `wasm-component-ld`, the linker that makes components.
 const DEBIAN_LINKERS: &str = "/usr/lib/rustlib/x86_64-unknown-linux-gnu/bin";
 
-/// Builds `tidings` in the profile of this program, and returns the path of the binary.
+/// Builds `tidings` with the cargo profile of this program, and returns the path of the binary.
 ///
 /// # Errors
 ///
-/// When cargo fails; it has said why.
+/// When cargo fails; cargo has then printed the reason.
 pub fn daemon() -> anyhow::Result<PathBuf> {
     let profile = profile_dir();
     let mut cargo = cargo();
-    // Together with the package that runs, so that features are resolved as when that was built, and nothing is built twice.
+    // Built together with the running package: cargo then resolves features as it did for that package, and compiles no
+    // dependency twice.
     let running = std::env::var("CARGO_PKG_NAME").unwrap_or_else(|_| "tidings-tests".to_owned());
     cargo.args(["build", "--quiet", "--package", "tidings", "--package", &running, "--bin", "tidings"]);
     if profile.ends_with("release") {
@@ -48,26 +50,26 @@ pub fn daemon() -> anyhow::Result<PathBuf> {
 ///
 /// When there is no way to build WebAssembly here, or cargo fails.
 pub fn plugins() -> anyhow::Result<PathBuf> {
-    let packages: Vec<String> = cdylibs(&repository().join("plugins"))?;
+    let packages: Vec<String> = find_cdylib_packages(&repository().join("plugins"))?;
     let dir = target().join("plugins");
-    wasm(&packages, &dir)?;
+    build_packages(&packages, &dir)?;
     Ok(dir)
 }
 
-/// Builds the guests of the tests into `target/fixtures`, and returns that directory.
+/// Builds the plugins of `tests/fixtures` into `target/fixtures`, and returns that directory.
 ///
 /// # Errors
 ///
 /// As [`plugins`].
 pub fn fixtures() -> anyhow::Result<PathBuf> {
-    let packages: Vec<String> = cdylibs(&repository().join("tests/fixtures"))?;
+    let packages: Vec<String> = find_cdylib_packages(&repository().join("tests/fixtures"))?;
     let dir = target().join("fixtures");
-    wasm(&packages, &dir)?;
+    build_packages(&packages, &dir)?;
     Ok(dir)
 }
 
-/// The packages in `dir` that become WebAssembly.
-fn cdylibs(dir: &Path) -> anyhow::Result<Vec<String>> {
+/// The packages in `dir` that are built as WebAssembly: those whose crate type is `cdylib`.
+fn find_cdylib_packages(dir: &Path) -> anyhow::Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
@@ -80,30 +82,31 @@ fn cdylibs(dir: &Path) -> anyhow::Result<Vec<String>> {
     Ok(names)
 }
 
-/// The targets whose build is a component at once.
+/// The targets for which the output of cargo is already a component.
 const TARGETS: [&str; 2] = ["wasm32-wasip2", "wasm32-unknown-unknown"];
 
-/// A way to build WebAssembly components.
+/// A compiler that builds WebAssembly components.
 enum Toolchain {
-    /// The compiler at hand has this target.
+    /// The default compiler, which has this target installed.
     Installed(&'static str),
-    /// Debian's compiler, from the source of its standard library.
+    /// Debian's compiler, which builds its standard library from source.
     Debian,
 }
 
-/// What a call of a plugin's function with `payload` costs without WebAssembly: its test `measure`, in release mode.
+/// Measures what one call of a plugin's function with `payload` costs as native code, without WebAssembly: runs the
+/// plugin's test `measure` in release mode.
 ///
 /// # Panics
 ///
-/// When it does not say it.
+/// When the test does not print a measurement.
 #[must_use]
-pub fn measured(plugin: &str, payload: &str) -> Duration {
+pub fn measure_native_call(plugin: &str, payload: &str) -> Duration {
     let mut cargo = cargo();
     cargo.args(["test", "--quiet", "--release", "--package", plugin, "--", "--ignored", "--nocapture", "measure"]);
     let output = cargo.env("MEASURED_PAYLOAD", payload).output().expect("cargo runs");
-    let said = String::from_utf8_lossy(&output.stdout);
-    let nanoseconds = said.lines().find_map(|line| line.strip_prefix("measured ")?.parse().ok());
-    Duration::from_nanos(nanoseconds.unwrap_or_else(|| panic!("{said}{}", String::from_utf8_lossy(&output.stderr))))
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    let nanoseconds = stdout.lines().find_map(|line| line.strip_prefix("measured ")?.parse().ok());
+    Duration::from_nanos(nanoseconds.unwrap_or_else(|| panic!("{stdout}{}", String::from_utf8_lossy(&output.stderr))))
 }
 
 impl Toolchain {
@@ -114,7 +117,7 @@ impl Toolchain {
         }
     }
 
-    /// Its cargo, ready to build a component.
+    /// This toolchain's cargo, with the environment that builds a component.
     fn cargo(&self) -> Command {
         let mut cargo = match self {
             Self::Installed(_) => cargo(),
@@ -127,14 +130,14 @@ impl Toolchain {
     }
 }
 
-/// Builds one of the repository's plugins for every target there is, and returns the components by the names of the
-/// targets. Debian's compiler has one; a rustup gets what it lacks, if it can be had.
+/// Builds one of the repository's plugins for every available target, and returns each target's name with its
+/// component. Debian's compiler has one target; with rustup, missing targets are installed if possible.
 ///
 /// # Errors
 ///
 /// As [`plugins`].
-pub fn every_target(plugin: &str) -> anyhow::Result<Vec<(&'static str, PathBuf)>> {
-    let toolchains = match toolchain()? {
+pub fn for_every_target(plugin: &str) -> anyhow::Result<Vec<(&'static str, PathBuf)>> {
+    let toolchains = match find_toolchain()? {
         Toolchain::Debian => vec![Toolchain::Debian],
         Toolchain::Installed(_) => {
             let _ = Command::new("rustup").args(["target", "add"]).args(TARGETS).stdin(Stdio::null()).output();
@@ -153,10 +156,10 @@ pub fn every_target(plugin: &str) -> anyhow::Result<Vec<(&'static str, PathBuf)>
 }
 
 /// Builds `packages` and puts each as `NAME.wasm` into `dir`.
-fn wasm(packages: &[String], dir: &Path) -> anyhow::Result<()> {
+fn build_packages(packages: &[String], dir: &Path) -> anyhow::Result<()> {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _guard = ONE_AT_A_TIME.lock().expect("no builder panicked");
-    let toolchain = toolchain()?;
+    let toolchain = find_toolchain()?;
     let triple = toolchain.triple();
     let mut cargo = toolchain.cargo();
     cargo.env("CARGO_TARGET_DIR", target().join("wasm"));
@@ -169,7 +172,7 @@ fn wasm(packages: &[String], dir: &Path) -> anyhow::Result<()> {
     for package in packages {
         let built =
             target().join("wasm").join(triple).join("plugin").join(format!("{}.wasm", package.replace('-', "_")));
-        // Copied aside and renamed: a daemon that reads the directory never sees half a file.
+        // Copied to a hidden name and then renamed, so that a daemon that reads the directory never sees half a file.
         let aside = dir.join(format!(".{package}.{}", std::process::id()));
         fs::copy(&built, &aside).with_context(|| format!("{} was not built", built.display()))?;
         fs::rename(&aside, dir.join(format!("{package}.wasm")))?;
@@ -177,13 +180,13 @@ fn wasm(packages: &[String], dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Builds the crate in `dir`, which has no dependencies, without a network, and returns the component.
+/// Builds the crate in `dir`, which must have no dependencies, without network access, and returns the component.
 ///
 /// # Errors
 ///
 /// As [`plugins`].
 pub fn component(dir: &Path, name: &str) -> anyhow::Result<PathBuf> {
-    let toolchain = toolchain()?;
+    let toolchain = find_toolchain()?;
     let triple = toolchain.triple();
     let mut cargo = toolchain.cargo();
     cargo.env("CARGO_NET_OFFLINE", "true").env_remove("CARGO_TARGET_DIR").current_dir(dir);
@@ -192,14 +195,15 @@ pub fn component(dir: &Path, name: &str) -> anyhow::Result<PathBuf> {
     Ok(dir.join("target").join(triple).join("release").join(format!("{}.wasm", name.replace('-', "_"))))
 }
 
-/// A script that is `cargo` for who builds a component for `wasm32-wasip2`: where that target is not installed, the component is
-/// built as it can be, and put where it is expected.
+/// A shell script that stands in for `cargo`. `cargo build --release --target wasm32-wasip2` works with it even where
+/// that target is not installed: the script builds the component with the available toolchain and copies it to the path
+/// of the target. All other arguments are passed to the real cargo.
 ///
 /// # Errors
 ///
 /// As [`plugins`].
 pub fn cargo_script() -> anyhow::Result<String> {
-    let toolchain = toolchain()?;
+    let toolchain = find_toolchain()?;
     let triple = toolchain.triple();
     let mut build = toolchain.cargo();
     build.args(["build", "--release", "--target", triple]);
@@ -210,22 +214,22 @@ pub fn cargo_script() -> anyhow::Result<String> {
     ))
 }
 
-/// Runs the tests of the crate in `dir`, without a network, and returns what they said.
+/// Runs the tests of the crate in `dir`, without network access, and returns their output.
 ///
 /// # Panics
 ///
-/// When they fail.
+/// When a test fails.
 #[must_use]
 pub fn cargo_test(dir: &Path) -> String {
     let mut cargo = cargo();
     cargo.current_dir(dir).env_remove("CARGO_TARGET_DIR").args(["test", "--offline"]);
     let output = cargo.output().expect("cargo runs");
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success(), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
-    said
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{stdout}\n{}", String::from_utf8_lossy(&output.stderr));
+    stdout
 }
 
-fn toolchain() -> anyhow::Result<Toolchain> {
+fn find_toolchain() -> anyhow::Result<Toolchain> {
     let installed = || TARGETS.into_iter().find(|triple| is_installed(triple));
     if let Some(triple) = installed() {
         return Ok(Toolchain::Installed(triple));
@@ -253,7 +257,7 @@ fn toolchain() -> anyhow::Result<Toolchain> {
     Ok(Toolchain::Debian)
 }
 
-/// Whether the compiler at hand has the standard library for `triple`.
+/// Whether the default compiler has the standard library for `triple`.
 fn is_installed(triple: &str) -> bool {
     let dir = Command::new(program("RUSTC", "rustc")).args(["--print", "target-libdir", "--target", triple]).output();
     dir.is_ok_and(|dir| dir.status.success() && Path::new(String::from_utf8_lossy(&dir.stdout).trim()).exists())
@@ -263,18 +267,18 @@ fn program(variable: &str, name: &str) -> OsString {
     std::env::var_os(variable).unwrap_or_else(|| name.into())
 }
 
-/// The cargo that built us.
+/// The cargo that built this program.
 fn cargo() -> Command {
     let mut command = Command::new(program("CARGO", "cargo"));
     command.current_dir(repository());
     command
 }
 
-/// Debian's cargo, told to build the standard library as well: Debian has none for WebAssembly.
+/// Debian's cargo, with the options that build the standard library too: Debian packages none for WebAssembly.
 fn debian_cargo() -> Command {
     let mut command = Command::new("/usr/bin/cargo");
     command.current_dir(repository());
-    // What rustup put into our environment is about another compiler.
+    // rustup set these variables for another compiler.
     for variable in ["RUSTUP_TOOLCHAIN", "RUSTUP_HOME", "CARGO", "RUSTC_WRAPPER", "LD_LIBRARY_PATH"] {
         command.env_remove(variable);
     }
@@ -286,7 +290,8 @@ fn debian_cargo() -> Command {
 }
 
 fn run(mut command: Command) -> anyhow::Result<()> {
-    // Of a cargo that runs us, these are about the package that we are, not about what we build.
+    // A cargo that runs this program has set these variables for this program's package, not for the package to be
+    // built.
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("CARGO_PKG_") || name == "CARGO_MANIFEST_DIR" {
             command.env_remove(name);

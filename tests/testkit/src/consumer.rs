@@ -1,4 +1,4 @@
-//! Somebody who consumes: queues of their own, bound to routing keys, and what arrives in them.
+//! A consumer for tests and the demo: declares queues, binds them to routing keys, and receives messages from them.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, Consumer};
 use uuid::Uuid;
 
-use crate::PATIENCE;
+use crate::EVENT_TIMEOUT;
 
 /// A consumer's connection.
 #[derive(Debug)]
@@ -24,9 +24,9 @@ pub struct Broker {
 /// A queue with a consumer on it.
 #[derive(Debug)]
 pub struct Inbox {
-    /// For whatever else a test does with the broker.
+    /// The channel of the consumer. Tests use it for further AMQP methods.
     pub channel: Channel,
-    /// Its name.
+    /// The name of the queue.
     pub queue: String,
     consumer: Consumer,
 }
@@ -34,38 +34,39 @@ pub struct Inbox {
 /// A message as it was received.
 #[derive(Debug)]
 pub struct Received {
-    /// When, in milliseconds since the Unix epoch, by the clock of this machine, where the database is as well.
+    /// When the message was received, in milliseconds since the Unix epoch, by the clock of this machine. PostgreSQL
+    /// runs on the same machine, so this is the database clock too.
     pub at_ms: i64,
-    /// Everything else.
+    /// The delivery as the client library returned it.
     pub delivery: Delivery,
 }
 
 impl Broker {
-    /// Connects.
+    /// Connects to RabbitMQ.
     ///
     /// # Panics
     ///
-    /// When it cannot.
+    /// When the connection fails.
     pub async fn connect(url: &str) -> Self {
         let connection = Connection::connect(url, ConnectionProperties::default()).await;
         Self { connection: connection.expect("RabbitMQ is there") }
     }
 
-    /// A new channel.
+    /// Opens a channel.
     ///
     /// # Panics
     ///
-    /// When there is none.
+    /// When the channel cannot be opened.
     pub async fn channel(&self) -> Channel {
         self.connection.create_channel().await.expect("a channel")
     }
 
-    /// Declares a durable queue with `arguments`, binds it to `exchange` with `keys`, and consumes from it. The exchange
-    /// is declared as the daemon declares it, so that it does not matter who comes first.
+    /// Declares a durable queue with `arguments`, binds it to `exchange` with `keys`, and consumes from it. The
+    /// exchange is declared with the same properties as the daemon declares it, so that either may start first.
     ///
     /// # Panics
     ///
-    /// When it cannot.
+    /// When RabbitMQ refuses a declaration or the connection fails.
     pub async fn inbox(&self, exchange: &str, queue: &str, keys: &[&str], arguments: FieldTable) -> Inbox {
         let channel = self.channel().await;
         let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
@@ -87,55 +88,55 @@ impl Broker {
 }
 
 impl Inbox {
-    /// The next message, acknowledged.
+    /// Waits for the next message and acknowledges it.
     ///
     /// # Panics
     ///
-    /// When none comes in time.
+    /// When no message arrives within [`EVENT_TIMEOUT`].
     pub async fn next(&mut self) -> Received {
         let received = self.next_unacknowledged().await;
         received.delivery.ack(BasicAckOptions::default()).await.expect("acknowledged");
         received
     }
 
-    /// The next message.
+    /// Waits for the next message and does not acknowledge it.
     ///
     /// # Panics
     ///
-    /// When none comes in time.
+    /// When no message arrives within [`EVENT_TIMEOUT`].
     pub async fn next_unacknowledged(&mut self) -> Received {
-        match self.within(PATIENCE).await {
+        match self.next_within(EVENT_TIMEOUT).await {
             Some(received) => received,
-            None => panic!("no message came into {} within {} s", self.queue, PATIENCE.as_secs()),
+            None => panic!("no message came into {} within {} s", self.queue, EVENT_TIMEOUT.as_secs()),
         }
     }
 
-    /// The next message, if one comes within `time`. Not acknowledged.
+    /// The next message, if one arrives within `time`. It is not acknowledged.
     ///
     /// # Panics
     ///
     /// When the connection breaks.
-    pub async fn within(&mut self, time: Duration) -> Option<Received> {
+    pub async fn next_within(&mut self, time: Duration) -> Option<Received> {
         let delivery = tokio::time::timeout(time, self.consumer.next()).await.ok()?;
         let delivery = delivery.expect("the consumer goes on").expect("the connection holds");
         let at_ms = time::OffsetDateTime::now_utc().unix_timestamp_nanos() / 1_000_000;
         Some(Received { at_ms: i64::try_from(at_ms).expect("a time"), delivery })
     }
 
-    /// The next message, whenever it comes. Not acknowledged.
+    /// Waits for the next message without a time limit and does not acknowledge it.
     ///
     /// # Panics
     ///
     /// When the connection breaks.
-    pub async fn next_or_never(&mut self) -> Received {
+    pub async fn next_without_timeout(&mut self) -> Received {
         loop {
-            if let Some(received) = self.within(PATIENCE).await {
+            if let Some(received) = self.next_within(EVENT_TIMEOUT).await {
                 return received;
             }
         }
     }
 
-    /// Rejects a message for good: to the dead letters, if the queue has them.
+    /// Rejects a message without requeueing it: RabbitMQ dead-letters it if the queue has a dead letter exchange.
     ///
     /// # Panics
     ///
@@ -150,7 +151,7 @@ impl Received {
     ///
     /// # Panics
     ///
-    /// When it has none that is a UUID.
+    /// When the message has no id, or its id is not a UUID.
     #[must_use]
     pub fn id(&self) -> Uuid {
         let id = self.properties().message_id().as_ref().expect("a message id");
@@ -167,7 +168,7 @@ impl Received {
     ///
     /// # Panics
     ///
-    /// When it is not UTF-8.
+    /// When the body is not UTF-8.
     #[must_use]
     pub fn text(&self) -> &str {
         std::str::from_utf8(&self.delivery.data).expect("UTF-8")
@@ -177,17 +178,17 @@ impl Received {
     ///
     /// # Panics
     ///
-    /// When it is none.
+    /// When the body is not JSON.
     #[must_use]
     pub fn json(&self) -> serde_json::Value {
         serde_json::from_slice(&self.delivery.data).expect("JSON")
     }
 
-    /// The headers: texts as they are, numbers in decimal.
+    /// The headers, with numbers written in decimal.
     ///
     /// # Panics
     ///
-    /// When one has another type.
+    /// When there are no headers, or one is neither a long string nor a 64-bit integer.
     #[must_use]
     pub fn headers(&self) -> BTreeMap<String, String> {
         let headers = self.properties().headers().as_ref().expect("headers");
@@ -199,11 +200,11 @@ impl Received {
         headers.inner().iter().map(|(name, value)| (name.to_string(), text(value))).collect()
     }
 
-    /// A header that is a number.
+    /// The value of a header that is a number.
     ///
     /// # Panics
     ///
-    /// When there is none.
+    /// When the header is missing or is not a number.
     #[must_use]
     pub fn number(&self, header: &str) -> i64 {
         self.headers().get(header).unwrap_or_else(|| panic!("no {header}")).parse().expect("a number")

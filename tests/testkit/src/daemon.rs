@@ -1,4 +1,4 @@
-//! The real daemon as a process of its own, with its log in our hands.
+//! Runs the daemon as a process, and collects its log.
 
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
@@ -10,9 +10,9 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::{PATIENCE, eventually, eventually_within};
+use crate::{EVENT_TIMEOUT, eventually, eventually_within};
 
-/// How to start a daemon.
+/// The program, the arguments and the environment with which to start a daemon or a command.
 #[derive(Clone, Debug)]
 pub struct Launch {
     binary: PathBuf,
@@ -20,49 +20,49 @@ pub struct Launch {
     environment: Vec<(String, String)>,
 }
 
-/// A running daemon; killed when dropped.
+/// A running daemon. Dropping this value kills it.
 #[derive(Debug)]
 pub struct Daemon {
     child: Child,
     log: Arc<Mutex<Vec<String>>>,
-    /// They end with its output.
+    /// The threads that collect the log. They end when the daemon's output ends.
     readers: Vec<JoinHandle<()>>,
 }
 
 impl Launch {
-    /// `tidings SUBCOMMAND` without any settings.
+    /// `tidings SUBCOMMAND`, without any settings.
     #[must_use]
     pub fn new(binary: &Path, subcommand: &str) -> Self {
-        Self::program(binary).args([subcommand])
+        Self::of_program(binary).args([subcommand])
     }
 
-    /// Another program than the daemon, without arguments and without any settings.
+    /// Any other program, without arguments and without settings.
     #[must_use]
-    pub fn program(binary: &Path) -> Self {
+    pub fn of_program(binary: &Path) -> Self {
         Self { binary: binary.to_owned(), arguments: Vec::new(), environment: Vec::new() }
     }
 
-    /// Another program with the same settings, without arguments.
+    /// The same settings for another program, without arguments.
     #[must_use]
-    pub fn running(self, binary: &Path) -> Self {
+    pub fn with_program(self, binary: &Path) -> Self {
         Self { binary: binary.to_owned(), arguments: Vec::new(), ..self }
     }
 
-    /// With another subcommand.
+    /// Replaces all arguments by `subcommand`.
     #[must_use]
     pub fn subcommand(mut self, subcommand: &str) -> Self {
         self.arguments = vec![subcommand.to_owned()];
         self
     }
 
-    /// With further arguments.
+    /// Adds arguments.
     #[must_use]
     pub fn args<A: AsRef<std::ffi::OsStr>>(mut self, arguments: impl IntoIterator<Item = A>) -> Self {
         self.arguments.extend(arguments.into_iter().map(|argument| argument.as_ref().to_string_lossy().into_owned()));
         self
     }
 
-    /// With the variable `name` set to `value`; the last one wins.
+    /// Sets the environment variable `name`; a later value replaces an earlier one.
     #[must_use]
     pub fn with(mut self, name: &str, value: impl std::fmt::Display) -> Self {
         self.environment.retain(|(other, _)| other != name);
@@ -70,14 +70,15 @@ impl Launch {
         self
     }
 
-    /// Without the variable `name`.
+    /// Leaves the environment variable `name` unset.
     #[must_use]
     pub fn without(mut self, name: &str) -> Self {
         self.environment.retain(|(other, _)| other != name);
         self
     }
 
-    /// The command itself, for who wants to feed and read it otherwise.
+    /// The command, for a caller that needs its own standard input and output. `TIDINGS_` and `OTEL_` variables of this
+    /// process are not passed on.
     #[must_use]
     pub fn command(&self) -> Command {
         let mut command = Command::new(&self.binary);
@@ -91,11 +92,11 @@ impl Launch {
         command
     }
 
-    /// Starts it, and waits for nothing.
+    /// Starts the program without waiting for anything.
     ///
     /// # Panics
     ///
-    /// When it cannot be started.
+    /// When the program cannot be started.
     #[must_use]
     pub fn start(&self) -> Daemon {
         let mut child = self
@@ -119,25 +120,25 @@ impl Launch {
         Daemon { child, readers: readers.collect(), log }
     }
 
-    /// Starts it and waits until it is ready.
+    /// Starts the daemon and waits until its log says that it is ready.
     ///
     /// # Panics
     ///
-    /// When it is not.
-    pub async fn ready(&self) -> Daemon {
+    /// When it is not ready in time.
+    pub async fn start_ready(&self) -> Daemon {
         let mut daemon = self.start();
         daemon.wait_for_line(" ready ").await;
         daemon
     }
 
-    /// Runs it to its end, and returns its exit code and what it wrote.
+    /// Runs the program until it ends, and returns its exit code and its output.
     ///
     /// # Panics
     ///
-    /// When it does not end, or is killed.
-    pub async fn finished(&self) -> (i32, String) {
+    /// When it does not end in time, or is killed by a signal.
+    pub async fn run_to_end(&self) -> (i32, String) {
         let mut daemon = self.start();
-        let status = daemon.ended().await;
+        let status = daemon.wait_for_end().await;
         (status.code().expect("it was not killed"), daemon.log())
     }
 }
@@ -147,22 +148,23 @@ impl Daemon {
     ///
     /// # Panics
     ///
-    /// When there is none in time, or the daemon ended without.
+    /// When there is no such line in time, or the daemon ends without writing it.
     pub async fn wait_for_line(&mut self, text: &str) -> String {
-        self.line(text, PATIENCE).await
+        self.wait_for_line_within(text, EVENT_TIMEOUT).await
     }
 
-    /// The same for what takes minutes: compiling the interpreter of another language, or a hundred plugins.
+    /// [`Daemon::wait_for_line`] with ten times the timeout, for events that take minutes: compiling the interpreter
+    /// of another language, or a hundred plugins.
     ///
     /// # Panics
     ///
     /// As [`Daemon::wait_for_line`].
     pub async fn wait_longer_for_line(&mut self, text: &str) -> String {
-        self.line(text, 10 * PATIENCE).await
+        self.wait_for_line_within(text, 10 * EVENT_TIMEOUT).await
     }
 
-    async fn line(&mut self, text: &str, patience: Duration) -> String {
-        eventually_within(patience, &format!("the log line {text:?}"), async || {
+    async fn wait_for_line_within(&mut self, text: &str, timeout: Duration) -> String {
+        eventually_within(timeout, &format!("the log line {text:?}"), async || {
             let ended = self.child.try_wait().expect("our child").is_some();
             let found = self.log.lock().expect("no reader panicked").iter().find(|line| line.contains(text)).cloned();
             assert!(found.is_some() || !ended, "the daemon ended without the line {text:?}:\n{}", self.log());
@@ -171,7 +173,7 @@ impl Daemon {
         .await
     }
 
-    /// Everything that it has written.
+    /// Everything that the daemon has written so far.
     ///
     /// # Panics
     ///
@@ -181,65 +183,65 @@ impl Daemon {
         self.log.lock().expect("no reader panicked").join("\n")
     }
 
-    /// The address of its HTTP interface.
+    /// The address of the daemon's HTTP interface, which it writes to its log.
     ///
     /// # Panics
     ///
-    /// When it does not say it in time.
+    /// When the log does not contain the address in time.
     pub async fn http_addr(&mut self) -> String {
         let line = self.wait_for_line("HTTP at http://").await;
         let addr = line.rsplit("http://").next().expect("there is one");
-        // As JSON, the line goes on.
+        // In a JSON log, more fields follow the address.
         addr.split('"').next().expect("there is one").to_owned()
     }
 
-    /// Whether it has ended.
+    /// Whether the process has ended.
     ///
     /// # Panics
     ///
-    /// Never, since it is our child.
+    /// Never: the process is a child of this one.
     pub fn has_ended(&mut self) -> bool {
         self.child.try_wait().expect("our child").is_some()
     }
 
-    /// Its process id.
+    /// The process id.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Sends a signal.
+    /// Sends a signal to the process.
     ///
     /// # Panics
     ///
-    /// When it has ended.
+    /// When the process has ended.
     pub fn signal(&self, signal: Signal) {
         let pid = i32::try_from(self.child.id()).expect("a pid");
         kill(Pid::from_raw(pid), signal).expect("it is running");
     }
 
-    /// Waits for its end.
+    /// Waits until the process ends and its output has been collected.
     ///
     /// # Panics
     ///
-    /// When it does not end in time.
-    pub async fn ended(&mut self) -> ExitStatus {
+    /// When the process does not end in time.
+    pub async fn wait_for_end(&mut self) -> ExitStatus {
         let status = eventually("the end of the daemon", async || self.child.try_wait().expect("our child")).await;
-        // Its last lines may still be on their way.
+        // The reader threads may not have collected the last lines yet.
         for reader in self.readers.drain(..) {
             reader.join().expect("no reader panicked");
         }
         status
     }
 
-    /// Asks it to stop with SIGTERM, and waits for its end.
+    /// Sends SIGTERM and waits until the process ends.
     ///
     /// # Panics
     ///
-    /// When it does not stop.
+    /// When the process does not end in time.
     pub async fn stop(mut self) -> ExitStatus {
         self.signal(Signal::SIGTERM);
-        self.ended().await
+        self.wait_for_end().await
     }
 }
 

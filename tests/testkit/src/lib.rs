@@ -1,5 +1,6 @@
-//! What the demo, the tests and the measurements stand on: private servers, the built daemon and plugins, the real daemon as
-//! a process, and a consumer. Never a mock. Kept small, since the first `cargo demo` compiles all of it.
+//! The basis of the demo, the tests and the measurements: private PostgreSQL and RabbitMQ servers, builds of the daemon
+//! and the plugins, the daemon as a process, and a consumer. It never mocks a server. Keep it small, because the first
+//! `cargo demo` compiles all of it.
 
 pub mod build;
 pub mod consumer;
@@ -14,9 +15,9 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-/// How long anything that must happen may take. Far more than it takes: a test that waits for it fails in the end, and
-/// one that passes has not waited.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a test waits for an event before it fails. Much longer than any event takes, so that only a failing test
+/// waits this long.
+pub const EVENT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The top directory of the repository.
 #[must_use]
@@ -35,7 +36,7 @@ pub fn target() -> PathBuf {
     profile_dir().parent().expect("a profile's directory lies in the target directory").to_owned()
 }
 
-/// Where cargo put this program's profile: `target/debug` or `target/release`.
+/// The directory of the cargo profile that built this program: `target/debug` or `target/release`.
 #[must_use]
 pub fn profile_dir() -> PathBuf {
     let exe = std::env::current_exe().expect("a program knows where it is");
@@ -47,37 +48,37 @@ pub fn profile_dir() -> PathBuf {
     }
 }
 
-/// Waits until `check` answers with a value, asking every few milliseconds.
+/// Calls `check` every 10 ms until it returns a value, and returns that value.
 ///
 /// # Panics
 ///
-/// When it has not within [`PATIENCE`].
-pub async fn eventually<T>(what: &str, check: impl AsyncFnMut() -> Option<T>) -> T {
-    eventually_within(PATIENCE, what, check).await
+/// When `check` has returned no value within [`EVENT_TIMEOUT`].
+pub async fn eventually<T>(event: &str, check: impl AsyncFnMut() -> Option<T>) -> T {
+    eventually_within(EVENT_TIMEOUT, event, check).await
 }
 
-/// The same within another time, for what is slow.
+/// Calls `check` every 10 ms until it returns a value, for at most `timeout`.
 ///
 /// # Panics
 ///
-/// As [`eventually`].
-pub async fn eventually_within<T>(patience: Duration, what: &str, mut check: impl AsyncFnMut() -> Option<T>) -> T {
-    let deadline = tokio::time::Instant::now() + patience;
+/// When `check` has returned no value within `timeout`.
+pub async fn eventually_within<T>(timeout: Duration, event: &str, mut check: impl AsyncFnMut() -> Option<T>) -> T {
+    let deadline = tokio::time::Instant::now() + timeout;
     loop {
         if let Some(value) = check().await {
             return value;
         }
-        assert!(tokio::time::Instant::now() < deadline, "{what} did not happen within {} s", patience.as_secs());
+        assert!(tokio::time::Instant::now() < deadline, "{event} did not happen within {} s", timeout.as_secs());
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
 
-/// What a shell must be told to do what `command` would.
+/// A shell command line that runs `command` with the same program, arguments and environment.
 #[must_use]
 pub fn command_line(command: &Command) -> String {
     let quoted = |text: &std::ffi::OsStr| format!("'{}'", text.to_string_lossy().replace('\'', r"'\''"));
     let mut words = vec!["env".to_owned()];
-    // It takes what to forget before what to set.
+    // `env` takes the options that unset variables before those that set them.
     words.extend(
         command.get_envs().filter(|(_, value)| value.is_none()).map(|(name, _)| format!("-u {}", quoted(name))),
     );

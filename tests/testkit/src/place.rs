@@ -1,4 +1,4 @@
-//! How each server is set up and started: its settings, its files, its user. Knows no ports but those it is given.
+//! Sets up and starts the servers: their settings, files and users. The ports are chosen by the caller.
 
 use std::fs;
 use std::io::Write as _;
@@ -12,21 +12,21 @@ use anyhow::Context as _;
 use crate::image;
 use crate::setup::Programs;
 
-/// Where programs lie, Erlang's of the image of RabbitMQ among them.
+/// The `PATH` of the servers. The last directory is that of Erlang in the image of RabbitMQ.
 const PATH: &str = "/usr/bin:/bin:/usr/sbin:/sbin:/opt/erlang/bin";
 
-/// What a server shows, and the key that proves that it is the server's, both in PEM.
+/// The certificate of a server and its private key, both in PEM.
 #[derive(Debug)]
 pub struct Identity {
     /// The certificate.
     pub certificate: String,
-    /// Its key.
+    /// The private key.
     pub key: String,
 }
 
-/// How the servers are started, and started again.
+/// Everything that is needed to start the servers, and to start them again: programs, directory and ports.
 #[derive(Debug)]
-pub(crate) struct Place {
+pub(crate) struct Layout {
     pub(crate) programs: Programs,
     pub(crate) dir: PathBuf,
     pub(crate) postgres_port: u16,
@@ -36,10 +36,11 @@ pub(crate) struct Place {
     pub(crate) management_port: u16,
 }
 
-/// A command that runs as `user` if we are root (both servers refuse root or should), with nothing inherited.
+/// A command that runs `program` as `user` if the current user is root (PostgreSQL refuses to run as root, and RabbitMQ
+/// should not). It inherits no environment variables.
 #[must_use]
 pub fn as_user(user: &str, program: &Path) -> Command {
-    let mut command = if nix::unistd::geteuid().is_root() && !image::holds(program) {
+    let mut command = if nix::unistd::geteuid().is_root() && !image::contains(program) {
         let mut command = Command::new("setpriv");
         command.args([&format!("--reuid={user}"), &format!("--regid={user}"), "--clear-groups", "--"]).arg(program);
         command
@@ -47,17 +48,18 @@ pub fn as_user(user: &str, program: &Path) -> Command {
         image::command(Some(user), program)
     };
     command.env_clear().env("PATH", PATH).env("LANG", "C.UTF-8").stdin(Stdio::null());
-    // A Ctrl-C in the terminal is for us; they are stopped in order.
+    // A process group of its own, so that Ctrl-C in the terminal does not reach the servers: the reaper stops them in
+    // order.
     command.process_group(0);
     command
 }
 
-/// Gives `dir` to the user as whom [`as_user`] runs `program`.
+/// Makes the user as which [`as_user`] runs `program` the owner of `dir`.
 ///
 /// # Errors
 ///
 /// When `chown` fails.
-pub fn own(user: &str, program: &Path, dir: &Path) -> anyhow::Result<()> {
+pub fn change_owner(user: &str, program: &Path, dir: &Path) -> anyhow::Result<()> {
     if nix::unistd::geteuid().is_root() {
         let owner = image::owner(user, program).unwrap_or_else(|| format!("{user}:"));
         let status = Command::new("chown").arg("-R").arg(owner).arg(dir).status()?;
@@ -66,13 +68,13 @@ pub fn own(user: &str, program: &Path, dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-impl Place {
+impl Layout {
     pub(crate) fn prepare_postgres(&self, further: &str) -> anyhow::Result<()> {
         let Self { programs, dir, postgres_port: port, .. } = self;
         let home = dir.join("postgres");
         let data = home.join("data");
         fs::create_dir_all(&home)?;
-        own("postgres", &programs.postgres, &home)?;
+        change_owner("postgres", &programs.postgres, &home)?;
         let log = fs::File::create(dir.join("postgres.log"))?;
         let initdb = as_user("postgres", &programs.postgres.join("initdb"))
             .current_dir(&home)
@@ -111,13 +113,13 @@ impl Place {
             .context("could not start postgres")
     }
 
-    /// Makes a standby of a PostgreSQL that runs on `primary_port`.
+    /// Makes a standby of the PostgreSQL that runs on `primary_port`.
     pub(crate) fn prepare_standby(&self, primary_port: u16) -> anyhow::Result<()> {
         let Self { programs, dir, postgres_port: port, .. } = self;
         let home = dir.join("postgres");
         let data = home.join("data");
         fs::create_dir_all(&home)?;
-        own("postgres", &programs.postgres, &home)?;
+        change_owner("postgres", &programs.postgres, &home)?;
         let log = fs::File::create(dir.join("postgres.log"))?;
         let status = as_user("postgres", &programs.postgres.join("pg_basebackup"))
             .current_dir(&home)
@@ -141,7 +143,7 @@ impl Place {
             fs::create_dir_all(home.join(part))?;
         }
         fs::write(home.join("enabled_plugins"), "[rabbitmq_management].")?;
-        // From RabbitMQ 4.0 on, 16 MiB is the largest message if nothing is said.
+        // The default of max_message_size is 16 MiB from RabbitMQ 4.0 on.
         fs::write(
             home.join("rabbitmq.conf"),
             format!(
@@ -149,10 +151,10 @@ impl Place {
              disk_free_limit.absolute = 50MB\nmax_message_size = 134217728\n"
             ),
         )?;
-        own("rabbitmq", &programs.rabbitmq, &home)
+        change_owner("rabbitmq", &programs.rabbitmq, &home)
     }
 
-    /// Puts a certificate and its key where both servers look for theirs.
+    /// Writes a certificate and its key to the paths from which both servers read theirs.
     pub(crate) fn write_identity(&self, identity: &Identity) -> anyhow::Result<()> {
         let Programs { postgres, rabbitmq, .. } = &self.programs;
         for (user, programs, certificate, key) in [
@@ -163,13 +165,13 @@ impl Place {
                 let path = self.dir.join(path);
                 fs::write(&path, pem)?;
                 fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
-                own(user, programs, &path)?;
+                change_owner(user, programs, &path)?;
             }
         }
         Ok(())
     }
 
-    /// What makes both servers speak TLS, when they read it.
+    /// Adds the settings for TLS to both servers' configuration. They take effect when the servers read it again.
     pub(crate) fn offer_tls(&self, amqps_port: u16) -> anyhow::Result<()> {
         let settings = |path| fs::OpenOptions::new().append(true).open(self.dir.join(path));
         writeln!(settings("postgres/data/postgresql.conf")?, "ssl = on")?;
@@ -205,7 +207,7 @@ impl Place {
             .env("RABBITMQ_CONFIG_FILE", home.join("rabbitmq.conf"))
             .env("RABBITMQ_ENABLED_PLUGINS_FILE", home.join("enabled_plugins"))
             .env("RABBITMQ_PID_FILE", home.join("pid"))
-            // The script then becomes the server, and the pid we have is the server's.
+            // With this, the script replaces itself by the server, so that the pid of the child is that of the server.
             .env("RABBITMQ_ALLOW_INPUT", "1")
             .env(
                 "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", // The port of Erlang's distribution would be open to the network.
@@ -219,7 +221,7 @@ impl Place {
 }
 
 pub(crate) fn start_epmd(programs: &Programs, dir: &Path, port: u16) -> anyhow::Result<Child> {
-    // RabbitMQ would start one that outlives it. In the foreground it is a child that we can stop.
+    // RabbitMQ would start an epmd that outlives it. An epmd in the foreground is a child that can be stopped.
     let log = fs::File::create(dir.join("epmd.log"))?;
     let epmd = programs.epmd.as_deref().context("epmd, a part of Erlang, is in none of the usual places")?;
     as_user("rabbitmq", epmd)
@@ -230,7 +232,7 @@ pub(crate) fn start_epmd(programs: &Programs, dir: &Path, port: u16) -> anyhow::
         .context("could not start epmd")
 }
 
-/// The ends of the servers' logs.
+/// The last 15 lines of each server's log.
 pub(crate) fn logs(dir: &Path) -> String {
     let mut text = String::from("the servers did not start");
     for name in ["postgres.log", "epmd.log", "rabbitmq.log"] {

@@ -1,6 +1,6 @@
-//! A PostgreSQL and a RabbitMQ of our own, on free ports of 127.0.0.1, with their data under the target directory. They
-//! end with the program that started them, however it ends: a small shell waits for the end of a pipe that only this
-//! program holds, stops them by pid, and removes their data.
+//! Starts a private PostgreSQL and RabbitMQ on free ports of 127.0.0.1, with their data under the target directory.
+//! When this program ends, even by SIGKILL, a shell that reads a pipe from it stops the servers by pid and removes
+//! their data.
 
 use std::fs;
 use std::net::{TcpListener, TcpStream};
@@ -15,10 +15,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 
-use crate::place::{Identity, Place, as_user, logs, start_epmd};
+use crate::place::{Identity, Layout, as_user, logs, start_epmd};
 use crate::{command_line, eventually, setup};
 
-/// Hands the ports of running servers on to the programs that are started after it.
+/// The environment variable that passes the ports of running servers on to child programs.
 const PORTS: &str = "HARNESS_PORTS";
 /// RabbitMQ takes ten seconds on a busy machine.
 const START_DEADLINE: Duration = Duration::from_mins(2);
@@ -26,16 +26,16 @@ const START_DEADLINE: Duration = Duration::from_mins(2);
 /// The two servers.
 #[derive(Debug)]
 pub struct Servers {
-    /// Where PostgreSQL listens; the superuser is `postgres`, without a password.
+    /// The port of PostgreSQL. The superuser is `postgres`, without a password.
     pub postgres_port: u16,
-    /// Where RabbitMQ listens; the user is `guest` with the password `guest`.
+    /// The port of RabbitMQ. The user is `guest` with the password `guest`.
     pub rabbitmq_port: u16,
-    /// Where RabbitMQ's management interface listens.
+    /// The port of RabbitMQ's management interface.
     pub management_port: u16,
     running: Option<Running>,
 }
 
-/// One of the two, and where it is among the children.
+/// One of the two servers; the number is its index in `Running::children`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Server {
     /// PostgreSQL.
@@ -48,56 +48,55 @@ pub enum Server {
 struct Running {
     children: Vec<Child>,
     reaper: Child,
-    place: Place,
+    layout: Layout,
 }
 
 impl Servers {
-    /// Uses the servers that a program before us has started, or starts some.
+    /// Uses the servers of the parent program if it has passed on their ports, or starts new ones.
     ///
     /// # Errors
     ///
-    /// When they cannot be installed or started.
+    /// When the servers cannot be installed or started.
     pub fn start() -> anyhow::Result<Self> {
         if let Some([postgres_port, rabbitmq_port, management_port]) = inherited_ports() {
             return Ok(Self { postgres_port, rabbitmq_port, management_port, running: None });
         }
-        Self::private()
+        Self::start_private()
     }
 
-    /// Servers that nobody else uses, so that they may be stopped and started again.
+    /// Starts servers that no other program uses, so that they may be stopped and restarted.
     ///
     /// # Errors
     ///
-    /// When they cannot be installed or started.
-    pub fn private() -> anyhow::Result<Self> {
-        Self::with("")
+    /// When the servers cannot be installed or started.
+    pub fn start_private() -> anyhow::Result<Self> {
+        Self::start_private_with("")
     }
 
-    /// [`Self::private`], for a test.
+    /// [`Self::start_private`] for asynchronous tests.
     ///
     /// # Panics
     ///
-    /// When they cannot be installed or started.
-    pub async fn alone() -> Self {
-        tokio::task::spawn_blocking(Self::private).await.expect("no panic").expect("servers")
+    /// When the servers cannot be installed or started.
+    pub async fn start_private_async() -> Self {
+        tokio::task::spawn_blocking(Self::start_private).await.expect("no panic").expect("servers")
     }
 
-    /// [`Self::private`], with further lines in the settings of PostgreSQL, where the last one wins.
+    /// [`Self::start_private`] with additional lines for `postgresql.conf`. A later line overrides an earlier one.
     ///
     /// # Errors
     ///
-    /// As [`Servers::private`].
-    pub fn with(settings: &str) -> anyhow::Result<Self> {
+    /// As [`Servers::start_private`].
+    pub fn start_private_with(settings: &str) -> anyhow::Result<Self> {
         static STARTED: AtomicUsize = AtomicUsize::new(0);
         let number = STARTED.fetch_add(1, Ordering::Relaxed);
-        let programs = setup::servers()?;
+        let programs = setup::find_servers()?;
         let dir = crate::target().join(format!("servers-{}-{number}", std::process::id()));
         let _ = fs::remove_dir_all(&dir);
         fs::create_dir_all(&dir)?;
         let [postgres_port, rabbitmq_port, distribution_port, epmd_port, management_port] = free_ports()?;
-
         let epmd = start_epmd(&programs, &dir, epmd_port)?;
-        let place = Place {
+        let layout = Layout {
             programs,
             dir: dir.clone(),
             postgres_port,
@@ -106,159 +105,160 @@ impl Servers {
             epmd_port,
             management_port,
         };
-        place.prepare_postgres(settings)?;
-        place.prepare_rabbitmq()?;
-        let children = vec![place.start_postgres()?, place.start_rabbitmq()?, epmd];
+        layout.prepare_postgres(settings)?;
+        layout.prepare_rabbitmq()?;
+        let children = vec![layout.start_postgres()?, layout.start_rabbitmq()?, epmd];
         let reaper = start_reaper(&dir, &children)?;
-        let running = Some(Running { children, reaper, place });
+        let running = Some(Running { children, reaper, layout });
         let servers = Self { postgres_port, rabbitmq_port, management_port, running };
-        servers.wait().with_context(|| logs(&dir))?;
+        servers.wait_for_both().with_context(|| logs(&dir))?;
         Ok(servers)
     }
 
-    /// What [`Servers::start`] of a child process needs in its environment to use these servers.
+    /// The environment variable with which [`Servers::start`] of a child process uses these servers.
     #[must_use]
     pub fn environment(&self) -> (&'static str, String) {
         (PORTS, format!("{} {} {}", self.postgres_port, self.rabbitmq_port, self.management_port))
     }
 
-    /// Sends a signal to a server and its children: SIGSTOP and SIGCONT for instance.
+    /// Sends a signal to a server and its child processes, for example SIGSTOP or SIGCONT.
     ///
     /// # Errors
     ///
-    /// When it does not run, or belongs to others.
+    /// When this program did not start the server.
     pub fn signal(&self, server: Server, signal: Signal) -> anyhow::Result<()> {
-        let Running { children, .. } = self.running.as_ref().context("only servers of our own")?;
+        let Running { children, .. } = self.running.as_ref().context("not this program's servers")?;
         let pid = children[server as usize].id();
         for pid in children_of(pid).into_iter().chain([pid]) {
-            // A child may end at any time.
+            // The error is ignored: a child may have ended in the meantime.
             let _ = kill(Pid::from_raw(i32::try_from(pid)?), signal);
         }
         Ok(())
     }
 
-    /// Ends a server with `signal` (SIGKILL takes its children along), waits for its end, and starts it again, on the same ports
-    /// with the same data. Blocks for as long as that takes.
+    /// Stops a server with `signal` (SIGKILL goes to its children too) and starts it again, on the same ports with the
+    /// same data. Blocks until the server listens again.
     ///
     /// # Errors
     ///
-    /// When it does not stop or start, or belongs to others.
+    /// When the server does not stop or start, or this program did not start it.
     pub fn restart(&mut self, server: Server, signal: Signal) -> anyhow::Result<()> {
-        let pid = self.running.as_ref().context("only servers of our own")?.children[server as usize].id();
+        let pid = self.running.as_ref().context("not this program's servers")?.children[server as usize].id();
         let parent = Pid::from_raw(i32::try_from(pid)?);
         if signal == Signal::SIGKILL {
-            // So that no child is born after we have looked for them.
+            // Stopped first, so that it starts no child after its children have been listed.
             kill(parent, Signal::SIGSTOP)?;
             self.signal(server, signal)?;
         } else {
             kill(parent, signal)?;
         }
-        let Running { children, reaper, place } = self.running.as_mut().context("only servers of our own")?;
+        let Running { children, reaper, layout } = self.running.as_mut().context("not this program's servers")?;
         children[server as usize].wait()?;
         let port = match server {
-            Server::Postgres => place.postgres_port,
-            Server::RabbitMq => place.rabbitmq_port,
+            Server::Postgres => layout.postgres_port,
+            Server::RabbitMq => layout.rabbitmq_port,
         };
         let deadline = Instant::now() + START_DEADLINE;
         loop {
             children[server as usize] = match server {
-                Server::Postgres => place.start_postgres()?,
-                Server::RabbitMq => place.start_rabbitmq()?,
+                Server::Postgres => layout.start_postgres()?,
+                Server::RabbitMq => layout.start_rabbitmq()?,
             };
-            // One that was killed may leave something behind for a moment, over which the next one stumbles.
+            // While a killed server's locks are still there, the new server ends at once and is started again.
             while TcpStream::connect(("127.0.0.1", port)).is_err() && children[server as usize].try_wait()?.is_none() {
-                anyhow::ensure!(Instant::now() < deadline, "{server:?} did not start again:\n{}", logs(&place.dir));
+                anyhow::ensure!(Instant::now() < deadline, "{server:?} did not start again:\n{}", logs(&layout.dir));
                 std::thread::sleep(Duration::from_millis(50));
             }
             if children[server as usize].try_wait()?.is_none() {
                 break;
             }
-            anyhow::ensure!(Instant::now() < deadline, "{server:?} ends at its start:\n{}", logs(&place.dir));
+            anyhow::ensure!(Instant::now() < deadline, "{server:?} ends at its start:\n{}", logs(&layout.dir));
             std::thread::sleep(Duration::from_millis(200));
         }
-        // The old one knows a pid that is nobody's now.
-        let mut old = std::mem::replace(reaper, start_reaper(&place.dir, children)?);
+        // The old reaper holds the pid of the old process, which another process may get.
+        let mut old = std::mem::replace(reaper, start_reaper(&layout.dir, children)?);
         let (killed, ended) = (old.kill(), old.wait());
         killed.and(ended)?;
-        self.wait()
+        self.wait_for_both()
     }
 
-    /// Has both servers speak TLS as well: PostgreSQL on its port, RabbitMQ on another, which is returned, after a restart.
+    /// Switches TLS on: for PostgreSQL on its port, for RabbitMQ, which is restarted, on another port, which is
+    /// returned.
     ///
     /// # Errors
     ///
-    /// When they do not, or belong to others.
+    /// When a server does not take the settings, or this program did not start it.
     pub fn offer_tls(&mut self, identity: &Identity) -> anyhow::Result<u16> {
         let [port] = free_ports()?;
-        let Running { place, .. } = self.running.as_ref().context("only servers of our own")?;
-        place.write_identity(identity)?;
-        place.offer_tls(port)?;
+        let Running { layout, .. } = self.running.as_ref().context("not this program's servers")?;
+        layout.write_identity(identity)?;
+        layout.offer_tls(port)?;
         kill(self.pid(Server::Postgres)?, Signal::SIGHUP)?;
         self.restart(Server::RabbitMq, Signal::SIGTERM)?;
-        wait_for("RabbitMQ's TLS", port, Instant::now() + START_DEADLINE)?;
+        wait_for_port("RabbitMQ's TLS", port, Instant::now() + START_DEADLINE)?;
         Ok(port)
     }
 
-    /// Has both servers show another certificate, in a moment.
+    /// Makes both servers present another certificate to new connections, within moments.
     ///
     /// # Errors
     ///
-    /// When they cannot be told.
-    pub fn show(&self, identity: &Identity) -> anyhow::Result<()> {
-        let Running { place, .. } = self.running.as_ref().context("only servers of our own")?;
-        place.write_identity(identity)?;
+    /// When a server cannot be told.
+    pub fn replace_certificate(&self, identity: &Identity) -> anyhow::Result<()> {
+        let Running { layout, .. } = self.running.as_ref().context("not this program's servers")?;
+        layout.write_identity(identity)?;
         kill(self.pid(Server::Postgres)?, Signal::SIGHUP)?;
         self.rabbitmqctl(&["eval", "ssl:clear_pem_cache()."])
     }
 
     fn pid(&self, server: Server) -> anyhow::Result<Pid> {
-        let Running { children, .. } = self.running.as_ref().context("only servers of our own")?;
+        let Running { children, .. } = self.running.as_ref().context("not this program's servers")?;
         Ok(Pid::from_raw(i32::try_from(children[server as usize].id())?))
     }
 
-    /// Starts a standby that follows this PostgreSQL. It ends with what is returned.
+    /// Starts a standby that follows this PostgreSQL. Dropping the returned value stops it.
     ///
     /// # Errors
     ///
-    /// When it cannot be made, or the servers belong to others.
-    pub fn standby(&self) -> anyhow::Result<Standby> {
-        let Running { place, .. } = self.running.as_ref().context("only servers of our own")?;
+    /// When the standby cannot be made, or this program did not start the servers.
+    pub fn start_standby(&self) -> anyhow::Result<Standby> {
+        let Running { layout, .. } = self.running.as_ref().context("not this program's servers")?;
         let [port] = free_ports()?;
-        let dir = place.dir.join("standby");
-        let place = Place { dir: dir.clone(), postgres_port: port, programs: setup::servers()?, ..*place };
-        place.prepare_standby(self.postgres_port)?;
-        let standby = Standby { port, child: place.start_postgres()? };
-        wait_for("the standby", port, Instant::now() + START_DEADLINE).with_context(|| logs(&dir))?;
+        let dir = layout.dir.join("standby");
+        let layout = Layout { dir: dir.clone(), postgres_port: port, programs: setup::find_servers()?, ..*layout };
+        layout.prepare_standby(self.postgres_port)?;
+        let standby = Standby { port, child: layout.start_postgres()? };
+        wait_for_port("the standby", port, Instant::now() + START_DEADLINE).with_context(|| logs(&dir))?;
         Ok(standby)
     }
 
-    /// Lets RabbitMQ believe that its memory is used up, or that it is not.
+    /// Raises or clears RabbitMQ's memory alarm by setting a very low or a high memory limit.
     ///
     /// # Errors
     ///
-    /// When it cannot be told.
-    pub fn memory_alarm(&self, on: bool) -> anyhow::Result<()> {
+    /// When `rabbitmqctl` fails.
+    pub fn set_memory_alarm(&self, on: bool) -> anyhow::Result<()> {
         self.rabbitmqctl(&["set_vm_memory_high_watermark", "absolute", if on { "1MB" } else { "8GB" }])
     }
 
-    /// Has RabbitMQ close channels, from the next one on, over messages of more bytes than this.
+    /// Sets RabbitMQ's `max_message_size`: channels opened from now on are closed when a larger message is published.
     ///
     /// # Errors
     ///
-    /// When it cannot be told.
-    pub fn largest_message(&self, bytes: usize) -> anyhow::Result<()> {
-        // RabbitMQ 3 reads the one, and 4 the other.
+    /// When `rabbitmqctl` fails.
+    pub fn set_max_message_size(&self, bytes: usize) -> anyhow::Result<()> {
+        // RabbitMQ 3 reads the first setting, RabbitMQ 4 the second.
         let set = format!(
             "application:set_env(rabbit, max_message_size, {bytes}), persistent_term:put(max_message_size, {bytes})."
         );
         self.rabbitmqctl(&["eval", &set])
     }
 
-    /// A script that is `rabbitmqctl` of this RabbitMQ.
+    /// A shell script that runs `rabbitmqctl` for this RabbitMQ.
     ///
     /// # Errors
     ///
-    /// When it belongs to others.
+    /// When this program did not start the server.
     pub fn rabbitmqctl_script(&self) -> anyhow::Result<String> {
         Ok(format!("#!/bin/sh\nexec {} \"$@\"\n", command_line(&self.rabbitmqctl_command()?)))
     }
@@ -271,47 +271,47 @@ impl Servers {
     }
 
     fn rabbitmqctl_command(&self) -> anyhow::Result<Command> {
-        let Running { place, .. } = self.running.as_ref().context("only servers of our own")?;
-        let mut command = as_user("rabbitmq", &place.programs.rabbitmq.join("rabbitmqctl"));
-        command.args(["--node", &format!("t{}@localhost", place.rabbitmq_port)]);
-        command.env("HOME", place.dir.join("rabbitmq/home")).env("ERL_EPMD_PORT", place.epmd_port.to_string());
+        let Running { layout, .. } = self.running.as_ref().context("not this program's servers")?;
+        let mut command = as_user("rabbitmq", &layout.programs.rabbitmq.join("rabbitmqctl"));
+        command.args(["--node", &format!("t{}@localhost", layout.rabbitmq_port)]);
+        command.env("HOME", layout.dir.join("rabbitmq/home")).env("ERL_EPMD_PORT", layout.epmd_port.to_string());
         Ok(command)
     }
 
-    fn wait(&self) -> anyhow::Result<()> {
+    fn wait_for_both(&self) -> anyhow::Result<()> {
         let deadline = Instant::now() + START_DEADLINE;
-        for (what, port) in [
+        for (name, port) in [
             ("PostgreSQL", self.postgres_port),
             ("RabbitMQ", self.rabbitmq_port),
             ("RabbitMQ's management", self.management_port),
         ] {
-            wait_for(what, port, deadline)?;
+            wait_for_port(name, port, deadline)?;
         }
         Ok(())
     }
 }
 
-fn wait_for(what: &str, port: u16, deadline: Instant) -> anyhow::Result<()> {
+fn wait_for_port(name: &str, port: u16, deadline: Instant) -> anyhow::Result<()> {
     while TcpStream::connect(("127.0.0.1", port)).is_err() {
         if Instant::now() > deadline {
-            bail!("{what} did not listen on port {port} within {} s", START_DEADLINE.as_secs());
+            bail!("{name} did not listen on port {port} within {} s", START_DEADLINE.as_secs());
         }
         std::thread::sleep(Duration::from_millis(50));
     }
     Ok(())
 }
 
-/// A PostgreSQL that follows another; killed when dropped.
+/// A standby of another PostgreSQL. Dropping this value stops it.
 #[derive(Debug)]
 pub struct Standby {
-    /// Where it listens.
+    /// The port on which it listens.
     pub port: u16,
     child: Child,
 }
 
 impl Drop for Standby {
     fn drop(&mut self) {
-        // At once, with its children.
+        // SIGQUIT ends PostgreSQL at once, with its children.
         if let Ok(pid) = i32::try_from(self.child.id()) {
             let _ = kill(Pid::from_raw(pid), Signal::SIGQUIT);
         }
@@ -322,7 +322,7 @@ impl Drop for Standby {
 impl Drop for Servers {
     fn drop(&mut self) {
         let Some(Running { children, mut reaper, .. }) = self.running.take() else { return };
-        // The reaper acts at the end of its input. Our children must be collected meanwhile, or it would wait for them.
+        // Closing its input makes the reaper stop the servers. It sees each as running until it is waited for here.
         drop(reaper.stdin.take());
         for mut child in children {
             let _ = child.wait();
@@ -337,7 +337,7 @@ fn inherited_ports() -> Option<[u16; 3]> {
 }
 
 pub(crate) fn free_ports<const N: usize>() -> anyhow::Result<[u16; N]> {
-    // Held together, so that they differ.
+    // All listeners are open at once, so that the ports differ.
     let listeners: Vec<TcpListener> =
         (0..N).map(|_| TcpListener::bind(("127.0.0.1", 0))).collect::<Result<_, _>>().context("no free ports")?;
     let ports: Vec<u16> =
@@ -351,14 +351,13 @@ fn children_of(parent: u32) -> Vec<u32> {
         fs::read_dir("/proc").into_iter().flatten().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
     pids.filter(|pid: &u32| {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        // The name, in brackets, may hold anything; after it come the state and the parent.
-        let of = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)?.parse().ok());
-        of == Some(parent)
+        // The name, in brackets, may contain any characters. After it come the state and the parent's pid.
+        stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)?.parse().ok()) == Some(parent)
     })
     .collect()
 }
 
-/// Waits for the end of its input, that is of us, and then stops `children` in order.
+/// Starts a shell that stops `children` in order when its input ends: when this program closes the pipe, or ends.
 fn start_reaper(dir: &Path, children: &[Child]) -> anyhow::Result<Child> {
     const SCRIPT: &str = r#"
         cat >/dev/null
@@ -379,11 +378,11 @@ pub fn database_url(port: u16, database: &str) -> String {
     format!("postgres://postgres@127.0.0.1:{port}/{database}")
 }
 
-/// Runs a statement in the server's own database.
+/// Runs a statement in the database `postgres`.
 ///
 /// # Panics
 ///
-/// When it fails within a few tries: two tests that create databases at once wait for each other.
+/// When the statement fails. While a template database is in use by another session it is tried again.
 pub async fn execute(port: u16, sql: &str) {
     let mut connection = PgConnection::connect(&database_url(port, "postgres")).await.expect("PostgreSQL is there");
     eventually(sql, async || match sqlx::query(AssertSqlSafe(sql.to_owned())).execute(&mut connection).await {

@@ -1,4 +1,4 @@
-//! Finds the programs that are needed, and on Debian as root installs what is missing, and says so.
+//! Finds the programs that the tests need. On Debian, as root, missing programs are installed, and that is printed.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -8,34 +8,35 @@ use anyhow::{Context as _, bail};
 
 use crate::image;
 
-/// Where PostgreSQL's and RabbitMQ's own programs lie.
+/// The directories of the programs of PostgreSQL and RabbitMQ.
 #[derive(Debug)]
 pub struct Programs {
     /// The directory with `initdb` and `postgres`.
     pub postgres: PathBuf,
-    /// The directory with `rabbitmq-server`: RabbitMQ's own script, not a distribution's wrapper that changes user.
+    /// The directory with RabbitMQ's own script `rabbitmq-server`, not a distribution's wrapper that changes the user.
     pub rabbitmq: PathBuf,
-    /// Erlang's own, if it is there.
+    /// Erlang's `epmd`, if it was found.
     pub epmd: Option<PathBuf>,
 }
 
-/// Finds PostgreSQL and RabbitMQ: the newest, if they are wanted, or those of the machine, or installs them.
+/// Finds PostgreSQL and RabbitMQ: those of the Docker images if [`image::NEWEST_VARIABLE`] is set, else those of this
+/// machine, which are installed if they are missing.
 ///
 /// # Errors
 ///
-/// When one is missing and cannot be installed; the message says what to install.
-pub fn servers() -> anyhow::Result<Programs> {
-    if let (Some(one), Some(other)) = (image::root("postgres"), image::root("rabbitmq")) {
-        let missing = |what| format!("there is no {what} under target/images; begin with cargo verify -- newest");
+/// When a server is missing and cannot be installed; the message says what to install.
+pub fn find_servers() -> anyhow::Result<Programs> {
+    if let (Some(postgres_root), Some(rabbitmq_root)) = (image::image_root("postgres"), image::image_root("rabbitmq")) {
+        let missing = |server| format!("there is no {server} under target/images; begin with cargo verify -- newest");
         return Ok(Programs {
-            postgres: postgres(&one, None).with_context(|| missing("PostgreSQL"))?,
-            rabbitmq: rabbitmq(&other).with_context(|| missing("RabbitMQ"))?,
-            epmd: epmd(&other),
+            postgres: find_postgres(&postgres_root, None).with_context(|| missing("PostgreSQL"))?,
+            rabbitmq: find_rabbitmq(&rabbitmq_root).with_context(|| missing("RabbitMQ"))?,
+            epmd: find_epmd(&rabbitmq_root),
         });
     }
     let root = Path::new("/");
-    let postgres = || postgres(root, Some(search_path()));
-    let rabbitmq = || rabbitmq(root);
+    let postgres = || find_postgres(root, Some(search_path()));
+    let rabbitmq = || find_rabbitmq(root);
     let mut missing = Vec::new();
     if postgres().is_none() {
         missing.push("postgresql");
@@ -50,23 +51,23 @@ pub fn servers() -> anyhow::Result<Programs> {
     Ok(Programs {
         postgres: postgres().context("initdb and postgres are in none of the usual places")?,
         rabbitmq: rabbitmq().context("rabbitmq-server is in none of the usual places")?,
-        epmd: epmd(root),
+        epmd: find_epmd(root),
     })
 }
 
-/// Whether [`servers`] finds both servers or may install what is missing.
+/// Whether [`find_servers`] finds both servers or may install the missing ones.
 #[must_use]
 pub fn has_servers() -> bool {
     let root = Path::new("/");
-    (postgres(root, Some(search_path())).is_some() && rabbitmq(root).is_some()) || may_install()
+    (find_postgres(root, Some(search_path())).is_some() && find_rabbitmq(root).is_some()) || may_install()
 }
 
 /// Finds PgBouncer, or installs it.
 ///
 /// # Errors
 ///
-/// As [`servers`].
-pub fn pgbouncer() -> anyhow::Result<PathBuf> {
+/// As [`find_servers`].
+pub fn find_pgbouncer() -> anyhow::Result<PathBuf> {
     let find = || {
         let usual = ["/usr/sbin", "/usr/local/bin", "/opt/homebrew/bin"].map(PathBuf::from);
         usual.into_iter().chain(search_path()).map(|dir| dir.join("pgbouncer")).find(|path| path.exists())
@@ -77,12 +78,12 @@ pub fn pgbouncer() -> anyhow::Result<PathBuf> {
     find().context("pgbouncer is in none of the usual places")
 }
 
-/// A browser, and what drives it.
+/// A browser and the program that drives it.
 #[derive(Debug)]
 pub struct Chromium {
-    /// Chromium, or Chrome.
+    /// The program of Chromium or Chrome.
     pub browser: PathBuf,
-    /// Its `chromedriver`.
+    /// The program `chromedriver`.
     pub driver: PathBuf,
 }
 
@@ -90,11 +91,11 @@ pub struct Chromium {
 ///
 /// # Errors
 ///
-/// As [`servers`].
-pub fn chromium() -> anyhow::Result<Chromium> {
-    // Many tests want it at once.
+/// As [`find_servers`].
+pub fn find_chromium() -> anyhow::Result<Chromium> {
+    // Several tests may call this at the same time, and apt can run only once.
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-    let _one = ONE_AT_A_TIME.lock().expect("nobody panics with it");
+    let _guard = ONE_AT_A_TIME.lock().expect("no holder of the lock panics");
     let find = |names: &[&str]| {
         names.iter().find_map(|name| search_path().into_iter().map(|dir| dir.join(name)).find(|path| path.exists()))
     };
@@ -110,7 +111,7 @@ pub fn chromium() -> anyhow::Result<Chromium> {
     })
 }
 
-fn postgres(root: &Path, elsewhere: Option<Vec<PathBuf>>) -> Option<PathBuf> {
+fn find_postgres(root: &Path, further_dirs: Option<Vec<PathBuf>>) -> Option<PathBuf> {
     let mut versions: Vec<PathBuf> = std::fs::read_dir(root.join("usr/lib/postgresql"))
         .into_iter()
         .flatten()
@@ -120,22 +121,22 @@ fn postgres(root: &Path, elsewhere: Option<Vec<PathBuf>>) -> Option<PathBuf> {
     versions
         .into_iter()
         .rev()
-        .chain(elsewhere.unwrap_or_default())
+        .chain(further_dirs.unwrap_or_default())
         .find(|dir| dir.join("initdb").exists() && dir.join("postgres").exists())
 }
 
-fn rabbitmq(root: &Path) -> Option<PathBuf> {
+fn find_rabbitmq(root: &Path) -> Option<PathBuf> {
     ["usr/lib/rabbitmq/bin", "opt/rabbitmq/sbin", "opt/homebrew/sbin", "usr/local/sbin"]
         .map(|dir| root.join(dir))
         .into_iter()
         .find(|dir| dir.join("rabbitmq-server").exists())
 }
 
-fn epmd(root: &Path) -> Option<PathBuf> {
+fn find_epmd(root: &Path) -> Option<PathBuf> {
     ["usr/bin/epmd", "usr/local/bin/epmd", "opt/erlang/bin/epmd", "opt/homebrew/bin/epmd"]
         .map(|path| root.join(path))
         .into_iter()
-        // In an image it may be a link to where it lies in that.
+        // In an image it may be a symbolic link that is valid only inside the image.
         .find(|path| path.symlink_metadata().is_ok())
 }
 
@@ -151,11 +152,11 @@ fn may_install() -> bool {
     has_apt() && nix::unistd::geteuid().is_root()
 }
 
-/// Installs Debian packages, and says so.
+/// Installs Debian packages, and prints which.
 ///
 /// # Errors
 ///
-/// When this is not Debian, we are not root, or apt fails.
+/// When there is no apt-get, the current user is not root, or apt-get fails.
 pub fn install(packages: &[&str]) -> anyhow::Result<()> {
     let names = packages.join(" ");
     if !has_apt() {
@@ -177,7 +178,7 @@ fn apt(arguments: &[&str]) -> anyhow::Result<()> {
     let output = Command::new("apt-get")
         .args(arguments)
         .env("DEBIAN_FRONTEND", "noninteractive")
-        // Packages must not start servers of their own: ours are private.
+        // Keeps the packages from starting their servers: the tests start private ones.
         .env("RUNLEVEL", "1")
         .stdin(Stdio::null())
         .output()

@@ -1,5 +1,5 @@
-//! The example consumers, ready to run: the one in Rust built, the one in Python with the packages that it needs. Each is
-//! made once a process, since every test of them asks.
+//! Makes the example consumers ready to run: builds the one in Rust, and installs the packages of the one in Python.
+//! Each is done once per process, because every test of a consumer calls these functions.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,21 +8,21 @@ use std::sync::{Mutex, PoisonError};
 
 use anyhow::Context as _;
 
-use super::languages::{guard, pip_install, tools};
+use super::languages::{lock_tools, pip_install, tools_dir};
 use super::{cargo, run};
 use crate::{profile_dir, repository};
 
-/// Builds the consumer in Rust in the profile of this program, and returns the path of the binary.
+/// Builds the consumer in Rust with the cargo profile of this program, and returns the path of the binary.
 ///
 /// # Errors
 ///
-/// When cargo fails; it has said why.
+/// When cargo fails; cargo has then printed the reason.
 pub fn rust_consumer() -> anyhow::Result<PathBuf> {
     static BUILT: Mutex<Option<PathBuf>> = Mutex::new(None);
-    once(&BUILT, || {
+    make_once(&BUILT, || {
         let profile = profile_dir();
         let mut cargo = cargo();
-        // With the daemon, for the same reason as the daemon with the tests.
+        // Built together with the daemon, so that features are resolved in the same way and nothing is compiled twice.
         cargo.args(["build", "--quiet", "--package", "tidings", "--package", "tidings-tests", "--example", "consumer"]);
         if profile.ends_with("release") {
             cargo.arg("--release");
@@ -36,36 +36,37 @@ pub fn rust_consumer() -> anyhow::Result<PathBuf> {
 ///
 /// # Errors
 ///
-/// When they cannot be installed.
+/// When the packages cannot be installed.
 pub fn python_consumer() -> anyhow::Result<(PathBuf, PathBuf)> {
     static INSTALLED: Mutex<Option<(PathBuf, PathBuf)>> = Mutex::new(None);
-    once(&INSTALLED, || {
-        let _guard = guard();
-        let (examples, packages) = (repository().join("tests/examples"), tools().join("consumer-py"));
+    make_once(&INSTALLED, || {
+        let _guard = lock_tools();
+        let (examples, packages) = (repository().join("tests/examples"), tools_dir().join("consumer-py"));
         let requirements = examples.join("requirements.txt");
-        // Written when all is there, and so absent after an install that broke off.
+        // Written last, so it is missing after an interrupted installation.
         let finished = packages.join("finished");
-        if fs::read_to_string(&finished).ok() != Some(what_for(&requirements)?) {
+        if fs::read_to_string(&finished).ok() != Some(installation_id(&requirements)?) {
             eprintln!("installing the packages of the consumer in Python ...");
-            // pip does not replace what is there.
+            // pip does not replace packages that are already in the directory.
             let _ = fs::remove_dir_all(&packages);
             pip_install(&requirements, &packages)?;
-            fs::write(finished, what_for(&requirements)?)?;
+            fs::write(finished, installation_id(&requirements)?)?;
         }
         Ok((examples.join("consumer.py"), packages))
     })
 }
 
-/// What an install is good for: these packages, and this Python, since some of them are compiled for it.
-fn what_for(requirements: &Path) -> anyhow::Result<String> {
+/// Identifies an installation: the listed packages, and the version of Python, because some packages are compiled for
+/// it.
+fn installation_id(requirements: &Path) -> anyhow::Result<String> {
     let listed = fs::read_to_string(requirements).context("the consumer's requirements.txt")?;
-    // None before there is a Python at all.
+    // Empty if Python is not installed yet.
     let python = Command::new("python3").arg("--version").output().map(|output| output.stdout).unwrap_or_default();
     Ok(format!("{}{listed}", String::from_utf8_lossy(&python)))
 }
 
-/// What `make` made, the first time that it succeeded.
-fn once<T: Clone>(made: &Mutex<Option<T>>, make: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
+/// Returns the value that `make` produced the first time it succeeded, and calls `make` only if there is none yet.
+fn make_once<T: Clone>(made: &Mutex<Option<T>>, make: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
     let mut made = made.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(made) = &*made {
         return Ok(made.clone());
