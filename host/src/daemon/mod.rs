@@ -54,11 +54,7 @@ const RETENTION_INTERVAL: Duration = Duration::from_hours(1);
 /// directory cannot be read), or a loop ended without `shutdown`. A server that does not answer is not an error: the
 /// daemon waits for it.
 pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) -> anyhow::Result<()> {
-    let links = find_service_links();
-    if !links.is_empty() {
-        let names = links.join(", ");
-        info!(names, "ignored variables that Kubernetes or Docker set for a service named tidings");
-    }
+    log_service_links();
     let wake = Arc::new(Wake::default());
     let health = Arc::new(Health::new(config.sweep));
     // The listener and a pass over the dead letters have one connection each outside the pool.
@@ -184,6 +180,15 @@ async fn load_and_watch(registry: Arc<Registry>, shutdown: CancellationToken) ->
     }
     plugins::watch(registry, shutdown).await;
     Ok(())
+}
+
+/// Logs which variables of the environment are ignored although they begin like settings, if there are any.
+fn log_service_links() {
+    let links = find_service_links();
+    if !links.is_empty() {
+        let names = links.join(", ");
+        info!(names, "ignored variables that Kubernetes or Docker set for a service named tidings");
+    }
 }
 
 /// Waits until the database can be used, and checks its schema.

@@ -31,7 +31,7 @@ fn sockets(process: &Path) -> Vec<String> {
 
 #[tokio::test]
 async fn the_private_servers_listen_on_the_loopback_address_alone() {
-    let _servers = Servers::alone().await;
+    let _servers = Servers::start_private_async().await;
     let sockets = sockets_of_servers();
     let mut listening = 0;
     for table in ["/proc/net/tcp", "/proc/net/tcp6"] {

@@ -113,9 +113,9 @@ async fn invalid_requests_are_refused_with_an_error_and_change_nothing() {
         ("/api/kinds/message/resume", "{}", 404, "not paused"),
         ("/api/kinds/message/resume", r#"{"now": 1}"#, 400, "unknown field"),
         ("/api/kinds//pause", "", 400, "kind must match"),
-        ("/api/overview", "{}", 405, "POST is not done here"),
+        ("/api/overview", "{}", 405, "POST is not allowed here"),
         ("/api", "{}", 404, "there is nothing at /api"),
-        ("/", "", 405, "POST is not done here"),
+        ("/", "", 405, "POST is not allowed here"),
     ] {
         let (answered, answer) = send_request(action_request(&addr, path, body)).await;
         let sentence = answer["error"].as_str().unwrap_or_else(|| panic!("{path} {body}: {answer}"));
@@ -135,8 +135,8 @@ async fn invalid_requests_are_refused_with_an_error_and_change_nothing() {
         ("/api/rows?which=0199a6b2-1c2d-7000-8000-000000000001", 404, "nothing is known of 0199a6b2"),
         ("/api/nothing", 404, "there is nothing at /api/nothing"),
         ("/index.html", 404, "the page is at /"),
-        ("/api/dead/drop", 405, "what acts with POST"),
-        ("/api/kinds/message/pause", 405, "what acts with POST"),
+        ("/api/dead/drop", 405, "act with POST"),
+        ("/api/kinds/message/pause", 405, "act with POST"),
     ] {
         let (answered, answer) = get_json(&addr, path).await;
         let sentence = answer["error"].as_str().unwrap_or_else(|| panic!("{path}: {answer}"));

@@ -101,9 +101,11 @@ async fn servers_with_trusted_certificates_work_over_tls_and_all_others_are_refu
 
     for (name, word) in [("a stranger", "UnknownIssuer"), ("our own", "BadSignature")] {
         let strange = write_certificate(&world, "strange.pem", &Authority::new(name).certificate);
-        trusting.check_refused("localhost", &strange, "nobody whom we trust has signed it", word).await;
+        trusting
+            .check_refused("localhost", &strange, "no authority that this machine trusts has signed it", word)
+            .await;
     }
-    trusting.check_refused("localhost", Path::new("/nonexistent"), "this machine trusts nobody", "").await;
+    trusting.check_refused("localhost", Path::new("/nonexistent"), "this machine trusts no authority", "").await;
     trusting.check_refused("127.0.0.1", &trusted, "it is another host's", "not valid for name").await;
     servers.replace_certificate(&authority.identity("localhost", -1)).expect("shown");
     eventually("both expired certificates", async || {

@@ -351,7 +351,7 @@ impl Registry {
             match self.load(file, source).await.and_then(|plugin| self.admit(file, plugin, gone)) {
                 Ok(_) => warn!("in place of {}, the version that built rows last serves", path.display()),
                 Err(error) => {
-                    warn!(reason = %error, "in place of {}, the version that built rows last cannot serve either", path.display())
+                    warn!(reason = %error, "in place of {}, the version that built rows last cannot serve either", path.display());
                 }
             }
             if let Some(slot) = self.slots().by_file.get_mut(file) {
