@@ -6,6 +6,7 @@
 //!   running during the following blocks.
 //! - `text`: the expected output of the previous block. Its lines must occur in the output in this order; numbers, ids
 //!   and times may differ, and … stands for any text.
+//! - `text picture`: a diagram, which nothing shows.
 //! - any other language, with the name of a file: the content of that file.
 
 mod reader;
