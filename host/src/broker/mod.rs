@@ -46,11 +46,11 @@ use crate::model::health::Notices;
 use crate::model::secrets::SecretUrl;
 use crate::model::wake::Wake;
 
-pub use admin::doctor::{Found, Visit};
+pub use admin::doctor::{Found, TopologyInspection};
 pub use admin::management::{Management, ManagementError, QueueInfo};
 pub use canary::CanaryInbox;
 pub use dead_letters::headers::Destination;
-pub use dead_letters::list::{BrowseSession, Looked};
+pub use dead_letters::list::{BrowseSession, ListedDeadLetter};
 pub use dead_letters::{DeadLetterQueue, DeadLetterSession, FetchedDeadLetter, SendResult};
 pub use publisher::{Confirmed, Verdict};
 pub use topology::DeclaredEntity;
@@ -243,7 +243,7 @@ impl Broker {
 
     /// Clears [`Broker::refusal`] because no row waits: without an attempt to publish it is unknown whether RabbitMQ
     /// still takes no messages.
-    pub fn nothing_waits(&self) {
+    pub fn clear_publish_refusal(&self) {
         self.refusals.say(PUBLISHING, None);
     }
 

@@ -13,13 +13,13 @@ use serde::Serialize;
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 
-use crate::broker::{Broker, DeadLetterQueue, Looked};
+use crate::broker::{Broker, DeadLetterQueue, ListedDeadLetter};
 use crate::cli::output::{Output, complain};
 use crate::cli::{fail, fail_usage, format_age, printable, progress_bar, times};
 use crate::config::{ServerArgs, ValidationErrors};
 use crate::daemon::signals::shutdown_on_signal_or_hangup;
 use crate::dead_letters::admin::{DeadLetterAdmin, DeadLetterListing};
-use crate::dead_letters::replayer::{drop_letters, take_back};
+use crate::dead_letters::replayer::{drop_dead_letters, replay_dead_letters};
 use crate::model::dead_letter::{DeadLetter, Fate, PassCounts};
 use crate::model::wake::Wake;
 use crate::store::Store;
@@ -262,7 +262,7 @@ async fn list(listing: &mut DeadLetterListing, filter: &Filter, limit: u32) -> a
     let bar = announce_look(most, waiting);
     let (now_seconds, mut looked_at, mut listed) = (now_seconds(), 0, 0);
     let mut groups: BTreeMap<[Option<String>; 3], (u32, Option<u64>)> = BTreeMap::new();
-    let group = |letter: Looked| {
+    let group = |letter: ListedDeadLetter| {
         bar.inc(1);
         looked_at += 1;
         if !filter.matches(&letter.says, now_seconds) {
@@ -304,7 +304,7 @@ async fn replay(
     let traces = Traces::start(traces.as_ref())?;
     let (bar, now) = (progress_bar(u64::from(*waiting), "dealt with"), now_seconds());
     let is_wanted = |letter: &DeadLetter| filter.matches(letter, now);
-    let counts = take_back(letters, pass, *max, is_wanted, |window| bar.inc(window.letters()), stop).await;
+    let counts = replay_dead_letters(letters, pass, *max, is_wanted, |window| bar.inc(window.letters()), stop).await;
     bar.finish_and_clear();
     traces.stop().await;
     Ok(Replayed::of(&counts?, None))
@@ -315,7 +315,7 @@ async fn dry_run(listing: &mut DeadLetterListing, filter: &Filter, max: u32) -> 
     let waiting = listing.waiting(DeadLetterQueue::Dead).await?;
     let (bar, clock, now) = (announce_look(waiting, waiting), listing.clock().await?, now_seconds());
     let (mut counts, mut plans) = (PassCounts::default(), Vec::new());
-    let plan = |letter: Looked| {
+    let plan = |letter: ListedDeadLetter| {
         bar.inc(1);
         if !filter.matches(&letter.says, now) {
             counts.left += 1;
@@ -341,7 +341,8 @@ async fn dry_run(listing: &mut DeadLetterListing, filter: &Filter, max: u32) -> 
 async fn drop_matching(Session { admin, waiting, stop, .. }: &mut Session, filter: &Filter) -> anyhow::Result<Dropped> {
     let DeadLetterAdmin { pass, letters, .. } = admin;
     let (bar, now) = (progress_bar(u64::from(*waiting), "looked at"), now_seconds());
-    let dropped = drop_letters(letters, pass, |letter| filter.matches(letter, now), |seen| bar.inc(seen), stop).await;
+    let dropped =
+        drop_dead_letters(letters, pass, |letter| filter.matches(letter, now), |seen| bar.inc(seen), stop).await;
     bar.finish_and_clear();
     Ok(Dropped { dropped: dropped? })
 }

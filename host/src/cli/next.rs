@@ -12,7 +12,7 @@ use crate::cli::output::Output;
 use crate::cli::{pause_sentence, printable, times, with_store};
 use crate::config::DatabaseArgs;
 use crate::model::row_status::Pause;
-use crate::store::{ENOUGH, Store, UpcomingRow};
+use crate::store::{COUNT_LIMIT, Store, UpcomingRow};
 
 /// What to show.
 #[derive(Args, Debug)]
@@ -58,8 +58,8 @@ pub(super) async fn next(args: NextArgs, output: Output) -> ExitCode {
     with_store(database, async |store: Store| {
         let upcoming = store.upcoming(within, kind.as_deref(), limit).await?;
         let is_wanted = |other: &str| kind.as_deref().is_none_or(|kind| kind == other);
-        let held = store.some_held().await?.into_iter().filter(|(kind, _)| is_wanted(kind));
-        let held = held.map(|(kind, rows)| Held { kind, rows: rows.min(ENOUGH), or_more: rows > ENOUGH });
+        let held = store.held_by_kind().await?.into_iter().filter(|(kind, _)| is_wanted(kind));
+        let held = held.map(|(kind, rows)| Held { kind, rows: rows.min(COUNT_LIMIT), or_more: rows > COUNT_LIMIT });
         output.answer(&Next {
             now: upcoming.now,
             rows: upcoming.rows,

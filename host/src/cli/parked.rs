@@ -11,7 +11,7 @@ use serde::Serialize;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use crate::broker::{Broker, DeadLetterQueue, Looked};
+use crate::broker::{Broker, DeadLetterQueue, ListedDeadLetter};
 use crate::cli::output::{Output, complain};
 use crate::cli::{NOT_FOUND, fail, fail_usage, format_age, printable, progress_bar};
 use crate::config::{ServerArgs, ValidationErrors};
@@ -80,8 +80,8 @@ struct ParkedLetter {
     reason: Option<String>,
 }
 
-impl From<Looked> for ParkedLetter {
-    fn from(Looked { says, parked_reason }: Looked) -> Self {
+impl From<ListedDeadLetter> for ParkedLetter {
+    fn from(ListedDeadLetter { says, parked_reason }: ListedDeadLetter) -> Self {
         Self { id: says.id, kind: says.kind, queue: says.queue, reason: parked_reason }
     }
 }
@@ -143,7 +143,7 @@ async fn list(servers: ServerArgs, output: Output) -> ExitCode {
             let (rows, mut letters) = (store.parked().await?, Vec::new());
             let waiting = listing.waiting(DeadLetterQueue::Parked).await?;
             let bar = progress_bar(waiting.into(), "dead letters");
-            let collect = |letter: Looked| {
+            let collect = |letter: ListedDeadLetter| {
                 bar.inc(1);
                 letters.push(letter.into());
             };

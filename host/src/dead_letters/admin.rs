@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::broker::{Broker, BrokerError, DeadLetterQueue, DeadLetterSession, Destination, SendResult};
-use crate::dead_letters::replayer::{PassError, drop_letters, fetch_window, take_back};
+use crate::dead_letters::replayer::{PassError, drop_dead_letters, fetch_window, replay_dead_letters};
 use crate::model::dead_letter::{DeadLetter, Fate, PassCounts};
 use crate::model::error_chain::error_chain;
 use crate::store::{Pass, Store, StoreError};
@@ -76,7 +76,7 @@ impl Selection {
 
 /// The result of work on rows or dead letters.
 #[derive(Debug, Default)]
-pub struct Done {
+pub struct AdminResult {
     /// How many were put back or removed.
     pub count: usize,
     /// Those that stay, and why.
@@ -97,8 +97,8 @@ pub struct NotDone {
 /// # Errors
 ///
 /// When PostgreSQL does not answer.
-pub async fn retry_rows(store: &Store, ids: &[Uuid], progress: impl Fn(usize)) -> Result<Done, StoreError> {
-    let mut done = Done::default();
+pub async fn retry_rows(store: &Store, ids: &[Uuid], progress: impl Fn(usize)) -> Result<AdminResult, StoreError> {
+    let mut done = AdminResult::default();
     for chunk in ids.chunks(ROWS_PER_STATEMENT) {
         match store.unpark(chunk).await {
             Err(error) if error.is_refusal() => {
@@ -126,8 +126,8 @@ pub async fn retry_rows(store: &Store, ids: &[Uuid], progress: impl Fn(usize)) -
 /// # Errors
 ///
 /// As [`retry_rows`].
-pub async fn drop_rows(store: &Store, ids: &[Uuid], progress: impl Fn(usize)) -> Result<Done, StoreError> {
-    let mut done = Done::default();
+pub async fn drop_rows(store: &Store, ids: &[Uuid], progress: impl Fn(usize)) -> Result<AdminResult, StoreError> {
+    let mut done = AdminResult::default();
     for chunk in ids.chunks(ROWS_PER_STATEMENT) {
         done.count += store.drop_parked(chunk).await?;
         progress(chunk.len());
@@ -202,7 +202,7 @@ impl DeadLetterAdmin {
         let (not_found, stop) = (NotFound::new(wanted), shutdown.child_token());
         let is_wanted = |dead_letter: &DeadLetter| not_found.check(wanted, dead_letter.id.as_deref());
         let progress = |_| not_found.stop_if_empty(&stop);
-        let counts = take_back(&self.letters, &mut self.pass, max, is_wanted, progress, &stop).await?;
+        let counts = replay_dead_letters(&self.letters, &mut self.pass, max, is_wanted, progress, &stop).await?;
         Ok((counts, not_found.count()))
     }
 
@@ -221,7 +221,7 @@ impl DeadLetterAdmin {
         let (not_found, stop) = (NotFound::new(wanted), shutdown.child_token());
         let is_wanted = |dead_letter: &DeadLetter| not_found.check(wanted, dead_letter.id.as_deref());
         let progress = |_| not_found.stop_if_empty(&stop);
-        let dropped = drop_letters(&self.letters, &mut self.pass, is_wanted, progress, &stop).await?;
+        let dropped = drop_dead_letters(&self.letters, &mut self.pass, is_wanted, progress, &stop).await?;
         Ok((dropped, not_found.count()))
     }
 
@@ -237,8 +237,8 @@ impl DeadLetterAdmin {
         wanted: &Selection,
         progress: impl Fn(usize),
         shutdown: &CancellationToken,
-    ) -> Result<Done, AdminError> {
-        let mut done = Done::default();
+    ) -> Result<AdminResult, AdminError> {
+        let mut done = AdminResult::default();
         let mut remaining = self.waiting(DeadLetterQueue::Parked).await?;
         if matches!(wanted, Selection::Ids(_)) {
             // The others are fetched and not acknowledged.
@@ -282,8 +282,8 @@ impl DeadLetterAdmin {
         wanted: &Selection,
         progress: impl Fn(usize),
         shutdown: &CancellationToken,
-    ) -> Result<Done, AdminError> {
-        let mut done = Done::default();
+    ) -> Result<AdminResult, AdminError> {
+        let mut done = AdminResult::default();
         let mut remaining = self.waiting(DeadLetterQueue::Parked).await?;
         if matches!(wanted, Selection::Ids(_)) {
             // The others are fetched and not acknowledged.

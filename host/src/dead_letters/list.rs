@@ -2,7 +2,7 @@
 //!
 //! Must never run beside a pass or another command: messages that are listed are not in their queue meanwhile.
 
-use crate::broker::{Broker, BrowseSession, DeadLetterQueue, Looked};
+use crate::broker::{Broker, BrowseSession, DeadLetterQueue, ListedDeadLetter};
 use crate::dead_letters::admin::{AdminError, lock_dead_letters, no_queue_error};
 use crate::model::clock::DatabaseClock;
 use crate::store::{Pass, Store};
@@ -55,7 +55,12 @@ impl DeadLetterListing {
     /// # Errors
     ///
     /// When RabbitMQ does not answer, or messages of the queue may not come back.
-    pub async fn at(&self, queue: DeadLetterQueue, most: u32, see: impl FnMut(Looked)) -> Result<(), AdminError> {
+    pub async fn at(
+        &self,
+        queue: DeadLetterQueue,
+        most: u32,
+        see: impl FnMut(ListedDeadLetter),
+    ) -> Result<(), AdminError> {
         Ok(self.session.list(queue, most, see).await?)
     }
 }

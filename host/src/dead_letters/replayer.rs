@@ -140,7 +140,7 @@ impl Replayer {
             count_replays(&window);
             count_expired(Expired::DeadLetter, window.expired);
         };
-        let counts = take_back(session, pass, self.max, |_| true, count, shutdown).await?;
+        let counts = replay_dead_letters(session, pass, self.max, |_| true, count, shutdown).await?;
         let age_ms = match counts.oldest_ms {
             Some(oldest_ms) => pass.clock().await?.now_ms().saturating_sub(oldest_ms),
             None => 0,
@@ -158,7 +158,7 @@ impl Replayer {
 ///
 /// When a server does not answer. What was not acknowledged is where it was, and may come a second time, if its copy
 /// arrived.
-pub async fn take_back(
+pub async fn replay_dead_letters(
     session: &DeadLetterSession,
     pass: &mut Pass,
     max: u32,
@@ -270,7 +270,7 @@ async fn settle(
 /// # Errors
 ///
 /// As [`take_back`].
-pub async fn drop_letters(
+pub async fn drop_dead_letters(
     session: &DeadLetterSession,
     pass: &mut Pass,
     wanted: impl Fn(&DeadLetter) -> bool,

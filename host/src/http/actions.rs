@@ -19,7 +19,7 @@ use tracing::info;
 use uuid::Uuid;
 
 use crate::dead_letters::admin;
-use crate::dead_letters::admin::{DeadLetterAdmin, Done, NotDone, Selection};
+use crate::dead_letters::admin::{AdminResult, DeadLetterAdmin, NotDone, Selection};
 use crate::http::AppState;
 use crate::http::error::ErrorResponse;
 use crate::model::dead_letter::PassCounts;
@@ -287,7 +287,7 @@ impl Answer {
     fn of(
         thing: &str,
         done: &str,
-        Done { count, mut stay }: Done,
+        AdminResult { count, mut stay }: AdminResult,
         selection: &Selection,
     ) -> Result<Self, ErrorResponse> {
         if count == 0 && *selection != Selection::All {

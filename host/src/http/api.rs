@@ -12,7 +12,7 @@ use axum::response::{IntoResponse as _, Response};
 use serde::Serialize;
 use time::OffsetDateTime;
 
-use crate::broker::{DeadLetterQueue, Looked};
+use crate::broker::{DeadLetterQueue, ListedDeadLetter};
 use crate::dead_letters::admin::{AdminError, DeadLetterListing};
 use crate::http::error::ErrorResponse;
 use crate::http::{AppState, overview};
@@ -107,7 +107,7 @@ async fn list_queue(listing: &DeadLetterListing, queue: DeadLetterQueue) -> Resu
     Ok(LetterQueue { waiting, letters })
 }
 
-fn show(Looked { says, parked_reason }: Looked, queue: DeadLetterQueue) -> Letter {
+fn show(ListedDeadLetter { says, parked_reason }: ListedDeadLetter, queue: DeadLetterQueue) -> Letter {
     let died_at = says.died_at.and_then(|seconds| i64::try_from(seconds).ok());
     Letter {
         id: says.id,

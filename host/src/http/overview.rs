@@ -12,7 +12,7 @@ use tracing::debug;
 use crate::http::{AppState, SERVER_TIMEOUT, readiness};
 use crate::model::row_status::Pause;
 use crate::plugins::PluginStatus;
-use crate::store::{Backlog, ENOUGH, ParkedRow, Store, StoreError, UpcomingRow};
+use crate::store::{Backlog, COUNT_LIMIT, ParkedRow, Store, StoreError, UpcomingRow};
 use crate::telemetry::{LastHour, last_hour};
 
 /// How long an answer is reused for further requests.
@@ -103,7 +103,7 @@ async fn make(app: &AppState) -> Overview {
     let sources = &app.sources;
     let (store, broker) = (sources.store.clone(), Arc::clone(&sources.broker));
     // Tasks of their own, so that a question that was asked is finished even after the timeout.
-    let letter_counts = tokio::spawn(async move { broker.count_letters().await });
+    let letter_counts = tokio::spawn(async move { broker.count_dead_letters().await });
     let (reasons, database_answers) = readiness(sources).await;
     let mut database = None;
     if database_answers {
@@ -137,9 +137,10 @@ async fn make(app: &AppState) -> Overview {
 async fn read_database(store: &Store) -> Result<DatabaseOverview, StoreError> {
     let (now, next) = store.next_rows(NEXT_ROWS).await?;
     let Backlog { pending, parked, overdue, .. } = store.backlog().await?;
-    let held = store.some_held().await?.into_iter();
-    let held = held.map(|(kind, rows)| Held { kind, rows: rows.min(ENOUGH), or_more: rows > ENOUGH }).collect();
-    let enough = ENOUGH.unsigned_abs();
+    let held = store.held_by_kind().await?.into_iter();
+    let held =
+        held.map(|(kind, rows)| Held { kind, rows: rows.min(COUNT_LIMIT), or_more: rows > COUNT_LIMIT }).collect();
+    let enough = COUNT_LIMIT.unsigned_abs();
     let newest = if parked == 0 { Vec::new() } else { store.newest_parked(PARKED_ROWS).await? };
     let parked = Parked { rows: parked.min(enough), or_more: parked > enough, newest };
     let paused = store.pauses().await?;

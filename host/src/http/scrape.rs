@@ -28,7 +28,7 @@ pub(super) async fn show_metrics(State(sources): State<Sources>) -> Response {
     set_blocked(link.blocked);
     // Tasks of their own, so that a question that was asked is finished even if the request is dropped.
     let backlog = tokio::spawn(async move { store.backlog().await });
-    let letter_counts = tokio::spawn(async move { broker.count_letters().await });
+    let letter_counts = tokio::spawn(async move { broker.count_dead_letters().await });
     let (backlog, letter_counts) =
         tokio::join!(timeout(SERVER_TIMEOUT, backlog), timeout(SERVER_TIMEOUT, letter_counts));
     let backlog = match backlog {

@@ -9,7 +9,7 @@ use crate::model::event::LONGEST_TTL_MS;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeadLetter {
     /// The headers could not be read, for this reason. Then no field below is known, except perhaps `id`.
-    pub unreadable: Option<Unsendable>,
+    pub unreadable: Option<UnreadableHeaders>,
     /// `message_id`, for people. A dead letter that this program did not publish may have none.
     pub id: Option<String>,
     /// `tidings-kind`.
@@ -38,7 +38,7 @@ pub struct Unreadable;
 
 /// What becomes of headers that could not be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Unsendable {
+pub enum UnreadableHeaders {
     /// They are kept as they came, in the header `tidings-unreadable`.
     Carried,
     /// They are too long to be published again.
@@ -114,12 +114,12 @@ impl DeadLetter {
     pub fn fate(&self, now_ms: i64, max: u32) -> Fate {
         match self.unreadable {
             None => {}
-            Some(Unsendable::Carried) => {
+            Some(UnreadableHeaders::Carried) => {
                 return Fate::Park(
                     "its headers cannot be read; the header tidings-unreadable has them as they came".into(),
                 );
             }
-            Some(Unsendable::TooLong) => {
+            Some(UnreadableHeaders::TooLong) => {
                 return Fate::Leave(
                     "its headers are too long to be published again; drop it, or take it out of the queue by hand",
                 );

@@ -59,7 +59,7 @@ pub use generation::breaker::BreakerState;
 pub use generation::{Kind, Plugin, TestRun};
 pub use loading::allowlist::Allowlist;
 pub use loading::check::{check_description, check_world};
-pub use loading::compile::{CODE_NOT_CACHED, compile_here};
+pub use loading::compile::{CODE_NOT_CACHED, compile_in_this_process};
 pub use loading::inspect::{World, inspect};
 pub use loading::load_error::LoadError;
 pub use loading::settings::Settings;

@@ -173,7 +173,7 @@ impl Delivery {
         }
         Batch::of(&settlements, clock).count();
         spans.commit();
-        let left = settlements.iter().filter(|settlement| settlement.outcome.is_the_end()).count();
+        let left = settlements.iter().filter(|settlement| settlement.outcome.leaves_queue()).count();
         Ok(match refused.into_values().next() {
             _ if settlements.is_empty() => BatchOutcome::Unsettled,
             Some(error) if left == 0 => BatchOutcome::Refused { error, sent },

@@ -162,7 +162,7 @@ impl SchedulerLoop {
                 note_next_due(look.outlook.next_in);
                 if !look.outlook.due {
                     // No row is due that could show whether RabbitMQ takes messages again.
-                    self.parts.broker.nothing_waits();
+                    self.parts.broker.clear_publish_refusal();
                 }
                 Event::Looked(asked_at, look)
             }
@@ -237,7 +237,7 @@ impl SchedulerLoop {
     /// Reports the core's state to the other parts: the low-water mark to the store, and a refusal of PostgreSQL to the
     /// health and the log.
     fn report_state(&self, core: &Core) {
-        self.parts.store.note_mark(core.mark());
+        self.parts.store.set_low_water_mark(core.mark());
         let sentence = core
             .refusal()
             .map(|why| format!("PostgreSQL refuses to finish rows whose messages RabbitMQ has confirmed: {why}"));

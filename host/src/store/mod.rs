@@ -42,8 +42,8 @@ use tokio::sync::Semaphore;
 use crate::model::secrets::SecretUrl;
 use crate::model::tls_error;
 
-pub use admin::backlog::{Backlog, ENOUGH, Late};
-pub use admin::doctor::{Holder, Holding, ServerVersion, Skew, TOO_LONG};
+pub use admin::backlog::{Backlog, COUNT_LIMIT, Late};
+pub use admin::doctor::{HolderKind, MAX_HOLD_AGE, ServerVersion, Skew, VacuumHolder};
 pub use admin::parked::ParkedRow;
 pub use admin::pauses::Until;
 pub use admin::produce::NewSchedule;
@@ -234,7 +234,7 @@ impl Store {
     }
 
     /// Notes the scheduler's low-water mark, for what reads the queue beside the scheduler.
-    pub fn note_mark(&self, mark: Option<OffsetDateTime>) {
+    pub fn set_low_water_mark(&self, mark: Option<OffsetDateTime>) {
         *self.low_water_mark.lock().expect("no holder of the lock panics") = mark;
     }
 

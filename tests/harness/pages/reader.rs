@@ -117,7 +117,9 @@ impl<'a> Reader<'a> {
         let mut blocks = blocks.iter().peekable();
         while let Some(block) = blocks.next() {
             let place = format!("{}:{}", page.path, block.line);
-            let shown = blocks.next_if(|next| next.language == "text" && !next.has_mark("picture")).map(|shown| self.localize(&shown.text));
+            let shown = blocks
+                .next_if(|next| next.language == "text" && !next.has_mark("picture"))
+                .map(|shown| self.localize(&shown.text));
             match block.language.as_str() {
                 "sh" if block.has_mark("daemon") => self.run_with_daemon(&place, block).await,
                 "sh" | "sql" => self.run_block(&place, block, shown.as_deref()).await,

@@ -22,7 +22,7 @@ pub enum Found {
 
 /// A connection for the doctor's checks.
 #[derive(Debug)]
-pub struct Visit {
+pub struct TopologyInspection {
     connection: Connection,
     exchange: String,
     queue_type: QueueType,
@@ -34,13 +34,13 @@ impl Broker {
     /// # Errors
     ///
     /// When no connection can be made.
-    pub async fn visit(&self) -> Result<Visit, BrokerError> {
+    pub async fn visit(&self) -> Result<TopologyInspection, BrokerError> {
         let connection = self.connect_without_declaring("tidings doctor").await?;
-        Ok(Visit { connection, exchange: self.exchange.clone(), queue_type: self.queue_type })
+        Ok(TopologyInspection { connection, exchange: self.exchange.clone(), queue_type: self.queue_type })
     }
 }
 
-impl Visit {
+impl TopologyInspection {
     /// Looks at one of the daemon's exchanges or queues.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable};
 
 use crate::broker::frame_guard::field_table::UNREADABLE;
-use crate::model::dead_letter::{DeadLetter, Unreadable, Unsendable};
+use crate::model::dead_letter::{DeadLetter, Unreadable, UnreadableHeaders};
 
 /// The headers that a replay removes: those that RabbitMQ adds to a dead letter and would take for its history, and
 /// `CC`, which would send copies to other queues.
@@ -61,8 +61,8 @@ pub fn parse(properties: &BasicProperties) -> DeadLetter {
         _ => None,
     };
     let unreadable = match headers.inner().get(UNREADABLE) {
-        Some(AMQPValue::ByteArray(bytes)) if bytes.is_empty() => Some(Unsendable::TooLong),
-        Some(AMQPValue::ByteArray(_)) => Some(Unsendable::Carried),
+        Some(AMQPValue::ByteArray(bytes)) if bytes.is_empty() => Some(UnreadableHeaders::TooLong),
+        Some(AMQPValue::ByteArray(_)) => Some(UnreadableHeaders::Carried),
         _ => None,
     };
     let number_of = |name: &str| headers.inner().get(name).and_then(number);

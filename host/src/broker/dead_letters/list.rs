@@ -20,7 +20,7 @@ const GETS_AT_ONCE: usize = 16;
 
 /// A dead letter without its body.
 #[derive(Debug)]
-pub struct Looked {
+pub struct ListedDeadLetter {
     /// Its headers, parsed.
     pub says: DeadLetter,
     /// Why it was parked, if it was.
@@ -70,7 +70,7 @@ impl BrowseSession {
         &self,
         queue: DeadLetterQueue,
         most: u32,
-        mut see: impl FnMut(Looked),
+        mut see: impl FnMut(ListedDeadLetter),
     ) -> Result<(), BrokerError> {
         topology::ensure_messages_return(&self.connection, queue.entity(), &self.exchange, self.queue_type).await?;
         let (mut left, mut gets) = (most, FuturesOrdered::new());
@@ -83,7 +83,10 @@ impl BrowseSession {
             match with_deadline("hand out a dead letter", next).await? {
                 Some(Some(message)) => {
                     let properties = &message.delivery.properties;
-                    see(Looked { says: headers::parse(properties), parked_reason: headers::parked_reason(properties) });
+                    see(ListedDeadLetter {
+                        says: headers::parse(properties),
+                        parked_reason: headers::parked_reason(properties),
+                    });
                 }
                 // The queue is empty.
                 Some(None) => left = 0,

@@ -88,7 +88,7 @@ impl Broker {
     /// # Errors
     ///
     /// When RabbitMQ does not answer, or one of the queues does not exist.
-    pub async fn count_letters(&self) -> Result<Option<(u32, u32)>, BrokerError> {
+    pub async fn count_dead_letters(&self) -> Result<Option<(u32, u32)>, BrokerError> {
         let connection = self.connection.lock().await.clone();
         let Some(connection) = connection.filter(|_| self.is_open()) else { return Ok(None) };
         let channel = with_deadline("open a channel", connection.create_channel()).await?;

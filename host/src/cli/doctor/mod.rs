@@ -123,7 +123,7 @@ fn format_line(level: Level, says: &str) -> String {
 
 /// Writes a number of rows that were counted only up to a limit.
 fn format_count(rows: i64) -> String {
-    if rows > crate::store::ENOUGH { format!("more than {}", crate::store::ENOUGH) } else { rows.to_string() }
+    if rows > crate::store::COUNT_LIMIT { format!("more than {}", crate::store::COUNT_LIMIT) } else { rows.to_string() }
 }
 
 #[cfg(test)]

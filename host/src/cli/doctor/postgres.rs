@@ -5,7 +5,7 @@ use crate::cli::{format_age, pause_sentence};
 use crate::config::Config;
 use crate::http::LATE;
 use crate::model::error_chain::error_chain;
-use crate::store::{Holder, Holding, Skew, Store, StoreError, TOO_LONG};
+use crate::store::{HolderKind, MAX_HOLD_AGE, Skew, Store, StoreError, VacuumHolder};
 
 /// Clocks that differ by less are treated as equal.
 const SMALL_SKEW: time::Duration = time::Duration::milliseconds(100);
@@ -154,7 +154,7 @@ fn skew_level(ahead: time::Duration) -> Level {
 
 async fn check_snapshots(report: &mut Report, store: &Store) {
     let Some(holders) = report.answer_or_fail(store.holders().await, ADVICE) else { return };
-    let minutes = TOO_LONG.as_secs() / 60;
+    let minutes = MAX_HOLD_AGE.as_secs() / 60;
     let too_long: Vec<String> =
         holders.iter().filter(|holder| holder.is_too_long()).map(describe_with_remedy).collect();
     if !too_long.is_empty() {
@@ -169,7 +169,7 @@ async fn check_snapshots(report: &mut Report, store: &Store) {
         ));
     }
     // Without pg_read_all_stats, PostgreSQL does not show the age of other roles' transactions.
-    let unknown = holders.iter().filter(|holder| holder.holding == Holding::Session && holder.age.is_none()).count();
+    let unknown = holders.iter().filter(|holder| holder.holding == HolderKind::Session && holder.age.is_none()).count();
     if unknown > 0 {
         return report.note(format_args!(
             "{unknown} sessions of other roles hold a snapshot, and our role may not see since when: GRANT pg_read_all_stats TO our role, and the doctor checks whether they keep finished rows from being cleaned away"
@@ -184,26 +184,26 @@ async fn check_snapshots(report: &mut Report, store: &Store) {
     }
 }
 
-fn describe(holder: &Holder) -> String {
-    let Holder { name, application, user, behind, .. } = holder;
+fn describe(holder: &VacuumHolder) -> String {
+    let VacuumHolder { name, application, user, behind, .. } = holder;
     let held =
         holder.age.map_or_else(|| format!("{behind} transactions behind"), |held| format!("for {}", format_age(held)));
     match holder.holding {
-        Holding::Session => format!("the session with the pid {name} ({application}, user {user}), {held}"),
-        Holding::Standby => format!("the standby {application} (pid {name}), {held}"),
-        Holding::Prepared => format!("the prepared transaction {name} of user {user}, {held}"),
-        Holding::Slot => format!("the replication slot {name}, {held}"),
-        Holding::IdleSlot => format!("the replication slot {name}, which no client uses, {held}"),
+        HolderKind::Session => format!("the session with the pid {name} ({application}, user {user}), {held}"),
+        HolderKind::Standby => format!("the standby {application} (pid {name}), {held}"),
+        HolderKind::Prepared => format!("the prepared transaction {name} of user {user}, {held}"),
+        HolderKind::Slot => format!("the replication slot {name}, {held}"),
+        HolderKind::IdleSlot => format!("the replication slot {name}, which no client uses, {held}"),
     }
 }
 
-fn describe_with_remedy(holder: &Holder) -> String {
+fn describe_with_remedy(holder: &VacuumHolder) -> String {
     let id = &holder.name;
     let remedy = match holder.holding {
-        Holding::Session => format!("end it, if need be with SELECT pg_terminate_backend({id})"),
-        Holding::Standby | Holding::Slot => "end the long queries on the standby".to_owned(),
-        Holding::Prepared => format!("COMMIT PREPARED or ROLLBACK PREPARED '{id}'"),
-        Holding::IdleSlot => format!("SELECT pg_drop_replication_slot('{id}') if it is no longer needed"),
+        HolderKind::Session => format!("end it, if need be with SELECT pg_terminate_backend({id})"),
+        HolderKind::Standby | HolderKind::Slot => "end the long queries on the standby".to_owned(),
+        HolderKind::Prepared => format!("COMMIT PREPARED or ROLLBACK PREPARED '{id}'"),
+        HolderKind::IdleSlot => format!("SELECT pg_drop_replication_slot('{id}') if it is no longer needed"),
     };
     format!("{} ({remedy})", describe(holder))
 }
@@ -240,7 +240,7 @@ async fn check_rows(report: &mut Report, store: &Store) {
     for pause in &paused {
         report.note(format_args!("{}; to go on: `tidings resume {}`", pause_sentence(pause), pause.kind));
     }
-    if let Some(mut held) = report.answer_or_fail(store.some_held().await, ADVICE) {
+    if let Some(mut held) = report.answer_or_fail(store.held_by_kind().await, ADVICE) {
         held.retain(|(kind, _)| paused.iter().all(|pause| pause.kind != *kind));
         if held.is_empty() {
             report.ok("no row is held");
@@ -279,7 +279,7 @@ mod tests {
 
     #[test]
     fn a_holder_of_a_snapshot_is_named_with_what_to_do() {
-        let holder = |holding| Holder {
+        let holder = |holding| VacuumHolder {
             holding,
             name: "42".into(),
             application: "psql".into(),
@@ -288,11 +288,11 @@ mod tests {
             behind: 7,
         };
         assert_eq!(
-            describe_with_remedy(&holder(Holding::Session)),
+            describe_with_remedy(&holder(HolderKind::Session)),
             "the session with the pid 42 (psql, user bob), for 7m 2s (end it, if need be with SELECT pg_terminate_backend(42))"
         );
-        assert!(describe_with_remedy(&holder(Holding::Prepared)).contains("ROLLBACK PREPARED '42'"));
-        let slot = Holder { age: None, ..holder(Holding::IdleSlot) };
+        assert!(describe_with_remedy(&holder(HolderKind::Prepared)).contains("ROLLBACK PREPARED '42'"));
+        let slot = VacuumHolder { age: None, ..holder(HolderKind::IdleSlot) };
         assert!(describe_with_remedy(&slot).contains("7 transactions behind (SELECT pg_drop_replication_slot('42')"));
     }
 }

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::Args;
 
 use crate::cli::output::complain;
-use crate::plugins::{CODE_NOT_CACHED, compile_here};
+use crate::plugins::{CODE_NOT_CACHED, compile_in_this_process};
 
 /// The arguments that the daemon passes.
 #[derive(Args, Debug)]
@@ -20,7 +20,7 @@ pub(crate) struct CompileArgs {
 pub(super) fn compile(args: &CompileArgs) -> anyhow::Result<ExitCode> {
     let mut bytes = Vec::new();
     std::io::stdin().read_to_end(&mut bytes)?;
-    match compile_here(&args.metering, &args.cache, &bytes) {
+    match compile_in_this_process(&args.metering, &args.cache, &bytes) {
         Ok(None) => Ok(ExitCode::SUCCESS),
         Ok(Some(reason)) => {
             complain(reason);

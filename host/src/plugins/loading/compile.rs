@@ -116,7 +116,7 @@ async fn compile_in_child(cache: &Path, metering: engine::Metering, bytes: &[u8]
 /// # Errors
 ///
 /// When the bytes cannot be compiled, with the reason.
-pub fn compile_here(metering: &str, cache: &Path, bytes: &[u8]) -> Result<Option<String>, String> {
+pub fn compile_in_this_process(metering: &str, cache: &Path, bytes: &[u8]) -> Result<Option<String>, String> {
     use rustix::process::{Resource, Rlimit, nice, setrlimit};
     let limits =
         [(Resource::As, MAX_ADDRESS_SPACE_BYTES), (Resource::Cpu, COMPILE_DEADLINE.as_secs() * 2), (Resource::Core, 0)];

@@ -9,7 +9,7 @@ use crate::store::{Store, StoreError};
 
 /// No count goes further than one more than this: few enough that an index is read rather than the table, however many
 /// rows there are.
-pub const ENOUGH: i64 = 1_000;
+pub const COUNT_LIMIT: i64 = 1_000;
 /// The most kinds that are listed.
 const MAX_KINDS: i64 = 20;
 
@@ -88,7 +88,7 @@ impl Store {
                     FROM pg_class AS class
                     WHERE class.oid = 'tidings.schedules'::regclass
                     "#,
-                    ENOUGH + 1,
+                    COUNT_LIMIT + 1,
                     mark,
                 )
                 .fetch_one(connection)
@@ -133,7 +133,7 @@ impl Store {
                     LIMIT 1
                     "#,
                     limit.as_secs_f64(),
-                    ENOUGH + 1,
+                    COUNT_LIMIT + 1,
                 )
                 .fetch_optional(connection)
                 .await
@@ -154,7 +154,7 @@ impl Store {
     /// # Errors
     ///
     /// When the database cannot be asked.
-    pub async fn some_held(&self) -> Result<Vec<(String, i64)>, StoreError> {
+    pub async fn held_by_kind(&self) -> Result<Vec<(String, i64)>, StoreError> {
         let mut connection = self.connection().await?;
         let rows = connection
             .run("look for held rows", async |connection| {
@@ -186,7 +186,7 @@ impl Store {
                     WHERE kinds.kind IS NOT NULL
                     LIMIT $2
                     "#,
-                    ENOUGH + 1,
+                    COUNT_LIMIT + 1,
                     MAX_KINDS,
                 )
                 .fetch_all(connection)
@@ -207,7 +207,7 @@ impl Store {
             .run("count parked rows", async |connection| {
                 sqlx::query_scalar!(
                     r#"SELECT count(*) AS "rows!" FROM (SELECT FROM tidings.parked LIMIT $1) AS counted"#,
-                    ENOUGH + 1
+                    COUNT_LIMIT + 1
                 )
                 .fetch_one(connection)
                 .await

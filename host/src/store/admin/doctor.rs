@@ -18,7 +18,7 @@ const NOTIFY_DEADLINE: Duration = Duration::from_secs(5);
 /// How often the clocks are compared. The reading with the shortest round trip is the most exact.
 const READINGS: usize = 5;
 /// A session or a prepared transaction that holds back the horizon of VACUUM for longer than this is reported.
-pub const TOO_LONG: Duration = Duration::from_mins(5);
+pub const MAX_HOLD_AGE: Duration = Duration::from_mins(5);
 /// A replication slot or a standby that holds back the horizon by more transactions than this is reported. The server
 /// does not tell since when it does so; a healthy one never lags this far behind.
 const MAX_TRANSACTIONS_BEHIND: i32 = 1_000_000;
@@ -43,7 +43,7 @@ pub struct Skew {
 
 /// What can hold back the horizon of VACUUM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Holding {
+pub enum HolderKind {
     /// A session in a transaction.
     Session,
     /// A standby that reports its queries (`hot_standby_feedback`), without a slot.
@@ -58,9 +58,9 @@ pub enum Holding {
 
 /// What holds back the horizon of VACUUM, so that PostgreSQL cannot remove finished rows.
 #[derive(Clone, Debug)]
-pub struct Holder {
+pub struct VacuumHolder {
     /// What it is.
-    pub holding: Holding,
+    pub holding: HolderKind,
     /// The pid of a session or standby; the name of a prepared transaction or slot.
     pub name: String,
     /// Its `application_name`, if it is a session or standby.
@@ -81,15 +81,15 @@ impl ServerVersion {
     }
 }
 
-impl Holder {
+impl VacuumHolder {
     /// Whether a person ought to end it.
     #[must_use]
     pub fn is_too_long(&self) -> bool {
         match self.holding {
-            Holding::Session | Holding::Prepared => self.age.is_some_and(|age| age > TOO_LONG),
-            Holding::Standby | Holding::Slot => self.behind > MAX_TRANSACTIONS_BEHIND,
+            HolderKind::Session | HolderKind::Prepared => self.age.is_some_and(|age| age > MAX_HOLD_AGE),
+            HolderKind::Standby | HolderKind::Slot => self.behind > MAX_TRANSACTIONS_BEHIND,
             // It holds the horizon until it is used again or dropped.
-            Holding::IdleSlot => true,
+            HolderKind::IdleSlot => true,
         }
     }
 }
@@ -179,7 +179,7 @@ impl Store {
     /// # Errors
     ///
     /// When the database cannot be asked.
-    pub async fn holders(&self) -> Result<Vec<Holder>, StoreError> {
+    pub async fn holders(&self) -> Result<Vec<VacuumHolder>, StoreError> {
         let mut connection = self.connection().await?;
         let rows = connection
             .run("list what holds back VACUUM", async |connection| {
@@ -217,13 +217,13 @@ impl Store {
                 .await
             })
             .await?;
-        let holders = rows.into_iter().map(|row| Holder {
+        let holders = rows.into_iter().map(|row| VacuumHolder {
             holding: match row.holding.as_str() {
-                "standby" => Holding::Standby,
-                "prepared" => Holding::Prepared,
-                "slot" => Holding::Slot,
-                "idle slot" => Holding::IdleSlot,
-                _ => Holding::Session,
+                "standby" => HolderKind::Standby,
+                "prepared" => HolderKind::Prepared,
+                "slot" => HolderKind::Slot,
+                "idle slot" => HolderKind::IdleSlot,
+                _ => HolderKind::Session,
             },
             name: row.name,
             application: row.application,
@@ -277,9 +277,9 @@ fn skew_from_reading(sent: OffsetDateTime, round_trip: Duration, read: OffsetDat
 mod tests {
     use super::*;
 
-    fn holder(holding: Holding, age_seconds: Option<u64>, behind: i32) -> Holder {
+    fn holder(holding: HolderKind, age_seconds: Option<u64>, behind: i32) -> VacuumHolder {
         let age = age_seconds.map(Duration::from_secs);
-        Holder { holding, name: "7".into(), application: String::new(), user: String::new(), age, behind }
+        VacuumHolder { holding, name: "7".into(), application: String::new(), user: String::new(), age, behind }
     }
 
     #[test]
@@ -298,7 +298,7 @@ mod tests {
 
     #[test]
     fn a_session_or_prepared_transaction_holds_too_long_after_five_minutes_if_its_age_is_known() {
-        for holding in [Holding::Session, Holding::Prepared] {
+        for holding in [HolderKind::Session, HolderKind::Prepared] {
             assert!(!holder(holding, Some(300), i32::MAX).is_too_long());
             assert!(holder(holding, Some(301), 0).is_too_long());
             assert!(!holder(holding, None, i32::MAX).is_too_long());
@@ -307,11 +307,11 @@ mod tests {
 
     #[test]
     fn a_slot_holds_too_long_if_it_is_idle_or_far_behind() {
-        for holding in [Holding::Slot, Holding::Standby] {
+        for holding in [HolderKind::Slot, HolderKind::Standby] {
             assert!(!holder(holding, None, 1_000_000).is_too_long());
             assert!(holder(holding, None, 1_000_001).is_too_long());
         }
-        assert!(holder(Holding::IdleSlot, None, 0).is_too_long());
+        assert!(holder(HolderKind::IdleSlot, None, 0).is_too_long());
     }
 
     #[test]

@@ -7,7 +7,7 @@ use sqlx::Row as _;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use crate::store::{Connection, ENOUGH, Store, StoreError};
+use crate::store::{COUNT_LIMIT, Connection, Store, StoreError};
 
 /// The first rows of the queue.
 #[derive(Clone, Debug)]
@@ -95,13 +95,13 @@ impl Store {
                     within,
                     kind,
                     limit,
-                    ENOUGH + 1,
+                    COUNT_LIMIT + 1,
                 )
                 .fetch_one(connection)
                 .await
             })
             .await?;
-        if counted <= ENOUGH {
+        if counted <= COUNT_LIMIT {
             return Ok(Upcoming { now, rows, more: counted.unsigned_abs(), more_is_estimate: false });
         }
         let estimate = connection

@@ -78,7 +78,7 @@ pub enum Outcome {
 impl Outcome {
     /// Whether the row leaves the queue for good.
     #[must_use]
-    pub fn is_the_end(&self) -> bool {
+    pub fn leaves_queue(&self) -> bool {
         match self {
             Self::Delivered { .. } | Self::Expired(_) | Self::Skipped(_) | Self::Parked(_) => true,
             Self::Retry { .. } | Self::Waits { .. } | Self::Refused { .. } => false,
