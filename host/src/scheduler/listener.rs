@@ -28,17 +28,12 @@ use crate::model::backoff::jittered;
 use crate::model::health::Health;
 use crate::model::wake::Wake;
 use crate::scheduler::notification_rate::NotificationRate;
-use crate::store::{Store, StoreError, announce, promise_to_poll, withdraw};
+use crate::store::{Store, StoreError};
 
-/// The channel that the triggers notify (`migrations/0003_triggers.sql`).
-const CHANNEL: &str = "tidings";
 /// After this long without a notification, a statement tests the connection, since a half-open connection is silent for ever
-/// and sqlx sets no keepalive (source: transact-rs/sqlx issue 3062). Together with [`DEADLINE`], a half-open connection is
+/// and sqlx sets no keepalive (source: transact-rs/sqlx issue 3062). With the deadline of that statement, a half-open connection is
 /// found within half a minute, for some two statements a minute. The sweep finds due rows meanwhile.
 const TEST_AFTER: Duration = Duration::from_secs(27);
-/// How long connecting or a statement may take.
-const DEADLINE: Duration = Duration::from_secs(3);
-
 /// The listener.
 #[derive(Debug)]
 pub struct Listener {
@@ -94,12 +89,12 @@ impl Listener {
     }
 
     async fn try_listen(&mut self, connected: &mut impl FnMut()) -> Result<std::convert::Infallible, StoreError> {
-        let mut listener = self.store.listener(DEADLINE).await?;
+        let mut session = self.store.open_notification_session().await?;
         if self.notify {
-            within("listen for notifications", listener.listen(CHANNEL)).await?;
+            session.listen().await?;
         }
         let mut announced = self.kinds.borrow_and_update().clone();
-        within("announce the kinds that this daemon serves", announce(&mut listener, &announced)).await?;
+        session.announce(&announced).await?;
         info!(notify = self.notify, "connected for notifications");
         // Rows that were written before LISTEN were not notified to this connection.
         self.wake.wake(Reason::Doubt);
@@ -110,38 +105,26 @@ impl Listener {
             self.health.listener.beat();
             let received = tokio::select! {
                 biased;
-                // Receiving is cancel-safe: bytes that were read stay in the connection's buffer.
                 Ok(()) = self.kinds.changed() => {
                     let kinds = self.kinds.borrow_and_update().clone();
                     let (added, removed) = (without(&kinds, &announced), without(&announced, &kinds));
-                    within("announce the kinds that this daemon serves", announce(&mut listener, &added)).await?;
-                    within("withdraw the kinds that are no longer served", withdraw(&mut listener, &removed)).await?;
+                    session.announce(&added).await?;
+                    session.withdraw(&removed).await?;
                     announced = kinds;
                     // Rows of kinds that are no longer served can be held from now on.
                     self.wake.wake(Reason::Plugins);
                     continue;
                 }
-                received = tokio::time::timeout(TEST_AFTER, listener.try_recv()) => received,
+                received = tokio::time::timeout(TEST_AFTER, session.receive()) => received,
             };
-            match received {
-                Ok(Ok(Some(_))) => {
-                    let notifications = 1 + std::iter::from_fn(|| listener.next_buffered()).count();
-                    if notification_rate.add(notifications, Instant::now()) {
-                        within("promise to poll", promise_to_poll(&mut listener)).await?;
-                    }
-                    self.wake.wake(Reason::Notification);
-                }
-                Ok(Ok(None)) => {
-                    return Err(connection_lost(sqlx::Error::Io(std::io::ErrorKind::ConnectionAborted.into())));
-                }
-                Ok(Err(source)) => return Err(connection_lost(source)),
-                Err(_elapsed) => {
-                    within("test the connection for notifications", async {
-                        sqlx::query("SELECT 1").execute(&mut listener).await.map(drop)
-                    })
-                    .await?;
-                }
+            let Ok(received) = received else {
+                session.test().await?;
+                continue;
+            };
+            if notification_rate.add(received?, Instant::now()) {
+                session.promise_to_poll().await?;
             }
+            self.wake.wake(Reason::Notification);
         }
     }
 }
@@ -149,16 +132,4 @@ impl Listener {
 /// The kinds that are not among the `excluded`.
 fn without(kinds: &[String], excluded: &[String]) -> Vec<String> {
     kinds.iter().filter(|kind| !excluded.contains(kind)).cloned().collect()
-}
-
-fn connection_lost(source: sqlx::Error) -> StoreError {
-    StoreError::Statement { doing: "wait for a notification", source }
-}
-
-/// Gives up after [`DEADLINE`].
-async fn within<T>(doing: &'static str, work: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, StoreError> {
-    match tokio::time::timeout(DEADLINE, work).await {
-        Ok(done) => done.map_err(|source| StoreError::Statement { doing, source }),
-        Err(_) => Err(StoreError::Deadline { doing, after: DEADLINE }),
-    }
 }

@@ -53,8 +53,6 @@ use connection::{Connection, Doubt};
 pub use dead_letter_pass::{Begun, Pass};
 pub use history::Delivered;
 pub use queue::claim::{Claim, Claimed, Wanted};
-pub(crate) use queue::kinds::{announce, withdraw};
-pub(crate) use queue::look::promise_to_poll;
 pub use queue::settle::{Outcome, Settlement};
 pub use schema::SchemaError;
 
@@ -334,7 +332,7 @@ impl Store {
     /// # Errors
     ///
     /// When none can be opened within `patience`.
-    pub(crate) async fn listener(&self, patience: Duration) -> Result<PgListener, StoreError> {
+    async fn listener(&self, patience: Duration) -> Result<PgListener, StoreError> {
         // A pool of one connection, which the listener keeps.
         let pool = PgPoolOptions::new().max_connections(1).connect_lazy_with(self.options.clone());
         match tokio::time::timeout(patience, PgListener::connect_with(&pool)).await {

@@ -37,7 +37,7 @@ const BATCH: i64 = 5_000;
 /// # Errors
 ///
 /// When the database does not do it.
-pub(crate) async fn announce(connection: impl sqlx::PgExecutor<'_>, kinds: &[String]) -> Result<(), sqlx::Error> {
+pub(super) async fn announce(connection: impl sqlx::PgExecutor<'_>, kinds: &[String]) -> Result<(), sqlx::Error> {
     if kinds.is_empty() {
         return Ok(());
     }
@@ -58,7 +58,7 @@ pub(crate) async fn announce(connection: impl sqlx::PgExecutor<'_>, kinds: &[Str
 /// # Errors
 ///
 /// When the database does not do it.
-pub(crate) async fn withdraw(connection: impl sqlx::PgExecutor<'_>, kinds: &[String]) -> Result<(), sqlx::Error> {
+pub(super) async fn withdraw(connection: impl sqlx::PgExecutor<'_>, kinds: &[String]) -> Result<(), sqlx::Error> {
     if kinds.is_empty() {
         return Ok(());
     }

@@ -19,7 +19,7 @@ use crate::store::{Connection, Store, StoreError};
 /// # Errors
 ///
 /// When the database cannot do it.
-pub(crate) async fn promise_to_poll(connection: impl sqlx::PgExecutor<'_>) -> Result<(), sqlx::Error> {
+pub(super) async fn promise_to_poll(connection: impl sqlx::PgExecutor<'_>) -> Result<(), sqlx::Error> {
     sqlx::query!(
         "SELECT
             setval('tidings.polling_until', ((extract(epoch FROM clock_timestamp()) + $1::float8) * 1e6)::bigint),

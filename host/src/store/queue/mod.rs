@@ -33,5 +33,6 @@ pub(super) mod claim;
 pub(super) mod kinds;
 pub(super) mod large_payload;
 pub(super) mod look;
+pub(super) mod notifications;
 pub(super) mod settle;
 pub(super) mod sweep;
