@@ -1,6 +1,6 @@
-//! Keeps one connection to RabbitMQ until the shutdown: connects, repairs the topology, waits until the connection
-//! breaks, and connects again with backoff. Also opens the other connections: for dead letters, the canary and
-//! `tidings doctor`.
+//! Keeps two connections to RabbitMQ until the shutdown, one that declares and one that publishes: connects, repairs the
+//! topology, waits until one of them breaks, and connects both again with backoff. Also opens the other connections: for dead
+//! letters, the canary and `tidings doctor`.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -18,6 +18,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::broker::frame_guard::{Bodies, FrameGuard, GuardingReactor};
+use crate::broker::publishing::connection::PublishingConnection;
+use crate::broker::publishing::handshake;
 use crate::broker::{Broker, BrokerError, CLOSE_DEADLINE, CONNECT_DEADLINE, PUBLISHING};
 use crate::model::backoff::jittered;
 use crate::model::tls_error;
@@ -40,14 +42,14 @@ impl Broker {
                 connected = self.connect() => connected,
             };
             match connected {
-                Ok(connection) => {
+                Ok((connection, publishing)) => {
                     failures = 0;
                     self.set_failure(None);
                     info!(broker = self.place(), exchange = self.exchange, "connected to RabbitMQ");
                     if let Some(ready) = ready.take() {
                         ready();
                     }
-                    if self.use_until_closed(connection, &shutdown).await {
+                    if self.use_until_closed(connection, publishing, &shutdown).await {
                         return Ok(());
                     }
                 }
@@ -67,10 +69,24 @@ impl Broker {
         }
     }
 
-    async fn connect(&self) -> Result<Connection, BrokerError> {
+    async fn connect(&self) -> Result<(Connection, PublishingConnection), BrokerError> {
         let connection = self.connect_without_declaring("tidings").await?;
         self.repair_topology_on(&connection, true).await?;
-        Ok(connection)
+        Ok((connection, self.connect_for_publishing().await?))
+    }
+
+    async fn connect_for_publishing(&self) -> Result<PublishingConnection, BrokerError> {
+        let doing = || format!("accept a connection at {} to publish", self.place());
+        let opening = async {
+            let connected = handshake::connect(&self.uri).await;
+            let stream = connected.map_err(|error| self.connect_error(lapin::Error::from(error)))?;
+            let opened = PublishingConnection::open(stream, &self.uri, "tidings publishing").await;
+            opened.map_err(|source| BrokerError::Publish { doing: doing(), source })
+        };
+        match tokio::time::timeout(CONNECT_DEADLINE, opening).await {
+            Ok(opened) => opened,
+            Err(_) => Err(BrokerError::Deadline { doing: doing(), after: CONNECT_DEADLINE }),
+        }
     }
 
     fn set_failure(&self, why: Option<String>) {
@@ -128,53 +144,68 @@ impl Broker {
         }
     }
 
-    /// Lets the daemon publish on `connection` until it breaks or `shutdown` is cancelled, and returns whether it was
+    /// Lets the daemon use the connections until one of them breaks or `shutdown` is cancelled, and returns whether it was
     /// the shutdown.
-    async fn use_until_closed(&self, connection: Connection, shutdown: &CancellationToken) -> bool {
+    async fn use_until_closed(
+        &self,
+        connection: Connection,
+        mut publishing: PublishingConnection,
+        shutdown: &CancellationToken,
+    ) -> bool {
         let mut events = connection.events_listener();
         self.refusals.say(PUBLISHING, None);
         let connection = Arc::new(connection);
         *self.connection.lock().await = Some(Arc::clone(&connection));
-        // A break before `events_listener` was called makes no event, but the status shows it.
-        let mut usable = connection.status().connected();
+        self.set_publishing(Some(publishing.clone()));
+        let mut was_blocked = false;
         let stopping = loop {
-            self.open.store(usable, Ordering::Release);
-            if usable {
-                self.wake.wake(Reason::Broker);
-            }
-            if !connection.status().connected() {
+            let status = publishing.status();
+            if let Some(error) = &status.ended {
+                warn!(error = error as &dyn std::error::Error, "lost the connection to RabbitMQ, connecting again");
                 break false;
+            }
+            match &status.blocked {
+                Some(reason) if !was_blocked => {
+                    warn!(reason, "RabbitMQ blocks publishing; rows wait until it is over");
+                }
+                None if was_blocked => info!("RabbitMQ takes messages again"),
+                _ => {}
+            }
+            was_blocked = status.blocked.is_some();
+            let was_open = self.open.swap(!was_blocked, Ordering::AcqRel);
+            if !was_blocked && !was_open {
+                self.wake.wake(Reason::Broker);
             }
             let event = tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break true,
-                event = events.next() => event,
+                () = publishing.changed() => continue,
+                // A break before `events_listener` was called makes no event, but the status shows it.
+                event = events.next(), if connection.status().connected() => event,
+                else => None,
             };
-            usable = match event {
-                Some(Event::ConnectionBlocked(reason)) => {
-                    warn!(reason, "RabbitMQ blocks publishing; rows wait until it is over");
-                    false
-                }
-                Some(Event::ConnectionUnblocked) => {
-                    info!("RabbitMQ takes messages again");
-                    true
-                }
+            match event {
                 // The error of a single channel is an event as well, and is handled where the channel is used.
                 Some(Event::Error(error)) if !connection.status().connected() => {
                     warn!(
                         error = &error as &dyn std::error::Error,
                         "lost the connection to RabbitMQ, connecting again"
                     );
-                    false
+                    break false;
                 }
-                Some(_) => usable,
-                None => false,
-            };
+                Some(_) => {}
+                None => break false,
+            }
         };
         self.open.store(false, Ordering::Release);
         self.connection.lock().await.take();
-        self.idle_channels.lock().await.clear();
-        let _ = tokio::time::timeout(CLOSE_DEADLINE, connection.close(200, "good-bye".into())).await;
+        self.set_publishing(None);
+        let closing = async { tokio::join!(publishing.close(), connection.close(200, "good-bye".into())) };
+        let _ = tokio::time::timeout(CLOSE_DEADLINE, closing).await;
         stopping
+    }
+
+    fn set_publishing(&self, connection: Option<PublishingConnection>) {
+        *self.publishing.lock().expect("no code panics while it holds the lock") = connection;
     }
 }

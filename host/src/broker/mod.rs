@@ -1,5 +1,5 @@
-//! The only place with the AMQP client library (lapin). One connection publishes; each pass and each listing opens
-//! another to the dead letters:
+//! The only place with AMQP, and with its client library (lapin). One connection declares, another publishes; each pass and
+//! each listing opens one more to the dead letters:
 //!
 //! ```text
 //!   scheduler ───publish──▶ exchange `tidings` (topic) ──bindings of the consumers──▶ their queues
@@ -31,7 +31,7 @@ mod canary;
 mod connection;
 pub mod dead_letters;
 pub mod frame_guard;
-mod publisher;
+mod publishing;
 pub mod topology;
 
 use std::sync::Arc;
@@ -52,7 +52,8 @@ pub use canary::CanaryInbox;
 pub use dead_letters::headers::Destination;
 pub use dead_letters::list::{BrowseSession, ListedDeadLetter};
 pub use dead_letters::{DeadLetterQueue, DeadLetterSession, FetchedDeadLetter, SendResult};
-pub use publisher::{Confirmed, Verdict};
+use publishing::connection::PublishingConnection;
+pub use publishing::{Confirmed, PublishError, Verdict};
 pub use topology::DeclaredEntity;
 
 /// How long opening a connection may take, including the login.
@@ -147,6 +148,15 @@ pub enum BrokerError {
         #[source]
         source: lapin::Error,
     },
+    /// Messages could not be published.
+    #[error("RabbitMQ could not {doing}")]
+    Publish {
+        /// What RabbitMQ was asked to do, as a verb phrase.
+        doing: String,
+        /// Why.
+        #[source]
+        source: PublishError,
+    },
     /// RabbitMQ did not answer a request in time.
     #[error("gave up after {} s waiting for RabbitMQ to {doing}", .after.as_secs())]
     Deadline {
@@ -172,10 +182,10 @@ pub struct Broker {
     uri: AMQPUri,
     exchange: String,
     queue_type: QueueType,
-    /// The connection that publishes, while there is one.
+    /// The connection that declares, while there is one.
     connection: Mutex<Option<Arc<lapin::Connection>>>,
-    /// Channels in confirm mode that no batch is using. Each belongs to `connection`, or is closed.
-    idle_channels: Mutex<Vec<lapin::Channel>>,
+    /// The connection that publishes, while there is one.
+    publishing: std::sync::Mutex<Option<PublishingConnection>>,
     /// See [`Broker::is_open`].
     open: AtomicBool,
     /// Why RabbitMQ takes no messages although the connection is open.
@@ -213,7 +223,7 @@ impl Broker {
             exchange: settings.exchange.clone(),
             queue_type: settings.queue_type,
             connection: Mutex::new(None),
-            idle_channels: Mutex::new(Vec::new()),
+            publishing: std::sync::Mutex::default(),
             open: AtomicBool::new(false),
             refusals: Notices::default(),
             failure: std::sync::Mutex::default(),
@@ -258,12 +268,17 @@ impl Broker {
     }
 
     /// Whether there is a connection that publishes, and whether RabbitMQ blocks it.
-    pub async fn link(&self) -> Link {
-        let connection = self.connection.lock().await.clone();
-        let status = connection.map(|connection| connection.status().clone());
+    ///
+    /// # Panics
+    ///
+    /// Never: no code panics while it holds the lock.
+    #[must_use]
+    pub fn link(&self) -> Link {
+        let connection = self.publishing.lock().expect("no code panics while it holds the lock");
+        let status = connection.as_ref().map(PublishingConnection::status);
         Link {
-            connected: status.as_ref().is_some_and(lapin::ConnectionStatus::connected),
-            blocked: status.as_ref().is_some_and(lapin::ConnectionStatus::blocked),
+            connected: status.as_ref().is_some_and(|status| status.ended.is_none()),
+            blocked: status.is_some_and(|status| status.blocked.is_some()),
         }
     }
 

@@ -23,7 +23,7 @@ pub(super) async fn show_metrics(State(sources): State<Sources>) -> Response {
     set_serving(&serving_plugins(&plugins));
     set_listening(health.listening.load(Ordering::Relaxed));
     look_at_process();
-    let link = broker.link().await;
+    let link = broker.link();
     set_connected(Server::Rabbitmq, link.connected);
     set_blocked(link.blocked);
     // Tasks of their own, so that a question that was asked is finished even if the request is dropped.

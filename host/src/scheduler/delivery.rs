@@ -113,7 +113,7 @@ impl Delivery {
         let builds = plugins.build(due, clock).await;
 
         let mut messages = Vec::with_capacity(builds.len());
-        let mut in_flight = HashMap::with_capacity(builds.len());
+        let mut in_flight = Vec::with_capacity(builds.len());
         for Build { mut schedule, plugin, outcome, at } in builds {
             // The payload may be large, and is no longer needed.
             schedule.payload = String::new();
@@ -127,8 +127,7 @@ impl Delivery {
                         Ok(mut message) => {
                             spans.carry(&mut message);
                             messages.push(message);
-                            let id = schedule.id;
-                            in_flight.insert(id, InFlight { schedule, plugin, event_digest, built_ms });
+                            in_flight.push(InFlight { schedule, plugin, event_digest, built_ms });
                             continue;
                         }
                         Err(Expired(at)) => Outcome::Expired(format!("the event's deadline, {at} ms, had passed")),
@@ -145,10 +144,10 @@ impl Delivery {
         }
         spans.publish();
         let sent = !messages.is_empty();
-        for (id, verdict) in self.publish(messages).await {
-            let Some(sent) = in_flight.remove(&id) else { continue };
-            settlements.extend(Self::settlement_by_verdict(sent, verdict));
-        }
+        let verdicts = self.publish(messages).await;
+        settlements.extend(
+            in_flight.into_iter().zip(verdicts).filter_map(|(sent, verdict)| settlement_by_verdict(sent, verdict)),
+        );
 
         spans.settle(&settlements);
         let refused = if careful {
@@ -205,38 +204,14 @@ impl Delivery {
         }
     }
 
-    async fn publish(&self, messages: Vec<Message>) -> HashMap<Uuid, Verdict> {
+    async fn publish(&self, messages: Vec<Message>) -> Vec<Verdict> {
         if messages.is_empty() {
-            return HashMap::new();
+            return Vec::new();
         }
         let begun = Instant::now();
         let verdicts = self.broker.publish(&messages).await;
         record_confirms(begun.elapsed());
         verdicts
-    }
-
-    /// The settlement of a row, by the broker's verdict; `None` = the verdict is unknown, so the row stays due.
-    fn settlement_by_verdict(sent: InFlight, verdict: Verdict) -> Option<Settlement> {
-        let InFlight { schedule, plugin, event_digest, built_ms } = sent;
-        let Schedule { id, kind, .. } = &schedule;
-        let (label, generation) = (plugin.label(), plugin.generation());
-        let outcome = match verdict {
-            Verdict::Confirmed(confirmed) => Outcome::Delivered { confirmed, event_digest, built_ms },
-            Verdict::Refused(error) => {
-                // Only the first refusal is logged; last_error has the others.
-                if schedule.refusals == 0 {
-                    warn!(schedule.id = %id, schedule.kind = kind, plugin = label, generation, error, "RabbitMQ did not take {id}, so the row waits");
-                }
-                refused_for(&schedule, error)
-            }
-            Verdict::Poison(reason) => {
-                // Another attempt would close another channel.
-                warn!(schedule.id = %id, schedule.kind = kind, plugin = label, generation, reason, "parked {id}: RabbitMQ cannot take its message");
-                Outcome::Parked(reason)
-            }
-            Verdict::Unknown => return None,
-        };
-        Some(settlement_of(schedule, Some(&plugin), outcome))
     }
 
     /// The outcome of a row for which the plugin built no event.
@@ -287,6 +262,30 @@ impl Delivery {
 fn settlement_of(row: Schedule, plugin: Option<&Plugin>, outcome: Outcome) -> Settlement {
     let plugin = plugin.map(|plugin| plugin.label().to_owned());
     Settlement { row, plugin, outcome }
+}
+
+/// The settlement of a row, by the broker's verdict; `None` = the verdict is unknown, so the row stays due.
+fn settlement_by_verdict(sent: InFlight, verdict: Verdict) -> Option<Settlement> {
+    let InFlight { schedule, plugin, event_digest, built_ms } = sent;
+    let Schedule { id, kind, .. } = &schedule;
+    let (label, generation) = (plugin.label(), plugin.generation());
+    let outcome = match verdict {
+        Verdict::Confirmed(confirmed) => Outcome::Delivered { confirmed, event_digest, built_ms },
+        Verdict::Refused(error) => {
+            // Only the first refusal is logged; last_error has the others.
+            if schedule.refusals == 0 {
+                warn!(schedule.id = %id, schedule.kind = kind, plugin = label, generation, error, "RabbitMQ did not take {id}, so the row waits");
+            }
+            refused_for(&schedule, error)
+        }
+        Verdict::Poison(reason) => {
+            // Another attempt would close another channel.
+            warn!(schedule.id = %id, schedule.kind = kind, plugin = label, generation, reason, "parked {id}: RabbitMQ cannot take its message");
+            Outcome::Parked(reason)
+        }
+        Verdict::Unknown => return None,
+    };
+    Some(settlement_of(schedule, Some(&plugin), outcome))
 }
 
 /// The settlement of a row whose deadline passed before its plugin was called.
