@@ -120,7 +120,7 @@ pub(crate) async fn recovery(bench: &Bench) -> Vec<Figure> {
     vec![
         Figure::new("restart to the last confirm", "s", took).beside("at the rate before the kill", expected),
         Figure::new("longer than that rate", "s", beyond).at_most(3.0),
-        Figure::new("messages that came twice", "", copies),
+        Figure::new("messages that came twice", "", copies).at_most(100.0),
     ]
 }
 
