@@ -89,7 +89,7 @@ enum Part {
 }
 
 /// The scenarios, in the order in which they run: those that share the pending rows need more and more of them.
-const SCENARIOS: [Scenario; 23] = [
+const SCENARIOS: [Scenario; 24] = [
     Scenario {
         name: "drain",
         description: "100,000 rows already due, through a wasm plugin, to a quorum queue",
@@ -167,6 +167,12 @@ const SCENARIOS: [Scenario; 23] = [
         description: "a minute with a row due tomorrow",
         part: Part::Targets,
         run: |bench| resources::idle(bench).boxed_local(),
+    },
+    Scenario {
+        name: "lonely",
+        description: "100 rows a second that come alone, due when they are written",
+        part: Part::Targets,
+        run: |bench| resources::lonely(bench).boxed_local(),
     },
     Scenario {
         name: "enqueue",
