@@ -13,7 +13,8 @@ use crate::Bench;
 use crate::load::{Stage, per_second};
 use crate::probe::{cpu_seconds, thread_cpu_seconds};
 use crate::raw;
-use crate::report::{Figure, median};
+use crate::report::Figure;
+use crate::rounds::median;
 
 /// The number of rows in a drain.
 const ROWS: u32 = 100_000;

@@ -9,6 +9,8 @@ use harness::servers::children_of;
 use harness::world::World;
 use serde_json::Value;
 
+use crate::report::Circumstances;
+
 /// A load average above this shows that other processes are active and affect the figures.
 const BUSY: f64 = 0.5;
 /// The unit of processor time in `/proc`.
@@ -132,7 +134,7 @@ pub(crate) fn load_average() -> Option<f64> {
 }
 
 /// The machine, the versions and the relevant settings, by name.
-pub(crate) async fn circumstances(load: Option<f64>) -> Vec<(&'static str, String)> {
+pub(crate) async fn circumstances(load: Option<f64>) -> Circumstances {
     let world = World::empty().await;
     let setting = async |name: &str| world.value::<String>(&format!("SELECT current_setting('{name}')")).await;
     let postgres = format!(
@@ -161,13 +163,13 @@ pub(crate) async fn circumstances(load: Option<f64>) -> Vec<(&'static str, Strin
     let commit = Command::new("git").args(["rev-parse", "--short", "HEAD"]).current_dir(harness::repository()).output();
     let commit = commit.map_or_else(|_| String::new(), |output| String::from_utf8_lossy(&output.stdout).into_owned());
     let profile = if cfg!(debug_assertions) { "not optimised: these figures are meaningless" } else { "release" };
-    vec![
+    Circumstances(vec![
         ("machine", machine),
         ("load average", load.map_or("unknown".to_owned(), |load| format!("{load} at the start"))),
         ("tidings", format!("{} {} ({profile})", tidings.trim().trim_start_matches("tidings "), commit.trim())),
         ("PostgreSQL", postgres),
         ("RabbitMQ", rabbitmq),
-    ]
+    ])
 }
 
 /// RabbitMQ's overview from the management API.

@@ -11,7 +11,8 @@ use tokio::time::MissedTickBehavior;
 
 use crate::load::{Stage, schedule_now_sql};
 use crate::probe::{Threads, cpu_seconds, family_cpu_seconds, resident_mib};
-use crate::report::{Figure, count, median};
+use crate::report::{Figure, count};
+use crate::rounds::median;
 use crate::{Bench, MILLION};
 
 /// For how many seconds the idle daemon is measured.
