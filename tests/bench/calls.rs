@@ -15,7 +15,8 @@ use uuid::Uuid;
 
 use crate::Bench;
 use crate::load::payload;
-use crate::report::{Figure, median};
+use crate::report::Figure;
+use crate::rounds::median;
 
 /// The number of rows in one batch.
 const BATCH: usize = 500;

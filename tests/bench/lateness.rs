@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use time::OffsetDateTime;
 
-use crate::load::{QUEUE, Stage, insert_due_rows_sql, per_second};
+use crate::load::{Stage, insert_due_rows_sql, per_second, schedule_now_sql};
 use crate::raw::{self, Receiver, millis, now_us};
 use crate::report::{Figure, Times};
 use crate::{Bench, MILLION};
@@ -151,10 +151,7 @@ fn insert_trickle_sql(around: OffsetDateTime, rows: u32) -> String {
 pub(crate) async fn due_now(bench: &Bench) -> Vec<Figure> {
     let stage = Stage::with_plugins(&["message"]).await;
     let daemon = stage.start_daemon().await;
-    let insert = format!(
-        r#"SELECT tidings.schedule('message', clock_timestamp(), '{{"routing_key":"{QUEUE}","body":"{}"}}')"#,
-        "x".repeat(crate::load::BODY_BYTES)
-    );
+    let insert = schedule_now_sql();
     let seconds = bench.seconds(SECONDS_OF_SINGLES);
     let (mut received, mut raw) = (Vec::new(), Vec::new());
     for _ in 0..bench.rounds() {

@@ -186,6 +186,11 @@ pub(crate) fn insert_due_rows_sql(due: &str, rows: u32) -> String {
     )
 }
 
+/// The statement that schedules one row, due when it is written.
+pub(crate) fn schedule_now_sql() -> String {
+    format!("SELECT tidings.schedule('message', clock_timestamp(), '{}')", payload())
+}
+
 /// The payload of every row, with a body of 400 bytes.
 pub(crate) fn payload() -> String {
     format!(r#"{{"routing_key": "{QUEUE}", "body": "{}"}}"#, "x".repeat(BODY_BYTES))

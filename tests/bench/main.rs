@@ -1,8 +1,9 @@
 //! `cargo measure` measures how fast and how punctual the daemon is. Each figure stands beside its limit or a rival,
-//! measured in the same run, and beside its target. The servers are private and have the settings that users have.
-//! README.md explains each line.
+//! measured in the same run, and beside its target; or two builds are compared. The servers are private and have the
+//! settings that users have. README.md explains each line.
 
 mod calls;
+mod compare;
 mod drain;
 mod enqueue;
 mod lateness;
@@ -13,6 +14,7 @@ mod raw;
 mod replay;
 mod report;
 mod resources;
+mod rounds;
 mod sizes;
 mod trouble;
 
@@ -28,7 +30,9 @@ use clap::Parser;
 use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
 use harness::servers::Servers;
+use serde_json::Value;
 
+use compare::Base;
 use load::Stage;
 use report::{Figure, Report};
 
@@ -58,15 +62,26 @@ struct Arguments {
     /// Multiplies rows and seconds; below 1 it only shows that everything runs
     #[arg(long, default_value_t = 1.0)]
     scale: f64,
-    /// The number of rounds, of which the median is taken
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..))]
-    rounds: u8,
+    /// The number of rounds, of which the median is taken: 3 by default; with --compare 8, and at least 4, the fewest
+    /// with which a difference can be told from noise
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..))]
+    rounds: Option<u8>,
+    /// Compare this checkout's build with that of BASE, a commit or a binary, by running the named scenarios with both in
+    /// turns
+    #[arg(long, value_name = "BASE")]
+    compare: Option<String>,
     /// Also measure with ten million pending rows and with ten million dead ones; takes half an hour more
     #[arg(long)]
     big: bool,
     /// For how many minutes memory is watched
     #[arg(long, default_value_t = 3.0)]
     minutes: f64,
+}
+
+impl Arguments {
+    fn rounds(&self) -> u8 {
+        self.rounds.unwrap_or(if self.compare.is_some() { compare::ROUNDS } else { 3 })
+    }
 }
 
 /// A scenario, which measures one or more figures.
@@ -89,7 +104,7 @@ enum Part {
 }
 
 /// The scenarios, in the order in which they run: those that share the pending rows need more and more of them.
-const SCENARIOS: [Scenario; 23] = [
+const SCENARIOS: [Scenario; 24] = [
     Scenario {
         name: "drain",
         description: "100,000 rows already due, through a wasm plugin, to a quorum queue",
@@ -169,6 +184,12 @@ const SCENARIOS: [Scenario; 23] = [
         run: |bench| resources::idle(bench).boxed_local(),
     },
     Scenario {
+        name: "lonely",
+        description: "100 rows a second that come alone, due when they are written",
+        part: Part::Targets,
+        run: |bench| resources::lonely(bench).boxed_local(),
+    },
+    Scenario {
         name: "enqueue",
         description: "a million far-future rows in bulk, and 16 clients with single rows due soon",
         part: Part::Targets,
@@ -238,9 +259,9 @@ pub(crate) struct Bench {
 }
 
 impl Bench {
-    /// How many times each figure is measured.
+    /// How many times each figure is measured in a run of a scenario. When builds are compared, every round is a run.
     pub(crate) fn rounds(&self) -> u8 {
-        self.arguments.rounds
+        if self.arguments.compare.is_some() { 1 } else { self.arguments.rounds() }
     }
 
     /// `rows` multiplied by the scale, and at least 1,000.
@@ -278,6 +299,21 @@ impl Bench {
     pub(crate) fn keep_stage(&self, stage: Stage) {
         self.kept.replace(Some(stage));
     }
+
+    /// Removes the shared stage, if there is one.
+    async fn remove_kept_stage(&self) {
+        let kept = self.kept.take();
+        if let Some(stage) = kept {
+            stage.remove().await;
+        }
+    }
+
+    /// Writes `report` into the file that was asked for, if any.
+    fn write_json(&self, report: &Value) -> anyhow::Result<()> {
+        let Some(file) = &self.arguments.json else { return Ok(()) };
+        let json = serde_json::to_string_pretty(report)?;
+        std::fs::write(file, json).with_context(|| format!("could not write {}", file.display()))
+    }
 }
 
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a float becomes the nearest that fits")]
@@ -310,6 +346,7 @@ async fn measure(arguments: Arguments) -> anyhow::Result<bool> {
     }
     // Read before this program causes load itself.
     let load = probe::load_average();
+    let base = arguments.compare.as_deref().map(|base| Base::prepare(base, &arguments)).transpose()?;
     eprintln!("building the daemon and the plugins, and starting a private PostgreSQL and RabbitMQ ...");
     let servers = tokio::task::spawn_blocking(|| Servers::start_private_with(SETTINGS))
         .await?
@@ -317,22 +354,22 @@ async fn measure(arguments: Arguments) -> anyhow::Result<bool> {
     harness::world::share_servers(servers);
 
     let mut circumstances = probe::circumstances(load).await;
-    let Arguments { scale, rounds, minutes, .. } = arguments;
-    circumstances.push(("sizes", format!("{rounds} rounds, {minutes} minutes of memory, scale {scale}")));
-    let mut report = Report::begin(circumstances);
+    let (Arguments { scale, minutes, .. }, rounds) = (&arguments, arguments.rounds());
+    circumstances.0.push(("sizes", format!("{rounds} rounds, {minutes} minutes of memory, scale {scale}")));
     let bench = Bench { arguments, kept: RefCell::default() };
+    if let Some(base) = base {
+        return compare::compare(&bench, base, circumstances).await;
+    }
+    let mut report = Report::begin(circumstances);
     for Scenario { name, description, run, .. } in
         SCENARIOS.iter().filter(|scenario| scenario.is_wanted(&bench.arguments))
     {
         eprintln!("measuring {name} ...");
         let begun = Instant::now();
-        let result = AssertUnwindSafe(run(&bench)).catch_unwind().await.map_err(|panic| panic_message(&*panic));
+        let result = catch(run(&bench)).await;
         report.add(name, description, begun.elapsed(), result);
-        if let Some(file) = &bench.arguments.json {
-            // Written after each scenario, so that an interrupted run leaves the figures so far.
-            let json = serde_json::to_string_pretty(&report.json())?;
-            std::fs::write(file, json).with_context(|| format!("could not write {}", file.display()))?;
-        }
+        // Written after each scenario, so that an interrupted run leaves the figures so far.
+        bench.write_json(&report.json())?;
     }
     Ok(report.end())
 }
@@ -345,6 +382,11 @@ impl Scenario {
             arguments.scenarios.iter().any(|name| name == self.name)
         }
     }
+}
+
+/// The figures of a run, or the message of the panic that ended it.
+async fn catch(run: impl Future<Output = Vec<Figure>>) -> Result<Vec<Figure>, String> {
+    AssertUnwindSafe(run).catch_unwind().await.map_err(|panic| panic_message(&*panic))
 }
 
 /// The message of a panic.

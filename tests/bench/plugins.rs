@@ -10,7 +10,8 @@ use harness::world::World;
 use crate::Bench;
 use crate::load::Stage;
 use crate::probe::{descriptors, resident_mib};
-use crate::report::{Figure, Times, count, median};
+use crate::report::{Figure, Times, count};
+use crate::rounds::median;
 
 /// How many times a new plugin is added and its first message awaited.
 const FILES: usize = 20;

@@ -5,11 +5,13 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::rounds::{median, number};
+
 /// One figure, whose value is the median of its rounds.
 #[derive(Debug)]
 pub(crate) struct Figure {
-    label: String,
-    unit: &'static str,
+    pub(crate) label: String,
+    pub(crate) unit: &'static str,
     rounds: Vec<f64>,
     beside: Option<Beside>,
     target: Option<Target>,
@@ -61,13 +63,19 @@ impl Figure {
         self
     }
 
-    fn value(&self) -> f64 {
+    /// The label of the figure with which this one is compared.
+    pub(crate) fn beside_label(&self) -> Option<&str> {
+        self.beside.as_ref().map(|beside| &*beside.label)
+    }
+
+    /// The median of the rounds.
+    pub(crate) fn value(&self) -> f64 {
         median(self.rounds.iter().copied())
     }
 
     /// The quotient of this figure and the one beside it: the median of the rounds' quotients, in which a disturbance
     /// of a whole round cancels out.
-    fn share(&self) -> Option<f64> {
+    pub(crate) fn share(&self) -> Option<f64> {
         let beside = self.beside.as_ref()?;
         if beside.rounds.len() == self.rounds.len() {
             Some(median(self.rounds.iter().zip(&beside.rounds).map(|(figure, beside)| figure / beside)))
@@ -110,7 +118,8 @@ impl Figure {
         line.trim_end().to_owned()
     }
 
-    fn json(&self) -> Value {
+    /// The figure as JSON, with the value of each round.
+    pub(crate) fn json(&self) -> Value {
         let target = self.target.map(|target| match target {
             Target::AtMost(most) => json!({ "at_most": most }),
             Target::Under(limit) => json!({ "under": limit }),
@@ -127,11 +136,28 @@ impl Figure {
     }
 }
 
+/// Machine, versions and settings of a run, by name.
+#[derive(Debug)]
+pub(crate) struct Circumstances(pub(crate) Vec<(&'static str, String)>);
+
+impl Circumstances {
+    /// Prints a line for each.
+    pub(crate) fn print(&self) {
+        for (name, value) in &self.0 {
+            println!("{name:<14} {value}");
+        }
+    }
+
+    /// The same as JSON.
+    pub(crate) fn json(&self) -> Value {
+        self.0.iter().map(|(name, value)| ((*name).to_owned(), Value::from(&**value))).collect()
+    }
+}
+
 /// The results of one run.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Report {
-    /// Machine, versions and settings, by name.
-    circumstances: Vec<(&'static str, String)>,
+    circumstances: Circumstances,
     scenarios: Vec<ScenarioResult>,
 }
 
@@ -145,10 +171,8 @@ struct ScenarioResult {
 
 impl Report {
     /// Prints the circumstances and begins a report with them.
-    pub(crate) fn begin(circumstances: Vec<(&'static str, String)>) -> Self {
-        for (name, value) in &circumstances {
-            println!("{name:<14} {value}");
-        }
+    pub(crate) fn begin(circumstances: Circumstances) -> Self {
+        circumstances.print();
         Self { circumstances, scenarios: Vec::new() }
     }
 
@@ -179,8 +203,6 @@ impl Report {
 
     /// The whole report as JSON, with the value of each round.
     pub(crate) fn json(&self) -> Value {
-        let circumstances: serde_json::Map<String, Value> =
-            self.circumstances.iter().map(|(name, value)| ((*name).to_owned(), value.clone().into())).collect();
         let scenarios = self.scenarios.iter().map(|ScenarioResult { name, took, result }| {
             let (figures, failed) = match result {
                 Ok(figures) => (figures.iter().map(Figure::json).collect(), None),
@@ -188,7 +210,7 @@ impl Report {
             };
             json!({ "scenario": name, "seconds": took.as_secs_f64(), "figures": figures, "failed": failed })
         });
-        json!({ "circumstances": circumstances, "scenarios": scenarios.collect::<Vec<_>>() })
+        json!({ "circumstances": self.circumstances.json(), "scenarios": scenarios.collect::<Vec<_>>() })
     }
 }
 
@@ -216,26 +238,9 @@ impl Times {
     }
 }
 
-/// The median; for an even number of values, the upper one.
-pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.into_iter().collect();
-    values.sort_by(f64::total_cmp);
-    *values.get(values.len() / 2).expect("a figure has a round")
-}
-
 /// Converts a count to a figure.
 pub(crate) fn count(number: usize) -> f64 {
     f64::from(u32::try_from(number).expect("fewer than four billion"))
-}
-
-/// Formats a number with three digits, or with all digits before the point.
-fn number(value: f64) -> String {
-    let decimals = match value.abs() {
-        small if small > 0.0 && small < 10.0 => 2,
-        medium if medium > 0.0 && medium < 100.0 => 1,
-        _ => 0,
-    };
-    format!("{value:.decimals$}")
 }
 
 fn percent(share: f64) -> String {

@@ -1,18 +1,27 @@
-//! Measures the resources of the daemon: statements and processor time while it is idle, memory while it delivers for a
-//! long time, and the time from its start until it is ready.
+//! Measures the resources of the daemon: statements and processor time while it is idle, processor time of rows that
+//! come alone, memory while it delivers for a long time, and the time from its start until it is ready.
 
 use std::time::{Duration, Instant};
 
 use harness::daemon::Daemon;
-use harness::world::World;
+use harness::world::{World, database_url};
 use nix::sys::signal::Signal;
+use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
+use tokio::time::MissedTickBehavior;
 
-use crate::probe::{cpu_seconds, resident_mib};
-use crate::report::{Figure, median};
+use crate::load::{Stage, schedule_now_sql};
+use crate::probe::{Threads, cpu_seconds, family_cpu_seconds, resident_mib};
+use crate::report::{Figure, count};
+use crate::rounds::median;
 use crate::{Bench, MILLION};
 
 /// For how many seconds the idle daemon is measured.
 const IDLE_SECONDS: u32 = 60;
+/// The time between two rows that come alone, and for how many seconds they come.
+const ALONE: Duration = Duration::from_millis(10);
+const SECONDS_ALONE: u32 = 20;
+/// The number of rows in the drain with which they are compared.
+const DRAINED: u32 = 20_000;
 /// The number of rows in each batch that is written while memory is watched.
 const BATCH: u32 = 20_000;
 /// The number of starts.
@@ -32,7 +41,7 @@ pub(crate) async fn idle(bench: &Bench) -> Vec<Figure> {
     ] {
         world.sql(&sql).await;
     }
-    let url = harness::world::database_url(world.ports().0, &world.name).replacen("postgres@", &format!("{role}@"), 1);
+    let url = database_url(world.ports().0, &world.name).replacen("postgres@", &format!("{role}@"), 1);
     let launch = world.launch().with("TIDINGS_DATABASE_URL", url);
     let calls = format!(
         "SELECT coalesce(sum(calls), 0)::float8 FROM pg_stat_statements WHERE userid = (SELECT oid FROM pg_roles WHERE rolname = '{role}')"
@@ -62,6 +71,51 @@ pub(crate) async fn idle(bench: &Bench) -> Vec<Figure> {
         Figure::new("statements", "a minute", statements).beside("sweeps", [12.0]).at_most(15.0),
         Figure::new("processor time", "s/minute", busy).at_most(0.2),
         Figure::new("SIGTERM to the end", "ms", stops).under(1_000.0),
+    ]
+}
+
+/// Measures what the daemon and PostgreSQL spend on a row that comes alone, so that nothing is shared with other rows.
+pub(crate) async fn lonely(bench: &Bench) -> Vec<Figure> {
+    let stage = Stage::with_plugins(&["message"]).await;
+    let daemon = stage.start_daemon().await;
+    // A connection of its own: a pool would ask before each row whether the connection is still there.
+    let url = database_url(stage.world.ports().0, &stage.world.name);
+    let mut client = PgConnection::connect(&url).await.expect("a connection");
+    let postmaster = "SELECT split_part(pg_read_file('postmaster.pid'), chr(10), 1)::int4";
+    let postmaster = u32::try_from(stage.world.value::<i32>(postmaster).await).expect("a pid");
+    let (insert, drained, rows) = (schedule_now_sql(), bench.rows(DRAINED), 100 * bench.seconds(SECONDS_ALONE));
+    let (mut in_drain, mut alone, mut of_postgres, mut switches, mut threads) =
+        (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..bench.rounds() {
+        let before = Threads::of(daemon.pid());
+        stage.drain(drained).await;
+        in_drain.push(Threads::of(daemon.pid()).since(&before).cpu_seconds * 1000.0 / f64::from(drained));
+        stage.tidy().await;
+
+        let mut pace = tokio::time::interval(ALONE);
+        // After a delay, rows that catch up would not come alone.
+        pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let (postgres_before, before) = (family_cpu_seconds(postmaster), Threads::of(daemon.pid()));
+        for _ in 0..rows {
+            pace.tick().await;
+            sqlx::query(AssertSqlSafe(&*insert)).execute(&mut client).await.expect("written");
+        }
+        stage.wait_until_finished(rows).await;
+        let used = Threads::of(daemon.pid()).since(&before);
+        of_postgres.push((family_cpu_seconds(postmaster) - postgres_before) * 1000.0 / f64::from(rows));
+        alone.push(used.cpu_seconds * 1000.0 / f64::from(rows));
+        switches.push(used.switches / f64::from(rows));
+        threads.push(count(used.threads));
+        stage.tidy().await;
+    }
+    client.close().await.expect("closed");
+    stop_daemon(daemon).await;
+    stage.remove().await;
+    vec![
+        Figure::new("processor time of the daemon", "ms/row", alone).beside("in a drain", in_drain).at_most(0.4),
+        Figure::new("processor time of PostgreSQL", "ms/row", of_postgres),
+        Figure::new("context switches of the daemon", "/row", switches),
+        Figure::new("threads of the daemon that ran", "", threads),
     ]
 }
 
@@ -102,7 +156,7 @@ pub(crate) async fn memory(bench: &Bench) -> Vec<Figure> {
 
 /// The slope of the least-squares line through `points`.
 fn slope(points: &[(f64, f64)]) -> f64 {
-    let number = crate::report::count(points.len());
+    let number = count(points.len());
     let mean = |of: fn(&(f64, f64)) -> f64| points.iter().map(of).sum::<f64>() / number;
     let (x, y) = (mean(|point| point.0), mean(|point| point.1));
     let both: f64 = points.iter().map(|point| (point.0 - x) * (point.1 - y)).sum();

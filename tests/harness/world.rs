@@ -2,7 +2,7 @@
 //! tests share.
 
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{OnceLock, RwLock};
 
 use lapin::types::{AMQPValue, FieldTable};
 use serde_json::{Value, json};
@@ -33,6 +33,20 @@ fn built() -> &'static Built {
     })
 }
 
+/// The program that worlds run, if it is another one than the built daemon.
+static UNDER_TEST: RwLock<Option<PathBuf>> = RwLock::new(None);
+
+/// Makes all worlds from now on those of another build of `tidings`: it migrates their databases, and their daemons run
+/// it. Worlds that were made before must not start a daemon any more.
+///
+/// # Panics
+///
+/// When that build cannot migrate a database.
+pub fn put_under_test(binary: &Path) {
+    create_template(shared(), binary);
+    *UNDER_TEST.write().expect("no holder of the lock panics") = Some(binary.to_owned());
+}
+
 /// The shared servers. A static is never dropped; the reaper stops the servers when this program ends.
 static SHARED: OnceLock<Servers> = OnceLock::new();
 
@@ -40,7 +54,7 @@ static SHARED: OnceLock<Servers> = OnceLock::new();
 fn shared() -> &'static Servers {
     SHARED.get_or_init(|| {
         let servers = Servers::start().expect("the servers start");
-        create_template(&servers, &built().daemon);
+        create_template(&servers, &World::binary());
         servers
     })
 }
@@ -51,7 +65,7 @@ fn shared() -> &'static Servers {
 ///
 /// When a world has already been made.
 pub fn share_servers(servers: Servers) {
-    create_template(&servers, &built().daemon);
+    create_template(&servers, &World::binary());
     SHARED.set(servers).expect("before the first world");
 }
 
@@ -74,7 +88,7 @@ fn create_template(servers: &Servers, daemon: &Path) {
     // runtime.
     std::thread::scope(|scope| {
         let runtime = || tokio::runtime::Runtime::new().expect("a runtime").block_on(create());
-        scope.spawn(runtime).join().expect("the template is made");
+        scope.spawn(runtime).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
     });
 }
 
@@ -119,7 +133,7 @@ impl World {
     ///
     /// When the world cannot be made.
     pub async fn on_servers(servers: &Servers, plugins: &[&str]) -> Self {
-        create_template(servers, &built().daemon);
+        create_template(servers, &Self::binary());
         let world = Self::create(servers, None).await;
         for plugin in plugins {
             world.install(plugin);
@@ -175,9 +189,14 @@ impl World {
     }
 
     /// The path of the program `tidings`.
+    ///
+    /// # Panics
+    ///
+    /// Never.
     #[must_use]
     pub fn binary() -> PathBuf {
-        built().daemon.clone()
+        let under_test = UNDER_TEST.read().expect("no holder of the lock panics").clone();
+        under_test.unwrap_or_else(|| built().daemon.clone())
     }
 
     /// Writes `bytes` into the plugin directory as `file`, atomically.
@@ -217,7 +236,7 @@ impl World {
     #[must_use]
     pub fn launch(&self) -> Launch {
         let (postgres_port, rabbitmq_port) = self.ports;
-        Launch::new(&built().daemon, "run")
+        Launch::new(&Self::binary(), "run")
             .with("TIDINGS_DATABASE_URL", database_url(postgres_port, &self.name))
             .with("TIDINGS_AMQP_URL", amqp_url(rabbitmq_port, &self.name))
             .with("TIDINGS_PLUGIN_DIR", self.plugin_dir.display())

@@ -2,6 +2,7 @@
 //! order: an installed target; Debian's own compiler, if it is installed; `rustup target add`; Debian's own compiler,
 //! installed with apt. Debian's compiler has no standard library for WebAssembly, so it is built from source.
 
+mod base;
 mod consumers;
 mod languages;
 
@@ -16,6 +17,7 @@ use anyhow::{Context as _, bail};
 
 use crate::{command_line, profile_dir, repository, setup, target};
 
+pub use base::daemon_of;
 pub use consumers::{python_consumer, rust_consumer};
 pub use languages::{cargo_component, javascript, python};
 
@@ -32,16 +34,22 @@ const DEBIAN_LINKERS: &str = "/usr/lib/rustlib/x86_64-unknown-linux-gnu/bin";
 /// When cargo fails; cargo has then printed the reason.
 pub fn daemon() -> anyhow::Result<PathBuf> {
     let profile = profile_dir();
-    let mut cargo = cargo();
-    // Built together with the running package: cargo then resolves features as it did for that package, and compiles no
-    // dependency twice.
-    let running = std::env::var("CARGO_PKG_NAME").unwrap_or_else(|_| "tidings-tests".to_owned());
-    cargo.args(["build", "--quiet", "--package", "tidings", "--package", &running, "--bin", "tidings"]);
+    let mut cargo = build_daemon();
+    cargo.arg("--quiet");
     if profile.ends_with("release") {
         cargo.arg("--release");
     }
     run(cargo)?;
     Ok(profile.join("tidings"))
+}
+
+/// `cargo build` of the daemon, together with the running package: cargo then resolves features as it did for that
+/// package, and compiles no dependency twice.
+fn build_daemon() -> Command {
+    let running = std::env::var("CARGO_PKG_NAME").unwrap_or_else(|_| "tidings-tests".to_owned());
+    let mut cargo = cargo();
+    cargo.args(["build", "--package", "tidings", "--package", &running, "--bin", "tidings"]);
+    cargo
 }
 
 /// Builds the plugins of the repository into `target/plugins`, and returns that directory.

@@ -127,8 +127,7 @@ impl Servers {
     ///
     /// When this program did not start the server.
     pub fn signal(&self, server: Server, signal: Signal) -> anyhow::Result<()> {
-        let Running { children, .. } = self.running.as_ref().context("not this program's servers")?;
-        let pid = children[server as usize].id();
+        let pid = self.running.as_ref().context("not this program's servers")?.children[server as usize].id();
         for pid in children_of(pid).into_iter().chain([pid]) {
             // The error is ignored: a child may have ended in the meantime.
             let _ = kill(Pid::from_raw(i32::try_from(pid)?), signal);
@@ -345,8 +344,9 @@ pub(crate) fn free_ports<const N: usize>() -> anyhow::Result<[u16; N]> {
     ports.try_into().map_err(|_| anyhow::anyhow!("as many ports as asked for"))
 }
 
-/// The processes that `parent` has started.
-fn children_of(parent: u32) -> Vec<u32> {
+/// The processes that `parent` has started and that have not ended.
+#[must_use]
+pub fn children_of(parent: u32) -> Vec<u32> {
     let pids =
         fs::read_dir("/proc").into_iter().flatten().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
     pids.filter(|pid: &u32| {
