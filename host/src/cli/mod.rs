@@ -116,7 +116,9 @@ pub fn main() -> ExitCode {
             return if error.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS };
         }
     };
-    let runtime = match tokio::runtime::Runtime::new() {
+    // One thread: what a row needs waits for answers nearly all of its time, and to hand it to another thread would take longer
+    // than the work itself. What takes long runs on threads of its own: guests (`plugins/runtime`), compiling, files.
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(1, &anyhow::Error::from(error).context("could not start")),
     };

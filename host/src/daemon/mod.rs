@@ -38,6 +38,7 @@ use crate::plugins::{Engine, Metering, Registry, StateDir};
 use crate::scheduler::Scheduler;
 use crate::scheduler::canary::Canary;
 use crate::scheduler::listener::Listener;
+use crate::scheduler::precise_timer::PreciseTimer;
 use crate::store::{SchemaError, Store};
 use crate::telemetry;
 use signals::{Signals, check_on_hangup};
@@ -141,6 +142,7 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
         sweep: config.sweep,
         max_attempts: config.max_attempts,
         health: Arc::clone(&health),
+        timer: PreciseTimer::new().context("could not make a timer")?,
     };
     let ready = async {
         registry.completed().await;
@@ -149,9 +151,8 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
         std::future::pending().await
     };
 
-    // The scheduler ends after `shutdown`, when nothing is in flight any more. It is a task on a worker thread of the
-    // runtime, so that starting a lane wakes no other thread; the task is aborted if this function returns for another
-    // reason.
+    // The scheduler ends after `shutdown`, when nothing is in flight any more. It is a task, so that the other loops go on
+    // while it waits; the task is aborted if this function returns for another reason.
     let scheduler = AbortOnDropHandle::new(tokio::spawn(scheduler.run(shutdown.clone())));
     tokio::select! {
         ended = scheduler => match ended {

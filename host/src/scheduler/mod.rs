@@ -31,6 +31,7 @@ pub mod delivery;
 pub mod hold;
 pub mod listener;
 pub mod notification_rate;
+pub mod precise_timer;
 pub mod sent_rows;
 
 use std::panic::AssertUnwindSafe;
@@ -57,6 +58,7 @@ use crate::store::{Store, StoreError};
 use crate::telemetry::{count_wakes, note_next_due};
 use delivery::{BatchOutcome, Delivery};
 use hold::hold;
+use precise_timer::PreciseTimer;
 use sent_rows::SentRows;
 
 /// The subject of [`Health::trouble`] while PostgreSQL refuses to finish rows.
@@ -79,6 +81,8 @@ pub struct Scheduler {
     pub max_attempts: u32,
     /// Gets a heartbeat each time the loop goes round.
     pub health: Arc<Health>,
+    /// For the due times of rows.
+    pub timer: PreciseTimer,
 }
 
 /// The running loop, and the tasks beside it.
@@ -106,15 +110,14 @@ impl Scheduler {
                 Action::Release(kinds) => running.release(kinds),
                 Action::Sweep => running.sweep(core.mark()),
                 Action::Sleep(until, reason) => {
-                    let sleep = until.saturating_sub(running.now());
+                    let sleep = running.started_at + until;
                     tokio::select! {
                     biased;
                     () = shutdown.cancelled() => break,
                     Some(Ok(ended)) = running.deliveries.join_next() => Some(ended),
                     Some(Ok(ended)) = running.background.join_next() => Some(ended),
                     reasons = running.parts.wake.woken() => Some(Event::Woken(reasons)),
-                    // Precise to a tenth of a millisecond; tokio's timer is precise to a millisecond.
-                    () = futures_timer::Delay::new(sleep) => Some(Event::Woken(reason.into())),
+                    () = running.parts.timer.sleep_until(sleep) => Some(Event::Woken(reason.into())),
                     }
                 }
             };
@@ -174,7 +177,8 @@ impl SchedulerLoop {
         let ClaimRequest { range, limit, since, no_large, not_before, careful } = request;
         let plugins = self.parts.plugins.current();
         let wanted = store::Wanted { limit, since, no_large };
-        let claimed = match self.parts.store.claim(plugins.kinds(), wanted, self.started_at + not_before).await {
+        let until_due = self.parts.timer.sleep_until(self.started_at + not_before);
+        let claimed = match self.parts.store.claim(plugins.kinds(), wanted, until_due).await {
             Ok(claimed) => claimed,
             Err(error) => return report_failure(Operation::LookOrClaim, &error),
         };

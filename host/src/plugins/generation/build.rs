@@ -1,10 +1,16 @@
-//! Builds the events of rows, on the threads of the guests' runtime. Each row must be admitted by the breaker of its
-//! kind. The rows of a batch share one store until a call fails.
+//! Builds the events of rows. Each row must be admitted by the breaker of its kind. The rows of a batch, and of small batches
+//! one after the other, share one store until a call fails.
+//!
+//! Must never let a plugin delay the daemon's own tasks for longer than two ticks in a minute.
 
-use std::sync::Arc;
+use std::any::Any;
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, MutexGuard};
+use std::task::Poll;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use tidings_core::reason::Reason;
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -19,8 +25,17 @@ use crate::plugins::runtime::bindings::exports::tidings::plugin::builder as wit;
 use crate::plugins::runtime::instance::{CallError, Instance, Usage};
 use crate::telemetry::CallResult;
 
+/// The most rows of a batch that is built on the daemon's own thread.
+const MAX_ROWS_HERE: usize = 32;
+/// If building on the daemon's own thread takes longer than this, the plugin is slow, for the time [`SLOW_FOR`].
+const MAX_TIME_HERE: Duration = Duration::from_millis(1);
+/// For how long the rows of a slow plugin are built elsewhere, however few they are.
+const SLOW_FOR: Duration = Duration::from_mins(1);
 /// How many characters of the last error are kept.
 const MAX_ERROR_CHARS: usize = 1_000;
+
+/// What building a batch returned, unless the daemon's own code panicked.
+type CaughtBuilds = Result<Vec<Build>, Box<dyn Any + Send>>;
 
 /// The result of a build outside the queue.
 #[derive(Debug)]
@@ -36,7 +51,8 @@ pub struct TestRun {
 }
 
 impl Plugin {
-    /// Builds `rows` one after the other. Rows that were not reached before `until`, or before `body_bytes_left` was
+    /// Builds `rows` one after the other: a few of a quick plugin on the daemon's own thread, since handing them over would take
+    /// longer, and others on the threads of the guests' runtime. Rows that were not reached before `until`, or before `body_bytes_left` was
     /// used up, have no outcome.
     pub(in crate::plugins) async fn build(
         self: Arc<Self>,
@@ -45,36 +61,67 @@ impl Plugin {
         until: Instant,
         body_bytes_left: Arc<AtomicUsize>,
     ) -> Vec<Build> {
-        let plugin = Arc::clone(&self);
-        let task = self.engine.guest_runtime().spawn(async move {
-            let _ticking = plugin.engine.keep_ticking();
-            let mut instance = plugin.spare_instance.lock().expect("no thread panics with this lock").take();
-            let mut builds = Vec::with_capacity(rows.len());
-            let mut at = Instant::now();
-            for schedule in rows {
-                let is_out_of_budget = at >= until || body_bytes_left.load(Ordering::Relaxed) == 0;
-                let outcome = if is_out_of_budget {
-                    None
-                } else {
-                    let outcome = plugin.build_row(&mut instance, &schedule, clock, at, &body_bytes_left).await;
-                    at = Instant::now();
-                    Some(outcome)
-                };
-                builds.push(Build { schedule, plugin: Arc::clone(&plugin), outcome, at });
-            }
-            // The next instance is started by another task, so that the rows do not wait for it.
-            plugin.engine.guest_runtime().spawn(Arc::clone(&plugin).replace_spare(instance));
-            builds
-        });
+        let can_build_here = rows.len() <= MAX_ROWS_HERE && Instant::now() >= *self.slow_until();
+        let builds = Arc::clone(&self).build_rows(rows, clock, until, body_bytes_left);
+        let mut builds = AssertUnwindSafe(builds).catch_unwind().boxed();
+        let built = match if can_build_here { self.build_here(&mut builds).await } else { Poll::Pending } {
+            Poll::Ready(built) => built.ok(),
+            Poll::Pending => self.engine.guest_runtime().spawn(builds).await.ok().and_then(Result::ok),
+        };
         // If the daemon's own code panics, the rows stay due and are claimed again.
-        task.await.unwrap_or_else(|panic| {
-            tracing::error!(
-                error = &panic as &dyn std::error::Error,
-                plugin = &*self.label,
-                "a build panicked: its rows stay due"
-            );
+        built.unwrap_or_else(|| {
+            tracing::error!(plugin = &*self.label, "a build panicked: its rows stay due");
             Vec::new()
         })
+    }
+
+    /// Begins to build on the daemon's own thread, and is pending if that does not end within two ticks. A plugin that takes
+    /// long builds on the threads of the guests' runtime for a while.
+    async fn build_here(&self, builds: &mut (impl Future<Output = CaughtBuilds> + Unpin)) -> Poll<CaughtBuilds> {
+        let begun = Instant::now();
+        let built = futures_util::poll!(builds);
+        if built.is_pending() || begun.elapsed() > MAX_TIME_HERE {
+            *self.slow_until() = Instant::now() + SLOW_FOR;
+        }
+        built
+    }
+
+    fn slow_until(&self) -> MutexGuard<'_, Instant> {
+        self.slow_until.lock().expect("no thread panics with this lock")
+    }
+
+    async fn build_rows(
+        self: Arc<Self>,
+        rows: Vec<Schedule>,
+        clock: DatabaseClock,
+        until: Instant,
+        body_bytes_left: Arc<AtomicUsize>,
+    ) -> Vec<Build> {
+        let _ticking = self.engine.keep_ticking();
+        let mut instance = self.spare_instance().take();
+        let mut builds = Vec::with_capacity(rows.len());
+        let mut at = Instant::now();
+        for schedule in rows {
+            let is_out_of_budget = at >= until || body_bytes_left.load(Ordering::Relaxed) == 0;
+            let outcome = if is_out_of_budget {
+                None
+            } else {
+                let outcome = self.build_row(&mut instance, &schedule, clock, at, &body_bytes_left).await;
+                at = Instant::now();
+                Some(outcome)
+            };
+            builds.push(Build { schedule, plugin: Arc::clone(&self), outcome, at });
+        }
+        match instance {
+            Some(instance) if !instance.is_worn() => *self.spare_instance() = Some(instance),
+            // The next instance is started by another task, so that the rows do not wait for it.
+            used => drop(self.engine.guest_runtime().spawn(Arc::clone(&self).replace_spare(used))),
+        }
+        builds
+    }
+
+    fn spare_instance(&self) -> MutexGuard<'_, Option<Instance>> {
+        self.spare_instance.lock().expect("no thread panics with this lock")
     }
 
     /// Drops the instance of a batch, and starts an instance for the next batch. If that fails, the next batch tries
@@ -83,7 +130,7 @@ impl Plugin {
         drop(used);
         let _ticking = self.engine.keep_ticking();
         let next = self.start_instance().await.ok();
-        *self.spare_instance.lock().expect("no thread panics with this lock") = next;
+        *self.spare_instance() = next;
     }
 
     async fn start_instance(&self) -> Result<Instance, String> {

@@ -23,6 +23,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use crate::model::wake::Wake;
 use crate::plugins::loading::check::{check_description, check_world};
 use crate::plugins::loading::compile::compile;
@@ -59,8 +61,10 @@ pub struct Plugin {
     pre: PluginPre<Guest>,
     engine: Arc<Engine>,
     peak: PeakUsage,
-    /// An instance that was started after the last batch, so that the next batch need not wait for a start.
+    /// An instance for the next batch, so that it need not wait for a start.
     spare_instance: Mutex<Option<Instance>>,
+    /// Until then, no rows are built on the daemon's own thread.
+    slow_until: Mutex<Instant>,
     /// Feedback that the registry has not taken yet.
     feedback: Mutex<Vec<Feedback>>,
     /// Wakes the registry's watcher.
@@ -154,6 +158,7 @@ impl Plugin {
             engine: Arc::clone(engine),
             peak: PeakUsage::default(),
             spare_instance: Mutex::default(),
+            slow_until: Mutex::new(Instant::now()),
             feedback: Mutex::default(),
             feedback_wake,
         };

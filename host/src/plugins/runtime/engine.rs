@@ -22,6 +22,9 @@ use crate::plugins::state::StateDir;
 /// The stack of a plugin's own function calls. A deeper recursion traps.
 const MAX_STACK_BYTES: usize = 1 << 20;
 
+/// How many ticks without a guest the ticker's thread goes on. Rows that come within that time need not wake it each time.
+const IDLE_TICKS: u32 = 2;
+
 /// The compiled code in wasmtime's cache. Beyond that, wasmtime removes the code that was used least recently.
 const MAX_CACHE_BYTES: u64 = 1 << 30;
 
@@ -200,8 +203,8 @@ impl Drop for Engine {
     }
 }
 
-/// The state of the thread that advances the engine's epoch. The thread sleeps while no guest runs, so an idle daemon
-/// uses no CPU.
+/// The state of the thread that advances the engine's epoch. The thread sleeps soon after the last guest has ended, so an
+/// idle daemon uses no CPU.
 struct Ticker {
     running_guests: AtomicUsize,
     thread: std::sync::OnceLock<std::thread::Thread>,
@@ -219,14 +222,14 @@ impl Drop for TickerGuard {
 /// The work of the ticker's thread. It is a thread rather than a task, because a guest that blocks the runtime's
 /// threads would block the task that is to interrupt it.
 fn run_ticker(ticker: &Weak<Ticker>, engine: &EngineWeak) {
+    let mut idle_ticks = 0;
     while let (Some(ticker), Some(engine)) = (ticker.upgrade(), engine.upgrade()) {
-        let is_idle = ticker.running_guests.load(Ordering::Acquire) == 0;
-        if !is_idle {
-            engine.increment_epoch();
-        }
+        idle_ticks = if ticker.running_guests.load(Ordering::Acquire) == 0 { idle_ticks + 1 } else { 0 };
+        engine.increment_epoch();
         drop((ticker, engine));
-        if is_idle {
+        if idle_ticks > IDLE_TICKS {
             std::thread::park();
+            idle_ticks = 0;
         } else {
             std::thread::sleep(TICK);
         }

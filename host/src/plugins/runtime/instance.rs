@@ -13,6 +13,10 @@ use crate::plugins::runtime::engine::{Engine, Metering};
 use crate::plugins::runtime::host::Guest;
 use crate::plugins::runtime::limits::{Limits, TICK};
 
+/// An instance serves the rows of one batch after the other until it was called this often: as often as for the largest batch.
+const MAX_CALLS: u32 = 500;
+/// Or until its memory has grown by this much: it is kept between two batches.
+const MAX_GROWTH_BYTES: usize = 1 << 20;
 /// How many functions are named when a plugin traps.
 const MAX_FRAMES_NAMED: usize = 3;
 /// Parts of the names of functions that handle a panic. They are on top of the stack of every panic, and say nothing
@@ -24,7 +28,9 @@ pub(in crate::plugins) struct Instance {
     store: Store<Guest>,
     bindings: Bindings,
     metering: Metering,
-    has_been_called: bool,
+    calls: u32,
+    /// The memory that it had after its start.
+    fresh_memory_bytes: usize,
 }
 
 impl Instance {
@@ -41,7 +47,10 @@ impl Instance {
             store.set_fuel(u64::MAX).expect("this engine counts fuel");
         }
         match timeout(limits.wall_time(), pre.instantiate_async(&mut store)).await {
-            Ok(Ok(bindings)) => Ok(Self { store, bindings, metering: engine.metering, has_been_called: false }),
+            Ok(Ok(bindings)) => {
+                let fresh_memory_bytes = store.data().limiter.peak_bytes;
+                Ok(Self { store, bindings, metering: engine.metering, calls: 0, fresh_memory_bytes })
+            }
             Ok(Err(error)) => Err(format!("while starting, {}", explain_failure(&error, store.data(), limits))),
             Err(_) => Err(format!("while starting, it took longer than {} ms (wall-ms)", limits.wall_ms)),
         }
@@ -54,7 +63,9 @@ impl Instance {
         limits: &Limits,
         call: impl AsyncFnOnce(&mut Store<Guest>, &Bindings) -> wasmtime::Result<T>,
     ) -> Result<T, CallError> {
-        self.has_been_called = true;
+        self.calls += 1;
+        // Of the tick that is going on, part has passed.
+        self.store.set_epoch_deadline(2);
         self.store.set_hostcall_fuel(limits.output_bytes());
         self.store.data_mut().reset_for_call(limits);
         match timeout(limits.wall_time(), call(&mut self.store, &self.bindings)).await {
@@ -75,7 +86,12 @@ impl Instance {
 impl Instance {
     /// Whether no call was made yet.
     pub(in crate::plugins) fn is_fresh(&self) -> bool {
-        !self.has_been_called
+        self.calls == 0
+    }
+
+    /// Whether the rows of the next batch should get a fresh instance: this one has served many, or its memory has grown.
+    pub(in crate::plugins) fn is_worn(&self) -> bool {
+        self.calls >= MAX_CALLS || self.usage().memory_bytes > self.fresh_memory_bytes + MAX_GROWTH_BYTES
     }
 
     /// What was used so far: memory at its peak, the CPU time of the last call, and the instructions since the start if

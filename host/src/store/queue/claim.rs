@@ -79,13 +79,18 @@ impl Store {
     /// Locks due rows, those that have been due for longest first, as many as are `wanted` and fit into
     /// [`CLAIM_BYTES`]: rows of `kinds` that are not paused, and rows of any kind whose deadline has passed. No other
     /// row is read or locked, except the first that does not fit. Begins the transaction at once, and sends the
-    /// statement no earlier than `not_before`.
+    /// statement when `until_due` is over.
     ///
     /// # Errors
     ///
     /// When the database cannot do it; then no row is locked.
-    pub async fn claim(&self, kinds: &[String], wanted: Wanted, not_before: Instant) -> Result<Claimed, StoreError> {
-        let claimed = self.try_claim(kinds, wanted, not_before).await;
+    pub async fn claim(
+        &self,
+        kinds: &[String],
+        wanted: Wanted,
+        until_due: impl Future<Output = ()>,
+    ) -> Result<Claimed, StoreError> {
+        let claimed = self.try_claim(kinds, wanted, until_due).await;
         if claimed.as_ref().is_err_and(StoreError::is_out_of_memory) {
             // The cause may be a row's payload, and then the next claim would fail for it as well.
             self.park_unreadable().await?;
@@ -94,15 +99,17 @@ impl Store {
     }
 
     #[expect(clippy::too_many_lines, reason = "most of them are one statement")]
-    async fn try_claim(&self, kinds: &[String], wanted: Wanted, not_before: Instant) -> Result<Claimed, StoreError> {
+    async fn try_claim(
+        &self,
+        kinds: &[String],
+        wanted: Wanted,
+        until_due: impl Future<Output = ()>,
+    ) -> Result<Claimed, StoreError> {
         let Wanted { limit, since, no_large } = wanted;
         let begun_at = Instant::now();
         let mut transaction = Transaction::begin(self.warm_connection().await?).await?;
         let begin = begun_at.elapsed();
-        let early = not_before.saturating_duration_since(Instant::now());
-        if !early.is_zero() {
-            futures_timer::Delay::new(early).await;
-        }
+        until_due.await;
         let asked_at = Instant::now();
         let mut rows = transaction
             .connection
