@@ -96,13 +96,14 @@ async fn forward_statements(
         }
     }
     let mut prepared: HashMap<Vec<u8>, String> = HashMap::new();
+    let mut named = HashMap::new();
     loop {
         let kind = read_bytes(&mut from, 1).await?;
         let message = read_message(&mut from).await?;
         let mut texts = message[4..].split(|byte| *byte == 0);
         let mut next = || texts.next().unwrap_or_default().to_vec();
         let executed = match kind[0] {
-            b'Q' => Some(String::from_utf8_lossy(&next()).into_owned()),
+            b'Q' => expand(&String::from_utf8_lossy(&next()), &mut named),
             b'P' => {
                 let name = next();
                 prepared.insert(name, String::from_utf8_lossy(&next()).into_owned());
@@ -125,6 +126,20 @@ async fn forward_statements(
         to.write_all(&kind).await?;
         to.write_all(&message).await?;
     }
+}
+
+/// The text of a query, in which each EXECUTE is followed by the statement that was prepared under its name; `None` = the query
+/// only prepares statements.
+fn expand(query: &str, named: &mut HashMap<String, String>) -> Option<String> {
+    if query.starts_with("PREPARE ") {
+        for statement in query.split("PREPARE ").filter(|statement| !statement.is_empty()) {
+            let (name, text) = statement.split_once(' ').expect("a name");
+            named.insert(name.to_owned(), text.to_owned());
+        }
+        return None;
+    }
+    let executed = named.iter().filter(|(name, _)| query.contains(&format!("EXECUTE {name}(")));
+    Some(executed.fold(query.to_owned(), |query, (_, text)| format!("{query}\n{text}")))
 }
 
 async fn forward_replies(

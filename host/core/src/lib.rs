@@ -44,8 +44,8 @@ const LANES: usize = 3;
 const REFUSAL_FORGOTTEN_AFTER: Duration = Duration::from_mins(1);
 /// The shortest sleep: it keeps the loop from spinning when the database's clock is slightly behind.
 const SHORTEST_SLEEP: Duration = Duration::from_micros(200);
-/// The transaction for a row that is due at a known moment begins at least this long before that moment.
-const HEAD_START: Duration = Duration::from_micros(500);
+/// A claim that got nothing came too early if a row is due within this time.
+const ALMOST_DUE: Duration = Duration::from_micros(500);
 
 /// All that the scheduler knows and decides by.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -64,8 +64,6 @@ pub struct Core {
     /// When PostgreSQL last refused to finish rows, and its error, unless it has finished rows since. The messages of refused
     /// rows were sent, so hardly any more are sent until PostgreSQL finishes rows again.
     refusal: Option<(Moment, String)>,
-    /// How long the last two transactions took to begin.
-    begin_durations: [Duration; 2],
     low_water: LowWater,
     claim_policy: ClaimPolicy,
     polling: Polling,
@@ -87,7 +85,6 @@ impl Core {
             notified_of_due: false,
             backing_off: None,
             refusal: None,
-            begin_durations: [Duration::ZERO; 2],
             low_water: LowWater::default(),
             claim_policy: ClaimPolicy::default(),
             polling: Polling::default(),
@@ -158,25 +155,27 @@ impl Core {
         let (at, reason) = self.next_timer(now);
         match self.queue {
             Queue::Unknown { .. } => Action::Look,
-            Queue::Expected(not_before) => self.claim(not_before),
-            Queue::Due { .. } => self.claim(now),
+            Queue::Expected(at) if at > now => Action::Sleep(at, Reason::Due),
+            Queue::Expected(_) | Queue::Due { .. } => self.claim(),
+            // A row is claimed when it is due, however soon that is.
+            Queue::Waiting { .. } if at > now && reason == Reason::Due => Action::Sleep(at, reason),
             Queue::Waiting { .. } if at > now => Action::Sleep(at.max(now + SHORTEST_SLEEP), reason),
             Queue::Waiting { .. } => match self.next_due_at.take_if(|_| reason == Reason::Due) {
                 Some(next_due_at) => {
                     self.queue = Queue::Expected(next_due_at);
-                    self.claim(next_due_at)
+                    self.claim()
                 }
                 None => Action::Look,
             },
         }
     }
 
-    fn claim(&self, not_before: Moment) -> Action {
+    fn claim(&self) -> Action {
         let careful = self.refusal.is_some();
         let range = if careful { ClaimRange::Oldest } else { self.claim_policy.next_range() };
         let since = if let ClaimRange::Newest(since) = range { Some(since) } else { None };
         let (limit, no_large) = (self.claim_policy.limit(range), self.claim_policy.is_large_row_in_delivery());
-        Action::Claim(ClaimRequest { range, limit, since: since.max(self.mark()), no_large, not_before, careful })
+        Action::Claim(ClaimRequest { range, limit, since: since.max(self.mark()), no_large, careful })
     }
 
     /// Each busy lane keeps a connection, of which there may be few. After a failure there is one lane until it succeeds.
@@ -290,8 +289,7 @@ impl Core {
     }
 
     fn handle_claim(&mut self, now: Moment, result: ClaimResult) {
-        let ClaimResult { range, asked_at, begin, at, outlook, behind, batch } = result;
-        self.begin_durations = [begin, self.begin_durations[0]];
+        let ClaimResult { range, asked_at, at, outlook, behind, batch } = result;
         self.claim_policy.note_claim(range, at, outlook.due.then_some(behind));
         if let Some(Batch { xid, large }) = batch {
             self.low_water.note_claim(now, Sample { at, xid });
@@ -302,7 +300,7 @@ impl Core {
         if range != ClaimRange::Oldest {
             return;
         }
-        let is_early = outlook.next_in.is_some_and(|next_in| next_in < HEAD_START);
+        let is_early = outlook.next_in.is_some_and(|next_in| next_in < ALMOST_DUE);
         // A claim that got nothing does not tell whether due rows are locked by other sessions.
         if batch.is_some() || is_early {
             self.note_next_due(asked_at, outlook);

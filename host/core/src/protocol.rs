@@ -53,8 +53,6 @@ pub struct ClaimRequest {
     pub since: Option<OffsetDateTime>,
     /// No row that would have to go alone.
     pub no_large: bool,
-    /// The claim is not sent before this moment, at which a row should become due.
-    pub not_before: Moment,
     /// PostgreSQL refuses to finish rows: one message is sent to try, and only if no sent row is there to be finished.
     pub careful: bool,
 }
@@ -98,8 +96,6 @@ pub struct ClaimResult {
     pub range: ClaimRange,
     /// When the claim was sent.
     pub asked_at: Moment,
-    /// How long the transaction took to begin.
-    pub begin: Duration,
     /// The database's time, read before the transaction took its number.
     pub at: OffsetDateTime,
     /// Whether more rows are due than were claimed, and when the next row is due.

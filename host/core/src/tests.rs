@@ -56,9 +56,8 @@ fn a_sweep_does_not_postpone_the_look_for_rows_that_are_locked() {
 #[test]
 fn a_sleep_is_never_so_short_that_the_loop_would_spin() {
     let mut scene = Scene::quiet();
-    scene.woken(Reason::Notification);
-    scene.looked(false, Some(HEAD_START + Duration::from_micros(10)));
-    assert_eq!(scene.sleeps(), (SHORTEST_SLEEP, Reason::Due));
+    scene.now += SWEEP - Duration::from_micros(10);
+    assert_eq!(scene.sleeps(), (SHORTEST_SLEEP, Reason::Sweep));
 }
 
 #[test]
@@ -70,7 +69,6 @@ fn in_a_backlog_there_is_one_more_lane_for_the_newest_rows() {
         scene.handle(Event::Claimed(ClaimResult {
             range: request.range,
             asked_at: scene.now,
-            begin: Duration::ZERO,
             at: at(scene.now),
             outlook: Outlook { due: true, next_in: None },
             behind: ms(100),
@@ -95,16 +93,14 @@ fn it_looks_after_a_while_even_if_all_lanes_stay_busy() {
 }
 
 #[test]
-fn a_row_is_claimed_when_it_is_due_without_a_look_in_a_transaction_that_began_before() {
+fn a_row_is_claimed_when_it_is_due_without_a_look() {
     let mut scene = Scene::quiet();
     scene.woken(Reason::Notification);
     assert_eq!(scene.next(), Action::Look);
     scene.looked(false, Some(ms(1_200)));
-    let due = scene.now + ms(1_200);
-    let (sleep, reason) = scene.sleeps();
-    assert_eq!((sleep, reason), (ms(1_200).saturating_sub(HEAD_START), Reason::Due));
-    scene.now += sleep;
-    assert_eq!(scene.claims(), due);
+    assert_eq!(scene.sleeps(), (ms(1_200), Reason::Due));
+    scene.now += ms(1_200);
+    scene.claims();
 }
 
 #[test]
@@ -114,7 +110,7 @@ fn a_row_that_became_due_during_the_look_is_claimed_at_once() {
     let asked_at = scene.now;
     scene.now += ms(25);
     scene.handle(Event::Looked(asked_at, look(asked_at, false, Some(ms(10)))));
-    assert_eq!(scene.claims(), asked_at + ms(10));
+    scene.claims();
 }
 
 #[test]
@@ -158,24 +154,7 @@ fn rows_that_others_have_locked_do_not_hide_the_next_row() {
     scene.looked(true, Some(ms(7)));
     scene.claims_nothing();
     assert_eq!(scene.next(), Action::Hold);
-    assert_eq!(scene.sleeps(), (ms(7).saturating_sub(HEAD_START), Reason::Due));
-}
-
-#[test]
-fn the_head_start_follows_how_long_transactions_take_to_begin_and_ignores_a_single_slow_one() {
-    let mut core = Core::new(SWEEP);
-    let mut took = |begin| {
-        core.begin_durations = [begin, core.begin_durations[0]];
-        core.head_start()
-    };
-    let link = ms(30);
-    took(link);
-    assert_eq!(took(link), HEAD_START + link);
-    assert_eq!(took(10 * link), HEAD_START + link);
-    assert_eq!(took(link), HEAD_START + link);
-    assert_eq!(took(Duration::ZERO), HEAD_START, "the connection is fast again");
-    took(Duration::from_secs(20));
-    assert_eq!(took(Duration::from_secs(20)), HEAD_START + timers::LONGEST_HEAD_START);
+    assert_eq!(scene.sleeps(), (ms(7), Reason::Due));
 }
 
 #[test]
@@ -187,7 +166,7 @@ fn a_notification_causes_a_claim_and_not_a_look_if_the_last_one_was_about_a_due_
     scene.ended(ALL_LEFT);
     assert_eq!(scene.sleeps(), (ms(40), Reason::Again), "no look delays the next claim");
     scene.woken(Reason::Notification);
-    assert_eq!(scene.claims(), scene.now);
+    scene.claims();
     scene.claimed(false, false, None);
     assert_eq!(scene.next(), Action::Look, "the notification was not about a due row");
     scene.looked(false, None);

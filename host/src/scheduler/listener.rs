@@ -4,8 +4,8 @@
 //! doubt (a lost connection, an error) is a wake as well, and the sweep finds rows that no wake announced, so a lost
 //! notification costs only time.
 //!
-//! Many rows due now: in PostgreSQL, transactions that notify commit one after the other. At sixteen notifications within 200
-//! ms (`notification_rate.rs`) the listener writes into a sequence, which every session sees at once, that all daemons poll
+//! Many rows due now: in PostgreSQL, transactions that notify commit one after the other. When their commits take half of the
+//! time (`notification_rate.rs`), the listener writes into a sequence, which every session sees at once, that all daemons poll
 //! for the next second. The triggers are silent until then, and the scheduler, whose looks read the sequence, looks at least
 //! every 5 ms. Afterwards it looks ever less often, until no transaction is running that began before the end of that second
 //! (`host/core/src/polling.rs`). The promise is short, so that it ends even if this daemon is gone.
@@ -121,7 +121,7 @@ impl Listener {
                 session.test().await?;
                 continue;
             };
-            if notification_rate.add(received?, Instant::now()) {
+            if notification_rate.add(received?, Instant::now(), self.store.commit_time()) {
                 session.promise_to_poll().await?;
             }
             self.wake.wake(Reason::Notification);

@@ -14,15 +14,14 @@
 //! 1. The INSERT's statement trigger finds a row that is due within 30 s, and notifies. At the commit the listener wakes the
 //!    loop.
 //! 2. The loop looks: one statement says that rows are due.
-//! 3. The loop claims: BEGIN, then up to 200 rows with `FOR UPDATE SKIP LOCKED`, or as many as have 2 MiB together. The same
+//! 3. The loop claims: BEGIN and up to 200 rows with `FOR UPDATE SKIP LOCKED`, or as many as have 2 MiB together. The same
 //!    answer says when the next row is due. If the claim was full, the next claims take up to 500 rows each, for as many of
 //!    the three lanes as are free.
 //! 4. A lane delivers the batch: it builds with one store for each plugin, which was made when the last batch had ended,
 //!    publishes on a channel of its own, awaits each confirm, moves the confirmed rows into the history with one statement,
 //!    and commits.
-//! 5. The loop sleeps until the next row is due. It begins the transaction earlier, by the time that beginning takes and half
-//!    a millisecond, and claims at the due time. If no row becomes due, it sleeps until the next sweep. A look follows 0.1 s
-//!    after a claim, so that it does not delay the next claim.
+//! 5. The loop sleeps until the next row is due, and claims then. If no row becomes due, it sleeps until the next sweep. A look
+//!    follows 0.1 s after a claim, so that it does not delay the next claim.
 //!
 //! After a notification, the loop claims at once and looks afterwards, if a row was due at the notification before.
 
@@ -174,15 +173,14 @@ impl SchedulerLoop {
     }
 
     async fn claim(&mut self, request: ClaimRequest) -> Event {
-        let ClaimRequest { range, limit, since, no_large, not_before, careful } = request;
+        let ClaimRequest { range, limit, since, no_large, careful } = request;
         let plugins = self.parts.plugins.current();
         let wanted = store::Wanted { limit, since, no_large };
-        let until_due = self.parts.timer.sleep_until(self.started_at + not_before);
-        let claimed = match self.parts.store.claim(plugins.kinds(), wanted, until_due).await {
+        let claimed = match self.parts.store.claim(plugins.kinds(), wanted).await {
             Ok(claimed) => claimed,
             Err(error) => return report_failure(Operation::LookOrClaim, &error),
         };
-        let store::Claimed { claim, outlook, behind, at, asked_at, begin } = claimed;
+        let store::Claimed { claim, outlook, behind, at, asked_at } = claimed;
         let batch = claim.as_ref().map(|claim| Batch { xid: claim.xid, large: claim.large });
         if let Some(claim) = claim {
             let lane = Lane { range, large: claim.large };
@@ -195,7 +193,7 @@ impl SchedulerLoop {
             spawn_in(&mut self.deliveries, "a delivery", panicked, delivered);
         }
         let asked_at = self.moment(asked_at);
-        Event::Claimed(ClaimResult { range, asked_at, begin, at, outlook, behind, batch })
+        Event::Claimed(ClaimResult { range, asked_at, at, outlook, behind, batch })
     }
 
     fn hold(&mut self) -> Option<Event> {

@@ -13,7 +13,11 @@ use tokio::time::Instant;
 
 /// The timer.
 #[derive(Debug)]
-pub struct PreciseTimer(AsyncFd<OwnedFd>);
+pub struct PreciseTimer {
+    descriptor: AsyncFd<OwnedFd>,
+    /// For when it is set. Often the loop wakes and goes on sleeping until the same moment.
+    set_for: Option<Instant>,
+}
 
 impl PreciseTimer {
     /// Makes a timer, inside a tokio runtime.
@@ -26,23 +30,33 @@ impl PreciseTimer {
         // SAFETY: the descriptor is open, and is closed only when the timer is dropped.
         #[expect(unsafe_code, reason = "tokio cannot tell whether a descriptor stays open")]
         let timer = unsafe { AsyncFd::register(timer)? };
-        Ok(Self(timer))
+        Ok(Self { descriptor: timer, set_for: None })
     }
 
     /// Waits until `at`; not at all if it has passed. Cancel-safe.
     pub async fn sleep_until(&mut self, at: Instant) {
         let left = at.saturating_duration_since(Instant::now());
         // A timer that is set to zero never ends.
-        if left.is_zero() || self.set(left).is_err() {
+        if left.is_zero() {
             return;
         }
-        while let Ok(mut ready) = self.0.readable().await {
+        if self.set_for != Some(at) {
+            self.set_for = None;
+            if self.set(left).is_err() {
+                return;
+            }
+            self.set_for = Some(at);
+        }
+        while let Ok(mut ready) = self.descriptor.readable().await {
             let mut expirations = [0_u8; 8];
             match ready.try_io(|timer| Ok(rustix::io::read(timer.get_ref(), &mut expirations)?)) {
                 // What was ready was the timer before it was set.
                 Err(_) => {}
                 Ok(Err(error)) if error.raw_os_error() == Some(Errno::INTR.raw_os_error()) => {}
-                Ok(_) => return,
+                Ok(_) => {
+                    self.set_for = None;
+                    return;
+                }
             }
         }
     }
@@ -50,7 +64,7 @@ impl PreciseTimer {
     fn set(&self, after: Duration) -> std::io::Result<()> {
         let it_value = Timespec::try_from(after).map_err(std::io::Error::other)?;
         let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value };
-        timerfd_settime(self.0.get_ref(), TimerfdTimerFlags::empty(), &once)?;
+        timerfd_settime(self.descriptor.get_ref(), TimerfdTimerFlags::empty(), &once)?;
         Ok(())
     }
 }
@@ -64,7 +78,7 @@ mod tests {
     #[tokio::test]
     async fn a_sleep_ends_after_its_time_also_when_another_was_given_up() {
         let mut timer = PreciseTimer::new().expect("a timer");
-        for (given_up, wanted) in [(1, 3), (0, 2), (500, 1)] {
+        for (given_up, wanted) in [(1, 3), (0, 2), (500, 1), (500, 1)] {
             let given_up = Duration::from_millis(given_up);
             assert!(timer.sleep_until(Instant::now() + given_up).now_or_never().is_none() || given_up.is_zero());
             // The timer that was given up may end meanwhile.
@@ -73,6 +87,25 @@ mod tests {
             timer.sleep_until(wanted).await;
             assert!(Instant::now() >= wanted);
         }
+    }
+
+    #[tokio::test]
+    async fn a_sleep_can_go_on_until_the_same_time() {
+        let mut timer = PreciseTimer::new().expect("a timer");
+        let wanted = Instant::now() + Duration::from_millis(5);
+        for _ in 0..3 {
+            assert!(timer.sleep_until(wanted).now_or_never().is_none());
+        }
+        timer.sleep_until(wanted).await;
+        assert!(Instant::now() >= wanted);
+        // Longer than the timer that was given up: it may have ended meanwhile, and must not end the next one.
+        let wanted = Instant::now() + Duration::from_millis(1);
+        assert!(timer.sleep_until(wanted).now_or_never().is_none());
+        tokio::time::sleep(Duration::from_millis(4)).await;
+        assert!(timer.sleep_until(wanted).now_or_never().is_some(), "it has passed");
+        let wanted = Instant::now() + Duration::from_millis(3);
+        timer.sleep_until(wanted).await;
+        assert!(Instant::now() >= wanted);
     }
 
     #[tokio::test]

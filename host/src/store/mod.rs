@@ -53,7 +53,8 @@ use connection::{Connection, Doubt};
 pub use dead_letter_pass::{Begun, Pass};
 pub use history::Delivered;
 pub use queue::claim::{Claim, Claimed, Wanted};
-pub use queue::settle::{Outcome, Settlement};
+use queue::commit_time::CommitTime;
+pub use queue::settlement::{Outcome, Settlement};
 pub use schema::SchemaError;
 
 /// How long a statement may take. It usually takes milliseconds; after this long the server is frozen or the link is
@@ -213,6 +214,7 @@ pub struct Store {
     /// passes begin, for a check.
     extra_session: Arc<Semaphore>,
     doubt: Doubt,
+    commit_time: CommitTime,
     /// The low-water mark, for what reads the queue beside the scheduler.
     low_water_mark: Arc<Mutex<Option<OffsetDateTime>>>,
 }
@@ -277,7 +279,14 @@ impl Store {
             ])
             .disable_statement_logging();
         let (pool, extra_session) = (Pool::new(connections), Arc::new(Semaphore::new(1)));
-        Self { options, pool, extra_session, doubt: Doubt::new(), low_water_mark: Arc::default() }
+        let (doubt, commit_time) = (Doubt::new(), CommitTime::default());
+        Self { options, pool, extra_session, doubt, commit_time, low_water_mark: Arc::default() }
+    }
+
+    /// How long a commit takes, by the last row that came alone; zero = unknown.
+    #[must_use]
+    pub fn commit_time(&self) -> Duration {
+        self.commit_time.get()
     }
 
     /// Host, port and database, for people.

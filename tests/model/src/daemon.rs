@@ -132,12 +132,7 @@ impl Daemon {
     /// Until when the daemon sleeps, if it could claim instead and no wake, notification or doubt is on its way to its core.
     pub(super) fn undisturbed_sleep_until(&self) -> Option<u64> {
         let process = self.process.as_ref()?;
-        let until = match &process.stage {
-            Stage::Sleeping(until, _) => *until,
-            // The loop waits for this moment and does nothing else.
-            Stage::Claiming(request, ClaimStage::Requested(_)) => process.world_ms(request.not_before),
-            _ => return None,
-        };
+        let Stage::Sleeping(until, _) = process.stage else { return None };
         let core = &process.core;
         let max_lanes = if core.refusal().is_some() || core.backs_off_until().is_some() { 1 } else { 3 };
         let undisturbed = process.environment.broker_open
@@ -154,12 +149,11 @@ impl Daemon {
         self.process.iter().flat_map(Process::lanes)
     }
 
-    /// Until when the daemon sleeps or waits to claim, if it does.
+    /// Until when the daemon sleeps, if it does.
     pub(super) fn sleeps_until(&self) -> Option<u64> {
         let process = self.process.as_ref()?;
         match &process.stage {
             Stage::Sleeping(until, _) => Some(*until),
-            Stage::Claiming(request, ClaimStage::Requested(_)) => Some(process.world_ms(request.not_before)),
             _ => None,
         }
     }
@@ -188,16 +182,16 @@ impl Daemon {
     pub(super) fn can_continue(&self, now: u64) -> bool {
         self.process.as_ref().is_some_and(|process| match &process.stage {
             Stage::Sleeping(until, _) => *until <= now || process.pending_wake.is_some(),
-            Stage::Claiming(request, ClaimStage::Requested(_)) => process.world_ms(request.not_before) <= now,
             _ => true,
         })
     }
 
     /// Whether the loop's next stage changes nothing that another daemon or writer could see, while no time passes.
-    pub(super) fn can_continue_unnoticed(&self, now: u64) -> bool {
+    pub(super) fn can_continue_unnoticed(&self) -> bool {
         self.process.as_ref().is_some_and(|process| match &process.stage {
-            Stage::Deciding | Stage::Looking(_, Some(_)) | Stage::Claiming(_, ClaimStage::Answered(_)) => true,
-            Stage::Claiming(request, ClaimStage::Requested(_)) => process.world_ms(request.not_before) <= now,
+            Stage::Deciding
+            | Stage::Looking(_, Some(_))
+            | Stage::Claiming(_, ClaimStage::Requested(_) | ClaimStage::Answered(_)) => true,
             _ => false,
         })
     }
@@ -229,12 +223,8 @@ impl Daemon {
                 process.stage = Stage::Looking(*asked_at, Some(look));
                 return Ok(());
             }
-            Stage::Claiming(request, ClaimStage::Requested(_)) if moment < request.not_before => return Ok(()),
             Stage::Claiming(request, ClaimStage::Requested(asked_at)) => {
-                process.stage = Stage::Claiming(
-                    *request,
-                    ClaimStage::Begun((*asked_at).max(request.not_before), server.clock(now)),
-                );
+                process.stage = Stage::Claiming(*request, ClaimStage::Begun(*asked_at, server.clock(now)));
                 return Ok(());
             }
             Stage::Claiming(request, ClaimStage::Begun(asked_at, begun_at)) => {

@@ -37,9 +37,7 @@ fn outlook(outlook: tidings_core::queue::Outlook) -> String {
 /// An action in a few words.
 pub(super) fn action(action: &Action) -> String {
     match action {
-        Action::Claim(request) => {
-            format!("  → Claim, at most {} rows, not before {}", request.limit, since(request.not_before))
-        }
+        Action::Claim(request) => format!("  → Claim, at most {} rows", request.limit),
         Action::Sleep(until, reason) => format!("  → Sleep until {}: {}", since(*until), reason.label()),
         other => format!("  → {other:?}"),
     }

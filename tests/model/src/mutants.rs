@@ -28,10 +28,10 @@ const CRATES: [&str; 2] = ["host/core", "tests/model"];
 
 const MUTANTS: &[Mutant] = &[
     Mutant {
-        name: "the head start is added to a row's due time instead of subtracted",
+        name: "a row is waited for 50 ms longer than until it is due",
         file: "host/core/src/timers.rs",
-        from: "next_due_at.saturating_sub(self.head_start())",
-        to: "next_due_at + self.head_start()",
+        from: "(next_due_at, Reason::Due)",
+        to: "(next_due_at + std::time::Duration::from_millis(50), Reason::Due)",
         caught_by: &[Oversleeping],
     },
     Mutant {

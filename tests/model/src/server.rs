@@ -298,7 +298,6 @@ impl Server {
         ClaimResult {
             range: request.range,
             asked_at,
-            begin: Moment::ZERO,
             at: at(begun_at),
             outlook: outlook(indexes.len() == limit || indexes.len() < due_rows || large, next, clock),
             behind: Moment::from_millis(behind.unsigned_abs()),

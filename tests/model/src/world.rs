@@ -288,7 +288,7 @@ impl World {
     /// Runs the loops of all daemons through stages that no other daemon or writer could notice.
     pub(super) fn run_unnoticed(&mut self) -> Result<(), Violation> {
         for daemon in 0..self.daemons.len() {
-            while self.daemons[daemon].can_continue_unnoticed(self.now) {
+            while self.daemons[daemon].can_continue_unnoticed() {
                 self.step(Step::Run(daemon))?;
             }
         }

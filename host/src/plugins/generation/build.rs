@@ -11,6 +11,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
+use rustix::time::{ClockId, clock_gettime};
 use tidings_core::reason::Reason;
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -27,7 +28,7 @@ use crate::telemetry::CallResult;
 
 /// The most rows of a batch that is built on the daemon's own thread.
 const MAX_ROWS_HERE: usize = 32;
-/// If building on the daemon's own thread takes longer than this, the plugin is slow, for the time [`SLOW_FOR`].
+/// If building on the daemon's own thread takes more processor time than this, the plugin is slow, for the time [`SLOW_FOR`].
 const MAX_TIME_HERE: Duration = Duration::from_millis(1);
 /// For how long the rows of a slow plugin are built elsewhere, however few they are.
 const SLOW_FOR: Duration = Duration::from_mins(1);
@@ -78,9 +79,9 @@ impl Plugin {
     /// Begins to build on the daemon's own thread, and is pending if that does not end within two ticks. A plugin that takes
     /// long builds on the threads of the guests' runtime for a while.
     async fn build_here(&self, builds: &mut (impl Future<Output = CaughtBuilds> + Unpin)) -> Poll<CaughtBuilds> {
-        let begun = Instant::now();
+        let begun = cpu_time();
         let built = futures_util::poll!(builds);
-        if built.is_pending() || begun.elapsed() > MAX_TIME_HERE {
+        if built.is_pending() || cpu_time().saturating_sub(begun) > MAX_TIME_HERE {
             *self.slow_until() = Instant::now() + SLOW_FOR;
         }
         built
@@ -293,6 +294,11 @@ impl Plugin {
         let expires_ms = ttl_ms.map(|ttl_ms| deadline_ms(now_ms, ttl_ms));
         Ok(BuiltEvent { event, built_ms: now_ms, expires_ms, plugin: Arc::clone(&self.label) })
     }
+}
+
+/// The processor time of this thread. By the wall clock, a plugin would seem slow whenever other processes take its core.
+fn cpu_time() -> Duration {
+    Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default()
 }
 
 /// The row in the form in which the plugin gets it.

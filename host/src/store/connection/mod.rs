@@ -64,13 +64,9 @@ impl Store {
         self.borrow_connection(false).await
     }
 
-    /// Borrows a connection for looks and claims: of those that have their statements prepared, the one that was used
-    /// last.
-    pub(super) async fn warm_connection(&self) -> Result<Connection, StoreError> {
-        self.borrow_connection(true).await
-    }
-
-    async fn borrow_connection(&self, warm: bool) -> Result<Connection, StoreError> {
+    /// Borrows a connection, if it is to be `warm` one on which the statements of looks and claims are prepared. If there is
+    /// none, the caller prepares them.
+    pub(super) async fn borrow_connection(&self, warm: bool) -> Result<Connection, StoreError> {
         if self.pool.is_time_to_grow()
             && let Ok(Ok(connection)) = tokio::time::timeout(CONNECT_DEADLINE, self.options.connect()).await
         {
@@ -98,7 +94,6 @@ impl Store {
             return Ok(Connection {
                 session: Some(session),
                 permit: Some(permit),
-                warm,
                 must_close: false,
                 doubt: self.doubt.clone(),
             });
@@ -154,8 +149,6 @@ pub(super) struct Connection {
     session: Option<Session>,
     /// `None` only while dropping.
     permit: Option<SessionPermit>,
-    /// It is used for looks and claims.
-    warm: bool,
     /// It must not go back to the pool: a statement has failed, or has begun and not ended.
     must_close: bool,
     doubt: Doubt,
@@ -163,8 +156,7 @@ pub(super) struct Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        let (Some(mut session), Some(permit)) = (self.session.take(), self.permit.take()) else { return };
-        session.warm |= self.warm;
+        let (Some(session), Some(permit)) = (self.session.take(), self.permit.take()) else { return };
         if self.must_close {
             session.close_in_background();
             permit.give_back(None);
@@ -206,6 +198,16 @@ impl Connection {
                 Err(StoreError::Deadline { doing, after: STATEMENT_DEADLINE })
             }
         }
+    }
+
+    /// Whether the statements of looks and claims are prepared on it.
+    pub(super) fn is_warm(&self) -> bool {
+        self.session.as_ref().is_some_and(|session| session.warm)
+    }
+
+    /// Notes that they are.
+    pub(super) fn set_warm(&mut self) {
+        self.session.iter_mut().for_each(|session| session.warm = true);
     }
 
     /// Makes the drop close the connection instead of giving it back. The server then rolls back an open transaction.

@@ -15,12 +15,16 @@
 
 use std::time::Duration;
 
+use sqlx::{FromRow, PgConnection};
 use tidings_core::queue::Outlook;
 use time::OffsetDateTime;
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use crate::model::clock::DatabaseClock;
 use crate::model::schedule::Schedule;
+use crate::store::queue::commit_time::CommitTime;
+use crate::store::queue::prepared::Message;
 use crate::store::{Connection, Store, StoreError};
 
 /// The most bytes of JSON text that the payloads of one claim have together, unless it is a single row. Several claims
@@ -51,8 +55,6 @@ pub struct Claimed {
     pub at: OffsetDateTime,
     /// When the statement was sent.
     pub asked_at: Instant,
-    /// How long it took to get a connection and to begin the transaction.
-    pub begin: Duration,
 }
 
 /// Due rows, at least one, locked by us.
@@ -60,12 +62,35 @@ pub struct Claimed {
 pub struct Claim {
     pub(in crate::store) transaction: Transaction,
     clock: DatabaseClock,
+    pub(in crate::store) commit_time: CommitTime,
     /// The rows, earliest first. The delivery takes them out.
     pub rows: Vec<Schedule>,
     /// The number of the transaction, assigned after the database read the time of the claim.
     pub xid: i64,
     /// It is a single row whose payload is larger than all payloads of a claim may be together.
     pub large: bool,
+}
+
+/// One row of the answer to a claim, or its last line, which has only the last three columns.
+#[derive(FromRow)]
+struct ClaimedRow {
+    id: Option<Uuid>,
+    kind: Option<String>,
+    key: Option<String>,
+    subject: Option<String>,
+    due_at: Option<OffsetDateTime>,
+    expires_at: Option<OffsetDateTime>,
+    payload: Option<String>,
+    fits: Option<bool>,
+    headers: Option<String>,
+    attempts: Option<i32>,
+    failures: Option<i32>,
+    refusals: Option<i32>,
+    slot_at: Option<OffsetDateTime>,
+    units: Option<i64>,
+    now: Option<OffsetDateTime>,
+    xid: Option<i64>,
+    next_at: Option<OffsetDateTime>,
 }
 
 /// A connection in a transaction. If it is dropped before its end, the connection is closed, and the server rolls back.
@@ -78,19 +103,14 @@ pub(in crate::store) struct Transaction {
 impl Store {
     /// Locks due rows, those that have been due for longest first, as many as are `wanted` and fit into
     /// [`CLAIM_BYTES`]: rows of `kinds` that are not paused, and rows of any kind whose deadline has passed. No other
-    /// row is read or locked, except the first that does not fit. Begins the transaction at once, and sends the
-    /// statement when `until_due` is over.
+    /// row is read or locked, except the first that does not fit. The transaction
+    /// begins with the claim.
     ///
     /// # Errors
     ///
     /// When the database cannot do it; then no row is locked.
-    pub async fn claim(
-        &self,
-        kinds: &[String],
-        wanted: Wanted,
-        until_due: impl Future<Output = ()>,
-    ) -> Result<Claimed, StoreError> {
-        let claimed = self.try_claim(kinds, wanted, until_due).await;
+    pub async fn claim(&self, kinds: &[String], wanted: Wanted) -> Result<Claimed, StoreError> {
+        let claimed = self.try_claim(kinds, wanted).await;
         if claimed.as_ref().is_err_and(StoreError::is_out_of_memory) {
             // The cause may be a row's payload, and then the next claim would fail for it as well.
             self.park_unreadable().await?;
@@ -98,113 +118,17 @@ impl Store {
         claimed
     }
 
-    #[expect(clippy::too_many_lines, reason = "most of them are one statement")]
-    async fn try_claim(
-        &self,
-        kinds: &[String],
-        wanted: Wanted,
-        until_due: impl Future<Output = ()>,
-    ) -> Result<Claimed, StoreError> {
+    async fn try_claim(&self, kinds: &[String], wanted: Wanted) -> Result<Claimed, StoreError> {
         let Wanted { limit, since, no_large } = wanted;
-        let begun_at = Instant::now();
-        let mut transaction = Transaction::begin(self.warm_connection().await?).await?;
-        let begin = begun_at.elapsed();
-        until_due.await;
+        let message = Message::claim(kinds, limit, CLAIM_BYTES, since, no_large).into_sql();
+        let mut connection = self.warm_connection().await?;
         let asked_at = Instant::now();
-        let mut rows = transaction
-            .connection
-            .run("claim due rows", async |connection| {
-                sqlx::query!(
-                    r#"
-                    -- A row has as many units as its payload needs of $2, which are CLAIM_BYTES together. The series makes one
-                    -- after the other, and the LIMIT ends the scan with the last: what lies behind is neither read nor locked.
-                    -- A row that does not fit has no last unit, and no payload; the first always fits.
-                    SELECT
-                        id AS "id?",
-                        kind AS "kind?",
-                        key AS "key?",
-                        subject AS "subject?",
-                        due_at AS "due_at?",
-                        expires_at AS "expires_at?",
-                        -- What is larger goes alone, and is read in pieces.
-                        CASE WHEN unit = units AND octet_length(text) <= $3 THEN text END AS "payload?",
-                        unit = units AS "fits?",
-                        headers::text AS "headers?",
-                        attempts AS "attempts?",
-                        failures AS "failures?",
-                        refusals AS "refusals?",
-                        slot_at AS "slot_at?",
-                        units AS "units?",
-                        NULL AS "now?",
-                        NULL AS "xid?",
-                        NULL AS "next_at?"
-                    FROM (
-                        SELECT weighed.*, generate_series(1, units) AS unit
-                        FROM (
-                            SELECT
-                                said.*,
-                                CASE WHEN text IS NULL THEN $2::bigint ELSE least(1 + octet_length(text) * $2 / $3, $2) END AS units
-                            FROM (
-                                SELECT
-                                    locked.*,
-                                    -- How much is stored is known without reading it. Compressed, it may be little.
-                                    CASE WHEN pg_column_size(payload) < $3 THEN payload::text END AS text
-                                FROM (
-                                    SELECT
-                                        id, kind, key, subject, due_at, expires_at, payload, headers, attempts, failures,
-                                        refusals, slot_at
-                                    FROM tidings.schedules
-                                    -- The clock must be a stable function to be compared with an index. The due time is
-                                    -- checked as well: whatever happens to the slot, nothing is early.
-                                    WHERE slot_at >= coalesce($4, statement_timestamp() - interval '1 minute')
-                                        AND slot_at <= statement_timestamp()
-                                        AND due_at <= statement_timestamp()
-                                        AND (
-                                            kind = ANY($1) AND kind <> ALL(ARRAY(SELECT kind FROM tidings.paused))
-                                            OR expires_at <= statement_timestamp()
-                                        )
-                                        AND (
-                                            NOT $5
-                                            OR pg_column_size(payload)
-                                                <= CASE WHEN pg_column_compression(payload) IS NULL THEN $3::bigint ELSE $3 / 128 END
-                                        )
-                                    ORDER BY slot_at
-                                    FOR UPDATE SKIP LOCKED
-                                ) AS locked
-                                -- So that the text is made once.
-                                OFFSET 0
-                            ) AS said
-                        ) AS weighed
-                        LIMIT $2
-                    ) AS taken
-                    WHERE unit IN (1, units)
-                    -- A claim without rows has an answer as well. This part comes last, when the number has been taken.
-                    UNION ALL
-                    SELECT
-                        NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
-                        statement_timestamp(),
-                        pg_current_xact_id_if_assigned()::text::bigint,
-                        least(
-                            (
-                                SELECT slot_at
-                                FROM tidings.schedules
-                                WHERE slot_at > statement_timestamp() AND slot_at < 'infinity'
-                                ORDER BY slot_at
-                                LIMIT 1
-                            ),
-                            (SELECT min(until) FROM tidings.paused)
-                        )
-                    "#,
-                    kinds,
-                    limit,
-                    CLAIM_BYTES,
-                    since,
-                    no_large,
-                )
-                .fetch_all(connection)
-                .await
-            })
-            .await?;
+        let claim = async |session: &mut PgConnection| {
+            let rows = sqlx::raw_sql(message).fetch_all(session).await?;
+            rows.iter().map(ClaimedRow::from_row).collect::<Result<Vec<_>, _>>()
+        };
+        let mut rows = connection.run("claim due rows", claim).await?;
+        let mut transaction = Transaction { connection, open: true };
 
         let summary = rows.pop().expect("the statement ends with a row without an id");
         let at = summary.now.expect("the clock is never null");
@@ -246,10 +170,11 @@ impl Store {
         let (Some(xid), false) = (summary.xid, rows.is_empty()) else {
             // Without rows there is nothing to commit, unless a row was parked.
             transaction.end(if large.is_some() { "COMMIT" } else { "ROLLBACK" }).await?;
-            return Ok(Claimed { claim: None, outlook, behind, at, asked_at, begin });
+            return Ok(Claimed { claim: None, outlook, behind, at, asked_at });
         };
-        let claim = Claim { transaction, clock: DatabaseClock::new(at, asked_at), rows, xid, large: large.is_some() };
-        Ok(Claimed { claim: Some(claim), outlook, behind, at, asked_at, begin })
+        let (clock, commit_time) = (DatabaseClock::new(at, asked_at), self.commit_time.clone());
+        let claim = Claim { transaction, clock, commit_time, rows, xid, large: large.is_some() };
+        Ok(Claimed { claim: Some(claim), outlook, behind, at, asked_at })
     }
 }
 
@@ -281,6 +206,14 @@ impl Transaction {
     /// Ends it with `COMMIT` or `ROLLBACK`.
     pub(in crate::store) async fn end(mut self, how: &'static str) -> Result<(), StoreError> {
         self.connection.run("end a claim", async |connection| sqlx::query(how).execute(connection).await).await?;
+        self.open = false;
+        Ok(())
+    }
+
+    /// Sends a message that finishes rows and commits.
+    pub(in crate::store) async fn end_with(mut self, finish: Message) -> Result<(), StoreError> {
+        let finish = finish.into_sql();
+        self.connection.run("finish rows", async |connection| sqlx::raw_sql(finish).execute(connection).await).await?;
         self.open = false;
         Ok(())
     }

@@ -30,9 +30,13 @@
 
 pub(super) mod canary;
 pub(super) mod claim;
+pub(super) mod commit_time;
 pub(super) mod kinds;
 pub(super) mod large_payload;
 pub(super) mod look;
+pub(super) mod moves;
 pub(super) mod notifications;
+pub(super) mod prepared;
 pub(super) mod settle;
+pub(super) mod settlement;
 pub(super) mod sweep;
