@@ -18,6 +18,7 @@ use std::time::Duration;
 use sqlx::{FromRow, PgConnection};
 use tidings_core::queue::Outlook;
 use time::OffsetDateTime;
+use time::macros::datetime;
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -78,19 +79,31 @@ struct ClaimedRow {
     kind: Option<String>,
     key: Option<String>,
     subject: Option<String>,
-    due_at: Option<OffsetDateTime>,
-    expires_at: Option<OffsetDateTime>,
+    due_at: Option<BinaryTime>,
+    expires_at: Option<BinaryTime>,
     payload: Option<String>,
     fits: Option<bool>,
     headers: Option<String>,
     attempts: Option<i32>,
     failures: Option<i32>,
     refusals: Option<i32>,
-    slot_at: Option<OffsetDateTime>,
+    slot_at: Option<BinaryTime>,
     units: Option<i64>,
-    now: Option<OffsetDateTime>,
+    now: Option<BinaryTime>,
     xid: Option<i64>,
-    next_at: Option<OffsetDateTime>,
+    next_at: Option<BinaryTime>,
+}
+
+/// A time as PostgreSQL sends it in binary form.
+#[derive(Clone, Copy, sqlx::Type)]
+#[sqlx(transparent)]
+struct BinaryTime([u8; 8]);
+
+impl BinaryTime {
+    fn get(self) -> OffsetDateTime {
+        // Microseconds since the beginning of the year 2000 (source: PostgreSQL's documentation, date/time types).
+        datetime!(2000-01-01 00:00 UTC) + time::Duration::microseconds(i64::from_be_bytes(self.0))
+    }
 }
 
 /// A connection in a transaction. If it is dropped before its end, the connection is closed, and the server rolls back.
@@ -131,10 +144,10 @@ impl Store {
         let mut transaction = Transaction { connection, open: true };
 
         let summary = rows.pop().expect("the statement ends with a row without an id");
-        let at = summary.now.expect("the clock is never null");
-        let next_in = summary.next_at.map(|next_at| Duration::try_from(next_at - at).unwrap_or(Duration::ZERO));
+        let at = summary.now.expect("the clock is never null").get();
+        let next_in = summary.next_at.map(|next_at| Duration::try_from(next_at.get() - at).unwrap_or(Duration::ZERO));
         let first_slot = rows.first().and_then(|row| row.slot_at);
-        let behind = first_slot.map(|slot_at| Duration::try_from(at - slot_at).unwrap_or(Duration::ZERO));
+        let behind = first_slot.map(|slot_at| Duration::try_from(at - slot_at.get()).unwrap_or(Duration::ZERO));
         let is_cut = rows.last().is_some_and(|row| row.fits == Some(false));
         let units: i64 = rows.iter().filter(|row| row.fits == Some(true)).filter_map(|row| row.units).sum();
         let large = rows.iter().find(|row| row.fits == Some(true) && row.payload.is_none()).and_then(|row| row.id);
@@ -153,8 +166,8 @@ impl Store {
                     kind: row.kind?,
                     key: row.key,
                     subject: row.subject,
-                    due_at: row.due_at?,
-                    expires_at: row.expires_at,
+                    due_at: row.due_at?.get(),
+                    expires_at: row.expires_at.map(BinaryTime::get),
                     payload: row
                         .payload
                         .or_else(|| if row.fits == Some(true) { large_payload.take() } else { None })?,

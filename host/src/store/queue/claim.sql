@@ -6,8 +6,9 @@ SELECT
     kind,
     key,
     subject,
-    due_at,
-    expires_at,
+    -- Times in PostgreSQL's binary form: sqlx cannot read a time of whole seconds in its text form.
+    timestamptz_send(due_at) AS due_at,
+    timestamptz_send(expires_at) AS expires_at,
     -- What is larger goes alone, and is read in pieces.
     CASE WHEN unit = units AND octet_length(text) <= $3 THEN text END AS payload,
     unit = units AS fits,
@@ -15,7 +16,7 @@ SELECT
     attempts,
     failures,
     refusals,
-    slot_at,
+    timestamptz_send(slot_at) AS slot_at,
     units,
     NULL AS now,
     NULL AS xid,
@@ -64,9 +65,9 @@ WHERE unit IN (1, units)
 UNION ALL
 SELECT
     NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
-    statement_timestamp(),
+    timestamptz_send(statement_timestamp()),
     pg_current_xact_id_if_assigned()::text::bigint,
-    least(
+    timestamptz_send(least(
         (
             SELECT slot_at
             FROM tidings.schedules
@@ -75,4 +76,4 @@ SELECT
             LIMIT 1
         ),
         (SELECT min(until) FROM tidings.paused)
-    )
+    ))
