@@ -11,7 +11,7 @@ use time::OffsetDateTime;
 
 use crate::Bench;
 use crate::load::{Stage, per_second};
-use crate::probe::{cpu_seconds, thread_cpu_seconds};
+use crate::probe::{ServerPids, cpu_seconds, thread_cpu_seconds};
 use crate::raw;
 use crate::report::Figure;
 use crate::rounds::median;
@@ -29,28 +29,36 @@ const APART: Duration = Duration::from_millis(30);
 pub(crate) async fn drain(bench: &Bench) -> Vec<Figure> {
     let (stage, rows) = (Stage::with_plugins(&["message"]).await, bench.rows(ROWS));
     let daemon = stage.start_daemon().await;
-    let pid = daemon.pid();
-    let (mut rates, mut limits, mut costs, mut raw_costs, mut guests) =
-        (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (pid, servers) = (daemon.pid(), ServerPids::of(&stage.world).await);
+    let (mut rates, mut limits, mut costs, mut raw_costs, mut guests, mut guest_costs) =
+        (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut of_postgres, mut of_rabbitmq, mut raw_of_rabbitmq) = (Vec::new(), Vec::new(), Vec::new());
+    let for_each = |seconds: f64| seconds * 1e6 / f64::from(rows);
     for _ in 0..bench.rounds() {
         // The limit is measured before and after, so that a change in the speed of the machine affects both figures.
         let (mut limit, mut raw_cost) = (0.0, 0.0);
-        let before = cpu_seconds(None);
+        let (before, servers_before) = (cpu_seconds(None), servers.cpu_seconds());
         limit += raw::publish_and_confirm(&stage, rows).await / 2.0;
         raw_cost += (cpu_seconds(None) - before) / 2.0;
+        raw_of_rabbitmq.push(for_each(servers.cpu_seconds()[1] - servers_before[1]));
         stage.tidy().await;
 
+        let servers_before = servers.cpu_seconds();
         let (before, guests_before) = (cpu_seconds(Some(pid)), thread_cpu_seconds(pid, "plugin"));
         rates.push(stage.drain(rows).await);
         let (used, by_guests) = (cpu_seconds(Some(pid)) - before, thread_cpu_seconds(pid, "plugin") - guests_before);
-        costs.push(used * 1e6 / f64::from(rows));
+        let servers_used = servers.cpu_seconds();
+        costs.push(for_each(used));
         guests.push(by_guests / used * 100.0);
+        guest_costs.push(for_each(by_guests));
+        of_postgres.push(for_each(servers_used[0] - servers_before[0]));
+        of_rabbitmq.push(for_each(servers_used[1] - servers_before[1]));
         stage.tidy().await;
 
         let before = cpu_seconds(None);
         limit += raw::publish_and_confirm(&stage, rows).await / 2.0;
         raw_cost += (cpu_seconds(None) - before) / 2.0;
-        raw_costs.push(raw_cost * 1e6 / f64::from(rows));
+        raw_costs.push(for_each(raw_cost));
         limits.push(limit);
         stage.tidy().await;
     }
@@ -62,6 +70,9 @@ pub(crate) async fn drain(bench: &Bench) -> Vec<Figure> {
             .at_least_share(0.8),
         Figure::new("processor time of the daemon", "µs/row", costs).beside("of the raw publisher", raw_costs),
         Figure::new("of which plugins", "%", guests).at_most(15.0),
+        Figure::new("the same", "µs/row", guest_costs),
+        Figure::new("processor time of PostgreSQL", "µs/row", of_postgres),
+        Figure::new("processor time of RabbitMQ", "µs/row", of_rabbitmq).beside("in raw publishing", raw_of_rabbitmq),
     ]
 }
 

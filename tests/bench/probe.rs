@@ -144,7 +144,7 @@ pub(crate) async fn circumstances(load: Option<f64>) -> Circumstances {
         setting("synchronous_commit").await,
         setting("shared_buffers").await
     );
-    let broker = fetch_overview(&world);
+    let broker = fetch(&world, "/api/overview");
     let of_broker = |name: &str| broker[name].as_str().unwrap_or("unknown").to_owned();
     let rabbitmq = format!("{} (Erlang {})", of_broker("rabbitmq_version"), of_broker("erlang_version"));
     let (_, tidings) = world.tidings(["--version"]).await;
@@ -172,9 +172,33 @@ pub(crate) async fn circumstances(load: Option<f64>) -> Circumstances {
     ])
 }
 
-/// RabbitMQ's overview from the management API.
-fn fetch_overview(world: &World) -> Value {
-    let url = world.management_url().replace("guest:guest@", "") + "/api/overview";
+/// The processes of the two servers.
+#[derive(Clone, Copy)]
+pub(crate) struct ServerPids {
+    /// The process that starts those of the sessions.
+    pub(crate) postmaster: u32,
+    pub(crate) rabbitmq: u32,
+}
+
+impl ServerPids {
+    /// Asks the servers.
+    pub(crate) async fn of(world: &World) -> Self {
+        let postmaster = "SELECT split_part(pg_read_file('postmaster.pid'), chr(10), 1)::int4";
+        let postmaster = u32::try_from(world.value::<i32>(postmaster).await).expect("a pid");
+        let nodes = fetch(world, "/api/nodes");
+        let rabbitmq = nodes[0]["os_pid"].as_str().and_then(|pid| pid.parse().ok()).expect("a pid");
+        Self { postmaster, rabbitmq }
+    }
+
+    /// The processor time in seconds of PostgreSQL and of RabbitMQ.
+    pub(crate) fn cpu_seconds(self) -> [f64; 2] {
+        [family_cpu_seconds(self.postmaster), cpu_seconds(Some(self.rabbitmq))]
+    }
+}
+
+/// An answer of RabbitMQ's management API.
+fn fetch(world: &World, path: &str) -> Value {
+    let url = world.management_url().replace("guest:guest@", "") + path;
     let answer = ureq::get(&url).header("Authorization", "Basic Z3Vlc3Q6Z3Vlc3Q=").call();
     let text = answer.ok().and_then(|mut answer| answer.body_mut().read_to_string().ok());
     text.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default()

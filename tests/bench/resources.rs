@@ -10,7 +10,7 @@ use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 use tokio::time::MissedTickBehavior;
 
 use crate::load::{Stage, schedule_now_sql};
-use crate::probe::{Threads, cpu_seconds, family_cpu_seconds, resident_mib};
+use crate::probe::{ServerPids, Threads, cpu_seconds, family_cpu_seconds, resident_mib};
 use crate::report::{Figure, count};
 use crate::rounds::median;
 use crate::{Bench, MILLION};
@@ -81,8 +81,7 @@ pub(crate) async fn lonely(bench: &Bench) -> Vec<Figure> {
     // A connection of its own: a pool would ask before each row whether the connection is still there.
     let url = database_url(stage.world.ports().0, &stage.world.name);
     let mut client = PgConnection::connect(&url).await.expect("a connection");
-    let postmaster = "SELECT split_part(pg_read_file('postmaster.pid'), chr(10), 1)::int4";
-    let postmaster = u32::try_from(stage.world.value::<i32>(postmaster).await).expect("a pid");
+    let postmaster = ServerPids::of(&stage.world).await.postmaster;
     let (insert, drained, rows) = (schedule_now_sql(), bench.rows(DRAINED), 100 * bench.seconds(SECONDS_ALONE));
     let (mut in_drain, mut alone, mut of_postgres, mut switches, mut threads) =
         (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());

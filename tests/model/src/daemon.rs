@@ -188,11 +188,13 @@ impl Daemon {
 
     /// Whether the loop's next stage changes nothing that another daemon or writer could see, while no time passes.
     pub(super) fn can_continue_unnoticed(&self) -> bool {
-        self.process.as_ref().is_some_and(|process| match &process.stage {
-            Stage::Deciding
-            | Stage::Looking(_, Some(_))
-            | Stage::Claiming(_, ClaimStage::Requested(_) | ClaimStage::Answered(_)) => true,
-            _ => false,
+        self.process.as_ref().is_some_and(|process| {
+            matches!(
+                process.stage,
+                Stage::Deciding
+                    | Stage::Looking(_, Some(_))
+                    | Stage::Claiming(_, ClaimStage::Requested(_) | ClaimStage::Answered(_))
+            )
         })
     }
 

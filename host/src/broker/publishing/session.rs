@@ -382,3 +382,6 @@ pub(super) fn write_frame(bytes: &mut Vec<u8>, frame: &AMQPFrame) {
     let written = gen_frame(frame)(Vec::new().into()).expect("memory takes everything");
     bytes.extend(written.into_inner().0);
 }
+
+#[cfg(test)]
+mod tests;

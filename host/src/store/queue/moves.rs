@@ -102,7 +102,7 @@ impl<'a> Finished<'a> {
     fn message(&self) -> Message {
         let ids: Vec<String> = self.ids.iter().map(Uuid::to_string).collect();
         let finished_at: Vec<String> = self.finished_at.iter().map(|at| prepared::time(*at)).collect();
-        Message::finish([
+        Message::finish(&[
             array(ids.iter().map(|id| Some(&**id))),
             array(self.outcomes.iter().map(|outcome| Some(*outcome))),
             array(finished_at.iter().map(|at| Some(&**at))),

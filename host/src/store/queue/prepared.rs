@@ -57,7 +57,7 @@ impl Message {
     }
 
     /// Finishes rows, with the literals of the arrays in the order of the statement, and commits.
-    pub(super) fn finish(arrays: [String; 7]) -> Self {
+    pub(super) fn finish(arrays: &[String; 7]) -> Self {
         Self(format!("EXECUTE tidings_finish({}); COMMIT", arrays.join(", ")))
     }
 
@@ -135,14 +135,16 @@ mod tests {
         while !rest.is_empty() {
             rest = rest.strip_prefix(',').unwrap_or(rest);
             if let Some(after) = rest.strip_prefix("NULL") {
-                (rest, _) = (after, values.push(None));
+                rest = after;
+                values.push(None);
                 continue;
             }
             let (mut value, mut chars) = (String::new(), rest.strip_prefix('"').expect("a quoted value").chars());
             while let Some(char) = chars.next().filter(|char| *char != '"') {
                 value.push(if char == '\\' { chars.next().expect("an escape is never the last") } else { char });
             }
-            (rest, _) = (chars.as_str(), values.push(Some(value)));
+            rest = chars.as_str();
+            values.push(Some(value));
         }
         values
     }
@@ -161,7 +163,7 @@ mod tests {
         assert_eq!(array([Some("a"), None, Some(r#"'"\"#)].into_iter()), r#"E'{"a",NULL,"''\\"\\\\"}'"#);
         assert_eq!(array(std::iter::empty()), "E'{}'");
         assert_eq!(numbers([Some(-1), None].into_iter()), "'{-1,NULL}'");
-        let at = OffsetDateTime::UNIX_EPOCH + std::time::Duration::from_micros(1_500_000);
+        let at = OffsetDateTime::UNIX_EPOCH + std::time::Duration::from_millis(1_500);
         assert_eq!(time(at), "1970-01-01 00:00:01.500000+00");
     }
 }
