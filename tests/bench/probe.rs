@@ -185,8 +185,11 @@ impl ServerPids {
     pub(crate) async fn of(world: &World) -> Self {
         let postmaster = "SELECT split_part(pg_read_file('postmaster.pid'), chr(10), 1)::int4";
         let postmaster = u32::try_from(world.value::<i32>(postmaster).await).expect("a pid");
-        let nodes = fetch(world, "/api/nodes");
-        let rabbitmq = nodes[0]["os_pid"].as_str().and_then(|pid| pid.parse().ok()).expect("a pid");
+        // A broker that has just started does not know its own figures yet.
+        let rabbitmq = harness::eventually("RabbitMQ's process", async || {
+            fetch(world, "/api/nodes")[0]["os_pid"].as_str().and_then(|pid| pid.parse().ok())
+        });
+        let rabbitmq = rabbitmq.await;
         Self { postmaster, rabbitmq }
     }
 
