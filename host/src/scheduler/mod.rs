@@ -17,7 +17,7 @@
 //! 3. The loop claims: BEGIN and up to 200 rows with `FOR UPDATE SKIP LOCKED`, or as many as have 2 MiB together. The same
 //!    answer says when the next row is due. If the claim was full, the next claims take up to 500 rows each, for as many of
 //!    the three lanes as are free.
-//! 4. A lane delivers the batch: it builds with one store for each plugin, which was made when the last batch had ended,
+//! 4. A lane delivers the batch: it builds with one store for each plugin, which was made before or has served small batches,
 //!    publishes on a channel of its own, awaits each confirm, moves the confirmed rows into the history with one statement,
 //!    and commits.
 //! 5. The loop sleeps until the next row is due, and claims then. If no row becomes due, it sleeps until the next sweep. A look
