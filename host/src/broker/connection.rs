@@ -164,6 +164,10 @@ impl Broker {
                 warn!(error = error as &dyn std::error::Error, "lost the connection to RabbitMQ, connecting again");
                 break false;
             }
+            // Its error was logged when it came. A break before `events_listener` was called makes no event.
+            if !connection.status().connected() {
+                break false;
+            }
             match &status.blocked {
                 Some(reason) if !was_blocked => {
                     warn!(reason, "RabbitMQ blocks publishing; rows wait until it is over");
@@ -180,9 +184,7 @@ impl Broker {
                 biased;
                 () = shutdown.cancelled() => break true,
                 () = publishing.changed() => continue,
-                // A break before `events_listener` was called makes no event, but the status shows it.
-                event = events.next(), if connection.status().connected() => event,
-                else => None,
+                event = events.next() => event,
             };
             match event {
                 // The error of a single channel is an event as well, and is handled where the channel is used.
@@ -191,7 +193,6 @@ impl Broker {
                         error = &error as &dyn std::error::Error,
                         "lost the connection to RabbitMQ, connecting again"
                     );
-                    break false;
                 }
                 Some(_) => {}
                 None => break false,
