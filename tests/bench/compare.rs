@@ -19,7 +19,7 @@ pub(crate) const ROUNDS: u8 = 8;
 /// The names of the two builds.
 const BASE: &str = "BASE";
 const THIS: &str = "this build";
-/// The scenarios that call plugins inside this program, whichever build is compared.
+/// Scenarios that run no daemon. They call plugins inside this program, so both builds would have the same figures.
 const WITHOUT_DAEMON: [&str; 2] = ["wasm", "languages"];
 
 /// The build that this checkout's is compared with.

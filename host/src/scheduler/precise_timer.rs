@@ -35,27 +35,32 @@ impl PreciseTimer {
 
     /// Waits until `at`; not at all if it has passed. Cancel-safe.
     pub async fn sleep_until(&mut self, at: Instant) {
+        if self.try_sleep_until(at).await.is_err() {
+            tokio::time::sleep_until(at).await;
+        }
+    }
+
+    async fn try_sleep_until(&mut self, at: Instant) -> std::io::Result<()> {
         let left = at.saturating_duration_since(Instant::now());
         // A timer that is set to zero never ends.
         if left.is_zero() {
-            return;
+            return Ok(());
         }
         if self.set_for != Some(at) {
             self.set_for = None;
-            if self.set(left).is_err() {
-                return;
-            }
+            self.set(left)?;
             self.set_for = Some(at);
         }
-        while let Ok(mut ready) = self.descriptor.readable().await {
+        loop {
+            let mut ready = self.descriptor.readable().await?;
             let mut expirations = [0_u8; 8];
             match ready.try_io(|timer| Ok(rustix::io::read(timer.get_ref(), &mut expirations)?)) {
                 // What was ready was the timer before it was set.
                 Err(_) => {}
                 Ok(Err(error)) if error.raw_os_error() == Some(Errno::INTR.raw_os_error()) => {}
-                Ok(_) => {
+                Ok(read) => {
                     self.set_for = None;
-                    return;
+                    return read.map(drop);
                 }
             }
         }

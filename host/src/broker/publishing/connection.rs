@@ -79,7 +79,7 @@ impl PublishingConnection {
     }
 
     /// Publishes a batch, and waits until each message has an answer, at most until `deadline`. Returns the confirms, and
-    /// why some are missing. If the caller stops waiting, the batch ends as at the deadline.
+    /// why some are missing. Not cancel-safe: if the caller stops waiting, the batch goes on, and nobody learns its end.
     ///
     /// # Errors
     ///
@@ -91,17 +91,12 @@ impl PublishingConnection {
         deadline: Instant,
     ) -> Result<BatchEnd, PublishError> {
         let (channel, end) = self.shared.session().publish(exchange, messages)?;
-        let given_up = AbandonOnDrop { shared: &self.shared, channel };
         self.shared.task.wake();
         match timeout_at(deadline, end).await {
-            Ok(Ok(end)) => {
-                std::mem::forget(given_up);
-                Ok(end)
-            }
+            Ok(Ok(end)) => Ok(end),
             // The session sends the end of each batch before it drops it.
             Ok(Err(_)) => Err(PublishError::Closed),
             Err(_) => {
-                std::mem::forget(given_up);
                 let known = self.shared.session().abandon(channel);
                 self.shared.task.wake();
                 known.map(|confirms| (confirms, None)).ok_or(PublishError::Closed)
@@ -125,19 +120,6 @@ impl PublishingConnection {
         self.shared.session().close();
         self.shared.task.wake();
         while self.status.borrow().ended.is_none() && self.status.changed().await.is_ok() {}
-    }
-}
-
-/// Gives up a batch for which nobody waits any more.
-struct AbandonOnDrop<'a> {
-    shared: &'a Shared,
-    channel: u16,
-}
-
-impl Drop for AbandonOnDrop<'_> {
-    fn drop(&mut self) {
-        self.shared.session().abandon(self.channel);
-        self.shared.task.wake();
     }
 }
 

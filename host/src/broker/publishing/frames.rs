@@ -3,6 +3,7 @@
 //!
 //! Must never write a message that amq-protocol would read as another one; a property test compares them. No I/O.
 
+use amq_protocol::protocol::constants::{FRAME_BODY, FRAME_END, FRAME_HEADER, FRAME_METHOD};
 use uuid::Uuid;
 
 use crate::model::message::{HeaderValue, Message};
@@ -12,10 +13,6 @@ const BASIC: u16 = 60;
 const PUBLISH: u16 = 40;
 /// The bit of `publish` that makes RabbitMQ return a message that no queue takes.
 const MANDATORY: u8 = 1;
-const METHOD_FRAME: u8 = 1;
-const HEADER_FRAME: u8 = 2;
-const BODY_FRAME: u8 = 3;
-const FRAME_END: u8 = 0xCE;
 /// The bytes of a frame beside its payload: its type, channel, size and end.
 const FRAME_OVERHEAD: usize = 8;
 const PERSISTENT: u8 = 2;
@@ -46,7 +43,7 @@ pub(super) fn write_message(
     message: &Message,
     max_frame_bytes: usize,
 ) {
-    write_frame(frames, METHOD_FRAME, channel, |frames| {
+    write_frame(frames, FRAME_METHOD, channel, |frames| {
         frames.extend(BASIC.to_be_bytes());
         frames.extend(PUBLISH.to_be_bytes());
         // Reserved.
@@ -55,7 +52,7 @@ pub(super) fn write_message(
         write_short(frames, &message.routing_key);
         frames.push(MANDATORY);
     });
-    write_frame(frames, HEADER_FRAME, channel, |frames| {
+    write_frame(frames, FRAME_HEADER, channel, |frames| {
         frames.extend(BASIC.to_be_bytes());
         // The weight, which is always 0.
         frames.extend(0_u16.to_be_bytes());
@@ -63,7 +60,7 @@ pub(super) fn write_message(
         write_properties(frames, message);
     });
     for part in message.body.chunks(max_frame_bytes - FRAME_OVERHEAD) {
-        write_frame(frames, BODY_FRAME, channel, |frames| frames.extend_from_slice(part));
+        write_frame(frames, FRAME_BODY, channel, |frames| frames.extend_from_slice(part));
     }
 }
 

@@ -9,6 +9,7 @@ use std::fmt::Display;
 use std::sync::Arc;
 
 use amq_protocol::frame::{AMQPContentHeader, AMQPFrame, gen_frame};
+use amq_protocol::protocol::constants::REPLY_SUCCESS;
 use amq_protocol::protocol::{AMQPClass, basic, channel, confirm, connection};
 use thiserror::Error;
 use tokio::sync::oneshot;
@@ -23,8 +24,6 @@ use crate::model::message::Message;
 const PRECONDITION_FAILED: u16 = 406;
 /// The code with which it closes one because the exchange does not exist.
 const NOT_FOUND: u16 = 404;
-/// The code of an end that nobody minds.
-const REPLY_SUCCESS: u16 = 200;
 
 /// Why the connection that publishes, or one of its channels, can no longer be used.
 #[derive(Clone, Debug, Error)]

@@ -116,8 +116,7 @@ pub(in crate::store) struct Transaction {
 impl Store {
     /// Locks due rows, those that have been due for longest first, as many as are `wanted` and fit into
     /// [`CLAIM_BYTES`]: rows of `kinds` that are not paused, and rows of any kind whose deadline has passed. No other
-    /// row is read or locked, except the first that does not fit. The transaction
-    /// begins with the claim.
+    /// row is read or locked, except the first that does not fit. The transaction begins with the claim.
     ///
     /// # Errors
     ///

@@ -9,7 +9,7 @@ SELECT
     -- Times in PostgreSQL's binary form: sqlx cannot read a time of whole seconds in its text form.
     timestamptz_send(due_at) AS due_at,
     timestamptz_send(expires_at) AS expires_at,
-    -- What is larger goes alone, and is read in pieces.
+    -- A larger payload goes alone, and is read in pieces.
     CASE WHEN unit = units AND octet_length(text) <= $3 THEN text END AS payload,
     unit = units AS fits,
     headers::text AS headers,
@@ -38,7 +38,7 @@ FROM (
                     refusals, slot_at
                 FROM tidings.schedules
                 -- The clock must be a stable function to be compared with an index. The due time is
-                -- checked as well: whatever happens to the slot, nothing is early.
+                -- checked as well, so that no row is early even if its slot is wrong.
                 WHERE slot_at >= coalesce($4, statement_timestamp() - interval '1 minute')
                     AND slot_at <= statement_timestamp()
                     AND due_at <= statement_timestamp()

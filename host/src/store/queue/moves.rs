@@ -21,6 +21,7 @@ use crate::store::{Connection, StoreError};
 const MAX_ROWS_IN_MESSAGE: usize = 32;
 /// An error text is cut to this many bytes.
 const TEXT_BYTES: usize = 4 * 1024;
+
 /// The rows of a claim, by where they move.
 pub(super) struct Moves<'a> {
     finished: Finished<'a>,
