@@ -1,4 +1,5 @@
-//! Measures what the triggers cost producers: the same statements on the same table, with and without triggers.
+//! Measures what producers pay: for the triggers, by the same statements on the same table with and without triggers; and for
+//! everything, by single rows in a table without rules, defaults and triggers.
 
 use std::time::{Duration, Instant};
 
@@ -16,6 +17,11 @@ const CLIENTS: u32 = 16;
 /// For how many seconds they write.
 const SECONDS: u32 = 8;
 
+/// The least that a table of scheduled rows has: an id, what is written, and an index on the time.
+const BARE_TABLE: &str = "CREATE TABLE bare (
+    id uuid PRIMARY KEY DEFAULT gen_random_uuid(), kind text NOT NULL, due_at timestamptz NOT NULL, payload jsonb NOT NULL
+)";
+
 /// Writes many rows in one statement, due in a month; and single rows by several clients, due soon.
 pub(crate) async fn enqueue(bench: &Bench) -> Vec<Figure> {
     let stage = Stage::with_plugins(&["message"]).await;
@@ -23,6 +29,9 @@ pub(crate) async fn enqueue(bench: &Bench) -> Vec<Figure> {
     let daemon = stage.start_daemon().await;
     let (with, without) = (connect_clients(&stage, true).await, connect_clients(&stage, false).await);
     let rows = bench.rows(MILLION);
+    stage.world.sql(BARE_TABLE).await;
+    stage.world.sql("CREATE INDEX ON bare (due_at)").await;
+    let mut of_bare = Vec::new();
     let (mut bulk, mut bare_bulk, mut single, mut bare_single) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for round in 0..bench.rounds() {
         // The order alternates, because the first of the two has an empty table and the second a warm one.
@@ -31,22 +40,24 @@ pub(crate) async fn enqueue(bench: &Bench) -> Vec<Figure> {
             let (bulk, single) = if triggers { (&mut bulk, &mut single) } else { (&mut bare_bulk, &mut bare_single) };
             bulk.push(write_in_bulk(pool, rows).await);
             empty_table(&stage).await;
-            single.push(write_one_at_a_time(pool, bench.seconds(SECONDS)).await);
+            single.push(write_one_at_a_time(pool, bench.seconds(SECONDS), "tidings.schedules").await);
             // The rows are removed before the first of them is due.
             empty_table(&stage).await;
         }
+        of_bare.push(write_one_at_a_time(&without, bench.seconds(SECONDS), "bare").await);
+        stage.world.sql("TRUNCATE bare").await;
     }
     assert!(daemon.stop().await.success());
     with.close().await;
     without.close().await;
     stage.remove().await;
+    let single_again = single.clone();
     vec![
         Figure::new("in bulk, due in a month", "rows/s", bulk)
             .beside("without triggers", bare_bulk)
             .at_least_share(0.85),
-        Figure::new("by 16 clients one by one, due soon", "rows/s", single)
-            .beside("without triggers", bare_single)
-            .at_least_share(0.7),
+        Figure::new("by 16 clients one by one, due soon", "rows/s", single).beside("without triggers", bare_single),
+        Figure::new("the same", "rows/s", single_again).beside("into a bare table", of_bare).at_least_share(0.7),
     ]
 }
 
@@ -68,10 +79,10 @@ async fn write_in_bulk(clients: &PgPool, rows: u32) -> f64 {
     f64::from(rows) / begun.elapsed().as_secs_f64()
 }
 
-/// Each client writes a row, waits for its commit, and writes the next.
-async fn write_one_at_a_time(clients: &PgPool, seconds: u32) -> f64 {
+/// Each client writes a row into the table, waits for its commit, and writes the next.
+async fn write_one_at_a_time(clients: &PgPool, seconds: u32, table: &str) -> f64 {
     let insert = format!(
-        "INSERT INTO tidings.schedules (kind, due_at, payload) VALUES ('message', clock_timestamp() + interval '25 s', '{}')",
+        "INSERT INTO {table} (kind, due_at, payload) VALUES ('message', clock_timestamp() + interval '25 s', '{}')",
         payload()
     );
     let until = Instant::now() + Duration::from_secs(seconds.into());

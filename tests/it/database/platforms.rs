@@ -358,3 +358,40 @@ async fn the_history_gets_its_replica_identity_despite_a_long_reader_and_delays_
         world.value::<bool>("SELECT relreplident = 'f' FROM pg_class WHERE oid = 'tidings.deliveries'::regclass").await
     );
 }
+
+#[tokio::test]
+async fn the_rule_about_headers_is_replaced_despite_a_long_reader_and_delays_producers_briefly() {
+    let world = World::empty().await;
+    // As before migration 13.
+    let rule = r#""headers must be an object of strings, 16 KiB together""#;
+    world
+        .sql(&format!(
+            "ALTER TABLE tidings.schedules DROP CONSTRAINT {rule},
+                 ADD CONSTRAINT {rule} CHECK (headers = '{{}}' OR jsonb_typeof(headers) = 'object')"
+        ))
+        .await;
+    world.sql("DROP FUNCTION tidings.headers_are_strings").await;
+    world.sql("DELETE FROM tidings._sqlx_migrations WHERE version >= 13").await;
+    world.sql(r#"SELECT tidings.schedule('a', now() + interval '1 hour', headers => '{"h": "v"}')"#).await;
+    let mut reader = world.db.begin().await.expect("a transaction");
+    reader.execute("SELECT FROM tidings.schedules").await.expect("read");
+    let mut migrating = launch_migrate(&world, "postgres").start();
+    world
+        .wait_until(
+            "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND relation = 'tidings.schedules'::regclass)",
+        )
+        .await;
+
+    // A producer waits for the migration's lock for half a second at most.
+    let mut producer = world.db.begin().await.expect("a transaction");
+    producer.execute("SET LOCAL lock_timeout = '10s'").await.expect("set");
+    producer.execute("SELECT tidings.schedule('a', now() + interval '1 hour')").await.expect("scheduled");
+    producer.commit().await.expect("scheduled");
+    reader.commit().await.expect("read");
+
+    assert!(migrating.wait_for_end().await.success(), "{}", migrating.log());
+    let validated = format!("SELECT convalidated FROM pg_constraint WHERE conname = '{}'", rule.trim_matches('"'));
+    assert!(world.value::<bool>(&validated).await);
+    let error = world.expect_error(r#"SELECT tidings.schedule('a', now(), headers => '{"h": 1}')"#).await;
+    assert!(error.contains(rule.trim_matches('"')), "{error}");
+}
