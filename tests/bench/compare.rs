@@ -12,7 +12,8 @@ use serde_json::{Value, json};
 
 use crate::report::{Circumstances, Figure, count};
 use crate::rounds::{LEAST_ROUNDS, LEVEL, Pair, heading, median, number};
-use crate::{Arguments, Bench, SCENARIOS, Scenario, catch};
+use crate::scenarios::{SCENARIOS, Scenario};
+use crate::{Arguments, Bench, catch};
 
 /// The number of rounds, unless another one is given.
 pub(crate) const ROUNDS: u8 = 8;

@@ -21,7 +21,7 @@ pub(crate) const QUEUE: &str = "measured";
 /// Longer than any successful step takes.
 const STEP_TIMEOUT: Duration = Duration::from_mins(15);
 /// The number of rows after which connections, plans and code are warm.
-const WARM: u32 = 2_000;
+pub(crate) const WARM: u32 = 2_000;
 /// How many pending rows one statement writes.
 const CHUNK: u32 = 1_000_000;
 

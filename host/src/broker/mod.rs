@@ -53,7 +53,7 @@ pub use dead_letters::headers::Destination;
 pub use dead_letters::list::{BrowseSession, ListedDeadLetter};
 pub use dead_letters::{DeadLetterQueue, DeadLetterSession, FetchedDeadLetter, SendResult};
 use publishing::connection::PublishingConnection;
-pub use publishing::{Confirmed, PublishError, Verdict};
+pub use publishing::{Confirmed, PublishError, Verdict, write_message};
 pub use topology::DeclaredEntity;
 
 /// How long opening a connection may take, including the login.

@@ -3,10 +3,11 @@
 //! Must never show a password: neither an error nor a `Debug` of the settings contains one.
 //!
 //! To change it, know: a setting is a field of [`RunArgs`] with its variable, a check in `RunArgs::validate`, a field
-//! of [`Config`] and a line in docs/reference.md, which a test compares with the settings. All errors are reported
+//! of [`Config`] (`checked.rs`) and a line in docs/reference.md, which a test compares with the settings. All errors are reported
 //! together, each as a sentence that begins with the variable. A variable that begins with `TIDINGS_` and is not a
 //! setting is an error.
 
+mod checked;
 mod traces;
 mod validation;
 mod variables;
@@ -17,14 +18,16 @@ use std::time::Duration;
 
 use clap::Args;
 
-use validation::{check_url, parse_number};
+use validation::{check_url, parse_number, parse_word};
 use variables::check_names;
 
 use crate::broker::{BrokerSettings, Management, QueueType};
 use crate::model::secrets::HttpToken;
 use crate::model::secrets::SecretUrl;
-use crate::telemetry::{LogFormat, TraceSettings};
+use crate::store::{History, Settling};
+use crate::telemetry::LogFormat;
 
+pub use checked::{Config, ServerSettings};
 pub use validation::ValidationErrors;
 pub(crate) use variables::find_service_links;
 
@@ -121,9 +124,16 @@ pub struct RunArgs {
     /// How the log is written: text, or json, an object a line
     #[arg(long, env = "TIDINGS_LOG", value_name = "text|json", default_value = "text")]
     log: String,
-    /// How many days of history to keep
+    /// How many days of history to keep; 0 = write none
     #[arg(long, env = "TIDINGS_HISTORY_DAYS", value_name = "DAYS", default_value = "7")]
     history_days: String,
+    /// Which rows are kept in the history: all, or those that were not delivered (undelivered)
+    #[arg(long, env = "TIDINGS_HISTORY", value_name = "all|undelivered", default_value = "all")]
+    history: String,
+    /// Wait until the end of a delivery is on PostgreSQL's disk (on), or not (off): then a crash of PostgreSQL may bring
+    /// messages a second time, and loses none
+    #[arg(long, env = "TIDINGS_SYNCHRONOUS_COMMIT", value_name = "on|off", default_value = "on")]
+    synchronous_commit: String,
 }
 
 /// The settings of `tidings doctor`, as they were typed: those of the daemon.
@@ -131,54 +141,6 @@ pub struct RunArgs {
 pub struct DoctorArgs {
     #[command(flatten)]
     run: RunArgs,
-}
-
-/// The settings of both servers, checked.
-#[derive(Clone, Debug)]
-pub struct ServerSettings {
-    /// `TIDINGS_DATABASE_URL`
-    pub database_url: SecretUrl,
-    /// `TIDINGS_AMQP_URL`, `TIDINGS_EXCHANGE` and `TIDINGS_QUEUE_TYPE`.
-    pub broker: BrokerSettings,
-    /// `TIDINGS_REPLAY_MAX`, 0 to 1,000,000; default 0. How often a dead letter may be replayed; 0 = no limit.
-    pub replay_max: u32,
-    /// `OTEL_EXPORTER_OTLP_ENDPOINT` and others; `None`, the default = no traces.
-    pub traces: Option<TraceSettings>,
-}
-
-/// The settings of `tidings run`, checked.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// The addresses of both servers.
-    pub servers: ServerSettings,
-    /// `TIDINGS_DATABASE_CONNECTIONS`, 4 to 100; default 13: three for lanes, and one each for a fourth lane in a
-    /// backlog, the look, holding rows, releasing them, history, the canary, HTTP, the page, notifications and a pass.
-    pub database_connections: usize,
-    /// `TIDINGS_PLUGIN_DIR`; for the daemon, an existing directory.
-    pub plugin_dir: PathBuf,
-    /// `TIDINGS_STATE_DIR`
-    pub state_dir: PathBuf,
-    /// `TIDINGS_HTTP_ADDR`; port 0 = any free port.
-    pub http_addr: SocketAddr,
-    /// `TIDINGS_MANAGEMENT_URL`; `None`, the default = policies, bindings and alarms, which AMQP does not show, are not
-    /// checked.
-    pub management_url: Option<SecretUrl>,
-    /// `TIDINGS_HTTP_TOKEN`; `None`, the default = the page is read-only.
-    pub http_token: Option<HttpToken>,
-    /// `TIDINGS_SWEEP_MS`, 10 ms to an hour; default 5 s.
-    pub sweep: Duration,
-    /// `TIDINGS_REPLAY_INTERVAL_MS`, 1 s to a day; default 15 minutes.
-    pub replay_interval: Duration,
-    /// `TIDINGS_MAX_ATTEMPTS`, at least 1; default 20. A row whose plugin has failed so often is parked.
-    pub max_attempts: u32,
-    /// `TIDINGS_NOTIFY`
-    pub notify: bool,
-    /// `TIDINGS_CANARY_MS`, at most a day; `None`, the default = no canary.
-    pub canary: Option<Duration>,
-    /// `TIDINGS_LOG`
-    pub log: LogFormat,
-    /// `TIDINGS_HISTORY_DAYS`, 1 to 36,500; default 7. Older history is removed.
-    pub history: Duration,
 }
 
 impl DatabaseArgs {
@@ -222,14 +184,8 @@ impl BrokerArgs {
                 "TIDINGS_EXCHANGE is {exchange:?}, which is not a name of 1 to 200 bytes outside RabbitMQ's own amq.*"
             ));
         }
-        let queue_type = match self.queue_type.as_str() {
-            "classic" => Some(QueueType::Classic),
-            "quorum" => Some(QueueType::Quorum),
-            other => {
-                errors.push(format!("TIDINGS_QUEUE_TYPE is {other:?}, which is neither classic nor quorum"));
-                None
-            }
-        };
+        let types = [("classic", QueueType::Classic), ("quorum", QueueType::Quorum)];
+        let queue_type = parse_word("TIDINGS_QUEUE_TYPE", &self.queue_type, types, errors);
         Some(BrokerSettings { url: url?, exchange, queue_type: queue_type? })
     }
 }
@@ -335,14 +291,8 @@ impl RunArgs {
         if let Some(error) = http_token.as_ref().and_then(HttpToken::find_error) {
             errors.push(format!("TIDINGS_HTTP_TOKEN {error}"));
         }
-        let notify = match self.notify.as_str() {
-            "on" => Some(true),
-            "off" => Some(false),
-            other => {
-                errors.push(format!("TIDINGS_NOTIFY is {other:?}, which is neither on nor off"));
-                None
-            }
-        };
+        let switch = [("on", true), ("off", false)];
+        let notify = parse_word("TIDINGS_NOTIFY", &self.notify, switch, errors);
         let connections = &self.database_connections;
         let database_connections = parse_number("TIDINGS_DATABASE_CONNECTIONS", connections, 4, 100, errors);
         let sweep_ms = parse_number("TIDINGS_SWEEP_MS", &self.sweep_ms, 10, 3_600_000, errors);
@@ -350,15 +300,12 @@ impl RunArgs {
         let replay_interval_ms = parse_number("TIDINGS_REPLAY_INTERVAL_MS", interval, 1_000, 86_400_000, errors);
         let max_attempts = parse_number("TIDINGS_MAX_ATTEMPTS", &self.max_attempts, 1, 1_000_000, errors);
         let canary_ms = parse_number("TIDINGS_CANARY_MS", &self.canary_ms, 0, 86_400_000, errors);
-        let log = match self.log.as_str() {
-            "text" => Some(LogFormat::Text),
-            "json" => Some(LogFormat::Json),
-            other => {
-                errors.push(format!("TIDINGS_LOG is {other:?}, which is neither text nor json"));
-                None
-            }
-        };
-        let history_days = parse_number("TIDINGS_HISTORY_DAYS", &self.history_days, 1, 36_500, errors);
+        let formats = [("text", LogFormat::Text), ("json", LogFormat::Json)];
+        let log = parse_word("TIDINGS_LOG", &self.log, formats, errors);
+        let histories = [("all", History::All), ("undelivered", History::Undelivered)];
+        let history = parse_word("TIDINGS_HISTORY", &self.history, histories, errors);
+        let history_days = parse_number("TIDINGS_HISTORY_DAYS", &self.history_days, 0, 36_500, errors);
+        let synchronous_commit = parse_word("TIDINGS_SYNCHRONOUS_COMMIT", &self.synchronous_commit, switch, errors);
 
         Some(Config {
             servers: servers?,
@@ -374,7 +321,11 @@ impl RunArgs {
             notify: notify?,
             canary: Some(Duration::from_millis(canary_ms?.into())).filter(|interval| !interval.is_zero()),
             log: log?,
-            history: Duration::from_secs(u64::from(history_days?) * 24 * 60 * 60),
+            history_age: Duration::from_secs(u64::from(history_days?) * 24 * 60 * 60),
+            settling: Settling {
+                history: if history_days? == 0 { History::None } else { history? },
+                synchronous_commit: synchronous_commit?,
+            },
         })
     }
 }

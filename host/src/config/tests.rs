@@ -16,7 +16,8 @@ const AMQP_URL: &str = "amqp://user:password@localhost/vhost";
 fn run_args(values: [&str; VARIABLES.len()]) -> RunArgs {
     let [database_url, amqp_url, exchange, queue_type, replay_max, plugin_dir, http_addr, rest @ ..] =
         values.map(str::to_owned);
-    let [sweep_ms, replay_interval_ms, max_attempts, notify, canary_ms, log, history_days, http_token] = rest;
+    let [sweep_ms, replay_interval_ms, max_attempts, notify, canary_ms, log, rest @ ..] = rest;
+    let [history_days, http_token, history, synchronous_commit] = rest;
     RunArgs {
         servers: ServerArgs {
             database: DatabaseArgs { database_url: Some(database_url) },
@@ -36,11 +37,13 @@ fn run_args(values: [&str; VARIABLES.len()]) -> RunArgs {
         canary_ms,
         log,
         history_days,
+        history,
+        synchronous_commit,
     }
 }
 
 /// The variables that can be wrong, each with a good value.
-const VARIABLES: [(&str, &str); 15] = [
+const VARIABLES: [(&str, &str); 17] = [
     ("TIDINGS_DATABASE_URL", DATABASE_URL),
     ("TIDINGS_AMQP_URL", AMQP_URL),
     ("TIDINGS_EXCHANGE", "tidings"),
@@ -56,6 +59,8 @@ const VARIABLES: [(&str, &str); 15] = [
     ("TIDINGS_LOG", "json"),
     ("TIDINGS_HISTORY_DAYS", "36500"),
     ("TIDINGS_HTTP_TOKEN", "0123456789abcdef"),
+    ("TIDINGS_HISTORY", "undelivered"),
+    ("TIDINGS_SYNCHRONOUS_COMMIT", "off"),
 ];
 
 #[test]
@@ -79,12 +84,13 @@ proptest! {
         let unknown = check_names().len();
         match run_args(values).check() {
             Ok(config) => {
-                let Config { servers, sweep, replay_interval, max_attempts, history, .. } = config;
+                let Config { servers, sweep, replay_interval, max_attempts, history_age, settling, .. } = config;
                 prop_assert!((1..=200).contains(&servers.broker.exchange.len()));
                 prop_assert!(servers.replay_max <= 1_000_000 && (1..=1_000_000).contains(&max_attempts));
                 prop_assert!((Duration::from_millis(10)..=Duration::from_hours(1)).contains(&sweep));
                 prop_assert!((Duration::from_secs(1)..=Duration::from_hours(24)).contains(&replay_interval));
-                prop_assert!((Duration::from_hours(24)..=Duration::from_hours(24 * 36_500)).contains(&history));
+                prop_assert!(history_age <= Duration::from_hours(24 * 36_500));
+                prop_assert_eq!(history_age.is_zero(), settling.history == History::None);
             }
             Err(ValidationErrors(sentences)) => {
                 prop_assert!(unknown > 0 || odd.iter().any(|(at, value)| values[*at] == value));

@@ -77,6 +77,19 @@ pub(super) fn parse_number(name: &str, value: &str, least: u32, most: u32, error
     number
 }
 
+/// Returns the meaning of the word in `value`. Adds an error if it is neither of the two words.
+pub(super) fn parse_word<T>(name: &str, value: &str, words: [(&str, T); 2], errors: &mut Vec<String>) -> Option<T> {
+    let [first, second] = words;
+    match value {
+        word if word == first.0 => Some(first.1),
+        word if word == second.0 => Some(second.1),
+        other => {
+            errors.push(format!("{name} is {other:?}, which is neither {} nor {}", first.0, second.0));
+            None
+        }
+    }
+}
+
 /// The part of a URL after user, password, host and port.
 fn after_authority(rest: &str) -> &str {
     rest.find(['/', '?', '#']).map_or("", |end| &rest[end..])

@@ -59,7 +59,8 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
     let wake = Arc::new(Wake::default());
     let health = Arc::new(Health::new(config.sweep));
     // The listener and a pass over the dead letters have one connection each outside the pool.
-    let store = Store::new(&config.servers.database_url, config.database_connections - 2);
+    let store =
+        Store::new(&config.servers.database_url, config.database_connections - 2).with_settling(config.settling);
     let metrics = telemetry::start_metrics()?;
     let http = Http::bind(config.http_addr).await?;
     let broker = Arc::new(Broker::new(&config.servers.broker, Arc::clone(&wake)));
@@ -111,7 +112,7 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
         health: Arc::clone(&health),
     };
     spawn(&mut loops, listener.run(shutdown.clone(), || _ = listener_ready.send(())));
-    spawn(&mut loops, remove_old_history(store.clone(), config.history, shutdown.clone()));
+    spawn(&mut loops, remove_old_history(store.clone(), config.history_age, shutdown.clone()));
     // The listener announces our kinds. Until it has, another daemon might hold their rows.
     if unless_ended(&mut loops, &shutdown, listening).await?.is_none() {
         return drain(loops, &broker_shutdown).await;

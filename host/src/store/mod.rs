@@ -52,9 +52,9 @@ use connection::pool::Pool;
 use connection::{Connection, Doubt};
 pub use dead_letter_pass::{Begun, Pass};
 pub use history::Delivered;
-pub use queue::claim::{Claim, Claimed, Wanted};
+pub use queue::claim::{Claim, Claimed, Wanted, parse_headers};
 use queue::commit_time::CommitTime;
-pub use queue::settlement::{Outcome, Settlement};
+pub use queue::settlement::{History, Outcome, Settlement, Settling};
 pub use schema::SchemaError;
 
 /// How long a statement may take. It usually takes milliseconds; after this long the server is frozen or the link is
@@ -215,6 +215,7 @@ pub struct Store {
     extra_session: Arc<Semaphore>,
     doubt: Doubt,
     commit_time: CommitTime,
+    settling: Settling,
     /// The low-water mark, for what reads the queue beside the scheduler.
     low_water_mark: Arc<Mutex<Option<OffsetDateTime>>>,
 }
@@ -280,7 +281,14 @@ impl Store {
             .disable_statement_logging();
         let (pool, extra_session) = (Pool::new(connections), Arc::new(Semaphore::new(1)));
         let (doubt, commit_time) = (Doubt::new(), CommitTime::default());
-        Self { options, pool, extra_session, doubt, commit_time, low_water_mark: Arc::default() }
+        let settling = Settling::default();
+        Self { options, pool, extra_session, doubt, commit_time, settling, low_water_mark: Arc::default() }
+    }
+
+    /// The same store, which settles claims in another way than by default.
+    #[must_use]
+    pub fn with_settling(self, settling: Settling) -> Self {
+        Self { settling, ..self }
     }
 
     /// How long a commit takes, by the last row that came alone; zero = unknown.

@@ -6,6 +6,7 @@ pub(crate) mod faults;
 pub(crate) mod outcomes;
 pub(crate) mod scenario;
 pub(crate) mod sent_rows;
+pub(crate) mod settling;
 pub(crate) mod signals;
 pub(crate) mod sizes;
 pub(crate) mod soak;

@@ -62,6 +62,19 @@ pub fn has_servers() -> bool {
     (find_postgres(root, Some(search_path())).is_some() && find_rabbitmq(root).is_some()) || may_install()
 }
 
+/// Finds valgrind, or installs it.
+///
+/// # Errors
+///
+/// As [`find_servers`].
+pub fn find_valgrind() -> anyhow::Result<PathBuf> {
+    let find = || search_path().into_iter().map(|dir| dir.join("valgrind")).find(|path| path.exists());
+    if find().is_none() {
+        install(&["valgrind"]).context("valgrind is needed; install it and try again")?;
+    }
+    find().context("valgrind is not on the PATH")
+}
+
 /// Finds PgBouncer, or installs it.
 ///
 /// # Errors

@@ -36,13 +36,7 @@ mod flag {
 ///
 /// If the exchange, the routing key or another short text has more than 255 bytes; these are checked when the event, the row
 /// and the configuration are read.
-pub(super) fn write_message(
-    frames: &mut Vec<u8>,
-    channel: u16,
-    exchange: &str,
-    message: &Message,
-    max_frame_bytes: usize,
-) {
+pub fn write_message(frames: &mut Vec<u8>, channel: u16, exchange: &str, message: &Message, max_frame_bytes: usize) {
     write_frame(frames, FRAME_METHOD, channel, |frames| {
         frames.extend(BASIC.to_be_bytes());
         frames.extend(PUBLISH.to_be_bytes());

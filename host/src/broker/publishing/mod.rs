@@ -38,6 +38,7 @@ use crate::broker::{Broker, BrokerError, PUBLISHING};
 use crate::model::message::Message;
 use connection::PublishingConnection;
 
+pub use frames::write_message;
 pub use session::PublishError;
 
 /// How long the confirms of a batch may take. A message that is not confirmed by then is [`Verdict::Unknown`].

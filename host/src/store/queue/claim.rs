@@ -26,6 +26,7 @@ use crate::model::clock::DatabaseClock;
 use crate::model::schedule::Schedule;
 use crate::store::queue::commit_time::CommitTime;
 use crate::store::queue::prepared::Message;
+use crate::store::queue::settlement::{History, Settling};
 use crate::store::{Connection, Store, StoreError};
 
 /// The most bytes of JSON text that the payloads of one claim have together, unless it is a single row. Several claims
@@ -64,6 +65,8 @@ pub struct Claim {
     pub(in crate::store) transaction: Transaction,
     clock: DatabaseClock,
     pub(in crate::store) commit_time: CommitTime,
+    /// Which of its rows are written into the history.
+    pub(in crate::store) history: History,
     /// The rows, earliest first. The delivery takes them out.
     pub rows: Vec<Schedule>,
     /// The number of the transaction, assigned after the database read the time of the claim.
@@ -132,7 +135,8 @@ impl Store {
 
     async fn try_claim(&self, kinds: &[String], wanted: Wanted) -> Result<Claimed, StoreError> {
         let Wanted { limit, since, no_large } = wanted;
-        let message = Message::claim(kinds, limit, CLAIM_BYTES, since, no_large).into_sql();
+        let Settling { history, synchronous_commit } = self.settling;
+        let message = Message::claim(kinds, limit, CLAIM_BYTES, since, no_large, synchronous_commit).into_sql();
         let mut connection = self.warm_connection().await?;
         let asked_at = Instant::now();
         let claim = async |session: &mut PgConnection| {
@@ -185,7 +189,7 @@ impl Store {
             return Ok(Claimed { claim: None, outlook, behind, at, asked_at });
         };
         let (clock, commit_time) = (DatabaseClock::new(at, asked_at), self.commit_time.clone());
-        let claim = Claim { transaction, clock, commit_time, rows, xid, large: large.is_some() };
+        let claim = Claim { transaction, clock, commit_time, history, rows, xid, large: large.is_some() };
         Ok(Claimed { claim: Some(claim), outlook, behind, at, asked_at })
     }
 }
@@ -240,7 +244,8 @@ impl Drop for Transaction {
 }
 
 /// Parses the headers of a row. A constraint of the table ensures that they are an object of strings.
-pub(in crate::store) fn parse_headers(json: &str) -> Vec<(String, String)> {
+#[must_use]
+pub fn parse_headers(json: &str) -> Vec<(String, String)> {
     if json == "{}" {
         return Vec::new();
     }

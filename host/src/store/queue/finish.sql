@@ -15,3 +15,4 @@ SELECT
     settled.event_digest, settled.built_ms
 FROM gone
 JOIN settled USING (id)
+WHERE settled.outcome = ANY($8)

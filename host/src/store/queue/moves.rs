@@ -1,5 +1,5 @@
-//! The rows of a claim, by where they move when it is settled: into the history, to the parked rows, or back into the queue for
-//! later. Sends one statement for each.
+//! The rows of a claim, by where they move when it is settled: out of the queue and into the history, to the parked rows, or back
+//! into the queue for later. Sends one statement for each.
 //!
 //! Must never fail because of a row's data, since its message may have been confirmed already: texts are made storable
 //! first.
@@ -13,7 +13,7 @@ use crate::model::clock::DatabaseClock;
 use crate::model::schedule::Schedule;
 use crate::store::queue::prepared;
 use crate::store::queue::prepared::{Message, array, numbers};
-use crate::store::queue::settlement::{Outcome, Settlement};
+use crate::store::queue::settlement::{History, Outcome, Settlement};
 use crate::store::{Connection, StoreError};
 
 /// So few finished rows are sent together with the COMMIT. More are sent in PostgreSQL's binary form, which takes it less time
@@ -31,8 +31,8 @@ pub(super) struct Moves<'a> {
 
 impl<'a> Moves<'a> {
     /// Sorts the rows by where they move. `clock` is that of their claim.
-    pub(super) fn of(settlements: &'a [Settlement], clock: DatabaseClock) -> Self {
-        let mut finished = Finished::default();
+    pub(super) fn of(settlements: &'a [Settlement], clock: DatabaseClock, history: History) -> Self {
+        let mut finished = Finished { recorded: history.outcomes(), ..Finished::default() };
         let mut parked = Parked::default();
         let mut postponed = Postponed::default();
         for Settlement { row: Schedule { id, .. }, plugin, outcome } in settlements {
@@ -67,9 +67,11 @@ impl<'a> Moves<'a> {
     }
 }
 
-/// Rows that move to the history, as arrays of their columns.
+/// Rows that leave the queue for good, as arrays of the columns of the history.
 #[derive(Debug, Default)]
 pub(super) struct Finished<'a> {
+    /// The outcomes that are written into the history.
+    recorded: &'static [&'static str],
     ids: Vec<Uuid>,
     outcomes: Vec<&'static str>,
     finished_at: Vec<OffsetDateTime>,
@@ -111,6 +113,7 @@ impl<'a> Finished<'a> {
             array(self.details.iter().map(Option::as_deref)),
             array(self.digests.iter().copied()),
             numbers(self.built_ms.iter().copied()),
+            array(self.recorded.iter().map(|outcome| Some(*outcome))),
         ])
     }
 
@@ -131,6 +134,7 @@ impl<'a> Finished<'a> {
             &self.details as &[Option<String>],
             &self.digests as &[Option<&str>],
             &self.built_ms as &[Option<i64>],
+            self.recorded as &[&str],
         )
         .execute(session)
         .await

@@ -17,7 +17,7 @@ use crate::store::{Connection, Store, StoreError};
 const PREPARE: &str = concat!(
     "PREPARE tidings_claim (text[], bigint, bigint, timestamptz, boolean) AS ",
     include_str!("claim.sql"),
-    ";PREPARE tidings_finish (uuid[], text[], timestamptz[], text[], text[], text[], bigint[]) AS ",
+    ";PREPARE tidings_finish (uuid[], text[], timestamptz[], text[], text[], text[], bigint[], text[]) AS ",
     include_str!("finish.sql"),
 );
 /// A time as PostgreSQL reads and writes it, to the microsecond.
@@ -43,21 +43,23 @@ impl Store {
 pub(in crate::store) struct Message(String);
 
 impl Message {
-    /// Begins a transaction and claims in it.
+    /// Begins a transaction and claims in it. `synchronous_commit` is that of the transaction.
     pub(super) fn claim(
         kinds: &[String],
         limit: i64,
         bytes: i64,
         since: Option<OffsetDateTime>,
         no_large: bool,
+        synchronous_commit: bool,
     ) -> Self {
         let kinds = array(kinds.iter().map(|kind| Some(&**kind)));
         let since = since.map_or("NULL".to_owned(), |since| format!("'{}'", time(since)));
-        Self(format!("BEGIN; EXECUTE tidings_claim({kinds}, {limit}, {bytes}, {since}, {no_large})"))
+        let set = if synchronous_commit { "" } else { "SET LOCAL synchronous_commit TO off; " };
+        Self(format!("BEGIN; {set}EXECUTE tidings_claim({kinds}, {limit}, {bytes}, {since}, {no_large})"))
     }
 
     /// Finishes rows, with the literals of the arrays in the order of the statement, and commits.
-    pub(super) fn finish(arrays: &[String; 7]) -> Self {
+    pub(super) fn finish(arrays: &[String; 8]) -> Self {
         Self(format!("EXECUTE tidings_finish({}); COMMIT", arrays.join(", ")))
     }
 

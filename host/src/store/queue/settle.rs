@@ -25,7 +25,7 @@ impl Claim {
     ///
     /// When the database does not answer. Then it is unknown whether the rows moved; the next claim will show.
     pub async fn settle(mut self, settlements: &[Settlement]) -> Result<(), StoreError> {
-        let moves = Moves::of(settlements, self.clock());
+        let moves = Moves::of(settlements, self.clock(), self.history);
         if let Some(message) = moves.message() {
             let begun = Instant::now();
             self.transaction.end_with(message).await?;
@@ -55,7 +55,7 @@ impl Claim {
                 continue;
             }
             self.run("set a savepoint in a claim", "SAVEPOINT part").await?;
-            match Moves::of(part, self.clock()).execute(&mut self.transaction.connection).await {
+            match Moves::of(part, self.clock(), self.history).execute(&mut self.transaction.connection).await {
                 Ok(()) => finished = true,
                 Err(error) => {
                     let Some(message) = error.refusal() else { return Err(error) };

@@ -1,4 +1,4 @@
-//! What becomes of a claimed row. Must never touch the database.
+//! What becomes of a claimed row, and what is kept of it. Must never touch the database.
 
 use std::time::Duration;
 
@@ -57,6 +57,44 @@ pub enum Outcome {
         /// From now.
         after: Duration,
     },
+}
+
+/// Which finished rows are written into the history.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum History {
+    /// Every row.
+    All,
+    /// Rows that were not delivered: expired and skipped ones.
+    Undelivered,
+    /// None.
+    None,
+}
+
+impl History {
+    /// The outcomes that are written, as in the column `outcome`.
+    pub(super) fn outcomes(self) -> &'static [&'static str] {
+        match self {
+            Self::All => &["delivered", "expired", "skipped"],
+            Self::Undelivered => &["expired", "skipped"],
+            Self::None => &[],
+        }
+    }
+}
+
+/// How claims are settled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settling {
+    /// Which rows are written into the history.
+    pub history: History,
+    /// Whether the commit waits until it is on the disk. Otherwise a crash of the server may undo it, and its rows are
+    /// delivered once more. No row is lost.
+    pub synchronous_commit: bool,
+}
+
+impl Default for Settling {
+    fn default() -> Self {
+        Self { history: History::All, synchronous_commit: true }
+    }
 }
 
 impl Outcome {
