@@ -56,7 +56,7 @@ fn compare() -> anyhow::Result<bool> {
     for (name, now) in count_all()? {
         let (_, before) =
             written.iter().find(|(known, _)| *known == name).with_context(|| format!("{name} is not in the file"))?;
-        let change = (now as f64 / *before as f64 - 1.0) * 100.0;
+        let change = (f64::from(now) / f64::from(*before) - 1.0) * 100.0;
         let verdict = if change > MAX_RISE {
             passed = false;
             "MORE than may be"
@@ -91,7 +91,7 @@ fn counts_file() -> PathBuf {
     repository().join("tests/instructions/counts.txt")
 }
 
-fn read_counts() -> anyhow::Result<Vec<(String, u64)>> {
+fn read_counts() -> anyhow::Result<Vec<(String, u32)>> {
     let text = std::fs::read_to_string(counts_file()).context("could not read tests/instructions/counts.txt")?;
     let lines = text.lines().filter(|line| !line.starts_with('#'));
     lines
@@ -102,7 +102,7 @@ fn read_counts() -> anyhow::Result<Vec<(String, u64)>> {
         .collect()
 }
 
-fn count_all() -> anyhow::Result<Vec<(String, u64)>> {
+fn count_all() -> anyhow::Result<Vec<(String, u32)>> {
     let valgrind = setup::find_valgrind()?;
     build::plugins()?;
     PARTS
@@ -113,7 +113,7 @@ fn count_all() -> anyhow::Result<Vec<(String, u64)>> {
                 *total = count(&valgrind, part.name, repetitions)?;
             }
             let each = totals[1].saturating_sub(totals[0]) / (part.many - part.few);
-            Ok((part.name.to_owned(), each))
+            Ok((part.name.to_owned(), u32::try_from(each)?))
         })
         .collect()
 }

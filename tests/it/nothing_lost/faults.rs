@@ -15,6 +15,7 @@ use nix::sys::signal::Signal;
 use uuid::Uuid;
 
 use crate::on_time::delivery::start_row_in_flight;
+use crate::operations::health::wait_until_ready;
 
 /// The daemon detects a silent connection after 30 s at the latest; a busy machine may take longer.
 const SILENCE_LIMIT: Duration = Duration::from_mins(1);
@@ -58,6 +59,35 @@ async fn a_silent_connection_to_rabbitmq_is_detected_and_replaced() {
         eventually_within(SILENCE_LIMIT, "the message", async || inbox.next_within(Duration::from_secs(1)).await).await;
     assert_eq!(received.id(), id);
     daemon.wait_for_line("lost the connection to RabbitMQ").await;
+    world.wait_until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
+}
+
+/// Closes a connection of the daemon by the name that it gave itself, as an operator does.
+async fn close_connection(world: &World, name: &str) {
+    let named = async || {
+        let list = world.manage("GET", &format!("vhosts/{}/connections", world.name), None);
+        let connections = list.as_array()?.iter();
+        let found =
+            connections.clone().find(|connection| connection["client_properties"]["connection_name"] == name)?;
+        Some(found["name"].as_str()?.replace(' ', "%20").replace('>', "%3E"))
+    };
+    let path = eventually_within(SILENCE_LIMIT, &format!("the connection {name:?} in the list"), named).await;
+    let _ = world.manage("DELETE", &format!("connections/{path}"), None);
+}
+
+#[tokio::test]
+async fn each_of_the_two_connections_to_rabbitmq_may_be_closed_alone() {
+    let world = World::with_plugins(&["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let mut daemon = world.launch().with("TIDINGS_SWEEP_MS", 600_000).start_ready().await;
+
+    for name in ["tidings publishing", "tidings"] {
+        close_connection(&world, name).await;
+        daemon.wait_for_line("lost the connection to RabbitMQ").await;
+        let id: Uuid = world.value(SCHEDULE_ROW).await;
+        assert_eq!(inbox.next().await.id(), id, "after the connection {name:?} was closed");
+        wait_until_ready(&mut daemon).await;
+    }
     world.wait_until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
 }
 
