@@ -7,6 +7,7 @@ pub mod http;
 
 pub mod config;
 pub mod dead_letters;
+pub mod fleet;
 pub mod scheduler;
 
 pub mod plugins;

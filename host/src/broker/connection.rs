@@ -70,7 +70,7 @@ impl Broker {
     }
 
     async fn connect(&self) -> Result<(Connection, PublishingConnection), BrokerError> {
-        let connection = self.connect_without_declaring("tidings").await?;
+        let connection = self.connect_guarded("tidings", Bodies::Pass).await?;
         self.repair_topology_on(&connection, true).await?;
         Ok((connection, self.connect_for_publishing().await?))
     }
@@ -99,10 +99,15 @@ impl Broker {
         self.await_connection(Connection::connect_uri(self.uri.clone(), properties)).await
     }
 
-    /// Opens a connection behind the frame guard, because anyone who may publish can have written a dead letter's
-    /// headers.
+    /// Opens a connection for dead letters.
     pub(super) async fn connect_for_dead_letters(&self, bodies: Bodies) -> Result<Connection, BrokerError> {
-        let properties = ConnectionProperties::default().with_connection_name("tidings dead letters".into());
+        self.connect_guarded("tidings dead letters", bodies).await
+    }
+
+    /// Opens a connection behind the frame guard, because anyone who may publish can have written the headers of a dead
+    /// letter, or of what is taken for an announcement.
+    async fn connect_guarded(&self, name: &str, bodies: Bodies) -> Result<Connection, BrokerError> {
+        let properties = ConnectionProperties::default().with_connection_name(name.into());
         let runtime = Runtime::new(RuntimeParts::new(Tokio::current(), GuardingReactor(Tokio::current())));
         let connect = async move |uri: AMQPUri, _| {
             let connected = uri.connect_async(&Runtime::tokio_current()).await;

@@ -30,6 +30,7 @@ mod admin;
 mod canary;
 mod connection;
 pub mod dead_letters;
+mod fleet;
 pub mod frame_guard;
 mod publishing;
 pub mod topology;
@@ -38,6 +39,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use lapin::protocol::AMQPSoftError;
 use lapin::uri::AMQPUri;
 use thiserror::Error;
 use tokio::sync::Mutex;
@@ -52,6 +54,7 @@ pub use canary::CanaryInbox;
 pub use dead_letters::headers::Destination;
 pub use dead_letters::list::{BrowseSession, ListedDeadLetter};
 pub use dead_letters::{DeadLetterQueue, DeadLetterSession, FetchedDeadLetter, SendResult};
+pub use fleet::FleetChannel;
 use publishing::connection::PublishingConnection;
 pub use publishing::{Confirmed, PublishError, Verdict, write_message};
 pub use topology::DeclaredEntity;
@@ -165,6 +168,18 @@ pub enum BrokerError {
         /// How long the daemon waited.
         after: Duration,
     },
+}
+
+impl BrokerError {
+    /// Whether our user lacks a permission, or what it asked for exists with other properties: RabbitMQ would refuse the same
+    /// request again.
+    #[must_use]
+    pub fn is_not_permitted(&self) -> bool {
+        matches!(
+            topology::soft_error(self),
+            Some((AMQPSoftError::ACCESSREFUSED | AMQPSoftError::PRECONDITIONFAILED, _))
+        )
+    }
 }
 
 /// The state of the connection that publishes.

@@ -20,8 +20,8 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 /// The daemon's answer, or why there is none.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Answer {
-    /// The daemon is ready.
-    Ready,
+    /// The daemon is ready. What an operator should know nevertheless.
+    Ready(Vec<String>),
     /// The daemon is not ready, for these reasons.
     NotReady(String),
     /// No connection could be made.
@@ -36,7 +36,7 @@ pub(super) fn ready(args: HttpArgs, output: Output) -> ExitCode {
         Err(errors) => return fail_usage(&errors),
     };
     let problem = match ask(addr) {
-        Answer::Ready => {
+        Answer::Ready(_) => {
             output.json(&json!({"ready": true}));
             return ExitCode::SUCCESS;
         }
@@ -101,13 +101,14 @@ fn is_unreachable(error: &ureq::Error) -> bool {
 fn parse_answer(status: u16, text: &str) -> Answer {
     let answer: Value = serde_json::from_str(text).unwrap_or_default();
     match (status, answer["ready"].as_bool()) {
-        (200, Some(true)) => Answer::Ready,
-        (503, Some(false)) => {
-            let reasons = answer["reasons"].as_array().into_iter().flatten().filter_map(Value::as_str);
-            Answer::NotReady(reasons.collect::<Vec<_>>().join("; "))
-        }
+        (200, Some(true)) => Answer::Ready(sentences(&answer["notes"]).map(str::to_owned).collect()),
+        (503, Some(false)) => Answer::NotReady(sentences(&answer["reasons"]).collect::<Vec<_>>().join("; ")),
         _ => Answer::Unexpected(format!("status {status}")),
     }
+}
+
+fn sentences(list: &Value) -> impl Iterator<Item = &str> {
+    list.as_array().into_iter().flatten().filter_map(Value::as_str)
 }
 
 #[cfg(test)]
@@ -116,7 +117,9 @@ mod tests {
 
     #[test]
     fn an_answer_that_no_daemon_gives_is_unexpected() {
-        assert_eq!(parse_answer(200, r#"{"ready":true,"reasons":[]}"#), Answer::Ready);
+        assert_eq!(parse_answer(200, r#"{"ready":true,"reasons":[]}"#), Answer::Ready(Vec::new()));
+        let noted = parse_answer(200, r#"{"ready":true,"reasons":[],"notes":["full"]}"#);
+        assert_eq!(noted, Answer::Ready(vec!["full".to_owned()]));
         let not_ready = parse_answer(503, r#"{"ready":false,"reasons":["late","away"]}"#);
         assert_eq!(not_ready, Answer::NotReady("late; away".into()));
         for (status, text) in [(200, "<html>"), (404, ""), (503, "busy"), (200, r#"{"ready":false}"#)] {

@@ -51,6 +51,8 @@ pub struct Config {
     pub notify: bool,
     /// `TIDINGS_CANARY_MS`, at most a day; `None`, the default = no canary.
     pub canary: Option<Duration>,
+    /// `TIDINGS_ADOPT`, 0 or 1; default 0. Deliver although the database may be a copy.
+    pub adopt: bool,
     /// `TIDINGS_LOG`
     pub log: LogFormat,
     /// `TIDINGS_HISTORY_DAYS`, 0 to 36,500; default 7. Older history is removed; 0 = none is written either.

@@ -121,6 +121,9 @@ pub struct RunArgs {
     /// none
     #[arg(long, env = "TIDINGS_CANARY_MS", value_name = "MS", default_value = "0")]
     canary_ms: String,
+    /// Deliver from this database although it is a copy, and daemons serve its origin (1), or not (0)
+    #[arg(long, env = "TIDINGS_ADOPT", value_name = "0|1", default_value = "0")]
+    adopt: String,
     /// How the log is written: text, or json, an object a line
     #[arg(long, env = "TIDINGS_LOG", value_name = "text|json", default_value = "text")]
     log: String,
@@ -300,6 +303,7 @@ impl RunArgs {
         let replay_interval_ms = parse_number("TIDINGS_REPLAY_INTERVAL_MS", interval, 1_000, 86_400_000, errors);
         let max_attempts = parse_number("TIDINGS_MAX_ATTEMPTS", &self.max_attempts, 1, 1_000_000, errors);
         let canary_ms = parse_number("TIDINGS_CANARY_MS", &self.canary_ms, 0, 86_400_000, errors);
+        let adopt = parse_word("TIDINGS_ADOPT", &self.adopt, [("0", false), ("1", true)], errors);
         let formats = [("text", LogFormat::Text), ("json", LogFormat::Json)];
         let log = parse_word("TIDINGS_LOG", &self.log, formats, errors);
         let histories = [("all", History::All), ("undelivered", History::Undelivered)];
@@ -320,6 +324,7 @@ impl RunArgs {
             max_attempts: max_attempts?,
             notify: notify?,
             canary: Some(Duration::from_millis(canary_ms?.into())).filter(|interval| !interval.is_zero()),
+            adopt: adopt?,
             log: log?,
             history_age: Duration::from_secs(u64::from(history_days?) * 24 * 60 * 60),
             settling: Settling {

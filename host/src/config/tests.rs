@@ -13,11 +13,11 @@ const DATABASE_URL: &str = "postgres://user:password@localhost/database";
 const AMQP_URL: &str = "amqp://user:password@localhost/vhost";
 
 /// The settings with these values, in the order of the variables below.
-fn run_args(values: [&str; VARIABLES.len()]) -> RunArgs {
+fn run_args(values: &[&str; VARIABLES.len()]) -> RunArgs {
     let [database_url, amqp_url, exchange, queue_type, replay_max, plugin_dir, http_addr, rest @ ..] =
         values.map(str::to_owned);
     let [sweep_ms, replay_interval_ms, max_attempts, notify, canary_ms, log, rest @ ..] = rest;
-    let [history_days, http_token, history, synchronous_commit] = rest;
+    let [history_days, http_token, history, synchronous_commit, adopt] = rest;
     RunArgs {
         servers: ServerArgs {
             database: DatabaseArgs { database_url: Some(database_url) },
@@ -39,11 +39,12 @@ fn run_args(values: [&str; VARIABLES.len()]) -> RunArgs {
         history_days,
         history,
         synchronous_commit,
+        adopt,
     }
 }
 
 /// The variables that can be wrong, each with a good value.
-const VARIABLES: [(&str, &str); 17] = [
+const VARIABLES: [(&str, &str); 18] = [
     ("TIDINGS_DATABASE_URL", DATABASE_URL),
     ("TIDINGS_AMQP_URL", AMQP_URL),
     ("TIDINGS_EXCHANGE", "tidings"),
@@ -61,11 +62,12 @@ const VARIABLES: [(&str, &str); 17] = [
     ("TIDINGS_HTTP_TOKEN", "0123456789abcdef"),
     ("TIDINGS_HISTORY", "undelivered"),
     ("TIDINGS_SYNCHRONOUS_COMMIT", "off"),
+    ("TIDINGS_ADOPT", "1"),
 ];
 
 #[test]
 fn all_errors_are_reported_at_once_each_with_its_variable() {
-    let errors = run_args(["amq.?"; VARIABLES.len()]).check().expect_err("no value can be used");
+    let errors = run_args(&["amq.?"; VARIABLES.len()]).check().expect_err("no value can be used");
     for (name, _) in VARIABLES {
         assert!(errors.iter().any(|sentence| sentence.starts_with(&format!("{name} "))), "{name}: {errors}");
     }
@@ -82,7 +84,7 @@ proptest! {
         }
         // Unknown variables in the environment of the tests are reported as well.
         let unknown = check_names().len();
-        match run_args(values).check() {
+        match run_args(&values).check() {
             Ok(config) => {
                 let Config { servers, sweep, replay_interval, max_attempts, history_age, settling, .. } = config;
                 prop_assert!((1..=200).contains(&servers.broker.exchange.len()));
@@ -116,7 +118,7 @@ proptest! {
         let mut values = VARIABLES.map(|(_, value)| value);
         for (at, value) in [(0, &database_url), (1, &amqp_url), (14, &token)] {
             values[at] = value;
-            let shown = match run_args(values).check() {
+            let shown = match run_args(&values).check() {
                 Ok(config) => {
                     let store = Store::new(&config.servers.database_url, 1);
                     let broker = Broker::new(&config.servers.broker, Arc::new(Wake::default()));

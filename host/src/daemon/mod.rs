@@ -24,11 +24,13 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{info, warn};
+use uuid::Uuid;
 
 use crate::broker::topology::watch::TopologyWatch;
 use crate::broker::{Broker, Management};
 use crate::config::{Config, find_service_links};
 use crate::dead_letters::replayer::Replayer;
+use crate::fleet::FleetWatch;
 use crate::http::{Http, Sources};
 use crate::model::backoff::jittered;
 use crate::model::health::Health;
@@ -103,18 +105,26 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
     let management = config.management_url.as_ref().map(Management::of);
     let watch = TopologyWatch { broker: Arc::clone(&broker), management, health: Arc::clone(&health) };
     spawn(&mut loops, watch.run(shutdown.clone()));
+    let daemon = Uuid::from_u128(fastrand::u128(..));
     let (listener_ready, listening) = oneshot::channel();
     let listener = Listener {
         store: store.clone(),
         wake: Arc::clone(&wake),
         kinds: registry.kinds(),
+        daemon,
         notify: config.notify,
         health: Arc::clone(&health),
     };
     spawn(&mut loops, listener.run(shutdown.clone(), || _ = listener_ready.send(())));
     spawn(&mut loops, remove_old_history(store.clone(), config.history_age, shutdown.clone()));
-    // The listener announces our kinds. Until it has, another daemon might hold their rows.
-    if unless_ended(&mut loops, &shutdown, listening).await?.is_none() {
+    let (delivers, may_deliver) = oneshot::channel();
+    let (fleet_store, fleet_broker, fleet_health) = (store.clone(), Arc::clone(&broker), Arc::clone(&health));
+    let fleet =
+        FleetWatch { store: fleet_store, broker: fleet_broker, health: fleet_health, daemon, adopt: config.adopt };
+    spawn(&mut loops, fleet.run(shutdown.clone(), || _ = delivers.send(())));
+    // The listener announces our kinds. Until it has, another daemon might hold their rows. And if the database is a copy,
+    // nothing is delivered from it.
+    if unless_ended(&mut loops, &shutdown, async { (listening.await, may_deliver.await) }).await?.is_none() {
         return drain(loops, &broker_shutdown).await;
     }
     let replayer = Replayer {
@@ -127,13 +137,7 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
     if let Some(interval) = config.canary {
         let canary =
             Canary { store: store.clone(), broker: Arc::clone(&broker), interval, health: Arc::clone(&health) };
-        let (plugins, shutdown) = (Arc::clone(&registry), shutdown.clone());
-        spawn(&mut loops, async move {
-            // The plugins are loaded first: the canary needs one of them.
-            if shutdown.run_until_cancelled(plugins.completed()).await.is_some() {
-                canary.run(shutdown).await;
-            }
-        });
+        spawn(&mut loops, run_canary(canary, Arc::clone(&registry), shutdown.clone()));
     }
     let scheduler = Scheduler {
         store,
@@ -145,12 +149,7 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
         health: Arc::clone(&health),
         timer: PreciseTimer::new().context("could not make a timer")?,
     };
-    let ready = async {
-        registry.completed().await;
-        health.started.store(true, Ordering::Relaxed);
-        info!(kinds = registry.current().kinds().join(" "), "ready");
-        std::future::pending().await
-    };
+    let ready = note_ready(&registry, &health);
 
     // The scheduler ends after `shutdown`, when nothing is in flight any more. It is a task, so that the other loops go on
     // while it waits; the task is aborted if this function returns for another reason.
@@ -161,7 +160,7 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
             Err(panic) => std::panic::resume_unwind(panic.into_panic()),
         },
         ended = first_to_end(&mut loops, &shutdown) => ended,
-        never = ready => never,
+        never = ready => match never {},
     }
 }
 
@@ -182,6 +181,21 @@ async fn load_and_watch(registry: Arc<Registry>, shutdown: CancellationToken) ->
     }
     plugins::watch(registry, shutdown).await;
     Ok(())
+}
+
+/// Notes that the daemon is ready, when the plugins have been loaded. Never ends.
+async fn note_ready(registry: &Registry, health: &Health) -> std::convert::Infallible {
+    registry.completed().await;
+    health.started.store(true, Ordering::Relaxed);
+    info!(kinds = registry.current().kinds().join(" "), "ready");
+    std::future::pending().await
+}
+
+/// Runs the canary when the plugins have been loaded: it needs one of them.
+async fn run_canary(canary: Canary, plugins: Arc<Registry>, shutdown: CancellationToken) {
+    if shutdown.run_until_cancelled(plugins.completed()).await.is_some() {
+        canary.run(shutdown).await;
+    }
 }
 
 /// Logs which variables of the environment are ignored although they begin like settings, if there are any.

@@ -14,6 +14,7 @@ pub mod display;
 pub mod error_chain;
 pub mod event;
 pub mod health;
+pub mod installation;
 pub mod message;
 pub mod row_status;
 pub mod schedule;

@@ -23,6 +23,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
+use uuid::Uuid;
 
 use crate::model::backoff::jittered;
 use crate::model::health::Health;
@@ -34,6 +35,7 @@ use crate::store::{Store, StoreError};
 /// and sqlx sets no keepalive (source: transact-rs/sqlx issue 3062). With the deadline of that statement, a half-open connection is
 /// found within half a minute, for some two statements a minute. The sweep finds due rows meanwhile.
 const TEST_AFTER: Duration = Duration::from_secs(27);
+
 /// The listener.
 #[derive(Debug)]
 pub struct Listener {
@@ -43,6 +45,8 @@ pub struct Listener {
     pub wake: Arc<Wake>,
     /// The kinds to announce.
     pub kinds: watch::Receiver<Vec<String>>,
+    /// The id of this daemon, for the others of its database.
+    pub daemon: Uuid,
     /// Whether to listen for notifications, or only to announce kinds.
     pub notify: bool,
     /// Gets heartbeats, and whether the listener is connected.
@@ -93,6 +97,7 @@ impl Listener {
         if self.notify {
             session.listen().await?;
         }
+        session.announce_daemon(self.daemon).await?;
         let mut announced = self.kinds.borrow_and_update().clone();
         session.announce(&announced).await?;
         info!(notify = self.notify, "connected for notifications");

@@ -26,6 +26,7 @@
 //! After a notification, the loop claims at once and looks afterwards, if a row was due at the notification before.
 
 pub mod canary;
+mod clock_steps;
 pub mod delivery;
 pub mod hold;
 pub mod listener;
@@ -49,12 +50,14 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::broker::Broker;
+use crate::model::display::show;
 use crate::model::health::Health;
 use crate::model::wake::Wake;
 use crate::plugins::Registry;
 use crate::store;
 use crate::store::{Store, StoreError};
-use crate::telemetry::{count_wakes, note_next_due};
+use crate::telemetry::{count_clock_step, count_wakes, note_next_due};
+use clock_steps::{ClockSteps, Reading};
 use delivery::{BatchOutcome, Delivery};
 use hold::hold;
 use precise_timer::PreciseTimer;
@@ -62,6 +65,10 @@ use sent_rows::SentRows;
 
 /// The subject of [`Health::trouble`] while PostgreSQL refuses to finish rows.
 const FINISHING: &str = "finishing rows";
+/// The subject of [`Health::note`] for an hour after PostgreSQL's clock was set.
+const CLOCK: &str = "clock";
+/// How long that is noted.
+const CLOCK_NOTED_FOR: Duration = Duration::from_hours(1);
 
 /// The parts and settings that the loop needs.
 #[expect(missing_debug_implementations, reason = "the plugins have none")]
@@ -89,6 +96,9 @@ struct SchedulerLoop {
     parts: Scheduler,
     started_at: Instant,
     delivery: Arc<Delivery>,
+    clock_steps: ClockSteps,
+    /// When the clock of PostgreSQL was last found to have been set, while that is noted.
+    clock_step_at: Option<Instant>,
     /// Deliveries. When the loop ends, it waits for them.
     deliveries: JoinSet<Event>,
     /// Holding, releasing and sweeps. When the loop ends, they are aborted.
@@ -136,7 +146,8 @@ impl SchedulerLoop {
         let (broker, max_attempts) = (Arc::clone(&parts.broker), parts.max_attempts);
         let delivery = Arc::new(Delivery { broker, max_attempts, sent_rows: SentRows::default() });
         let (deliveries, background) = (JoinSet::new(), JoinSet::new());
-        Self { parts, started_at: Instant::now(), delivery, deliveries, background }
+        let clock_steps = ClockSteps::default();
+        Self { parts, started_at: Instant::now(), delivery, clock_steps, clock_step_at: None, deliveries, background }
     }
 
     fn now(&self) -> Moment {
@@ -157,10 +168,11 @@ impl SchedulerLoop {
         }
     }
 
-    async fn look(&self, mark: Option<OffsetDateTime>) -> Event {
+    async fn look(&mut self, mark: Option<OffsetDateTime>) -> Event {
         let asked_at = self.now();
         match self.parts.store.look(self.parts.plugins.current().kinds(), mark).await {
             Ok(look) => {
+                self.check_clock(asked_at, look.at);
                 note_next_due(look.outlook.next_in);
                 if !look.outlook.due {
                     // No row is due that could show whether RabbitMQ takes messages again.
@@ -193,7 +205,25 @@ impl SchedulerLoop {
             spawn_in(&mut self.deliveries, "a delivery", panicked, delivered);
         }
         let asked_at = self.moment(asked_at);
+        self.check_clock(asked_at, at);
         Event::Claimed(ClaimResult { range, asked_at, at, outlook, behind, batch })
+    }
+
+    /// Reports if the database's clock, which showed `at` after it was asked at this moment, was set since it was last read.
+    fn check_clock(&mut self, asked_at: Moment, at: OffsetDateTime) {
+        if let Some(step) = self.clock_steps.note(Reading { asked_at, answered_at: self.now(), at }) {
+            count_clock_step();
+            self.clock_step_at = Some(Instant::now());
+            let how = if step.is_negative() { "back" } else { "forward" };
+            let seconds = step.abs().as_seconds_f64();
+            let sentence = format!(
+                "the clock of PostgreSQL was set {how} by {seconds:.0} s: rows are due, and expire, by what it shows now (or this machine stood still meanwhile)"
+            );
+            warn!("{sentence}");
+            self.parts.health.note(CLOCK, Some(format!("{sentence}, noticed when it showed {}", show(at))));
+        } else if self.clock_step_at.take_if(|step_at| step_at.elapsed() > CLOCK_NOTED_FOR).is_some() {
+            self.parts.health.note(CLOCK, None);
+        }
     }
 
     fn hold(&mut self) -> Option<Event> {

@@ -26,7 +26,8 @@ impl Store {
                     sqlx::query!(
                         r#"
                         DELETE FROM tidings.deliveries
-                        WHERE ctid = ANY (ARRAY(
+                        -- Where somebody has made partitions of the history, another row may have the same ctid.
+                        WHERE finished_at < statement_timestamp() - $1::float8 * interval '1 second' AND ctid = ANY (ARRAY(
                             SELECT ctid
                             FROM tidings.deliveries
                             WHERE finished_at < statement_timestamp() - $1::float8 * interval '1 second'

@@ -7,6 +7,7 @@
 //! - `schema/`: the migrations, and whether the database has had them;
 //! - `dead_letter_pass.rs`: the lock under which one daemon at a time works on dead letters;
 //! - `history.rs`: `tidings.deliveries`, and its retention.
+//! - `installation.rs`: which database this is, and which daemons work on it.
 //!
 //! Must never:
 //!
@@ -26,6 +27,7 @@ mod admin;
 mod connection;
 mod dead_letter_pass;
 mod history;
+mod installation;
 mod queue;
 mod schema;
 
@@ -49,7 +51,7 @@ pub use admin::pauses::Until;
 pub use admin::produce::NewSchedule;
 pub use admin::upcoming::{Upcoming, UpcomingRow};
 use connection::pool::Pool;
-use connection::{Connection, Doubt};
+use connection::{Connection, Doubt, session_settings};
 pub use dead_letter_pass::{Begun, Pass};
 pub use history::Delivered;
 pub use queue::claim::{Claim, Claimed, Wanted, parse_headers};
@@ -250,34 +252,7 @@ impl Store {
         let options = PgConnectOptions::from_str(url.expose())
             .expect("the configuration accepts only URLs that can be understood")
             .application_name("tidings")
-            .options([
-                // When our host is gone, the server must notice and release the rows that we had locked. With its
-                // defaults that takes over two hours.
-                ("tcp_keepalives_idle", "10"),
-                ("tcp_keepalives_interval", "5"),
-                ("tcp_keepalives_count", "3"),
-                ("tcp_user_timeout", "20000"),
-                ("client_connection_check_interval", "10000"),
-                ("idle_in_transaction_session_timeout", "30000"),
-                ("idle_session_timeout", "0"),
-                ("statement_timeout", "30000"),
-                ("lock_timeout", "5000"),
-                // What is set for the database or the role must not change what our statements mean.
-                ("default_transaction_isolation", "read committed"),
-                ("default_transaction_read_only", "off"),
-                ("search_path", ""),
-                ("TimeZone", "UTC"),
-                ("jit", "off"),
-                // What is asked for in an order is read by the index in that order. PostgreSQL's statistics lag behind,
-                // and cannot know what is paused: now and then the planner would read the whole table and sort it.
-                ("enable_sort", "off"),
-                // By default PostgreSQL plans each claim anew, which takes longer than the claim itself: it estimates a
-                // plan for the given values to be slightly cheaper than the generic plan, though they are the same
-                // plan.
-                ("plan_cache_mode", "force_generic_plan"),
-                // The triggers need not notify of the daemon's own updates.
-                ("tidings.notify", "off"),
-            ])
+            .options(session_settings::AT_LOGIN)
             .disable_statement_logging();
         let (pool, extra_session) = (Pool::new(connections), Arc::new(Semaphore::new(1)));
         let (doubt, commit_time) = (Doubt::new(), CommitTime::default());

@@ -1,6 +1,8 @@
 //! Tests of the SQL interface, and of the databases on which the daemon runs.
 
+pub(crate) mod copies;
 pub(crate) mod few_connections;
+pub(crate) mod imposed;
 pub(crate) mod platforms;
 pub(crate) mod sql;
 pub(crate) mod unfit;

@@ -9,7 +9,7 @@ use crate::dead_letters::replay::{force_pass_at_start, reject_next, wait_for_mes
 use crate::operations::health::{wait_until_ready, wait_until_unready};
 
 /// How to run `tidings migrate` as `user`.
-fn launch_migrate(world: &World, user: &str) -> Launch {
+pub(crate) fn launch_migrate(world: &World, user: &str) -> Launch {
     let url = database_url(world.ports().0, &world.name).replace("postgres@", &format!("{user}@"));
     let launch = world.launch().subcommand("migrate").without("TIDINGS_AMQP_URL").without("TIDINGS_PLUGIN_DIR");
     launch.with("TIDINGS_DATABASE_URL", url)
@@ -21,13 +21,13 @@ const CONTENTS: &str = "SELECT coalesce(string_agg(identity, ' ' ORDER BY identi
     WHERE refclassid = 'pg_namespace'::regclass AND refobjid = to_regnamespace('tidings')) AS contents";
 
 /// Creates a login role for this world, and returns its name.
-async fn create_role(world: &World, name: &str, options: &str) -> String {
+pub(crate) async fn create_role(world: &World, name: &str, options: &str) -> String {
     let role = format!("{name}_{}", world.name);
     world.sql(&format!("CREATE ROLE {role} LOGIN {options}")).await;
     role
 }
 
-fn database_url_of(world: &World, role: &str) -> String {
+pub(crate) fn database_url_of(world: &World, role: &str) -> String {
     database_url(world.ports().0, &world.name).replace("postgres@", &format!("{role}@"))
 }
 
@@ -142,7 +142,7 @@ async fn migrate_prints_the_cause_of_an_error_only_once() {
 }
 
 /// All tables of Tidings.
-const TABLES: [&str; 6] = ["_sqlx_migrations", "schedules", "deliveries", "parked", "passes", "pauses"];
+const TABLES: [&str; 7] = ["_sqlx_migrations", "schedules", "deliveries", "parked", "passes", "pauses", "installation"];
 
 #[tokio::test]
 async fn row_level_security_is_reported_at_the_start_by_readyz_and_by_the_doctor_with_the_solution() {
@@ -179,10 +179,18 @@ async fn row_level_security_is_reported_at_the_start_by_readyz_and_by_the_doctor
 }
 
 /// Checks that members of the two roles can do everything that producers and the daemon do.
-async fn check_everything(world: &World) {
+pub(crate) async fn check_everything(world: &World) {
+    check_everything_with(world, "").await;
+}
+
+/// Checks the same while something is set for the daemon's role, such as `TimeZone = 'UTC'`.
+pub(crate) async fn check_everything_with(world: &World, imposed: &str) {
     let mut inbox = world.inbox(&["#"]).await;
     let daemon = create_role(world, "daemon", "IN ROLE tidings_daemon").await;
     let producer = create_role(world, "producer", "IN ROLE tidings_producer").await;
+    if !imposed.is_empty() {
+        world.sql(&format!("ALTER ROLE {daemon} SET {imposed}")).await;
+    }
     let launch = world.launch().with("TIDINGS_DATABASE_URL", database_url_of(world, &daemon));
     force_pass_at_start(world).await;
     let mut running = launch.clone().with("TIDINGS_REPLAY_INTERVAL_MS", 1_000).start_ready().await;
@@ -252,7 +260,7 @@ async fn migrate_creates_policies_for_both_roles_where_row_level_security_is_on(
         let on: i64 = world
             .value("SELECT count(*) FROM pg_class WHERE relnamespace = 'tidings'::regnamespace AND relrowsecurity")
             .await;
-        assert_eq!(on, 6);
+        assert_eq!(on, 7);
     }
 }
 

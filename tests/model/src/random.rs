@@ -15,6 +15,9 @@ const WRITERS: usize = 3;
 /// The kinds of each daemon. Both serve kind 0, each serves another kind alone, and no daemon serves kind 3.
 const DAEMONS: [&[usize]; 2] = [&[0, 1], &[0, 2]];
 
+/// How far a clock is set that was wrong for months, in ms.
+const HOUR: i64 = 3_600_000;
+
 /// The steps that are more frequent in a world.
 #[derive(Clone, Copy, Debug)]
 enum Theme {
@@ -47,6 +50,7 @@ fn random_step(theme: Theme) -> impl Strategy<Value = Step> {
     let (writer, daemon, kind) = (0..WRITERS, 0..DAEMONS.len(), 0..KINDS);
     let due_in = prop_oneof![4 => Just(0_i64), 2 => -5_000..0_i64, 3 => 0..4_000_i64, 1 => Just(60_000)];
     let pass = prop_oneof![12 => 0..20_u64, 6 => 0..500_u64, 2 => 0..6_000_u64, 1 => 0..40_000_u64];
+    let clock_step = prop_oneof![6 => -3_000..3_000_i64, 1 => Just(HOUR), 1 => Just(-HOUR)];
     let is_of_promises = matches!(theme, Theme::Promises);
     prop_oneof![
         weight(8, 16, is_of_promises) => pass.prop_map(Step::Pass),
@@ -68,8 +72,8 @@ fn random_step(theme: Theme) -> impl Strategy<Value = Step> {
             1 => daemon.clone().prop_map(Step::Kill),
             1 => (daemon.clone(), 1..5_usize).prop_map(|(daemon, connections)| Step::SetConnections(daemon, connections)),
             2 => kind.clone().prop_map(Step::Pause),
-            1 => (-3_000..3_000_i64).prop_map(Step::SetClock),
-            1 => (0..900_i64).prop_map(Step::FailOver),
+            1 => clock_step.prop_map(Step::SetClock),
+            1 => (0..3_500_i64).prop_map(Step::FailOver),
         ],
         weight(2, 4, matches!(theme, Theme::Faults)) => prop_oneof![
             daemon.clone().prop_map(Step::RestoreListener),

@@ -195,6 +195,11 @@ impl Server {
         self.polling_until = self.clock(now) + 1_000;
     }
 
+    /// The time until the end of the last promise to poll, in ms.
+    pub(super) fn until_promise_ends(&self, now: u64) -> u64 {
+        u64::try_from(self.polling_until - self.clock(now)).unwrap_or(0)
+    }
+
     /// How many ms ago the last promise ended; 0 while one is open.
     pub(super) fn ms_since_promise(&self, now: u64) -> u64 {
         u64::try_from(self.clock(now) - self.polling_until).unwrap_or(0)

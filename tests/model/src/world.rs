@@ -237,7 +237,8 @@ impl World {
             self.run_until_asleep()?;
             let Some(row) = self.unfinished_row() else { return Ok(()) };
             let within = self.daemons.iter().map(|daemon| daemon.finds_within_ms(since)).max().unwrap_or(0);
-            let due_at = self.now - u64::try_from(self.server.clock(self.now) - row.slot).unwrap_or(0);
+            let late = u64::try_from(self.server.clock(self.now) - row.slot).unwrap_or(0);
+            let due_at = self.now.saturating_sub(late);
             if self.now > since.max(due_at) + within {
                 return Err(
                     self.violation(Invariant::Recovery, &format!("{row:?} is not delivered within {within} ms"))
@@ -259,7 +260,14 @@ impl World {
     ///
     /// The invariant that is violated on the way, or [`Invariant::Idle`] if there are too many statements.
     pub(super) fn check_idle(&mut self) -> Result<(), Violation> {
-        let (earliest, latest) = (self.now + 90_000, self.now + 1_800_000);
+        // After a clock was set back, rows may be due hours from now.
+        let clock = self.server.clock(self.now);
+        let furthest = self.server.rows.iter().filter(|row| row.is_in_queue()).map(|row| row.slot - clock).max();
+        let until_furthest = furthest.and_then(|left| u64::try_from(left).ok()).unwrap_or(0);
+        // And a promise to poll from before is in force again, for its second, when the clock shows that time again.
+        let until_promise_ends = self.server.until_promise_ends(self.now);
+        let (earliest, latest) =
+            (self.now + until_promise_ends + 90_000, self.now + until_promise_ends.max(until_furthest) + 1_800_000);
         while self.now < earliest || self.server.rows.iter().any(Row::is_in_queue) {
             if self.now > latest {
                 return Err(self.violation(Invariant::Recovery, "a row that no daemon serves is still in the queue"));

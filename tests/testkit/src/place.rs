@@ -100,10 +100,30 @@ impl Layout {
         Ok(())
     }
 
+    /// If this file exists, PostgreSQL sees the offset from the real time in it.
+    pub(crate) fn clock_file(&self) -> PathBuf {
+        self.dir.join("clock")
+    }
+
     pub(crate) fn start_postgres(&self) -> anyhow::Result<Child> {
         let home = self.dir.join("postgres");
         let log = fs::OpenOptions::new().append(true).create(true).open(self.dir.join("postgres.log"))?;
-        as_user("postgres", &self.programs.postgres.join("postgres"))
+        let program = self.programs.postgres.join("postgres");
+        let clock = self.clock_file();
+        let library = crate::setup::find_libfaketime().filter(|_| clock.exists());
+        let mut postgres = match library {
+            // Through env, so that it concerns PostgreSQL alone and not what changes the user.
+            Some(library) => {
+                let mut postgres = as_user("postgres", Path::new("/usr/bin/env"));
+                postgres.arg(format!("LD_PRELOAD={}", library.display()));
+                postgres.arg(format!("FAKETIME_TIMESTAMP_FILE={}", clock.display()));
+                // Only what the clock on the wall shows: timeouts go by the time that passes.
+                postgres.args(["FAKETIME_NO_CACHE=1", "FAKETIME_DONT_FAKE_MONOTONIC=1"]).arg(program);
+                postgres
+            }
+            None => as_user("postgres", &program),
+        };
+        postgres
             .current_dir(&home)
             .arg("-D")
             .arg(home.join("data"))

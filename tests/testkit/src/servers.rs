@@ -115,6 +115,34 @@ impl Servers {
         Ok(servers)
     }
 
+    /// [`Self::start_private`], with a PostgreSQL whose clock [`Self::set_clock`] sets.
+    ///
+    /// # Errors
+    ///
+    /// When the library that shows another time cannot be installed, and as [`Servers::start_private`].
+    pub fn start_private_with_clock() -> anyhow::Result<Self> {
+        if setup::find_libfaketime().is_none() {
+            setup::install(&["libfaketime"]).context("libfaketime is needed; install it and try again")?;
+        }
+        let mut servers = Self::start_private()?;
+        servers.set_clock(0)?;
+        servers.restart(Server::Postgres, Signal::SIGINT)?;
+        Ok(servers)
+    }
+
+    /// Sets the clock that PostgreSQL sees this many seconds ahead of the real time.
+    ///
+    /// # Errors
+    ///
+    /// When this program did not start the servers.
+    pub fn set_clock(&self, ahead: i64) -> anyhow::Result<()> {
+        let Running { layout, .. } = self.running.as_ref().context("not this program's servers")?;
+        // Renamed, so that nobody reads half of it.
+        let aside = layout.dir.join("clock.new");
+        fs::write(&aside, format!("{ahead:+}"))?;
+        Ok(fs::rename(aside, layout.clock_file())?)
+    }
+
     /// The environment variable with which [`Servers::start`] of a child process uses these servers.
     #[must_use]
     pub fn environment(&self) -> (&'static str, String) {

@@ -75,6 +75,14 @@ pub fn find_valgrind() -> anyhow::Result<PathBuf> {
     find().context("valgrind is not on the PATH")
 }
 
+/// The library that shows programs another time, if it is installed.
+#[must_use]
+pub fn find_libfaketime() -> Option<PathBuf> {
+    let found = std::fs::read_dir("/usr/lib").ok()?.filter_map(Result::ok);
+    let library = |dir: PathBuf| dir.join("faketime/libfaketime.so.1");
+    found.map(|dir| library(dir.path())).find(|path| path.exists())
+}
+
 /// Finds PgBouncer, or installs it.
 ///
 /// # Errors

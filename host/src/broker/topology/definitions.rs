@@ -57,9 +57,9 @@ fn permission_patterns(exchange: &str, declares: bool) -> [String; 3] {
     let name = escaped_name(exchange);
     if declares {
         [
-            format!(r"^{name}(\.dlx|\.dead|\.parking)?$"),
-            format!(r"^({name}|{name}\.dead|amq\.default)$"),
-            format!(r"^{name}\.(dlx|dead|parking)$"),
+            format!(r"^{name}(\.dlx|\.dead|\.parking|\.fleet.*)?$"),
+            format!(r"^({name}|{name}\.dead|{name}\.fleet.*|amq\.default)$"),
+            format!(r"^{name}\.(dlx|dead|parking|fleet.*)$"),
         ]
     } else {
         ["^$".into(), format!(r"^({name}|amq\.default)$"), format!(r"^{name}\.(dead|parking)$")]

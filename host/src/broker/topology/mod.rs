@@ -228,7 +228,7 @@ fn exchange_kind(name: &str) -> ExchangeKind {
 }
 
 /// The channel error with which RabbitMQ answered, and its text; `None` for any other error.
-fn soft_error(error: &BrokerError) -> Option<(AMQPSoftError, String)> {
+pub(super) fn soft_error(error: &BrokerError) -> Option<(AMQPSoftError, String)> {
     let BrokerError::Operation { source, .. } = error else { return None };
     let lapin::ErrorKind::ProtocolError(protocol) = source.kind() else { return None };
     match protocol.kind() {

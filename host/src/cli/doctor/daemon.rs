@@ -58,7 +58,12 @@ async fn check_readiness(report: &mut Report, addr: SocketAddr) {
     // `ask` blocks, until its deadline at most.
     let answer = tokio::task::spawn_blocking(move || ask(addr)).await.expect("asking does not panic");
     match answer {
-        Answer::Ready => report.ok(format_args!("the daemon at {addr} is ready")),
+        Answer::Ready(notes) => {
+            report.ok(format_args!("the daemon at {addr} is ready"));
+            for note in notes {
+                report.warn(format_args!("the daemon at {addr} says: {note}"));
+            }
+        }
         Answer::NotReady(reasons) => report.fail(format_args!(
             "the daemon at {addr} is not ready: {reasons}; see the checks above, and its log"
         )),

@@ -5,6 +5,7 @@ use crate::cli::{format_age, pause_sentence};
 use crate::config::Config;
 use crate::http::LATE;
 use crate::model::error_chain::error_chain;
+use crate::model::installation::Identity;
 use crate::store::{HolderKind, MAX_HOLD_AGE, Skew, Store, StoreError, VacuumHolder};
 
 /// Clocks that differ by less are treated as equal.
@@ -45,6 +46,9 @@ pub(super) async fn check(report: &mut Report, config: &Config) {
     if schema_is_ok {
         check_triggers_and_indexes(report, &store).await;
     }
+    if rights_are_ok {
+        check_server_of_rows(report, &store).await;
+    }
     check_clock(report, &store).await;
     check_snapshots(report, &store).await;
     check_notification_queue(report, &store).await;
@@ -76,6 +80,17 @@ async fn check_rights(report: &mut Report, store: &Store) -> bool {
             report.fail(describe_failure(&error));
             false
         }
+    }
+}
+
+/// Says whether rows were last delivered from this server: otherwise it may be a copy.
+async fn check_server_of_rows(report: &mut Report, store: &Store) {
+    let Some(Identity { recorded, here, .. }) = report.answer_or_fail(store.identity().await, ADVICE) else { return };
+    match recorded.first() {
+        Some(last) if !recorded.contains(&here) => report.note(format_args!(
+            "rows were last delivered from {last}, and this database is {here}: a daemon that starts here asks first whether daemons serve that one, and delivers nothing if they do"
+        )),
+        _ => report.ok(format_args!("this database, {here}, is the one from which rows are delivered")),
     }
 }
 

@@ -13,6 +13,7 @@
 mod doubt;
 pub(super) mod pool;
 pub(super) mod server_check;
+pub(super) mod session_settings;
 
 use std::time::Duration;
 
@@ -68,7 +69,7 @@ impl Store {
     /// none, the caller prepares them.
     pub(super) async fn borrow_connection(&self, warm: bool) -> Result<Connection, StoreError> {
         if self.pool.is_time_to_grow()
-            && let Ok(Ok(connection)) = tokio::time::timeout(CONNECT_DEADLINE, self.options.connect()).await
+            && let Ok(Ok(connection)) = tokio::time::timeout(CONNECT_DEADLINE, self.log_in()).await
         {
             self.pool.grow(Session::new(connection));
         }
@@ -100,6 +101,13 @@ impl Store {
         }
     }
 
+    /// Opens a session with the settings that our statements need.
+    async fn log_in(&self) -> Result<sqlx::PgConnection, sqlx::Error> {
+        let mut session = self.options.connect().await?;
+        sqlx::raw_sql(session_settings::AFTER_LOGIN).execute(&mut session).await?;
+        Ok(session)
+    }
+
     /// Opens a session outside the pool.
     pub(super) async fn connect(&self) -> Result<sqlx::PgConnection, StoreError> {
         self.open(tokio::time::Instant::now() + CONNECT_DEADLINE, false).await
@@ -110,7 +118,7 @@ impl Store {
     async fn open(&self, deadline: tokio::time::Instant, for_pool: bool) -> Result<sqlx::PgConnection, StoreError> {
         let mut failures = 0;
         loop {
-            let source = match timeout_at(deadline, self.options.connect()).await {
+            let source = match timeout_at(deadline, self.log_in()).await {
                 Ok(Ok(connection)) => {
                     self.pool.set_last_error(None);
                     return Ok(connection);

@@ -7,13 +7,14 @@ use crate::store::connection::run_bounded;
 use crate::store::{CONNECT_DEADLINE, SchemaError, Store, StoreError};
 
 /// The rights that the daemon needs on each table.
-pub(in crate::store) const RIGHTS: [(&str, &[&str]); 6] = [
+pub(in crate::store) const RIGHTS: [(&str, &[&str]); 7] = [
     ("_sqlx_migrations", &["SELECT"]),
     ("schedules", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     ("deliveries", &["SELECT", "INSERT", "DELETE"]),
     ("parked", &["SELECT", "INSERT", "DELETE"]),
     ("passes", &["SELECT", "INSERT", "UPDATE"]),
     ("paused", &["SELECT"]),
+    ("installation", &["SELECT", "UPDATE"]),
 ];
 
 /// A pooler gives each transaction another session.

@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use sqlx::postgres::PgListener;
 use tokio::time::timeout;
+use uuid::Uuid;
 
 use crate::store::queue::{kinds, look};
-use crate::store::{Store, StoreError};
+use crate::store::{Store, StoreError, installation};
 
 /// The channel that the triggers notify (`migrations/0003_triggers.sql`).
 const CHANNEL: &str = "tidings";
@@ -44,6 +45,11 @@ impl NotificationSession {
     /// Announces `kinds` for as long as the session lives.
     pub(crate) async fn announce(&mut self, kinds: &[String]) -> Result<(), StoreError> {
         within("announce the kinds that this daemon serves", kinds::announce(&mut self.0, kinds)).await
+    }
+
+    /// Announces this daemon for as long as the session lives, so that others of its database know it.
+    pub(crate) async fn announce_daemon(&mut self, daemon: Uuid) -> Result<(), StoreError> {
+        within("announce this daemon", installation::announce_daemon(&mut self.0, daemon)).await
     }
 
     /// Withdraws the announcement of `kinds`. Their rows are held unless another daemon serves them.

@@ -9,10 +9,11 @@ use crate::store::{Store, StoreError};
 /// The triggers of `tidings.schedules`, as the migrations make them.
 const TRIGGERS: [&str; 3] = ["look_afresh_before_update", "notify_after_insert", "notify_after_update"];
 /// The indexes of the schema, as the migrations make them.
-const INDEXES: [&str; 11] = [
+const INDEXES: [&str; 12] = [
     "_sqlx_migrations_pkey",
     "deliveries_finished_at",
     "deliveries_id",
+    "installation_pkey",
     "parked_pkey",
     "passes_pkey",
     "pauses_pkey",

@@ -10,9 +10,9 @@ use tidings_core::reason::{Reason, Reasons};
 use crate::model::dead_letter::PassCounts;
 use crate::store::Backlog;
 use crate::telemetry::metrics::names::{
-    BLOCKED, CANARY, CLAIMED_ROWS, CLAIMS, CONFIRM, CONNECTED, DEAD_LETTERS, DROPPED_LINES, DROPPED_SPANS, EXPIRED,
-    HELD, LISTENING, LOST_CANARIES, NEXT_DUE, OLDEST_DUE, OLDEST_LETTER, PARKED, PARKED_LETTERS, PENDING, RELOADS,
-    REPLAYS, WAKES,
+    BLOCKED, CANARY, CLAIMED_ROWS, CLAIMS, CLOCK_STEPS, CONFIRM, CONNECTED, DEAD_LETTERS, DROPPED_LINES, DROPPED_SPANS,
+    EXPIRED, HELD, LISTENING, LOST_CANARIES, NEXT_DUE, OLDEST_DUE, OLDEST_LETTER, PARKED, PARKED_LETTERS, PENDING,
+    RELOADS, REPLAYS, WAKES,
 };
 
 /// The handles of the metrics that change often; set when the metrics are started.
@@ -104,6 +104,11 @@ pub fn count_wakes(reasons: Reasons) {
     if let Some(handles) = HANDLES.get() {
         reasons.iter().for_each(|reason| handles.wakes[reason as usize].increment(1));
     }
+}
+
+/// Counts that the clock of PostgreSQL was set.
+pub fn count_clock_step() {
+    counter!(CLOCK_STEPS).increment(1);
 }
 
 /// Counts a claim and its rows.

@@ -26,7 +26,7 @@ use counts::{
     Expired, PROCESS, Reload, Server, count_dropped_spans, count_expired, count_replays, note_next_due, set_backlog,
     set_blocked, set_connected, set_letters, set_listening, set_oldest_dead_letter,
 };
-use names::{BUILD_INFO, CANARY, COUNTERS, DROPPED_LINES, GAUGES, HISTOGRAMS, LOST_CANARIES, RELOADS};
+use names::{BUILD_INFO, CANARY, CLOCK_STEPS, COUNTERS, DROPPED_LINES, GAUGES, HISTOGRAMS, LOST_CANARIES, RELOADS};
 
 /// How often recorded values are moved into the histograms. Until then they are in a list that grows.
 const UPKEEP: Duration = Duration::from_secs(5);
@@ -66,6 +66,7 @@ pub fn start_metrics() -> anyhow::Result<PrometheusHandle> {
     }
     count_replays(&PassCounts::default());
     counter!(LOST_CANARIES).increment(0);
+    counter!(CLOCK_STEPS).increment(0);
     count_dropped_spans(0);
     counter!(DROPPED_LINES).increment(0);
     // Makes the histogram visible before the first canary.

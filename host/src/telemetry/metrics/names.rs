@@ -30,6 +30,7 @@ pub(in crate::telemetry) const PARKED_LETTERS: &str = "tidings_parked_letters";
 pub(in crate::telemetry) const OLDEST_LETTER: &str = "tidings_dead_letters_oldest_age_seconds";
 pub(in crate::telemetry) const CANARY: &str = "tidings_canary_lateness_seconds";
 pub(in crate::telemetry) const LOST_CANARIES: &str = "tidings_canaries_lost_total";
+pub(in crate::telemetry) const CLOCK_STEPS: &str = "tidings_clock_steps_total";
 pub(in crate::telemetry) const DROPPED_SPANS: &str = "tidings_spans_dropped_total";
 pub(in crate::telemetry) const DROPPED_LINES: &str = "tidings_log_lines_dropped_total";
 
@@ -47,7 +48,7 @@ pub(in crate::telemetry) const LATENESS_BUCKETS: [f64; 15] =
 pub(in crate::telemetry) const WORK_BUCKETS: [f64; 12] =
     [0.000_1, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 10.0];
 
-pub(in crate::telemetry) const COUNTERS: [(&str, &str); 11] = [
+pub(in crate::telemetry) const COUNTERS: [(&str, &str); 12] = [
     (DELIVERIES, "Attempts to deliver rows, by kind and outcome."),
     (WAKES, "Looks at the queue, by what woke the scheduler."),
     (CLAIMS, "Claims that locked rows."),
@@ -57,6 +58,7 @@ pub(in crate::telemetry) const COUNTERS: [(&str, &str); 11] = [
     (EXPIRED, "Deadlines that had passed, by where that was found: row, event or dead_letter."),
     (REPLAYS, "Dead letters that a pass dealt with, by outcome: replayed, expired, parked or left."),
     (LOST_CANARIES, "Canaries that did not come within 30 s, or could not be sent."),
+    (CLOCK_STEPS, "How often the clock of PostgreSQL was set by a second or more."),
     (DROPPED_SPANS, "Spans that were lost: the collector did not take them, or too many were waiting for it."),
     (DROPPED_LINES, "Lines of the log that could not be written to standard error."),
 ];
