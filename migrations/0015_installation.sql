@@ -1,4 +1,4 @@
--- One row: which installation this is, and from which server daemons last delivered its rows. A copy of the database has the same
+-- One row at most: which installation this is, and from which server daemons last delivered its rows. A copy of the database has the same
 -- id as its origin, and the origin's server; that is how a daemon can tell that it works on a copy.
 CREATE TABLE tidings.installation (
     singleton boolean PRIMARY KEY DEFAULT true
@@ -6,9 +6,9 @@ CREATE TABLE tidings.installation (
     id uuid NOT NULL DEFAULT gen_random_uuid(),
     servers jsonb NOT NULL DEFAULT '[]'
 );
-COMMENT ON TABLE tidings.installation IS 'One row: the id that this database shares with its copies, and where its rows were last delivered.';
-COMMENT ON COLUMN tidings.installation.id IS 'Made when the schema was migrated, and the same in every copy of the database.';
+COMMENT ON TABLE tidings.installation IS 'One row at most: the id that this database shares with its copies, and where its rows were last delivered.';
+COMMENT ON COLUMN tidings.installation.id IS 'Made when the first daemon started, and the same in every copy of the database.';
 COMMENT ON COLUMN tidings.installation.servers IS 'From where daemons last delivered, written by them: one server, by each address at which they reached it.';
 
-INSERT INTO tidings.installation DEFAULT VALUES;
-GRANT SELECT, UPDATE ON tidings.installation TO tidings_daemon;
+-- The first daemon writes the row: where a platform forces row-level security on each new table, nobody can write here yet.
+GRANT SELECT, INSERT, UPDATE ON tidings.installation TO tidings_daemon;

@@ -47,6 +47,9 @@ fn verify() -> anyhow::Result<bool> {
     build::rust_consumer()?;
     build::python_consumer()?;
     setup::find_chromium()?;
+    if !newest {
+        setup::install_for_tests()?;
+    }
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut tests = Command::new(&cargo);
     tests.arg("test").current_dir(repository());

@@ -97,7 +97,7 @@ impl FleetWatch {
         let mut failures = 0;
         let (doubt, identity) = loop {
             let doubt = self.store.last_doubt();
-            match self.store.identity().await {
+            match read_identity(&self.store).await {
                 Ok(identity) => break (doubt, identity),
                 Err(error) => {
                     warn!(
@@ -220,7 +220,7 @@ impl Watching {
     async fn follow_database(&mut self) -> Result<(), StoreError> {
         let doubt = self.parts.store.last_doubt();
         if doubt != self.doubt {
-            self.identity = self.parts.store.identity().await?;
+            self.identity = read_identity(&self.parts.store).await?;
             self.doubt = doubt;
         }
         Ok(())
@@ -318,5 +318,15 @@ impl Watching {
         Some(format!(
             "daemons serve a copy of this database ({copy}), or its origin: if both deliver, consumers get each message twice"
         ))
+    }
+}
+
+/// Reads which installation this is. The first daemon gives it an id.
+async fn read_identity(store: &Store) -> Result<Identity, StoreError> {
+    loop {
+        if let Some(identity) = store.identity().await? {
+            return Ok(identity);
+        }
+        store.make_installation().await?;
     }
 }

@@ -9,12 +9,13 @@ use crate::model::installation::{Identity, Server};
 use crate::store::{Store, StoreError};
 
 impl Store {
-    /// Tells which installation this is, where its rows were last delivered from, and where the database is now.
+    /// Tells which installation this is, where its rows were last delivered from, and where the database is now; `None` = no
+    /// daemon has worked here, so it has no id yet.
     ///
     /// # Errors
     ///
     /// When the database cannot be asked.
-    pub async fn identity(&self) -> Result<Identity, StoreError> {
+    pub async fn identity(&self) -> Result<Option<Identity>, StoreError> {
         let mut connection = self.connection().await?;
         let row = connection
             .run("say which installation it is", async |connection| {
@@ -31,10 +32,11 @@ impl Store {
                     FROM tidings.installation
                     "#
                 )
-                .fetch_one(connection)
+                .fetch_optional(connection)
                 .await
             })
             .await?;
+        let Some(row) = row else { return Ok(None) };
         let (mut system, mut timeline) = (None, None);
         if row.may_read_control {
             let control =
@@ -47,7 +49,24 @@ impl Store {
         let unknown = |database| vec![Server { system: None, timeline: None, database, address: None }];
         let recorded = serde_json::from_str(&row.servers).unwrap_or_else(|_| unknown(row.servers));
         let here = Server { system, timeline, database: row.database, address: row.address };
-        Ok(Identity { installation: row.id, recorded, here })
+        Ok(Some(Identity { installation: row.id, recorded, here }))
+    }
+
+    /// Gives the installation an id, unless it has one.
+    ///
+    /// # Errors
+    ///
+    /// When the database cannot do it.
+    pub async fn make_installation(&self) -> Result<(), StoreError> {
+        let mut connection = self.connection().await?;
+        connection
+            .run("give the installation an id", async |connection| {
+                sqlx::query!("INSERT INTO tidings.installation DEFAULT VALUES ON CONFLICT DO NOTHING")
+                    .execute(connection)
+                    .await
+            })
+            .await
+            .map(drop)
     }
 
     /// Records that rows are delivered from these servers, which are one by several addresses.

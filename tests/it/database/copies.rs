@@ -137,8 +137,6 @@ async fn daemons_of_one_database_stop_each_other_never() {
 async fn two_installations_on_one_exchange_are_noted_and_deliver() {
     let world = World::with_plugins(&["message"]).await;
     let other = World::with_plugins(&["message"]).await;
-    // The worlds are made of one template.
-    other.sql("UPDATE tidings.installation SET id = gen_random_uuid()").await;
     let mut inbox = world.inbox(&["#"]).await;
     let mut first = world.start_daemon().await;
     let mut second = launch_on(&world, other.ports().0, &other.name).start_ready().await;

@@ -207,7 +207,7 @@ async fn the_tables_may_be_replicated_to_another_database() {
     // On the same server, a subscription cannot make the slot by itself.
     world.sql("SELECT pg_create_logical_replication_slot('copy', 'pgoutput')").await;
     // The copy has records of its own.
-    copy.sql("TRUNCATE tidings._sqlx_migrations, tidings.installation").await;
+    copy.sql("TRUNCATE tidings._sqlx_migrations").await;
     let source = harness::world::database_url(world.ports().0, &world.name);
     copy.sql(&format!(
         "CREATE SUBSCRIPTION copy CONNECTION '{source}' PUBLICATION all_tables WITH (create_slot = false, slot_name = 'copy')"
@@ -234,15 +234,8 @@ async fn the_tables_may_be_repacked_while_rows_are_delivered() {
         return;
     }
     let world = World::with_plugins(&["message"]).await;
-    let version: i32 = world.value("SELECT current_setting('server_version_num')::int / 10000").await;
-    let program = std::path::PathBuf::from(format!("/usr/lib/postgresql/{version}/bin/pg_repack"));
-    if !program.exists() {
-        let package = format!("postgresql-{version}-repack");
-        tokio::task::spawn_blocking(move || harness::setup::install(&[&package]))
-            .await
-            .expect("no panic")
-            .expect("pg_repack");
-    }
+    let program = harness::setup::find_servers().expect("PostgreSQL").postgres.join("pg_repack");
+    assert!(program.exists(), "pg_repack is needed: cargo verify installs it");
     world.sql("CREATE EXTENSION pg_repack").await;
     let mut inbox = world.inbox(&["#"]).await;
     let mut daemon = world.start_daemon().await;

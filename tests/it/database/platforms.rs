@@ -379,6 +379,7 @@ async fn the_rule_about_headers_is_replaced_despite_a_long_reader_and_delays_pro
         ))
         .await;
     world.sql("DROP FUNCTION tidings.headers_are_strings").await;
+    world.sql("DROP TABLE tidings.installation").await;
     world.sql("DELETE FROM tidings._sqlx_migrations WHERE version >= 13").await;
     world.sql(r#"SELECT tidings.schedule('a', now() + interval '1 hour', headers => '{"h": "v"}')"#).await;
     let mut reader = world.db.begin().await.expect("a transaction");

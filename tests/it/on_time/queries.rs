@@ -97,15 +97,17 @@ async fn a_claim_and_its_settlement_cost_the_same_however_many_rows_wait() {
         count_pages(&world, &find_checked_query(CLAIM), types, "'{message}', 200, 2097152, '-infinity', false").await;
     assert!(read < 60 && !plan.contains("Seq Scan on schedules"), "{read}\n{plan}");
 
-    let types = "uuid[], text[], timestamptz[], text[], text[], text[], bigint[]";
+    let types = "uuid[], text[], timestamptz[], text[], text[], text[], bigint[], text[]";
     let ids: Vec<uuid::Uuid> = world.value("SELECT array_agg(id) FROM tidings.schedules WHERE due_at <= now()").await;
     let count = ids.len();
     let ids = ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
     let filled = |value: &str| format!("array_fill({value}, ARRAY[{count}])");
     let text = filled("'x'::text");
     let (instant, number) = (filled("now()"), filled("1::bigint"));
-    let arguments =
-        format!("'{{{ids}}}', {}, {instant}, {text}, {text}, {text}, {number}", filled("'delivered'::text"));
+    let arguments = format!(
+        "'{{{ids}}}', {}, {instant}, {text}, {text}, {text}, {number}, '{{delivered}}'",
+        filled("'delivered'::text")
+    );
     let (read, plan) =
         count_pages(&world, &find_checked_query("INSERT INTO tidings.deliveries"), types, &arguments).await;
     assert!(read < 200 && !plan.contains("Seq Scan on schedules"), "{read}\n{plan}");

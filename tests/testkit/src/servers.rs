@@ -121,9 +121,7 @@ impl Servers {
     ///
     /// When the library that shows another time cannot be installed, and as [`Servers::start_private`].
     pub fn start_private_with_clock() -> anyhow::Result<Self> {
-        if setup::find_libfaketime().is_none() {
-            setup::install(&["libfaketime"]).context("libfaketime is needed; install it and try again")?;
-        }
+        setup::find_libfaketime().context("libfaketime is needed: cargo verify installs it")?;
         let mut servers = Self::start_private()?;
         servers.set_clock(0)?;
         servers.restart(Server::Postgres, Signal::SIGINT)?;

@@ -75,6 +75,27 @@ pub fn find_valgrind() -> anyhow::Result<PathBuf> {
     find().context("valgrind is not on the PATH")
 }
 
+/// Installs what some tests need beside the servers, if it is missing. To be called before a server is started: apt may upgrade
+/// PostgreSQL on the way, and a server that runs could then not load its own libraries any more.
+///
+/// # Errors
+///
+/// When it cannot be installed.
+pub fn install_for_tests() -> anyhow::Result<()> {
+    let mut missing = Vec::new();
+    if find_libfaketime().is_none() {
+        missing.push("libfaketime".to_owned());
+    }
+    let postgres = find_servers()?.postgres;
+    // /usr/lib/postgresql/15/bin
+    let version = postgres.parent().and_then(Path::file_name).and_then(|name| name.to_str());
+    if let Some(version) = version.filter(|_| !postgres.join("pg_repack").exists()) {
+        missing.push(format!("postgresql-{version}-repack"));
+    }
+    let packages: Vec<&str> = missing.iter().map(String::as_str).collect();
+    if packages.is_empty() { Ok(()) } else { install(&packages) }
+}
+
 /// The library that shows programs another time, if it is installed.
 #[must_use]
 pub fn find_libfaketime() -> Option<PathBuf> {

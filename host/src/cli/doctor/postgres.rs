@@ -85,7 +85,9 @@ async fn check_rights(report: &mut Report, store: &Store) -> bool {
 
 /// Says whether rows were last delivered from this server: otherwise it may be a copy.
 async fn check_server_of_rows(report: &mut Report, store: &Store) {
-    let Some(Identity { recorded, here, .. }) = report.answer_or_fail(store.identity().await, ADVICE) else { return };
+    let Some(Some(Identity { recorded, here, .. })) = report.answer_or_fail(store.identity().await, ADVICE) else {
+        return;
+    };
     match recorded.first() {
         Some(last) if !recorded.contains(&here) => report.note(format_args!(
             "rows were last delivered from {last}, and this database is {here}: a daemon that starts here asks first whether daemons serve that one, and delivers nothing if they do"

@@ -14,7 +14,7 @@ pub(in crate::store) const RIGHTS: [(&str, &[&str]); 7] = [
     ("parked", &["SELECT", "INSERT", "DELETE"]),
     ("passes", &["SELECT", "INSERT", "UPDATE"]),
     ("paused", &["SELECT"]),
-    ("installation", &["SELECT", "UPDATE"]),
+    ("installation", &["SELECT", "INSERT", "UPDATE"]),
 ];
 
 /// A pooler gives each transaction another session.

@@ -36,7 +36,7 @@ BEGIN
         SELECT c.oid, c.oid::regclass AS name, c.relname, c.relforcerowsecurity, pg_get_userbyid(c.relowner) AS owner
         FROM pg_class AS c
         WHERE c.relnamespace = to_regnamespace('tidings')
-            AND c.relname IN ('_sqlx_migrations', 'schedules', 'deliveries', 'parked', 'passes', 'pauses')
+            AND c.relname IN ('_sqlx_migrations', 'schedules', 'deliveries', 'parked', 'passes', 'pauses', 'installation')
             AND c.relrowsecurity
             AND pg_has_role(c.relowner, 'USAGE')
     LOOP
