@@ -200,7 +200,7 @@ const MUTANTS: &[Mutant] = &[
         file: "host/core/src/lib.rs",
         from: "(None, _) => Queue::Unknown { notified: true },",
         to: "(None, _) => Queue::Waiting { empty_claims: 0 },",
-        caught_by: &[Oversleeping],
+        caught_by: &[Oversleeping, Recovery],
     },
     Mutant {
         name: "a claim takes rows that will be due 2 ms later",
