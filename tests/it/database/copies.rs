@@ -76,6 +76,10 @@ async fn wait_for_note(daemon: &mut Daemon, part: &str) {
 
 #[tokio::test]
 async fn a_dump_that_is_restored_beside_its_origin_delivers_nothing_says_why_and_delivers_with_the_setting() {
+    if std::env::var_os(harness::image::NEWEST_VARIABLE).is_some() {
+        eprintln!("the programs of the image find their libraries only as servers");
+        return;
+    }
     let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
     let mut origin = world.start_daemon().await;
@@ -103,6 +107,10 @@ async fn a_dump_that_is_restored_beside_its_origin_delivers_nothing_says_why_and
 
 #[tokio::test]
 async fn a_dump_whose_origin_is_gone_delivers_and_says_so_once() {
+    if std::env::var_os(harness::image::NEWEST_VARIABLE).is_some() {
+        eprintln!("the programs of the image find their libraries only as servers");
+        return;
+    }
     let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
     let origin = world.start_daemon().await;

@@ -94,7 +94,7 @@ async fn a_delivery_may_take_longer_than_a_transaction_elsewhere() {
     let _daemon = world.launch().with("TIDINGS_DATABASE_URL", database_url_of(&world, &daemon)).start_ready().await;
     world.sql("SELECT tidings.schedule('slow', now())").await;
     inbox.next().await;
-    world.wait_until("SELECT attempts = 1 FROM tidings.deliveries").await;
+    world.wait_until("SELECT count(*) = 1 FROM tidings.deliveries").await;
 }
 
 #[tokio::test]
