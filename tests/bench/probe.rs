@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use harness::servers::children_of;
+use harness::processes::children_of;
 use harness::world::World;
 use serde_json::Value;
 

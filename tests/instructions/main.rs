@@ -3,7 +3,7 @@
 //! `cargo instructions -- --write` writes the counts of this build into the file.
 //!
 //! A part runs in two processes, with few and with many repetitions. The difference of their counts, divided by the difference
-//! of the repetitions, is what one repetition needs: whatever else a process does cancels out.
+//! of the repetitions, is what one repetition needs. What both processes do besides is not in the difference.
 //!
 //! The build is that of the tests, which is not optimized, so the counts are higher than those of a release. They show that
 //! something is done that was not done before. How long it takes is measured by `cargo measure`.

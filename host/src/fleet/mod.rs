@@ -13,11 +13,11 @@
 //!   exchange tidings.fleet ◀──announce, hear──┘
 //! ```
 //!
-//! Whether another daemon works on this database is not a matter of addresses: each holds a lock in it, named by an id that it
-//! has for itself, on the connection of its listener. A daemon that delivers follows its database wherever it goes: a failover is
-//! no move.
+//! To find out whether another daemon works on this database, a daemon does not compare addresses. Each daemon makes an id when it
+//! starts, announces it, and holds a lock of that name in its database, on the connection of its listener. A daemon that delivers
+//! goes on when its database moves, as in a failover.
 //!
-//! The daemon starts what delivers and replays only when it may, so a daemon of a copy does nothing at all.
+//! The daemon starts the scheduler, the replayer and the canary only when it may deliver.
 //!
 //! Must never stop a daemon that has begun to deliver.
 
@@ -60,7 +60,7 @@ pub struct FleetWatch {
     pub health: Arc<Health>,
     /// The id under which the listener announces this daemon.
     pub daemon: Uuid,
-    /// `TIDINGS_ADOPT`: deliver from this database, whoever is heard.
+    /// `TIDINGS_ADOPT`: deliver from this database, even if it is a copy.
     pub adopt: bool,
 }
 
@@ -139,7 +139,7 @@ impl FleetWatch {
                     if failures == 0 && !is_not_permitted {
                         warn!(
                             error = &error as &dyn std::error::Error,
-                            "lost the channel on which daemons hear each other, opening it again"
+                            "cannot hear the other daemons of the exchange, trying again"
                         );
                     }
                     failures = failures.saturating_add(1);

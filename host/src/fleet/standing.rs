@@ -43,7 +43,7 @@ pub(super) enum Standing {
 /// What is known of the daemons of the exchange.
 #[derive(Clone, Debug)]
 pub(super) struct Fleet {
-    /// This daemon has delivered, or may begin at once: wherever its database goes, it follows.
+    /// This daemon has delivered, or may begin at once. It goes on when its database moves.
     trusted: bool,
     /// When the others were asked who they are; `None` = not yet.
     asked_at: Option<Moment>,

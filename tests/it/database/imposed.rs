@@ -9,8 +9,9 @@ use harness::world::World;
 use sqlx::Executor as _;
 
 use crate::database::platforms::{
-    check_everything, check_everything_with, create_role, database_url_of, launch_migrate,
+    TABLES, check_everything, check_everything_with, create_role, database_url_of, launch_migrate,
 };
+use crate::nothing_lost::settling::note_setting;
 use crate::operations::health::wait_until_ready;
 
 /// Sets something for the daemon's role, and checks that everything works.
@@ -49,10 +50,7 @@ everything_works_with! {
     everything_works_where_every_statement_is_logged: "log_statement = 'all'",
     everything_works_where_every_statement_is_compiled: "jit_above_cost = 0",
     everything_works_where_every_statement_is_planned_anew: "plan_cache_mode = 'force_custom_plan'",
-    everything_works_without_scans_of_indexes: "enable_indexscan = off",
     everything_works_with_little_memory: "work_mem = '64kB'",
-    everything_works_without_row_security: "row_security = off",
-    everything_works_where_commits_do_not_wait: "synchronous_commit = off",
     everything_works_where_triggers_do_not_fire: "session_replication_role = 'replica'",
     everything_works_with_another_encoding: "client_encoding = 'LATIN1'",
 }
@@ -97,27 +95,40 @@ async fn a_delivery_may_take_longer_than_a_transaction_elsewhere() {
     world.wait_until("SELECT count(*) = 1 FROM tidings.deliveries").await;
 }
 
-#[tokio::test]
-async fn a_commit_of_the_daemon_waits_for_the_disk_even_if_those_of_its_role_do_not() {
+/// Checks which value a setting has in the daemon's transactions while each other one is set for its role.
+async fn check_kept(name: &str, imposed_and_kept: &[(&str, &str)]) {
     let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
-    world.sql("CREATE TABLE waits (value text)").await;
-    world
-        .sql(
-            "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS
-             'BEGIN INSERT INTO public.waits VALUES (current_setting(''synchronous_commit'')); RETURN NULL; END'",
-        )
-        .await;
-    world.sql("CREATE TRIGGER note AFTER DELETE ON tidings.schedules FOR EACH ROW EXECUTE FUNCTION note()").await;
-    for (imposed, kept) in [("off", "on"), ("remote_apply", "remote_apply")] {
+    note_setting(&world, name).await;
+    for (imposed, kept) in imposed_and_kept {
         let role = create_role(&world, imposed, "IN ROLE tidings_daemon").await;
-        world.sql(&format!("ALTER ROLE {role} SET synchronous_commit = '{imposed}'")).await;
+        world.sql(&format!("ALTER ROLE {role} SET {name} = '{imposed}'")).await;
         let daemon = world.launch().with("TIDINGS_DATABASE_URL", database_url_of(&world, &role)).start_ready().await;
-        world.sql(r#"SELECT tidings.schedule('message', now(), '{"routing_key": "a", "body": 1}')"#).await;
-        inbox.next().await;
-        world.wait_until(&format!("SELECT count(*) = 1 FROM waits WHERE value = '{kept}'")).await;
+        deliver(&world, &mut inbox, 1).await;
+        world.wait_until(&format!("SELECT count(*) = 1 FROM noted WHERE value = '{kept}'")).await;
         assert!(daemon.stop().await.success());
     }
+}
+
+#[tokio::test]
+async fn a_commit_of_the_daemon_waits_for_the_disk_even_if_those_of_its_role_do_not() {
+    check_kept("synchronous_commit", &[("off", "on"), ("remote_apply", "remote_apply")]).await;
+}
+
+#[tokio::test]
+async fn the_daemon_reads_by_indexes_even_if_its_role_does_not() {
+    check_kept("enable_indexscan", &[("off", "on")]).await;
+}
+
+#[tokio::test]
+async fn everything_works_without_row_security_where_tables_have_it() {
+    let world = World::with_plugins(&["message"]).await;
+    for table in TABLES {
+        world.sql(&format!("ALTER TABLE tidings.{table} ENABLE ROW LEVEL SECURITY")).await;
+    }
+    let (code, output) = launch_migrate(&world, "postgres").run_to_end().await;
+    assert_eq!(code, 0, "{output}");
+    check_everything_with(&world, "row_security = off").await;
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 pub(crate) mod copies;
 pub(crate) mod few_connections;
 pub(crate) mod imposed;
+pub(crate) mod locks;
 pub(crate) mod platforms;
 pub(crate) mod sql;
 pub(crate) mod unfit;

@@ -142,7 +142,8 @@ async fn migrate_prints_the_cause_of_an_error_only_once() {
 }
 
 /// All tables of Tidings.
-const TABLES: [&str; 7] = ["_sqlx_migrations", "schedules", "deliveries", "parked", "passes", "pauses", "installation"];
+pub(crate) const TABLES: [&str; 7] =
+    ["_sqlx_migrations", "schedules", "deliveries", "parked", "passes", "pauses", "installation"];
 
 #[tokio::test]
 async fn row_level_security_is_reported_at_the_start_by_readyz_and_by_the_doctor_with_the_solution() {
@@ -220,6 +221,10 @@ pub(crate) async fn check_everything_with(world: &World, imposed: &str) {
     wait_for_message_count(world, "tidings.dead", 0).await;
     world.wait_until("SELECT count(*) = 1 FROM tidings.parked").await;
     world.wait_until("SELECT count(*) = 1 FROM tidings.deliveries").await;
+    // NULL is no text.
+    let as_written =
+        "SELECT detail IS NULL AND plugin LIKE 'message@%' AND finished_at > due_at FROM tidings.deliveries";
+    assert!(world.value::<bool>(as_written).await);
     let seen = app.execute("SELECT FROM tidings.deliveries, tidings.parked").await.expect("seen").rows_affected();
     assert_eq!(seen, 1);
     for command in [&["pause", "message"][..], &["resume", "message"]] {
@@ -336,71 +341,4 @@ async fn everything_works_with_a_publication_of_all_tables() {
         assert_eq!(code, 0, "{output}");
     }
     wait_until_ready(&mut daemon).await;
-}
-
-#[tokio::test]
-async fn the_history_gets_its_replica_identity_despite_a_long_reader_and_delays_writers_briefly() {
-    let world = World::empty().await;
-    world.sql("ALTER TABLE tidings.deliveries REPLICA IDENTITY DEFAULT").await;
-    world.sql("DELETE FROM tidings._sqlx_migrations WHERE version = 12").await;
-    let mut reader = world.db.begin().await.expect("a transaction");
-    reader.execute("SELECT FROM tidings.deliveries").await.expect("read");
-    let mut migrating = launch_migrate(&world, "postgres").start();
-    world
-        .wait_until(
-            "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND relation = 'tidings.deliveries'::regclass)",
-        )
-        .await;
-
-    // A transaction that writes history waits for the migration's lock for half a second at most.
-    let mut writer = world.db.begin().await.expect("a transaction");
-    writer.execute("SET LOCAL lock_timeout = '10s'").await.expect("set");
-    let write = "INSERT INTO tidings.deliveries (id, kind, due_at, finished_at, outcome, attempts, payload, headers)
-        VALUES (gen_random_uuid(), 'a', now(), now(), 'delivered', 1, '{}', '{}')";
-    writer.execute(write).await.expect("written");
-    writer.commit().await.expect("written");
-    reader.commit().await.expect("read");
-
-    assert!(migrating.wait_for_end().await.success(), "{}", migrating.log());
-    assert!(
-        world.value::<bool>("SELECT relreplident = 'f' FROM pg_class WHERE oid = 'tidings.deliveries'::regclass").await
-    );
-}
-
-#[tokio::test]
-async fn the_rule_about_headers_is_replaced_despite_a_long_reader_and_delays_producers_briefly() {
-    let world = World::empty().await;
-    // As before migration 13.
-    let rule = r#""headers must be an object of strings, 16 KiB together""#;
-    world
-        .sql(&format!(
-            "ALTER TABLE tidings.schedules DROP CONSTRAINT {rule},
-                 ADD CONSTRAINT {rule} CHECK (headers = '{{}}' OR jsonb_typeof(headers) = 'object')"
-        ))
-        .await;
-    world.sql("DROP FUNCTION tidings.headers_are_strings").await;
-    world.sql("DROP TABLE tidings.installation").await;
-    world.sql("DELETE FROM tidings._sqlx_migrations WHERE version >= 13").await;
-    world.sql(r#"SELECT tidings.schedule('a', now() + interval '1 hour', headers => '{"h": "v"}')"#).await;
-    let mut reader = world.db.begin().await.expect("a transaction");
-    reader.execute("SELECT FROM tidings.schedules").await.expect("read");
-    let mut migrating = launch_migrate(&world, "postgres").start();
-    world
-        .wait_until(
-            "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND relation = 'tidings.schedules'::regclass)",
-        )
-        .await;
-
-    // A producer waits for the migration's lock for half a second at most.
-    let mut producer = world.db.begin().await.expect("a transaction");
-    producer.execute("SET LOCAL lock_timeout = '10s'").await.expect("set");
-    producer.execute("SELECT tidings.schedule('a', now() + interval '1 hour')").await.expect("scheduled");
-    producer.commit().await.expect("scheduled");
-    reader.commit().await.expect("read");
-
-    assert!(migrating.wait_for_end().await.success(), "{}", migrating.log());
-    let validated = format!("SELECT convalidated FROM pg_constraint WHERE conname = '{}'", rule.trim_matches('"'));
-    assert!(world.value::<bool>(&validated).await);
-    let error = world.expect_error(r#"SELECT tidings.schedule('a', now(), headers => '{"h": 1}')"#).await;
-    assert!(error.contains(rule.trim_matches('"')), "{error}");
 }

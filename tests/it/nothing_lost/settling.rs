@@ -30,6 +30,19 @@ async fn finish_rows(world: &World, name: &str, value: &str) -> Daemon {
     daemon
 }
 
+/// Notes in the table `noted` the value that a setting has in each transaction that ends a delivery.
+pub(crate) async fn note_setting(world: &World, name: &str) {
+    world.sql("CREATE TABLE noted (value text)").await;
+    world
+        .sql(&format!(
+            "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS
+             'BEGIN INSERT INTO public.noted VALUES (current_setting(''{name}'')); RETURN NULL; END'"
+        ))
+        .await;
+    // A row is deleted in the transaction that ends its delivery.
+    world.sql("CREATE TRIGGER note AFTER DELETE ON tidings.schedules FOR EACH ROW EXECUTE FUNCTION note()").await;
+}
+
 /// The outcomes in the history, with how many rows have each.
 async fn history(world: &World) -> String {
     let counted = "SELECT outcome || ' ' || count(*) AS line FROM tidings.deliveries GROUP BY outcome";
@@ -63,18 +76,10 @@ async fn a_daemon_that_writes_no_history_removes_what_there_is() {
 async fn a_commit_waits_for_the_disk_unless_it_may_not() {
     for value in ["on", "off"] {
         let world = World::with_plugins(&["misbehave"]).await;
-        // The deletion is in the transaction that ends the delivery.
-        world.sql("CREATE TABLE waits (value text)").await;
-        world
-            .sql(
-                "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS
-                 'BEGIN INSERT INTO public.waits VALUES (current_setting(''synchronous_commit'')); RETURN NULL; END'",
-            )
-            .await;
-        world.sql("CREATE TRIGGER note AFTER DELETE ON tidings.schedules FOR EACH ROW EXECUTE FUNCTION note()").await;
+        note_setting(&world, "synchronous_commit").await;
         let _daemon = finish_rows(&world, "TIDINGS_SYNCHRONOUS_COMMIT", value).await;
-        let noted: String = world.value("SELECT string_agg(DISTINCT value, ' ') FROM waits").await;
-        assert_eq!((&*noted, world.value::<i64>("SELECT count(*) FROM waits").await), (value, 103));
+        let noted: String = world.value("SELECT string_agg(DISTINCT value, ' ') FROM noted").await;
+        assert_eq!((&*noted, world.value::<i64>("SELECT count(*) FROM noted").await), (value, 103));
     }
 }
 

@@ -8,6 +8,7 @@ pub mod containers;
 pub mod daemon;
 pub mod image;
 pub mod place;
+pub mod processes;
 pub mod servers;
 pub mod setup;
 

@@ -4,8 +4,6 @@
 
 use std::fs;
 use std::net::{TcpListener, TcpStream};
-use std::os::unix::process::CommandExt as _;
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -16,6 +14,7 @@ use nix::unistd::Pid;
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 
 use crate::place::{Identity, Layout, as_user, logs, start_epmd};
+use crate::processes::{children_of, start_reaper};
 use crate::{command_line, eventually, setup};
 
 /// The environment variable that passes the ports of running servers on to child programs.
@@ -368,34 +367,6 @@ pub(crate) fn free_ports<const N: usize>() -> anyhow::Result<[u16; N]> {
     let ports: Vec<u16> =
         listeners.iter().map(|listener| listener.local_addr().map(|at| at.port())).collect::<Result<_, _>>()?;
     ports.try_into().map_err(|_| anyhow::anyhow!("as many ports as asked for"))
-}
-
-/// The processes that `parent` has started and that have not ended.
-#[must_use]
-pub fn children_of(parent: u32) -> Vec<u32> {
-    let pids =
-        fs::read_dir("/proc").into_iter().flatten().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-    pids.filter(|pid: &u32| {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        // The name, in brackets, may contain any characters. After it come the state and the parent's pid.
-        stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)?.parse().ok()) == Some(parent)
-    })
-    .collect()
-}
-
-/// Starts a shell that stops `children` in order when its input ends: when this program closes the pipe, or ends.
-fn start_reaper(dir: &Path, children: &[Child]) -> anyhow::Result<Child> {
-    const SCRIPT: &str = r#"
-        cat >/dev/null
-        kill -INT "$1" 2>/dev/null; kill -TERM "$2" 2>/dev/null
-        for i in $(seq 100); do kill -0 "$1" 2>/dev/null || kill -0 "$2" 2>/dev/null || break; sleep 0.1; done
-        kill -KILL "$1" "$2" 2>/dev/null; kill -TERM "$3" 2>/dev/null
-        rm -rf "$0"
-    "#;
-    let mut command = Command::new("sh");
-    command.arg("-c").arg(SCRIPT).arg(dir).args(children.iter().map(|child| child.id().to_string()));
-    command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
-    command.spawn().context("could not start the shell that stops the servers")
 }
 
 /// The URL of a database, as its superuser.

@@ -4,7 +4,7 @@
 //! Must never set what only a superuser may set: the login would fail.
 
 /// What a session asks for at its login.
-pub(in crate::store) const AT_LOGIN: [(&str, &str); 27] = [
+pub(in crate::store) const AT_LOGIN: [(&str, &str); 22] = [
     // When our host is gone, the server must notice and release the rows that we had locked. With its
     // defaults that takes over two hours.
     ("tcp_keepalives_idle", "10"),
@@ -18,24 +18,19 @@ pub(in crate::store) const AT_LOGIN: [(&str, &str); 27] = [
     ("lock_timeout", "5000"),
     ("default_transaction_isolation", "read committed"),
     ("default_transaction_read_only", "off"),
-    ("default_transaction_deferrable", "off"),
     ("row_security", "on"),
     ("search_path", ""),
-    // How values are written as text and read from it. The messages of `queue/prepared.rs` have their values as text.
     ("TimeZone", "UTC"),
-    ("DateStyle", "ISO"),
-    ("IntervalStyle", "postgres"),
+    // The messages of `queue/prepared.rs` have NULL in arrays, and their answers have bytes as text.
     ("bytea_output", "hex"),
-    ("standard_conforming_strings", "on"),
     ("array_nulls", "on"),
-    ("transform_null_equals", "off"),
     ("jit", "off"),
     // A claim's rows fit into it, so that none is written into a temporary file, of which there may be no room.
     ("work_mem", "16MB"),
     // The queue is read by its index, from its head. Without, each look would read the whole table.
     ("enable_indexscan", "on"),
-    // What is asked for in an order is read by the index in that order. PostgreSQL's statistics lag behind,
-    // and cannot know what is paused: now and then the planner would read the whole table and sort it.
+    // The planner must read rows by the index that has them in order. PostgreSQL's statistics lag behind, and cannot know what
+    // is paused: now and then the planner would read the whole table and sort it.
     ("enable_sort", "off"),
     // By default PostgreSQL plans each claim anew, which takes longer than the claim itself: it estimates a
     // plan for the given values to be slightly cheaper than the generic plan, though they are the same
