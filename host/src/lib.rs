@@ -10,6 +10,8 @@ pub mod dead_letters;
 pub mod fleet;
 pub mod scheduler;
 
+pub mod recurrences;
+
 pub mod plugins;
 pub mod telemetry;
 

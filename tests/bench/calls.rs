@@ -103,5 +103,8 @@ fn row(kind: &str, payload: &str) -> Schedule {
         attempts: 0,
         failures: 0,
         refusals: 0,
+        untried_since: None,
+        recurrence: None,
+        nominal_at: None,
     }
 }

@@ -157,5 +157,8 @@ fn row() -> Schedule {
         attempts: 0,
         failures: 0,
         refusals: 0,
+        untried_since: None,
+        recurrence: None,
+        nominal_at: None,
     }
 }

@@ -8,3 +8,4 @@ mod nothing_lost;
 mod on_time;
 mod operations;
 mod plugins;
+mod recurrences;

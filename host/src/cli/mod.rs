@@ -21,13 +21,16 @@ mod output;
 mod parked;
 mod pause;
 mod plugin;
+mod preview;
 mod ready;
+mod recurrences;
 mod run;
 mod schedule;
 mod times;
 mod topology;
 
 use std::process::ExitCode;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
@@ -36,6 +39,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::config::{DatabaseArgs, DoctorArgs, HttpArgs, RunArgs, ValidationErrors};
 use crate::model::display::{pause_sentence, printable};
 use crate::model::error_chain::error_chain;
+use crate::recurrences::zone;
 use crate::store::{Store, StoreError};
 use crate::telemetry;
 use crate::telemetry::LogFormat;
@@ -50,7 +54,7 @@ const NOT_FOUND: u8 = 66;
 
 /// Turns rows in PostgreSQL into messages in RabbitMQ, on time.
 #[derive(Debug, Parser)]
-#[command(name = "tidings", version, arg_required_else_help = true)]
+#[command(name = "tidings", version = version(), arg_required_else_help = true)]
 #[command(after_help = "Example:\n  tidings next --within 1h")]
 struct Cli {
     /// Answers in JSON, for programs
@@ -58,6 +62,13 @@ struct Cli {
     json: bool,
     #[command(subcommand)]
     command: Command,
+}
+
+/// The version, and of when the time zones are.
+fn version() -> &'static str {
+    static VERSION: LazyLock<String> =
+        LazyLock::new(|| format!("{} (time zone database {})", env!("CARGO_PKG_VERSION"), zone::release()));
+    &VERSION
 }
 
 #[derive(Debug, Subcommand)]
@@ -80,6 +91,13 @@ enum Command {
         override_usage = "tidings cancel [OPTIONS] <KIND> <KEY>\n       tidings cancel [OPTIONS] --subject <SUBJECT>"
     )]
     Cancel(schedule::CancelArgs),
+    /// Makes or changes a recurrence: a rule that makes rows, such as every day at 02:30
+    Repeat(Box<recurrences::RepeatArgs>),
+    /// Lists, shows, stops, pauses or resumes recurrences
+    #[command(subcommand)]
+    Recurrences(recurrences::Command),
+    /// Shows the coming instants of a rule, with every change of the clocks
+    Preview(preview::PreviewArgs),
     /// Stops a kind: its rows wait where they are
     Pause(pause::PauseArgs),
     /// Lets a paused kind go on
@@ -143,6 +161,9 @@ pub fn main() -> ExitCode {
         Command::Explain(args) => runtime.block_on(explain::explain(args, output)),
         Command::Schedule(args) => runtime.block_on(schedule::schedule(args, output)),
         Command::Cancel(args) => runtime.block_on(schedule::cancel(args, output)),
+        Command::Repeat(args) => runtime.block_on(recurrences::repeat(*args, output)),
+        Command::Recurrences(command) => runtime.block_on(recurrences::run(command, output)),
+        Command::Preview(args) => preview::show(&args, output),
         Command::Pause(args) => runtime.block_on(pause::pause(args, output)),
         Command::Resume(args) => runtime.block_on(pause::resume(args, output)),
         Command::Topology(args) => topology::topology(args),
@@ -204,6 +225,15 @@ fn name_argument(rule: &str) -> String {
         "headers" => "--header",
         "until" => "--until or --for",
         "reason" => "--reason",
+        "name" => "NAME",
+        "rule" => "RULE",
+        "time_zone" => "--zone",
+        "expires_after" => "--expires-after",
+        "catch_up_within" => "--catch-up-within",
+        "spread" => "--spread",
+        "starts_at" => "--starts-at",
+        "ends_at" => "--ends-at",
+        "max_count" => "--max-count",
         _ => return rule.to_owned(),
     };
     format!("{argument}: {rule}")

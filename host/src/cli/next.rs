@@ -1,4 +1,4 @@
-//! `tidings next`: the rows that are due next, and what is held or paused.
+//! `tidings next`: the rows that are due next, the coming occurrences of recurrences, and what is held or paused.
 
 use std::fmt;
 use std::process::ExitCode;
@@ -12,7 +12,8 @@ use crate::cli::output::Output;
 use crate::cli::{pause_sentence, printable, times, with_store};
 use crate::config::DatabaseArgs;
 use crate::model::row_status::Pause;
-use crate::store::{COUNT_LIMIT, Store, UpcomingRow};
+use crate::recurrences::coming;
+use crate::store::{COUNT_LIMIT, Store, StoreError, Upcoming, UpcomingRow};
 
 /// What to show.
 #[derive(Args, Debug)]
@@ -40,8 +41,21 @@ struct Next {
     rows: Vec<UpcomingRow>,
     more: u64,
     more_is_estimate: bool,
+    /// Coming occurrences that are not rows yet.
+    occurrences: Vec<ComingOccurrence>,
     held: Vec<Held>,
     paused: Vec<Pause>,
+}
+
+/// A coming occurrence that is not a row yet.
+#[derive(Debug, Serialize)]
+struct ComingOccurrence {
+    /// When it will be due.
+    #[serde(with = "time::serde::rfc3339")]
+    due_at: OffsetDateTime,
+    kind: String,
+    recurrence: String,
+    subject: Option<String>,
 }
 
 /// Rows of one kind that are held.
@@ -60,11 +74,13 @@ pub(super) async fn next(args: NextArgs, output: Output) -> ExitCode {
         let is_wanted = |other: &str| kind.as_deref().is_none_or(|kind| kind == other);
         let held = store.held_by_kind().await?.into_iter().filter(|(kind, _)| is_wanted(kind));
         let held = held.map(|(kind, rows)| Held { kind, rows: rows.min(COUNT_LIMIT), or_more: rows > COUNT_LIMIT });
+        let occurrences = coming_occurrences(&store, &upcoming, within, kind.as_deref(), limit).await?;
         output.answer(&Next {
             now: upcoming.now,
             rows: upcoming.rows,
             more: upcoming.more,
             more_is_estimate: upcoming.more_is_estimate,
+            occurrences,
             held: held.collect(),
             paused: store.pauses().await?.into_iter().filter(|pause| is_wanted(&pause.kind)).collect(),
         });
@@ -73,13 +89,55 @@ pub(super) async fn next(args: NextArgs, output: Output) -> ExitCode {
     .await
 }
 
+/// The coming occurrences that are not rows yet, at most `limit`, and none after the last row if there are more rows than are
+/// shown.
+async fn coming_occurrences(
+    store: &Store,
+    upcoming: &Upcoming,
+    within: Option<Duration>,
+    kind: Option<&str>,
+    limit: u32,
+) -> Result<Vec<ComingOccurrence>, StoreError> {
+    let limit = limit as usize;
+    let until = within.and_then(|within| upcoming.now.checked_add(within.try_into().ok()?));
+    let mut coming = Vec::new();
+    for recurrence in store.next_recurrences(kind, i64::try_from(limit).unwrap_or(i64::MAX)).await? {
+        let offset = time::Duration::seconds_f64(recurrence.offset_seconds);
+        let instants = coming::instants(&recurrence, limit);
+        let due_at = instants.into_iter().map(|at| at.saturating_add(offset));
+        coming.extend(due_at.take_while(|at| until.is_none_or(|until| *at <= until)).map(|due_at| ComingOccurrence {
+            due_at,
+            kind: recurrence.kind.clone(),
+            recurrence: recurrence.name.clone(),
+            subject: recurrence.subject.clone(),
+        }));
+    }
+    coming.sort_by(|one, other| (one.due_at, &one.recurrence).cmp(&(other.due_at, &other.recurrence)));
+    // If there are more rows than are shown, what comes after them is not shown either.
+    if let Some(last) = upcoming.rows.last().filter(|_| upcoming.more > 0) {
+        coming.retain(|occurrence| occurrence.due_at <= last.at);
+    }
+    coming.truncate(limit);
+    Ok(coming)
+}
+
 impl fmt::Display for Next {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if !self.rows.is_empty() {
+        if !self.rows.is_empty() || !self.occurrences.is_empty() {
             writeln!(formatter, "{:<24} {:<16} {:<24} {:<24} subject", "at", "", "kind", "key")?;
         }
+        let name = |name: &Option<String>| name.as_deref().map_or_else(|| "-".to_owned(), printable);
+        let mut occurrences = self.occurrences.iter().peekable();
+        let show_occurrence = |formatter: &mut fmt::Formatter<'_>, occurrence: &ComingOccurrence| {
+            let ComingOccurrence { due_at, kind, recurrence, subject } = occurrence;
+            let when = format!("{}, not made", times::format_relative(*due_at, self.now));
+            let (at, key, subject) = (times::show(*due_at), format!("{}/…", printable(recurrence)), name(subject));
+            writeln!(formatter, "{at:<24} {when:<16} {kind:<24} {key:<24} {subject}")
+        };
         for row in &self.rows {
-            let name = |name: &Option<String>| name.as_deref().map_or_else(|| "-".to_owned(), printable);
+            while let Some(occurrence) = occurrences.next_if(|occurrence| occurrence.due_at < row.at) {
+                show_occurrence(formatter, occurrence)?;
+            }
             let when = match times::format_relative(row.at, self.now) {
                 when if row.held => format!("{when}, held"),
                 when if row.attempts > 0 => format!("{when}, again"),
@@ -88,7 +146,11 @@ impl fmt::Display for Next {
             let (at, kind, key, subject) = (times::show(row.at), &row.kind, name(&row.key), name(&row.subject));
             writeln!(formatter, "{at:<24} {when:<16} {kind:<24} {key:<24} {subject}")?;
         }
+        for occurrence in occurrences {
+            show_occurrence(formatter, occurrence)?;
+        }
         match (self.rows.len(), self.more) {
+            (0, _) if !self.occurrences.is_empty() => write!(formatter, "{} occurrences", self.occurrences.len())?,
             (0, _) => write!(formatter, "nothing is due")?,
             (rows, 0) => write!(formatter, "{rows} rows, and no more")?,
             (rows, more) if self.more_is_estimate => write!(formatter, "{rows} rows, and about {more} more")?,

@@ -1,5 +1,5 @@
-//! `tidings pause` and `tidings resume`: an operator stops a kind and lets it go on. The rows of the kind stay in the
-//! queue.
+//! `tidings pause` and `tidings resume`: an operator stops a kind, or a recurrence, and lets it go on. The rows of the kind stay
+//! in the queue.
 
 use std::fmt;
 use std::process::ExitCode;
@@ -10,19 +10,24 @@ use serde::Serialize;
 use time::OffsetDateTime;
 
 use crate::cli::output::{Output, complain};
-use crate::cli::{NOT_FOUND, pause_sentence, printable, times, with_store};
+use crate::cli::{NOT_FOUND, pause_sentence, printable, recurrences, times, with_store};
 use crate::config::DatabaseArgs;
 use crate::model::row_status::Pause;
 use crate::store::{Store, Until};
 
 /// What to pause, and until when.
 #[derive(Args, Debug)]
-#[command(after_help = "Example:\n  tidings pause game-reminder --for 2h --reason 'the mail server is down'")]
+#[command(after_help = "Examples:\n  tidings pause game-reminder --for 2h --reason 'the mail server is down'\n  \
+                        tidings pause --recurrence nightly-report")]
 pub(super) struct PauseArgs {
     #[command(flatten)]
     database: DatabaseArgs,
     /// The kind
-    kind: String,
+    #[arg(required_unless_present = "recurrence", conflicts_with = "recurrence")]
+    kind: Option<String>,
+    /// A recurrence, in place of a kind: it makes no occurrences
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["until", "span", "reason"])]
+    recurrence: Option<String>,
     /// When the pause ends by itself, in RFC 3339; without --until and --for only `tidings resume` ends it
     #[arg(long, value_name = "TIME", value_parser = times::parse_instant, conflicts_with = "span")]
     until: Option<OffsetDateTime>,
@@ -36,12 +41,16 @@ pub(super) struct PauseArgs {
 
 /// What to resume.
 #[derive(Args, Debug)]
-#[command(after_help = "Example:\n  tidings resume game-reminder")]
+#[command(after_help = "Examples:\n  tidings resume game-reminder\n  tidings resume --recurrence nightly-report")]
 pub(super) struct ResumeArgs {
     #[command(flatten)]
     database: DatabaseArgs,
     /// The kind
-    kind: String,
+    #[arg(required_unless_present = "recurrence", conflicts_with = "recurrence")]
+    kind: Option<String>,
+    /// A recurrence, in place of a kind
+    #[arg(long, value_name = "NAME")]
+    recurrence: Option<String>,
 }
 
 /// What `tidings pause` answers.
@@ -61,7 +70,11 @@ struct Resumed {
 }
 
 pub(super) async fn pause(args: PauseArgs, output: Output) -> ExitCode {
-    let PauseArgs { database, kind, until, span, reason } = args;
+    let PauseArgs { database, kind, recurrence, until, span, reason } = args;
+    if let Some(name) = recurrence {
+        return recurrences::pause(database, name, true, output).await;
+    }
+    let kind = kind.unwrap_or_default();
     let until = match (until, span) {
         (Some(at), _) => Until::At(at),
         (None, Some(span)) => Until::After(span),
@@ -80,7 +93,11 @@ pub(super) async fn pause(args: PauseArgs, output: Output) -> ExitCode {
 }
 
 pub(super) async fn resume(args: ResumeArgs, output: Output) -> ExitCode {
-    let ResumeArgs { database, kind } = args;
+    let ResumeArgs { database, kind, recurrence } = args;
+    if let Some(name) = recurrence {
+        return recurrences::pause(database, name, false, output).await;
+    }
+    let kind = kind.unwrap_or_default();
     with_store(database, async |store: Store| {
         let resumed = store.resume(&kind).await?;
         output.answer(&Resumed { kind, resumed });

@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use crate::cli::output::Output;
 use crate::cli::{NOT_FOUND, fail_usage, times, with_store};
-use crate::config::DatabaseArgs;
+use crate::config::{DatabaseArgs, ValidationErrors};
 use crate::store::{NewSchedule, Store};
 
 /// What to schedule.
@@ -44,23 +44,54 @@ pub(super) struct ScheduleArgs {
     /// Its deadline, as a time span from when it is due
     #[arg(long, value_name = "SPAN", allow_hyphen_values = true, value_parser = times::parse_span)]
     expires_in: Option<Duration>,
+    #[command(flatten)]
+    payload: PayloadArgs,
+    /// It is due later by a part of this, which follows from its key
+    #[arg(long, value_name = "SPAN", default_value = "0s", allow_hyphen_values = true, value_parser = times::parse_span)]
+    spread: Duration,
+    /// What to do if the key is taken: replace that row, keep it (and print its id), or fail
+    #[arg(long, value_enum, default_value = "replace")]
+    on_conflict: OnConflict,
+}
+
+/// What the plugin is given, and the headers of the message.
+#[derive(Args, Debug)]
+pub(super) struct PayloadArgs {
     /// What the plugin is given: JSON, @FILE with JSON in it, or - for standard input
     #[arg(long, value_name = "JSON|@FILE|-", default_value = "{}")]
     payload: String,
     /// A header of the message; may be given several times
     #[arg(long = "header", value_name = "NAME=VALUE")]
     headers: Vec<String>,
-    /// What to do if the key is taken: replace that row, keep it (and print its id), or fail
-    #[arg(long, value_enum, default_value = "replace")]
-    on_conflict: OnConflict,
 }
 
-/// What to do if the key is taken.
+impl PayloadArgs {
+    /// Reads both, as JSON texts. Reports every mistake.
+    pub(super) fn read(&self) -> Result<(String, String), ValidationErrors> {
+        match (read_payload(&self.payload), parse_headers(&self.headers)) {
+            (Ok(payload), Ok(headers)) => Ok((payload, headers)),
+            (payload, headers) => Err([payload.err(), headers.err()].into_iter().flatten().collect()),
+        }
+    }
+}
+
+/// What to do if the key or the name is taken.
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum OnConflict {
+pub(super) enum OnConflict {
     Replace,
     Keep,
     Error,
+}
+
+impl OnConflict {
+    /// As the SQL functions take it.
+    pub(super) fn word(self) -> &'static str {
+        match self {
+            Self::Replace => "replace",
+            Self::Keep => "keep",
+            Self::Error => "error",
+        }
+    }
 }
 
 /// What to cancel.
@@ -92,12 +123,9 @@ struct Cancelled {
 }
 
 pub(super) async fn schedule(args: ScheduleArgs, output: Output) -> ExitCode {
-    let (payload, headers) = match (read_payload(&args.payload), parse_headers(&args.headers)) {
-        (Ok(payload), Ok(headers)) => (payload, headers),
-        (payload, headers) => {
-            let sentences = [payload.err(), headers.err()].into_iter().flatten();
-            return fail_usage(&sentences.collect());
-        }
+    let (payload, headers) = match args.payload.read() {
+        Ok(read) => read,
+        Err(errors) => return fail_usage(&errors),
     };
     let new = NewSchedule {
         kind: args.kind,
@@ -114,11 +142,8 @@ pub(super) async fn schedule(args: ScheduleArgs, output: Output) -> ExitCode {
         },
         payload,
         headers,
-        on_conflict: match args.on_conflict {
-            OnConflict::Replace => "replace",
-            OnConflict::Keep => "keep",
-            OnConflict::Error => "error",
-        },
+        on_conflict: args.on_conflict.word(),
+        spread: args.spread,
     };
     with_store(args.database, async |store: Store| {
         let id = store.schedule(&new).await?;

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use tidings_core::backoff::RECONNECT;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -37,9 +37,11 @@ use crate::model::health::Health;
 use crate::model::wake::Wake;
 use crate::plugins;
 use crate::plugins::{Engine, Metering, Registry, StateDir};
+use crate::recurrences::maker::Maker;
 use crate::scheduler::Scheduler;
 use crate::scheduler::canary::Canary;
 use crate::scheduler::listener::Listener;
+use crate::scheduler::look_notes::LookNotes;
 use crate::scheduler::precise_timer::PreciseTimer;
 use crate::store::{SchemaError, Store};
 use crate::telemetry;
@@ -118,9 +120,8 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
     spawn(&mut loops, listener.run(shutdown.clone(), || _ = listener_ready.send(())));
     spawn(&mut loops, remove_old_history(store.clone(), config.history_age, shutdown.clone()));
     let (delivers, may_deliver) = oneshot::channel();
-    let (fleet_store, fleet_broker, fleet_health) = (store.clone(), Arc::clone(&broker), Arc::clone(&health));
-    let fleet =
-        FleetWatch { store: fleet_store, broker: fleet_broker, health: fleet_health, daemon, adopt: config.adopt };
+    let (fleet_broker, fleet_health, adopt) = (Arc::clone(&broker), Arc::clone(&health), config.adopt);
+    let fleet = FleetWatch { store: store.clone(), broker: fleet_broker, health: fleet_health, daemon, adopt };
     spawn(&mut loops, fleet.run(shutdown.clone(), || _ = delivers.send(())));
     // The listener announces our kinds. Until it has, another daemon might hold their rows. And if the database is a copy,
     // nothing is delivered from it.
@@ -139,6 +140,9 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
             Canary { store: store.clone(), broker: Arc::clone(&broker), interval, health: Arc::clone(&health) };
         spawn(&mut loops, run_canary(canary, Arc::clone(&registry), shutdown.clone()));
     }
+    let (look_tells, make_at) = watch::channel(None);
+    let maker = Maker { store: store.clone(), broker: Arc::clone(&broker), make_at };
+    spawn(&mut loops, maker.run(shutdown.clone()));
     let scheduler = Scheduler {
         store,
         broker,
@@ -148,6 +152,7 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
         max_attempts: config.max_attempts,
         health: Arc::clone(&health),
         timer: PreciseTimer::new().context("could not make a timer")?,
+        notes: Arc::new(LookNotes::new(look_tells)),
     };
     let ready = note_ready(&registry, &health);
 

@@ -1,6 +1,8 @@
 //! The actions of the API and the page: pause and resume a kind, put back or drop parked rows and parked dead letters,
-//! replay or drop dead letters. They do what the commands do. An action that was begun is finished even if the client
-//! closes the connection.
+//! replay or drop dead letters; those on recurrences are in `actions/recurrences.rs`. They do what the commands do. An
+//! action that was begun is finished even if the client closes the connection.
+
+pub(super) mod recurrences;
 
 use std::collections::HashSet;
 use std::net::SocketAddr;

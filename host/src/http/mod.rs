@@ -4,7 +4,7 @@
 //! Must never decide anything, show a payload or the token, or be waited for by a loop.
 //!
 //! To change it, know: `scrape` reads the metrics that are not counted as they happen; `overview` is what the page
-//! shows and is made at most once a second for all browsers; `authorization` decides who may read and who may act;
+//! shows and is made at most once a second for all browsers; `recurrences` is its part about them; `authorization` decides who may read and who may act;
 //! `actions` does the same as the commands do. A statement or action that was begun is finished even if the client
 //! closes the connection.
 
@@ -14,6 +14,7 @@ mod authorization;
 mod error;
 mod overview;
 mod page;
+mod recurrences;
 mod scrape;
 
 use std::net::SocketAddr;
@@ -175,6 +176,9 @@ fn routes(app: &Arc<AppState>) -> Router {
         .route("/api/token", post(actions::token))
         .route("/api/kinds/{kind}/pause", post(actions::pause))
         .route("/api/kinds/{kind}/resume", post(actions::resume))
+        .route("/api/recurrences/{name}/pause", post(actions::recurrences::pause))
+        .route("/api/recurrences/{name}/resume", post(actions::recurrences::resume))
+        .route("/api/recurrences/{name}/stop", post(actions::recurrences::stop))
         .route("/api/parked/retry", post(actions::retry_rows))
         .route("/api/parked/drop", post(actions::drop_rows))
         .route("/api/parked/{id}/retry", post(actions::retry_row))

@@ -7,18 +7,19 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use time::OffsetDateTime;
 use tokio::time::timeout;
-use tracing::debug;
+use tracing::{debug, error};
 
+use crate::http::recurrences::{Found, NextRow, Recurrences, merge};
 use crate::http::{AppState, SERVER_TIMEOUT, readiness};
 use crate::model::row_status::Pause;
 use crate::plugins::PluginStatus;
-use crate::store::{Backlog, COUNT_LIMIT, ParkedRow, Store, StoreError, UpcomingRow};
+use crate::store::{Backlog, COUNT_LIMIT, ParkedRow, Store, StoreError};
 use crate::telemetry::{LastHour, last_hour};
 
 /// How long an answer is reused for further requests.
 const CACHE_TIME: Duration = Duration::from_secs(1);
-/// How many rows of the queue are shown.
-const NEXT_ROWS: i64 = 10;
+/// How many rows of the queue and coming occurrences are shown together.
+const NEXT_ROWS: usize = 10;
 /// How many parked rows are shown.
 const PARKED_ROWS: i64 = 50;
 
@@ -54,10 +55,13 @@ struct DatabaseOverview {
     late_seconds: f64,
     /// How many rows wait: counted up to 1000, above that estimated from PostgreSQL's statistics.
     pending: u64,
-    next: Vec<UpcomingRow>,
+    /// What is due next, earliest first: rows, and occurrences of recurrences that are not rows yet.
+    next: Vec<NextRow>,
     held: Vec<Held>,
     paused: Vec<Pause>,
     parked: Parked,
+    /// `None` = this daemon could not compute their instants; its log says why.
+    recurrences: Option<Recurrences>,
 }
 
 /// Rows of one kind that are held.
@@ -135,7 +139,18 @@ async fn make(app: &AppState) -> Overview {
 }
 
 async fn read_database(store: &Store) -> Result<DatabaseOverview, StoreError> {
-    let (now, next) = store.next_rows(NEXT_ROWS).await?;
+    // Before the rows, so that an occurrence that becomes a row meanwhile is not missing.
+    let found = Found::read(store, NEXT_ROWS).await?;
+    let (now, rows) = store.next_rows(i64::try_from(NEXT_ROWS).unwrap_or(i64::MAX)).await?;
+    // On a thread of its own, since no row would be delivered while a rule that comes rarely is computed.
+    let (recurrences, occurrences) = match tokio::task::spawn_blocking(move || found.show(now, NEXT_ROWS)).await {
+        Ok((recurrences, occurrences)) => (Some(recurrences), occurrences),
+        Err(panic) => {
+            error!(%panic, "computing the coming occurrences of recurrences panicked");
+            (None, Vec::new())
+        }
+    };
+    let next = merge(rows, occurrences, NEXT_ROWS);
     let Backlog { pending, parked, overdue, .. } = store.backlog().await?;
     let held = store.held_by_kind().await?.into_iter();
     let held =
@@ -144,5 +159,6 @@ async fn read_database(store: &Store) -> Result<DatabaseOverview, StoreError> {
     let newest = if parked == 0 { Vec::new() } else { store.newest_parked(PARKED_ROWS).await? };
     let parked = Parked { rows: parked.min(enough), or_more: parked > enough, newest };
     let paused = store.pauses().await?;
-    Ok(DatabaseOverview { now, late_seconds: overdue.as_secs_f64(), pending, next, held, paused, parked })
+    let late_seconds = overdue.as_secs_f64();
+    Ok(DatabaseOverview { now, late_seconds, pending, next, held, paused, parked, recurrences })
 }

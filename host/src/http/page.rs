@@ -11,7 +11,7 @@ use axum::response::Response;
 use axum::routing::get;
 
 /// The path, the content type and the text of each file.
-const FILES: [(&str, &str, &str); 9] = [
+const FILES: [(&str, &str, &str); 10] = [
     ("/", "text/html; charset=utf-8", include_str!("page/index.html")),
     ("/page.css", "text/css; charset=utf-8", include_str!("page/page.css")),
     ("/act.js", SCRIPT, include_str!("page/act.js")),
@@ -19,6 +19,7 @@ const FILES: [(&str, &str, &str); 9] = [
     ("/letters.js", SCRIPT, include_str!("page/letters.js")),
     ("/page.js", SCRIPT, include_str!("page/page.js")),
     ("/plots.js", SCRIPT, include_str!("page/plots.js")),
+    ("/recurrences.js", SCRIPT, include_str!("page/recurrences.js")),
     ("/table.js", SCRIPT, include_str!("page/table.js")),
     ("/words.js", SCRIPT, include_str!("page/words.js")),
 ];

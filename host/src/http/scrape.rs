@@ -13,8 +13,10 @@ use tracing::debug;
 
 use crate::http::{SERVER_TIMEOUT, Sources};
 use crate::plugins::{BreakerState, GenerationStatus, Registry};
+use crate::store::StoreError;
 use crate::telemetry::{
-    Server, Serving, look_at_process, set_backlog, set_blocked, set_connected, set_letters, set_listening, set_serving,
+    Server, Serving, look_at_process, set_backlog, set_blocked, set_connected, set_letters, set_listening,
+    set_recurrences, set_serving,
 };
 
 /// `GET /metrics`.
@@ -27,21 +29,22 @@ pub(super) async fn show_metrics(State(sources): State<Sources>) -> Response {
     set_connected(Server::Rabbitmq, link.connected);
     set_blocked(link.blocked);
     // Tasks of their own, so that a question that was asked is finished even if the request is dropped.
-    let backlog = tokio::spawn(async move { store.backlog().await });
+    let backlog = tokio::spawn(async move { Ok((store.backlog().await?, store.count_recurrences().await?)) });
     let letter_counts = tokio::spawn(async move { broker.count_dead_letters().await });
     let (backlog, letter_counts) =
         tokio::join!(timeout(SERVER_TIMEOUT, backlog), timeout(SERVER_TIMEOUT, letter_counts));
     let backlog = match backlog {
         Ok(Ok(Ok(backlog))) => Some(backlog),
-        Ok(Ok(Err(error))) => {
+        Ok(Ok(Err::<_, StoreError>(error))) => {
             debug!(error = &error as &dyn std::error::Error, "could not read what waits in the database");
             None
         }
         _ => None,
     };
     set_connected(Server::Postgresql, backlog.is_some());
-    if let Some(backlog) = backlog {
+    if let Some((backlog, recurrences)) = backlog {
         set_backlog(&backlog);
+        set_recurrences(recurrences);
     }
     match letter_counts {
         Ok(Ok(Ok(Some((dead, parked))))) => set_letters(dead, parked),

@@ -66,6 +66,8 @@ impl Message {
         headers.extend(schedule.subject.iter().map(|subject| text("tidings-subject", subject)));
         headers.push(number("tidings-due-ms", schedule.due_ms()));
         headers.extend(expires_ms.map(|deadline| number("tidings-expires-ms", deadline)));
+        headers.extend(schedule.recurrence.iter().map(|recurrence| text("tidings-recurrence", recurrence)));
+        headers.extend(schedule.nominal_ms().map(|nominal| number("tidings-nominal-ms", nominal)));
         headers.push(number("tidings-attempt", schedule.attempt().into()));
         headers.push(number("tidings-replay", 0));
         headers.push(text("tidings-plugin", &built.plugin));
@@ -121,6 +123,9 @@ mod tests {
             attempts: 2,
             failures: 1,
             refusals: 0,
+            untried_since: None,
+            recurrence: None,
+            nominal_at: None,
         }
     }
 

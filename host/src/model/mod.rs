@@ -16,6 +16,7 @@ pub mod event;
 pub mod health;
 pub mod installation;
 pub mod message;
+pub mod recurrence;
 pub mod row_status;
 pub mod schedule;
 pub mod secrets;

@@ -4,6 +4,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
 /// Which row a command or a request is about.
@@ -18,6 +19,18 @@ pub enum RowRef {
         /// The key.
         key: String,
     },
+}
+
+impl RowRef {
+    /// The recurrence and the instant, if it may name an occurrence as NAME/INSTANT.
+    #[must_use]
+    pub fn as_occurrence(&self) -> Option<(String, OffsetDateTime)> {
+        let Self::Key { kind, key } = self else { return None };
+        let text = format!("{kind}/{key}");
+        let (name, instant) = text.rsplit_once('/')?;
+        let instant = OffsetDateTime::parse(instant, &Rfc3339).ok()?;
+        Some((name.to_owned(), instant.to_offset(time::UtcOffset::UTC)))
+    }
 }
 
 impl FromStr for RowRef {

@@ -30,6 +30,12 @@ pub struct Schedule {
     pub failures: u32,
     /// How often in a row RabbitMQ refused the message, or PostgreSQL refused to finish the row.
     pub refusals: u32,
+    /// Since when it has been due without an attempt to deliver it; `None` = there was one, or a person put it back.
+    pub untried_since: Option<OffsetDateTime>,
+    /// The name of the recurrence that made it; `None` = none did.
+    pub recurrence: Option<String>,
+    /// The instant that the rule of its recurrence says.
+    pub nominal_at: Option<OffsetDateTime>,
 }
 
 impl Schedule {
@@ -37,6 +43,12 @@ impl Schedule {
     #[must_use]
     pub fn due_ms(&self) -> i64 {
         unix_ms(self.due_at)
+    }
+
+    /// The nominal instant in milliseconds since the Unix epoch.
+    #[must_use]
+    pub fn nominal_ms(&self) -> Option<i64> {
+        self.nominal_at.map(unix_ms)
     }
 
     /// The deadline in milliseconds since the Unix epoch.

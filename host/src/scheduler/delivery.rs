@@ -24,6 +24,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use time::OffsetDateTime;
 use tokio::time::Instant;
 use tracing::{debug, warn};
 use uuid::Uuid;
@@ -35,6 +36,7 @@ use crate::model::event::{BuildError, LONGEST_TTL_MS};
 use crate::model::message::{Expired, Message};
 use crate::model::schedule::Schedule;
 use crate::plugins::{Build, Plugin, PluginSet};
+use crate::scheduler::look_notes::CatchUps;
 use crate::scheduler::sent_rows::SentRows;
 use crate::store::{Claim, Outcome, Settlement, StoreError};
 use crate::telemetry::{Batch, Spans, count_claim, record_confirms};
@@ -84,6 +86,7 @@ struct InFlight {
 
 impl Delivery {
     /// Delivers the rows of a claim. `plugins` is the same set from beginning to end, whatever is loaded meanwhile.
+    /// Rows that were missed for longer than `catch_ups` allows are finished as expired.
     /// `careful`: PostgreSQL refuses to finish rows, so one message is sent, and only if no sent row is there to be finished.
     ///
     /// # Errors
@@ -93,6 +96,7 @@ impl Delivery {
         &self,
         mut claim: Claim,
         plugins: &PluginSet,
+        catch_ups: &CatchUps,
         careful: bool,
     ) -> Result<BatchOutcome, StoreError> {
         let (claimed_rows, clock) = (claim.rows.len(), claim.clock());
@@ -106,9 +110,13 @@ impl Delivery {
         let now = clock.now();
         let (expired, due): (Vec<Schedule>, Vec<Schedule>) =
             rows.into_iter().partition(|row| row.expires_at.is_some_and(|at| at <= now));
+        let (missed, due): (Vec<Schedule>, Vec<Schedule>) = due
+            .into_iter()
+            .partition(|row| missed_for(row, now) > catch_ups.get(&row.kind).copied().unwrap_or(Duration::MAX));
         let sent_before = taken.finish.drain(..).map(|(row, (plugin, outcome))| Settlement { row, plugin, outcome });
         let mut settlements: Vec<Settlement> =
             sent_before.chain(expired.into_iter().map(|row| expired_row(row, unix_ms(now)))).collect();
+        settlements.extend(missed.into_iter().map(|row| missed_row(row, now, catch_ups)));
 
         let builds = plugins.build(due, clock).await;
 
@@ -295,6 +303,23 @@ fn expired_row(row: Schedule, now_ms: i64) -> Settlement {
     settlement_of(row, None, Outcome::Expired(detail))
 }
 
+/// For how long a row has been due without an attempt.
+fn missed_for(row: &Schedule, now: OffsetDateTime) -> Duration {
+    row.untried_since.and_then(|since| Duration::try_from(now - since).ok()).unwrap_or_default()
+}
+
+/// The settlement of a row that was missed, and whose kind is not caught up with for so long.
+fn missed_row(row: Schedule, now: OffsetDateTime, catch_ups: &CatchUps) -> Settlement {
+    let within = catch_ups.get(&row.kind).copied().unwrap_or_default();
+    let late = missed_for(&row, now);
+    let detail = format!(
+        "it was missed: it had been due for {} s when it was claimed, and tidings.catch_up lets rows of its kind be {} s late",
+        late.as_secs(),
+        within.as_secs(),
+    );
+    settlement_of(row, None, Outcome::Expired(detail))
+}
+
 /// The outcome of a row whose message the broker refused, or that PostgreSQL refuses to finish: the row waits.
 fn refused_for(schedule: &Schedule, error: String) -> Outcome {
     Outcome::Refused { error, after: jittered(&REFUSED, schedule.refusals) }
@@ -302,8 +327,6 @@ fn refused_for(schedule: &Schedule, error: String) -> Outcome {
 
 #[cfg(test)]
 mod tests {
-    use time::OffsetDateTime;
-
     use super::*;
 
     #[test]
@@ -321,6 +344,9 @@ mod tests {
                 attempts: 0,
                 failures: 0,
                 refusals,
+                untried_since: None,
+                recurrence: None,
+                nominal_at: None,
             };
             match refused_for(&schedule, "no queue".into()) {
                 Outcome::Refused { after, .. } => after,

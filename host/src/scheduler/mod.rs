@@ -30,6 +30,7 @@ mod clock_steps;
 pub mod delivery;
 pub mod hold;
 pub mod listener;
+pub mod look_notes;
 pub mod notification_rate;
 pub mod precise_timer;
 pub mod sent_rows;
@@ -60,6 +61,7 @@ use crate::telemetry::{count_clock_step, count_wakes, note_next_due};
 use clock_steps::{ClockSteps, Reading};
 use delivery::{BatchOutcome, Delivery};
 use hold::hold;
+use look_notes::LookNotes;
 use precise_timer::PreciseTimer;
 use sent_rows::SentRows;
 
@@ -89,6 +91,8 @@ pub struct Scheduler {
     pub health: Arc<Health>,
     /// For the due times of rows.
     pub timer: PreciseTimer,
+    /// Gets what looks tell others than the core.
+    pub notes: Arc<LookNotes>,
 }
 
 /// The running loop, and the tasks beside it.
@@ -169,9 +173,11 @@ impl SchedulerLoop {
     }
 
     async fn look(&mut self, mark: Option<OffsetDateTime>) -> Event {
-        let asked_at = self.now();
+        let (asked_at, asked) = (self.now(), Instant::now());
         match self.parts.store.look(self.parts.plugins.current().kinds(), mark).await {
-            Ok(look) => {
+            Ok(seen) => {
+                self.parts.notes.note(asked, &seen);
+                let look = seen.look;
                 self.check_clock(asked_at, look.at);
                 note_next_due(look.outlook.next_in);
                 if !look.outlook.due {
@@ -196,9 +202,9 @@ impl SchedulerLoop {
         let batch = claim.as_ref().map(|claim| Batch { xid: claim.xid, large: claim.large });
         if let Some(claim) = claim {
             let lane = Lane { range, large: claim.large };
-            let delivery = Arc::clone(&self.delivery);
+            let (delivery, catch_ups) = (Arc::clone(&self.delivery), self.parts.notes.catch_ups());
             let delivered = async move {
-                let delivered = delivery.deliver(claim, &plugins, careful).await;
+                let delivered = delivery.deliver(claim, &plugins, &catch_ups, careful).await;
                 Event::DeliveryEnded(lane, delivery_end(delivered))
             };
             let panicked = Event::DeliveryEnded(lane, DeliveryEnd::Panicked);
@@ -254,9 +260,13 @@ impl SchedulerLoop {
 
     fn sweep(&mut self, mark: Option<OffsetDateTime>) -> Option<Event> {
         let (store, plugins, asked_at) = (self.parts.store.clone(), self.parts.plugins.current(), self.now());
+        let (notes, asked) = (Arc::clone(&self.parts.notes), Instant::now());
         spawn_in(&mut self.background, "a sweep", Event::Swept(None), async move {
             match store.sweep(plugins.kinds(), mark).await {
-                Ok(look) => Event::Swept(Some((asked_at, look))),
+                Ok(seen) => {
+                    notes.note(asked, &seen);
+                    Event::Swept(Some((asked_at, seen.look)))
+                }
                 Err(error) => {
                     warn!(error = &error as &dyn std::error::Error, "a sweep failed");
                     Event::Swept(None)

@@ -161,6 +161,9 @@ mod tests {
             attempts: 0,
             failures: 0,
             refusals: 0,
+            untried_since: None,
+            recurrence: None,
+            nominal_at: None,
         }
     }
 

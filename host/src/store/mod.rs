@@ -7,6 +7,7 @@
 //! - `schema/`: the migrations, and whether the database has had them;
 //! - `dead_letter_pass.rs`: the lock under which one daemon at a time works on dead letters;
 //! - `history.rs`: `tidings.deliveries`, and its retention.
+//! - `recurrences/`: rules that make rows: what makes occurrences, and what people ask;
 //! - `installation.rs`: which database this is, and which daemons work on it.
 //!
 //! Must never:
@@ -29,6 +30,7 @@ mod dead_letter_pass;
 mod history;
 mod installation;
 mod queue;
+mod recurrences;
 mod schema;
 
 use std::str::FromStr as _;
@@ -56,7 +58,10 @@ pub use dead_letter_pass::{Begun, Pass};
 pub use history::Delivered;
 pub use queue::claim::{Claim, Claimed, Wanted, parse_headers};
 use queue::commit_time::CommitTime;
+pub use queue::look::Seen;
 pub use queue::settlement::{History, Outcome, Settlement, Settling};
+pub use recurrences::admin::{NewRecurrence, RecurrenceFilter};
+pub use recurrences::making::Making;
 pub use schema::SchemaError;
 
 /// How long a statement may take. It usually takes milliseconds; after this long the server is frozen or the link is

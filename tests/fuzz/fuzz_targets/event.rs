@@ -79,5 +79,8 @@ fn schedule() -> Schedule {
         attempts: 0,
         failures: 0,
         refusals: 0,
+        untried_since: None,
+        recurrence: None,
+        nominal_at: None,
     }
 }

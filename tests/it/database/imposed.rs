@@ -45,7 +45,6 @@ everything_works_with! {
     everything_works_with_another_style_of_intervals: "IntervalStyle = 'sql_standard'",
     everything_works_with_another_form_of_bytes: "bytea_output = 'escape'",
     everything_works_with_old_string_literals: "standard_conforming_strings = off",
-    everything_works_with_old_array_literals: "array_nulls = off",
     everything_works_where_null_equals_null: "transform_null_equals = on",
     everything_works_where_every_statement_is_logged: "log_statement = 'all'",
     everything_works_where_every_statement_is_compiled: "jit_above_cost = 0",
@@ -118,6 +117,19 @@ async fn a_commit_of_the_daemon_waits_for_the_disk_even_if_those_of_its_role_do_
 #[tokio::test]
 async fn the_daemon_reads_by_indexes_even_if_its_role_does_not() {
     check_kept("enable_indexscan", &[("off", "on")]).await;
+}
+
+#[tokio::test]
+async fn what_is_null_is_no_text_in_the_history_whatever_array_literals_mean() {
+    let world = World::with_plugins(&["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let daemon = create_role(&world, "daemon", "IN ROLE tidings_daemon").await;
+    world.sql(&format!("ALTER ROLE {daemon} SET array_nulls = off")).await;
+    let _daemon = world.launch().with("TIDINGS_DATABASE_URL", database_url_of(&world, &daemon)).start_ready().await;
+    // Alone, so that it is finished by literals.
+    deliver(&world, &mut inbox, 1).await;
+    world.wait_until("SELECT count(*) = 1 FROM tidings.deliveries").await;
+    assert!(world.value::<bool>("SELECT detail IS NULL AND plugin LIKE 'message@%' FROM tidings.deliveries").await);
 }
 
 #[tokio::test]

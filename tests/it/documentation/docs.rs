@@ -13,10 +13,11 @@ use lapin::types::{AMQPValue, FieldTable};
 use tokio::sync::{Mutex, MutexGuard};
 
 /// The pages whose blocks are run.
-pub(crate) const PAGES: [&str; 8] = [
+pub(crate) const PAGES: [&str; 9] = [
     "README.md",
     "host/docs/first-steps.md",
     "host/docs/reference.md",
+    "host/docs/recurrences.md",
     "plugins/README.md",
     "migrations/README.md",
     "host/docs/operations.md",
@@ -172,6 +173,15 @@ async fn a_team_that_follows_the_page_on_moving_here_sees_what_it_shows() {
     let (servers, _guard) = lock_servers().await;
     let world = World::on_servers(servers, &["message"]).await;
     Reader::new(&world, servers, EXTERNAL_COMMANDS).follow(&Page::read("host/docs/moving-here.md")).await;
+}
+
+#[tokio::test]
+async fn a_user_who_follows_the_page_on_recurrences_sees_what_it_shows() {
+    let (servers, _guard) = lock_servers().await;
+    let world = World::on_servers(servers, &["message"]).await;
+    let mut reader = Reader::new(&world, servers, EXTERNAL_COMMANDS);
+    reader.start_daemon().await;
+    reader.follow(&Page::read("host/docs/recurrences.md")).await;
 }
 
 /// With the permissions of the page, the daemon delivers and replays and the doctor is satisfied, and a consumer can

@@ -12,6 +12,7 @@ pub(crate) mod metrics;
 pub(crate) mod page;
 pub(crate) mod page_api;
 pub(crate) mod page_lateness;
+pub(crate) mod page_recurrences;
 pub(crate) mod pause;
 pub(crate) mod process;
 pub(crate) mod tls;

@@ -16,7 +16,7 @@ use crate::dead_letters::replay::{
 use crate::operations::page_api::{TOKEN, get_json, post_action};
 
 /// Starts a daemon in a new world and opens its page in a browser. Returns the address of the daemon last.
-async fn start_page(plugins: &[&str]) -> (World, Daemon, Browser, String) {
+pub(crate) async fn start_page(plugins: &[&str]) -> (World, Daemon, Browser, String) {
     let world = World::with_plugins(plugins).await;
     suppress_pass_at_start(&world).await;
     let mut daemon = launch_with_hourly_passes(&world).with("TIDINGS_HTTP_TOKEN", TOKEN).start_ready().await;
@@ -34,14 +34,14 @@ async fn open_browser_at(addr: &str) -> Browser {
 }
 
 /// Waits for the dialog that asks for the token, and enters it.
-async fn enter_token(browser: &Browser, token: &str) {
+pub(crate) async fn enter_token(browser: &Browser, token: &str) {
     browser.wait_until("document.querySelector('#token-dialog[open]')").await;
     browser.type_text(token).await;
     browser.press(Key::Enter).await;
 }
 
 /// Checks that the page has contacted no other host, and that the browser's console has no messages.
-async fn check_no_foreign_requests(browser: &Browser) {
+pub(crate) async fn check_no_foreign_requests(browser: &Browser) {
     let elsewhere = browser
         .run_script("return performance.getEntriesByType('resource').map(({ name }) => name).filter((name) => !name.startsWith(location.origin))")
         .await;
@@ -211,7 +211,7 @@ async fn without_a_token_the_page_is_read_only() {
 }
 
 /// Text with which an attacker tries to inject HTML.
-const HOSTILE: &str = r#"<img src=x onerror="hacked=1"><script>hacked=1</script>&lt;"#;
+pub(crate) const HOSTILE: &str = r#"<img src=x onerror="hacked=1"><script>hacked=1</script>&lt;"#;
 
 #[tokio::test]
 async fn foreign_text_is_shown_as_plain_text_and_never_executed() {
@@ -297,6 +297,8 @@ async fn the_page_fits_a_phone_and_a_desktop_in_light_and_dark_themes() {
     world.sql(r#"SELECT tidings.schedule('message', now(), '{"routing_key": 1}', key => 'offer ' || n, subject => 'shop') FROM generate_series(1, 3) AS n"#).await;
     world.sql(r#"SELECT tidings.schedule('message', now() + (n + 2) * (n + 2) * interval '47 seconds', '{"routing_key": "k", "body": 1}', key => 'feedback ' || n, subject => 'order ' || n) FROM generate_series(1, 40) AS n"#).await;
     world.sql("SELECT tidings.schedule('auction', now(), key => 'lot ' || n) FROM generate_series(1, 12) AS n").await;
+    world.sql("SELECT tidings.repeat('nightly report', 'message', '30 2 * * *', time_zone => 'Europe/Berlin', starts_at => now() + interval '30 days')").await;
+    world.sql("SELECT tidings.repeat('leap day', 'message', '0 0 30 2 *', subject => 'shop')").await;
     let foreign = BasicProperties::default().with_message_id("lost".into());
     publish_message(&world, "", "tidings.parking", b"", foreign).await;
     let (status, _) = post_action(
@@ -315,6 +317,7 @@ async fn the_page_fits_a_phone_and_a_desktop_in_light_and_dark_themes() {
     browser.wait_until_text("#problems", "offers.wasm does not serve").await;
     browser.wait_until_text("#hour-figure", "500").await;
     browser.wait_until_text("#kinds", "the mail server is down").await;
+    browser.wait_until_text("#recurrences-caption", "2 in all, 1 with a problem").await;
 
     for (width, dark) in [(1280, false), (1280, true), (390, false), (390, true)] {
         browser.set_view(width, dark).await;

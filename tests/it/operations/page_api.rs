@@ -17,7 +17,7 @@ use crate::dead_letters::replay::{
 pub(crate) const TOKEN: &str = "a-token-of-the-tests";
 
 /// Sends a request, and returns the status and the JSON body of the response.
-async fn send_request<B: AsSendBody + Send + 'static>(request: Request<B>) -> (u16, Value) {
+pub(crate) async fn send_request<B: AsSendBody + Send + 'static>(request: Request<B>) -> (u16, Value) {
     let asked = tokio::task::spawn_blocking(move || {
         let agent: ureq::Agent =
             ureq::Agent::config_builder().http_status_as_error(false).allow_non_standard_methods(true).build().into();
@@ -29,7 +29,7 @@ async fn send_request<B: AsSendBody + Send + 'static>(request: Request<B>) -> (u
 }
 
 /// A POST request with the token and a JSON body.
-fn action_request(daemon: &str, path: &str, body: &str) -> Request<Vec<u8>> {
+pub(crate) fn action_request(daemon: &str, path: &str, body: &str) -> Request<Vec<u8>> {
     let request = Request::post(format!("http://{daemon}{path}")).header("Authorization", format!("Bearer {TOKEN}"));
     let request = request.header("Content-Type", "application/json");
     request.body(body.as_bytes().to_vec()).expect("a request")

@@ -256,6 +256,9 @@ mod tests {
                 attempts: u32::MAX,
                 failures: 0,
                 refusals: 0,
+                untried_since: None,
+                recurrence: None,
+                nominal_at: None,
             };
             let built = BuiltEvent { event, built_ms: 0, expires_ms: Some(i64::MAX), plugin: "p".repeat(210).into() };
             let message = Message::new(&schedule, built, &"e".repeat(200), 1).expect("in time");

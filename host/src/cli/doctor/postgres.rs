@@ -1,11 +1,12 @@
 //! The doctor's checks of PostgreSQL.
 
 use crate::cli::doctor::{Level, Report, format_count};
-use crate::cli::{format_age, pause_sentence};
+use crate::cli::{format_age, pause_sentence, printable};
 use crate::config::Config;
 use crate::http::LATE;
 use crate::model::error_chain::error_chain;
 use crate::model::installation::Identity;
+use crate::recurrences::zone;
 use crate::store::{HolderKind, MAX_HOLD_AGE, Skew, Store, StoreError, VacuumHolder};
 
 /// Clocks that differ by less are treated as equal.
@@ -54,6 +55,7 @@ pub(super) async fn check(report: &mut Report, config: &Config) {
     check_notification_queue(report, &store).await;
     if rights_are_ok {
         check_rows(report, &store).await;
+        check_recurrences(report, &store).await;
     }
 }
 
@@ -94,6 +96,30 @@ async fn check_server_of_rows(report: &mut Report, store: &Store) {
         )),
         _ => report.ok(format_args!("this database, {here}, is the one from which rows are delivered")),
     }
+}
+
+/// Names the recurrences that can make no occurrence, with the reasons.
+async fn check_recurrences(report: &mut Report, store: &Store) {
+    let Some(counts) = report.answer_or_fail(store.count_recurrences().await, ADVICE) else { return };
+    let count = |count: u64| format_count(i64::try_from(count).unwrap_or(i64::MAX));
+    let (release, all) = (zone::release(), count(counts.all));
+    if counts.problems == 0 {
+        return report.ok(format_args!(
+            "{all} recurrences, none with a problem, by the time zone database {release} of this tidings"
+        ));
+    }
+    let most = i64::try_from(MAX_NAMED).unwrap_or(i64::MAX);
+    let Some(problems) = report.answer_or_fail(store.recurrences_with_problem(most).await, ADVICE) else { return };
+    let named: Vec<String> = problems
+        .iter()
+        .map(|it| format!("{}: {}", printable(&it.name), printable(it.problem.as_deref().unwrap_or("-"))))
+        .collect();
+    let and_others = if counts.problems > MAX_NAMED as u64 { "; and others" } else { "" };
+    report.fail(format_args!(
+        "{} of {all} recurrences make no occurrences: {}{and_others}; change them with tidings.repeat, or stop them",
+        count(counts.problems),
+        named.join("; "),
+    ));
 }
 
 async fn check_version(report: &mut Report, store: &Store) {

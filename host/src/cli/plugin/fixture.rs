@@ -79,6 +79,9 @@ impl Fixture {
             attempts: row.attempt.saturating_sub(1),
             failures: 0,
             refusals: 0,
+            untried_since: None,
+            recurrence: None,
+            nominal_at: None,
         };
         Ok((schedule, now_ms))
     }

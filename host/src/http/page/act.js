@@ -159,11 +159,12 @@ export function actionButton(text, style, label, onPress) {
   return element;
 }
 
-/** Asks for confirmation before something is dropped. */
-export async function confirmDrop(title, text) {
+/** Asks for confirmation before something is dropped. `answer` is on the button that confirms. */
+export async function confirmDrop(title, text, answer = "Drop for good") {
   if (isBusy()) return false;
   setText(byId("drop-title"), title);
   setText(byId("drop-text"), makeVisible(text));
+  setText(byId("drop-dialog").querySelector("button.danger"), answer);
   return openDialog(byId("drop-dialog"));
 }
 

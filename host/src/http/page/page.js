@@ -4,6 +4,7 @@ import { act, actionButton, afterAction, ask, hasToken, isBusy, openDialog, show
 import { idButton } from "./explain.js";
 import { addBulkButtons, listLetters, refreshLetters, showCount } from "./letters.js";
 import { Lateness, Throughput, formatCount, formatSpan } from "./plots.js";
+import { showRecurrences } from "./recurrences.js";
 import { Table, hasChanged, buildOnce } from "./table.js";
 import { byId, formatClock, formatLocal, make, moment, longUserText, setText, toSentence, setAttribute, setClock, setMoment, refreshMoment, userText, makeVisible } from "./words.js";
 
@@ -27,10 +28,10 @@ const due = new Table("next", [
   },
   (cell, row) => cell.replaceChildren(userText("div", "strong", row.kind)),
   (cell, row) => cell.replaceChildren(
-    row.key === null ? make("div", "soft", "none") : userText("div", "", row.key),
+    row.recurrence !== null ? userText("div", "", `${row.recurrence}/…`) : row.key === null ? make("div", "soft", "none") : userText("div", "", row.key),
     ...(row.subject === null ? [] : [userText("div", "soft", `about ${row.subject}`)]),
   ),
-  (cell, row) => cell.replaceChildren(idButton(row.id)),
+  (cell, row) => cell.replaceChildren(row.id === null ? make("div", "soft", "not made yet") : idButton(row.id)),
 ]);
 
 const kinds = new Table("kinds", [
@@ -131,7 +132,9 @@ function show(answer) {
   lateness.update(answer.hour);
   showKinds(answer);
   if (database) {
-    due.show(database.next.map((row) => [row.id, row]));
+    // An occurrence of a recurrence has no id until it is a row.
+    due.show(database.next.map((row) => [row.id ?? `${row.due_at} ${row.recurrence}`, row]));
+    if (database.recurrences) showRecurrences(database.recurrences);
     const { rows, or_more: more, newest } = database.parked;
     parked.show(newest.map((row) => [row.id, row]));
     showCount("parked", newest.length, more ? `more than ${formatCount(rows)}` : formatCount(rows), "The last scheduled");
@@ -159,7 +162,8 @@ function showTiles({ database, letters: counts, hour }) {
       let time = byId("next-figure").querySelector("time");
       if (!time) byId("next-figure").replaceChildren((time = moment("due", next.at)));
       setMoment(time, "due", next.at);
-      setText(byId("next-under"), makeVisible(next.key === null ? next.kind : `${next.kind} · ${next.key}`));
+      const key = next.key ?? next.recurrence;
+      setText(byId("next-under"), makeVisible(key === null ? next.kind : `${next.kind} · ${key}`));
     } else {
       figure("next", "nothing", "", "no row waits for its time");
     }

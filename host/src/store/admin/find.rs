@@ -1,17 +1,34 @@
 //! Finds one row: among those that wait, among those that are parked, or in the history. Must never lock it.
 
 use crate::model::row_status::{FoundRow, Pending, RowRef, RowStatus, seconds};
-use crate::store::{Store, StoreError};
+use crate::store::recurrences::making::occurrence_key;
+use crate::store::{RecurrenceFilter, Store, StoreError};
 
 impl Store {
     /// Finds a row and tells where it is and why; `None` = there is none. If several rows had the same key, the answer
     /// is the row that waits, else the row that was parked last, else the latest of the history. The history has no
-    /// index of keys: there a key is looked for by reading, no further back than `max_minutes` if that is given.
+    /// index of keys: there a key is looked for by reading, no further back than `max_minutes` if that is given. A key may
+    /// also be that of an occurrence, as NAME/INSTANT.
     ///
     /// # Errors
     ///
     /// When the database cannot be asked.
     pub async fn find(&self, row_ref: &RowRef, max_minutes: Option<f64>) -> Result<Option<FoundRow>, StoreError> {
+        if let Some((name, instant)) = row_ref.as_occurrence()
+            && let Some(recurrence) = self
+                .recurrences(RecurrenceFilter { names: Some(std::slice::from_ref(&name)), ..Default::default() }, 1)
+                .await?
+                .pop()
+        {
+            let occurrence = RowRef::Key { kind: recurrence.kind, key: occurrence_key(&name, instant) };
+            if let Some(found) = self.find_row(&occurrence, max_minutes).await? {
+                return Ok(Some(found));
+            }
+        }
+        self.find_row(row_ref, max_minutes).await
+    }
+
+    async fn find_row(&self, row_ref: &RowRef, max_minutes: Option<f64>) -> Result<Option<FoundRow>, StoreError> {
         if let Some(found) = self.find_pending(row_ref).await? {
             return Ok(Some(found));
         }

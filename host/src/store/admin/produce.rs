@@ -27,6 +27,8 @@ pub struct NewSchedule {
     pub headers: String,
     /// What to do if its key is taken by a pending row: `replace`, `keep` or `error`.
     pub on_conflict: &'static str,
+    /// It is due later by a part of this, which follows from its key.
+    pub spread: Duration,
 }
 
 impl Store {
@@ -60,7 +62,8 @@ impl Store {
                         subject => $6,
                         expires_at => coalesce($7, due_at + $8::float8 * interval '1 second'),
                         headers => ($9::text)::jsonb,
-                        on_conflict => $10
+                        on_conflict => $10,
+                        spread => $11::float8 * interval '1 second'
                     ) AS "id!"
                     FROM settings
                     "#,
@@ -74,6 +77,7 @@ impl Store {
                     expires_in,
                     new.headers,
                     new.on_conflict,
+                    new.spread.as_secs_f64(),
                 )
                 .fetch_one(connection)
                 .await

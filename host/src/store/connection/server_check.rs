@@ -7,7 +7,7 @@ use crate::store::connection::run_bounded;
 use crate::store::{CONNECT_DEADLINE, SchemaError, Store, StoreError};
 
 /// The rights that the daemon needs on each table.
-pub(in crate::store) const RIGHTS: [(&str, &[&str]); 7] = [
+pub(in crate::store) const RIGHTS: [(&str, &[&str]); 9] = [
     ("_sqlx_migrations", &["SELECT"]),
     ("schedules", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     ("deliveries", &["SELECT", "INSERT", "DELETE"]),
@@ -15,6 +15,8 @@ pub(in crate::store) const RIGHTS: [(&str, &[&str]); 7] = [
     ("passes", &["SELECT", "INSERT", "UPDATE"]),
     ("paused", &["SELECT"]),
     ("installation", &["SELECT", "INSERT", "UPDATE"]),
+    ("recurrences", &["SELECT", "UPDATE"]),
+    ("catch_ups", &["SELECT"]),
 ];
 
 /// A pooler gives each transaction another session.

@@ -91,6 +91,9 @@ struct ClaimedRow {
     failures: Option<i32>,
     refusals: Option<i32>,
     slot_at: Option<BinaryTime>,
+    untried_since: Option<BinaryTime>,
+    recurrence: Option<String>,
+    nominal_at: Option<BinaryTime>,
     units: Option<i64>,
     now: Option<BinaryTime>,
     xid: Option<i64>,
@@ -178,6 +181,9 @@ impl Store {
                     attempts: to_u32(row.attempts?),
                     failures: to_u32(row.failures?),
                     refusals: to_u32(row.refusals?),
+                    untried_since: row.untried_since.map(BinaryTime::get),
+                    recurrence: row.recurrence,
+                    nominal_at: row.nominal_at.map(BinaryTime::get),
                 })
             })
             .collect();

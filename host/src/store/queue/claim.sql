@@ -17,6 +17,10 @@ SELECT
     failures,
     refusals,
     timestamptz_send(slot_at) AS slot_at,
+    -- A row that was tried has an error, and so has one that a person put back.
+    CASE WHEN last_error IS NULL THEN timestamptz_send(greatest(due_at, created_at)) END AS untried_since,
+    recurrence,
+    timestamptz_send(nominal_at) AS nominal_at,
     units,
     NULL AS now,
     NULL AS xid,
@@ -35,7 +39,7 @@ FROM (
             FROM (
                 SELECT
                     id, kind, key, subject, due_at, expires_at, payload, headers, attempts, failures,
-                    refusals, slot_at
+                    refusals, slot_at, last_error, created_at, recurrence, nominal_at
                 FROM tidings.schedules
                 -- The clock must be a stable function to be compared with an index. The due time is
                 -- checked as well, so that no row is early even if its slot is wrong.
@@ -64,7 +68,7 @@ WHERE unit IN (1, units)
 -- A claim without rows has an answer as well. This part comes last, when the number has been taken.
 UNION ALL
 SELECT
-    NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+    NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
     timestamptz_send(statement_timestamp()),
     pg_current_xact_id_if_assigned()::text::bigint,
     timestamptz_send(least(

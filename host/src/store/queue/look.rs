@@ -1,5 +1,5 @@
 //! A look at the head of the queue: whether rows are due, when the next one will be, and which held rows this daemon
-//! must release. It costs the same few index pages however many rows wait and were delivered. It must never lock or
+//! must release. It also tells when the next occurrences are to be made, and which kinds are not caught up with. It costs the same few index pages however many rows wait and were delivered. It must never lock or
 //! change a row.
 
 use std::time::Duration;
@@ -31,6 +31,17 @@ pub(super) async fn promise_to_poll(connection: impl sqlx::PgExecutor<'_>) -> Re
     .map(drop)
 }
 
+/// What a look saw.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// What the scheduler decides by.
+    pub look: Look,
+    /// Time until a recurrence must be looked at; `None` = there is none.
+    pub make_in: Option<Duration>,
+    /// For how long the rows of some kinds may have been due when they are claimed.
+    pub catch_ups: Vec<(String, Duration)>,
+}
+
 impl Store {
     /// Looks at the head of the queue, from the low-water mark on, in one statement without a transaction. It must
     /// begin after the wake was armed.
@@ -38,7 +49,7 @@ impl Store {
     /// # Errors
     ///
     /// When the database cannot be asked.
-    pub async fn look(&self, kinds: &[String], mark: Option<OffsetDateTime>) -> Result<Look, StoreError> {
+    pub async fn look(&self, kinds: &[String], mark: Option<OffsetDateTime>) -> Result<Seen, StoreError> {
         self.look_from(kinds, mark, false, self.warm_connection().await?).await
     }
 
@@ -49,90 +60,19 @@ impl Store {
         mark: Option<OffsetDateTime>,
         sweep: bool,
         mut connection: Connection,
-    ) -> Result<Look, StoreError> {
+    ) -> Result<Seen, StoreError> {
         let row = connection
             .run("look at the queue", async |connection| {
-                // Each part reads one index entry, however many rows wait and whatever the planner estimates: held rows
-                // are read in the order of their index, kind by kind, and there are few pauses.
-                sqlx::query!(
-                    r#"
-                    WITH ours AS MATERIALIZED (
-                        SELECT kind FROM unnest($1::text[]) AS kind EXCEPT SELECT kind FROM tidings.paused
-                    ), head AS MATERIALIZED (
-                        SELECT slot_at, expires_at, kind
-                        FROM tidings.schedules
-                        WHERE slot_at >= coalesce($2, statement_timestamp() - interval '1 minute')
-                        ORDER BY slot_at
-                        LIMIT 1
-                    ), below AS MATERIALIZED (
-                        SELECT slot_at
-                        FROM tidings.schedules
-                        WHERE $3 AND slot_at < coalesce($2, statement_timestamp() - interval '1 minute')
-                        ORDER BY slot_at
-                        LIMIT $4
-                    )
-                    SELECT
-                        statement_timestamp() AS "now!",
-                        (SELECT min(slot_at) FROM below) AS below_first,
-                        (SELECT count(*) FROM below) AS "below_rows!",
-                        coalesce($2, statement_timestamp() - interval '1 minute') AS "mark!",
-                        pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS "oldest_xid!",
-                        -- A snapshot ends after the highest number that has ended; there may be some above that are running.
-                        pg_snapshot_xmax(pg_current_snapshot())::text::bigint
-                            + age(pg_snapshot_xmax(pg_current_snapshot())::xid) AS "next_xid!",
-                        (SELECT to_timestamp(last_value / 1e6::float8) FROM tidings.polling_until) AS "polling_until!",
-                        (SELECT slot_at FROM head WHERE slot_at < 'infinity') AS first_at,
-                        coalesce((SELECT slot_at <= statement_timestamp() FROM head), false) AS "due!",
-                        coalesce(
-                            (
-                                SELECT
-                                    slot_at <= statement_timestamp()
-                                    AND (expires_at <= statement_timestamp()) IS NOT TRUE
-                                    AND kind = ANY($1)
-                                    AND kind IN (SELECT kind FROM tidings.paused)
-                                FROM head
-                            ),
-                            false
-                        ) AS "paused_first!",
-                        least(
-                            -- Only if the head is due is there a reason to go down the index once more.
-                            CASE
-                                WHEN (SELECT slot_at > statement_timestamp() FROM head) THEN
-                                    (SELECT slot_at FROM head WHERE slot_at < 'infinity')
-                                ELSE
-                                    (
-                                        SELECT slot_at
-                                        FROM tidings.schedules
-                                        WHERE slot_at > statement_timestamp() AND slot_at < 'infinity'
-                                        ORDER BY slot_at
-                                        LIMIT 1
-                                    )
-                            END,
-                            (SELECT min(until) FROM tidings.paused)
-                        ) AS next_at,
-                        ARRAY(
-                            SELECT kind
-                            FROM ours
-                            WHERE kind = (
-                                SELECT waiting.kind
-                                FROM tidings.schedules AS waiting
-                                WHERE waiting.held AND waiting.kind >= ours.kind
-                                ORDER BY waiting.kind
-                                LIMIT 1
-                            )
-                        ) AS "held_for_us!"
-                    "#,
-                    kinds,
-                    mark,
-                    sweep,
-                    BACKLOG_ROWS,
-                )
-                .fetch_one(connection)
-                .await
+                sqlx::query_file!("src/store/queue/look.sql", kinds, mark, sweep, BACKLOG_ROWS,)
+                    .fetch_one(connection)
+                    .await
             })
             .await?;
-        let next_in = row.next_at.map(|next_at| Duration::try_from(next_at - row.now).unwrap_or(Duration::ZERO));
-        Ok(Look {
+        let until = |at: OffsetDateTime| Duration::try_from(at - row.now).unwrap_or(Duration::ZERO);
+        let (next_in, make_in) = (row.next_at.map(until), row.make_at.map(until));
+        let missed_after =
+            row.missed_after.into_iter().map(|time| Duration::try_from_secs_f64(time).unwrap_or(Duration::MAX));
+        let look = Look {
             at: row.now,
             from: row.mark,
             first: row.first_at,
@@ -142,7 +82,8 @@ impl Store {
             paused_first: row.paused_first,
             promise: Promise { until: row.polling_until, next_xid: row.next_xid },
             below: row.below_first.map(|first| Below { first, rows: row.below_rows, go_back: true }),
-        })
+        };
+        Ok(Seen { look, make_in, catch_ups: row.missed_kinds.into_iter().zip(missed_after).collect() })
     }
 
     /// For how long the first row of the queue, from the low-water mark on if there is one, has been due; 0 = no row is

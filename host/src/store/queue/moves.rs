@@ -171,14 +171,16 @@ impl Parked {
                 SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[]) AS settled (id, reason, plugin)
             ), gone AS (
                 DELETE FROM tidings.schedules WHERE id = ANY($1)
-                RETURNING id, kind, key, subject, due_at, expires_at, payload, headers, attempts, last_error, created_at
+                RETURNING id, kind, key, subject, due_at, expires_at, payload, headers, attempts, last_error, created_at,
+                    recurrence, nominal_at
             )
             INSERT INTO tidings.parked (
-                id, kind, key, subject, due_at, expires_at, payload, headers, attempts, last_error, created_at, reason, plugin
+                id, kind, key, subject, due_at, expires_at, payload, headers, attempts, last_error, created_at, recurrence,
+                nominal_at, reason, plugin
             )
             SELECT
                 gone.id, gone.kind, gone.key, gone.subject, gone.due_at, gone.expires_at, gone.payload, gone.headers,
-                gone.attempts, gone.last_error, gone.created_at, settled.reason, settled.plugin
+                gone.attempts, gone.last_error, gone.created_at, gone.recurrence, gone.nominal_at, settled.reason, settled.plugin
             FROM gone
             JOIN settled USING (id)
             "#,

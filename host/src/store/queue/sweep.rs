@@ -3,10 +3,10 @@
 
 use std::time::Duration;
 
-use tidings_core::queue::Look;
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
+use crate::store::queue::look::Seen;
 use crate::store::{Store, StoreError};
 
 /// From this many rows below the mark on they are a backlog: claims that go back to them are full, and step over few
@@ -23,15 +23,16 @@ impl Store {
     /// # Errors
     ///
     /// When the database cannot do it.
-    pub async fn sweep(&self, kinds: &[String], mark: Option<OffsetDateTime>) -> Result<Look, StoreError> {
+    pub async fn sweep(&self, kinds: &[String], mark: Option<OffsetDateTime>) -> Result<Seen, StoreError> {
         let asked_at = Instant::now();
-        let mut look = self.look_from(kinds, mark, true, self.connection().await?).await?;
-        if let Some(below) = &mut look.below {
+        let mut seen = self.look_from(kinds, mark, true, self.connection().await?).await?;
+        let from = seen.look.from;
+        if let Some(below) = &mut seen.look.below {
             // A locked row cannot be moved, and must not be missed: then the mark goes back after all.
-            below.go_back = should_go_back(below.rows, asked_at.elapsed())
-                || self.move_up(below.first, look.from).await? < below.rows;
+            below.go_back =
+                should_go_back(below.rows, asked_at.elapsed()) || self.move_up(below.first, from).await? < below.rows;
         }
-        Ok(look)
+        Ok(seen)
     }
 
     /// Moves rows from below the mark to the slot that they would have if they were written now, except locked rows,

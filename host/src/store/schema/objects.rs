@@ -9,17 +9,22 @@ use crate::store::{Store, StoreError};
 /// The triggers of `tidings.schedules`, as the migrations make them.
 const TRIGGERS: [&str; 3] = ["look_afresh_before_update", "notify_after_insert", "notify_after_update"];
 /// The indexes of the schema, as the migrations make them.
-const INDEXES: [&str; 12] = [
+const INDEXES: [&str; 17] = [
     "_sqlx_migrations_pkey",
+    "catch_ups_pkey",
     "deliveries_finished_at",
     "deliveries_id",
     "installation_pkey",
     "parked_pkey",
     "passes_pkey",
     "pauses_pkey",
+    "recurrences_make_at",
+    "recurrences_pkey",
+    "recurrences_problem",
     "schedules_held",
     "schedules_kind_key",
     "schedules_pkey",
+    "schedules_recurrence",
     "schedules_slot_at",
     "schedules_subject",
 ];

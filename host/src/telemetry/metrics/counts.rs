@@ -8,11 +8,12 @@ use metrics_process::Collector;
 use tidings_core::reason::{Reason, Reasons};
 
 use crate::model::dead_letter::PassCounts;
+use crate::model::recurrence::RecurrenceCounts;
 use crate::store::Backlog;
 use crate::telemetry::metrics::names::{
     BLOCKED, CANARY, CLAIMED_ROWS, CLAIMS, CLOCK_STEPS, CONFIRM, CONNECTED, DEAD_LETTERS, DROPPED_LINES, DROPPED_SPANS,
-    EXPIRED, HELD, LISTENING, LOST_CANARIES, NEXT_DUE, OLDEST_DUE, OLDEST_LETTER, PARKED, PARKED_LETTERS, PENDING,
-    RELOADS, REPLAYS, WAKES,
+    EXPIRED, HELD, LISTENING, LOST_CANARIES, MAKING_LAG, NEXT_DUE, OCCURRENCES, OLDEST_DUE, OLDEST_LETTER, PARKED,
+    PARKED_LETTERS, PENDING, RECURRENCE_PROBLEMS, RECURRENCES, RELOADS, REPLAYS, WAKES,
 };
 
 /// The handles of the metrics that change often; set when the metrics are started.
@@ -104,6 +105,22 @@ pub fn count_wakes(reasons: Reasons) {
     if let Some(handles) = HANDLES.get() {
         reasons.iter().for_each(|reason| handles.wakes[reason as usize].increment(1));
     }
+}
+
+/// Counts occurrences that were put into the queue.
+pub fn count_occurrences(occurrences: u64) {
+    counter!(OCCURRENCES).increment(occurrences);
+}
+
+/// Records for how long a daemon should have looked at a recurrence.
+pub fn record_making_lag(lag: Duration) {
+    histogram!(MAKING_LAG).record(lag.as_secs_f64());
+}
+
+/// Sets how many recurrences there are.
+pub fn set_recurrences(counts: RecurrenceCounts) {
+    gauge!(RECURRENCES).set(to_f64(counts.all));
+    gauge!(RECURRENCE_PROBLEMS).set(to_f64(counts.problems));
 }
 
 /// Counts that the clock of PostgreSQL was set.

@@ -21,12 +21,16 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio_util::sync::CancellationToken;
 
 use crate::model::dead_letter::PassCounts;
+use crate::model::recurrence::RecurrenceCounts;
 use crate::store::Backlog;
 use counts::{
-    Expired, PROCESS, Reload, Server, count_dropped_spans, count_expired, count_replays, note_next_due, set_backlog,
-    set_blocked, set_connected, set_letters, set_listening, set_oldest_dead_letter,
+    Expired, PROCESS, Reload, Server, count_dropped_spans, count_expired, count_occurrences, count_replays,
+    note_next_due, set_backlog, set_blocked, set_connected, set_letters, set_listening, set_oldest_dead_letter,
+    set_recurrences,
 };
-use names::{BUILD_INFO, CANARY, CLOCK_STEPS, COUNTERS, DROPPED_LINES, GAUGES, HISTOGRAMS, LOST_CANARIES, RELOADS};
+use names::{
+    BUILD_INFO, CANARY, CLOCK_STEPS, COUNTERS, DROPPED_LINES, GAUGES, HISTOGRAMS, LOST_CANARIES, MAKING_LAG, RELOADS,
+};
 
 /// How often recorded values are moved into the histograms. Until then they are in a list that grows.
 const UPKEEP: Duration = Duration::from_secs(5);
@@ -68,9 +72,11 @@ pub fn start_metrics() -> anyhow::Result<PrometheusHandle> {
     counter!(LOST_CANARIES).increment(0);
     counter!(CLOCK_STEPS).increment(0);
     count_dropped_spans(0);
+    count_occurrences(0);
     counter!(DROPPED_LINES).increment(0);
-    // Makes the histogram visible before the first canary.
+    // Makes the histograms visible before the first canary and the first recurrence.
     drop(histogram!(CANARY));
+    drop(histogram!(MAKING_LAG));
     set_backlog(&Backlog::default());
     set_connected(Server::Postgresql, false);
     set_connected(Server::Rabbitmq, false);
@@ -78,6 +84,7 @@ pub fn start_metrics() -> anyhow::Result<PrometheusHandle> {
     set_listening(false);
     set_letters(0, 0);
     set_oldest_dead_letter(Duration::ZERO);
+    set_recurrences(RecurrenceCounts::default());
     gauge!(BUILD_INFO, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
     Ok(handle)
 }

@@ -31,12 +31,21 @@ pub(in crate::telemetry) const OLDEST_LETTER: &str = "tidings_dead_letters_oldes
 pub(in crate::telemetry) const CANARY: &str = "tidings_canary_lateness_seconds";
 pub(in crate::telemetry) const LOST_CANARIES: &str = "tidings_canaries_lost_total";
 pub(in crate::telemetry) const CLOCK_STEPS: &str = "tidings_clock_steps_total";
+pub(in crate::telemetry) const RECURRENCES: &str = "tidings_recurrences";
+pub(in crate::telemetry) const RECURRENCE_PROBLEMS: &str = "tidings_recurrence_problems";
+pub(in crate::telemetry) const OCCURRENCES: &str = "tidings_occurrences_made_total";
+pub(in crate::telemetry) const MAKING_LAG: &str = "tidings_making_lag_seconds";
 pub(in crate::telemetry) const DROPPED_SPANS: &str = "tidings_spans_dropped_total";
 pub(in crate::telemetry) const DROPPED_LINES: &str = "tidings_log_lines_dropped_total";
 
-pub(in crate::telemetry) const HISTOGRAMS: [(&str, &str, &[f64]); 4] = [
+pub(in crate::telemetry) const HISTOGRAMS: [(&str, &str, &[f64]); 5] = [
     (LATENESS, "From the due time of delivered rows to the confirm, by the database clock.", &LATENESS_BUCKETS),
     (CANARY, "How late canaries came, from their due time to a consumer.", &LATENESS_BUCKETS),
+    (
+        MAKING_LAG,
+        "How late a daemon looked at a recurrence; occurrences are made 20 s before they are due.",
+        &LATENESS_BUCKETS,
+    ),
     (CONFIRM, "From the first publish of a batch to its last confirm.", &WORK_BUCKETS),
     (CALL_SECONDS, "Wall-clock time of one call of a plugin, with its start if it was not running.", &WORK_BUCKETS),
 ];
@@ -48,7 +57,7 @@ pub(in crate::telemetry) const LATENESS_BUCKETS: [f64; 15] =
 pub(in crate::telemetry) const WORK_BUCKETS: [f64; 12] =
     [0.000_1, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 10.0];
 
-pub(in crate::telemetry) const COUNTERS: [(&str, &str); 12] = [
+pub(in crate::telemetry) const COUNTERS: [(&str, &str); 13] = [
     (DELIVERIES, "Attempts to deliver rows, by kind and outcome."),
     (WAKES, "Looks at the queue, by what woke the scheduler."),
     (CLAIMS, "Claims that locked rows."),
@@ -59,16 +68,19 @@ pub(in crate::telemetry) const COUNTERS: [(&str, &str); 12] = [
     (REPLAYS, "Dead letters that a pass dealt with, by outcome: replayed, expired, parked or left."),
     (LOST_CANARIES, "Canaries that did not come within 30 s, or could not be sent."),
     (CLOCK_STEPS, "How often the clock of PostgreSQL was set by a second or more."),
+    (OCCURRENCES, "Occurrences of recurrences that this daemon has put into the queue."),
     (DROPPED_SPANS, "Spans that were lost: the collector did not take them, or too many were waiting for it."),
     (DROPPED_LINES, "Lines of the log that could not be written to standard error."),
 ];
 
-pub(in crate::telemetry) const GAUGES: [(&str, &str); 16] = [
+pub(in crate::telemetry) const GAUGES: [(&str, &str); 18] = [
     (PENDING, "Rows that wait: counted up to 1000, above that estimated from PostgreSQL's statistics."),
     (NEXT_DUE, "Time from the last look until the next row that was not yet due; +Inf = there is none."),
     (OLDEST_DUE, "How long the oldest row has been due that nothing holds back; 0 = there is none."),
     (HELD, "Rows that wait for a plugin of their kind or for the end of a pause; 1001 = more than a thousand."),
     (PARKED, "Rows that were set aside for a person; 1001 = more than a thousand."),
+    (RECURRENCES, "Recurrences; 1001 = more than a thousand."),
+    (RECURRENCE_PROBLEMS, "Recurrences that can make no occurrence; 1001 = more than a thousand."),
     (GENERATION, "The generation of the plugin that serves, counted over all plugins; 0 = it does not serve any more."),
     (PLUGIN_MEMORY, "The most memory that the generation has used."),
     (PLUGIN_CPU, "The most CPU time that one call of the generation has used, in steps of 10 ms."),
