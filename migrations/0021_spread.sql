@@ -4,10 +4,26 @@ DO $$
 DECLARE
     before_change CONSTANT regprocedure := 'tidings.schedule(text,timestamptz,jsonb,text,text,timestamptz,jsonb,text)';
 BEGIN
-    CREATE TEMP TABLE may_schedule ON COMMIT DROP AS
-        SELECT acl.grantee, acl.is_grantable
-        FROM pg_proc, aclexplode(proacl) AS acl
-        WHERE pg_proc.oid = before_change AND acl.grantee <> proowner;
+    -- Kept for the end of this migration.
+    PERFORM set_config(
+        'tidings.grants',
+        coalesce(
+            (
+                SELECT string_agg(
+                    format(
+                        'GRANT EXECUTE ON FUNCTION tidings.schedule(text, timestamptz, jsonb, text, text, timestamptz, jsonb, text, interval) TO %s%s',
+                        CASE WHEN grantee = 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(grantee)) END,
+                        CASE WHEN is_grantable THEN ' WITH GRANT OPTION' END
+                    ),
+                    ';'
+                )
+                FROM pg_proc, aclexplode(proacl)
+                WHERE pg_proc.oid = before_change AND grantee <> proowner
+            ),
+            ''
+        ),
+        true
+    );
     BEGIN
         DROP FUNCTION tidings.schedule(text, timestamptz, jsonb, text, text, timestamptz, jsonb, text);
     EXCEPTION
@@ -97,16 +113,29 @@ $$;
 
 REVOKE ALL ON FUNCTION tidings.schedule(text, timestamptz, jsonb, text, text, timestamptz, jsonb, text, interval) FROM PUBLIC;
 DO $$
-DECLARE
-    may record;
 BEGIN
-    FOR may IN SELECT grantee, is_grantable FROM may_schedule LOOP
-        EXECUTE format(
-            'GRANT EXECUTE ON FUNCTION tidings.schedule(text, timestamptz, jsonb, text, text, timestamptz, jsonb, text, interval) TO %s %s',
-            CASE WHEN may.grantee = 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(may.grantee)) END,
-            CASE WHEN may.is_grantable THEN 'WITH GRANT OPTION' ELSE '' END
-        );
-    END LOOP;
+    IF current_setting('tidings.grants') <> '' THEN
+        EXECUTE current_setting('tidings.grants');
+    END IF;
+    -- Its body names its parameters by its old name.
+    IF to_regprocedure('tidings.schedule_without_spread(text,timestamptz,jsonb,text,text,timestamptz,jsonb,text)') IS NOT NULL THEN
+        EXECUTE $function$
+            CREATE OR REPLACE FUNCTION tidings.schedule_without_spread(
+                kind text,
+                due_at timestamptz,
+                payload jsonb DEFAULT '{}',
+                key text DEFAULT NULL,
+                subject text DEFAULT NULL,
+                expires_at timestamptz DEFAULT NULL,
+                headers jsonb DEFAULT '{}',
+                on_conflict text DEFAULT 'replace'
+            ) RETURNS uuid
+                LANGUAGE plpgsql
+                SECURITY DEFINER
+                SET search_path = pg_catalog, pg_temp
+                AS 'BEGIN RETURN tidings.schedule($1, $2, $3, $4, $5, $6, $7, $8); END'
+        $function$;
+    END IF;
 END
 $$;
 

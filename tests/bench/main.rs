@@ -11,6 +11,7 @@ mod load;
 mod plugins;
 mod probe;
 mod raw;
+mod recurrences;
 mod replay;
 mod report;
 mod resources;

@@ -17,6 +17,8 @@ use crate::{Bench, MILLION};
 
 /// For how many seconds the idle daemon is measured.
 const IDLE_SECONDS: u32 = 60;
+/// How many recurrences an idle daemon has, none of which is due.
+const RECURRENCES: u32 = 10_000;
 /// The time between two rows that come alone, and for how many seconds they come.
 const ALONE: Duration = Duration::from_millis(10);
 const SECONDS_ALONE: u32 = 20;
@@ -48,15 +50,28 @@ pub(crate) async fn idle(bench: &Bench) -> Vec<Figure> {
     );
     let seconds = bench.seconds(IDLE_SECONDS);
     let (mut statements, mut busy, mut stops) = (Vec::new(), Vec::new(), Vec::new());
-    for _ in 0..bench.rounds() {
+    let mut with_recurrences = Vec::new();
+    for round in 0..2 * bench.rounds() {
         let mut daemon = launch.start_ready().await;
+        if round == bench.rounds() {
+            let repeat = format!(
+                "SELECT tidings.repeat('r' || n, 'message', '0 0 0 1 1 * 2200') FROM generate_series(1, {RECURRENCES}) AS n"
+            );
+            world.sql(&repeat).await;
+            world.wait_until("SELECT bool_and(next_at IS NOT NULL) FROM tidings.recurrences").await;
+        }
         // Waits until the work of the start is over.
         tokio::time::sleep(Duration::from_secs(10)).await;
         let (calls_before, cpu_before) = (world.value::<f64>(&calls).await, cpu_seconds(Some(daemon.pid())));
         tokio::time::sleep(Duration::from_secs(seconds.into())).await;
         let a_minute = 60.0 / f64::from(seconds);
-        statements.push((world.value::<f64>(&calls).await - calls_before) * a_minute);
-        busy.push((cpu_seconds(Some(daemon.pid())) - cpu_before) * a_minute);
+        let count = (world.value::<f64>(&calls).await - calls_before) * a_minute;
+        if round < bench.rounds() {
+            statements.push(count);
+            busy.push((cpu_seconds(Some(daemon.pid())) - cpu_before) * a_minute);
+        } else {
+            with_recurrences.push(count);
+        }
 
         let asked = Instant::now();
         daemon.signal(Signal::SIGTERM);
@@ -68,6 +83,9 @@ pub(crate) async fn idle(bench: &Bench) -> Vec<Figure> {
     world.remove().await;
     harness::world::execute(port, &format!("DROP ROLE {role}")).await;
     vec![
+        Figure::new("with 10,000 recurrences", "statements a minute", with_recurrences)
+            .beside("without", statements.iter().copied())
+            .at_most(15.0),
         Figure::new("statements", "a minute", statements).beside("sweeps", [12.0]).at_most(15.0),
         Figure::new("processor time", "s/minute", busy).at_most(0.2),
         Figure::new("SIGTERM to the end", "ms", stops).under(1_000.0),

@@ -4,7 +4,9 @@ use futures_util::FutureExt as _;
 use futures_util::future::LocalBoxFuture;
 
 use crate::report::Figure;
-use crate::{Bench, calls, drain, enqueue, lateness, plugins, replay, resources, settings, sizes, trouble};
+use crate::{
+    Bench, calls, drain, enqueue, lateness, plugins, recurrences, replay, resources, settings, sizes, trouble,
+};
 
 /// A scenario, which measures one or more figures.
 pub(crate) struct Scenario {
@@ -26,7 +28,7 @@ pub(crate) enum Part {
 }
 
 /// The scenarios, in the order in which they run: those that share the pending rows need more and more of them.
-pub(crate) const SCENARIOS: [Scenario; 25] = [
+pub(crate) const SCENARIOS: [Scenario; 26] = [
     Scenario {
         name: "drain",
         description: "100,000 rows already due, through a wasm plugin, to a quorum queue",
@@ -82,6 +84,12 @@ pub(crate) const SCENARIOS: [Scenario; 25] = [
         run: |bench| lateness::spike(bench).boxed_local(),
     },
     Scenario {
+        name: "recurrences",
+        description: "500 recurrences that come each second, and 500 ordinary rows a second",
+        part: Part::Targets,
+        run: |bench| recurrences::lateness(bench).boxed_local(),
+    },
+    Scenario {
         name: "lateness-big",
         description: "1,000 rows a second due for a minute, ten million pending",
         part: Part::Big,
@@ -101,7 +109,7 @@ pub(crate) const SCENARIOS: [Scenario; 25] = [
     },
     Scenario {
         name: "idle",
-        description: "a minute with a row due tomorrow",
+        description: "a minute with a row due tomorrow, and one with 10,000 recurrences as well",
         part: Part::Targets,
         run: |bench| resources::idle(bench).boxed_local(),
     },

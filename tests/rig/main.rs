@@ -8,6 +8,7 @@ mod ledger;
 mod nemesis;
 mod producer;
 mod random;
+mod recurrences;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -108,6 +109,7 @@ async fn run_rig(plan: &Plan) -> anyhow::Result<()> {
     let (postgres_port, rabbitmq_port) = world.ports();
     let (database, broker) = (database_url(postgres_port, &world.name), amqp_url(rabbitmq_port, &world.name));
     world.db.execute(ledger::TABLES).await?;
+    recurrences::start(&world.db, plan.seconds).await?;
     let dir = harness::target().join("rig").join(&world.name);
     std::fs::create_dir_all(&dir)?;
 
@@ -175,9 +177,11 @@ async fn run_rig(plan: &Plan) -> anyhow::Result<()> {
     drop(consumers);
 
     let verdict = ledger::judge(&nemesis.world.db, &ledger::read_arrivals(&dir)?, &nemesis.faults).await?;
+    let instants = recurrences::judge(&nemesis.world.db).await?;
     report(&verdict, &nemesis);
+    report_instants(&instants);
     write_logs(&nemesis)?;
-    if !verdict.is_clean() {
+    if !verdict.is_clean() || !instants.are_right() {
         bail!(
             "a promise was broken; --seed {} repeats the faults; the consumers' files are in {}",
             plan.seed,
@@ -205,12 +209,12 @@ fn spawn_self(arguments: &[&str]) -> anyhow::Result<ChildProcess> {
     ))
 }
 
-/// Waits until no row is pending and the queues of the consumers, of dead letters and for parking are empty.
+/// Waits until no row is pending, all recurrences have ended, and the queues of the consumers, of dead letters and for parking are empty.
 async fn wait_until_drained(nemesis: &Nemesis, broker: &str) -> anyhow::Result<()> {
     let deadline = Instant::now() + DRAIN;
     let connection = Connection::connect(broker, ConnectionProperties::default()).await?;
     loop {
-        let pending: i64 = nemesis.world.value("SELECT count(*) FROM tidings.schedules").await;
+        let pending: i64 = nemesis.world.value("SELECT (SELECT count(*) FROM tidings.schedules) + (SELECT count(*) FROM tidings.recurrences WHERE NOT ended)").await;
         let mut letters = Vec::new();
         for queue in [consumer::QUEUE, "tidings.dead", "tidings.parking"] {
             let channel = connection.create_channel().await?;
@@ -226,7 +230,7 @@ async fn wait_until_drained(nemesis: &Nemesis, broker: &str) -> anyhow::Result<(
             write_logs(nemesis)?;
             let [rig, dead, parking] = letters[..] else { unreachable!("three queues") };
             bail!(
-                "{pending} rows are still pending, {rig} messages are in the queue, {dead} are dead letters, {parking} are parked"
+                "{pending} rows and recurrences are still pending, {rig} messages are in the queue, {dead} are dead letters, {parking} are parked"
             );
         }
         tokio::time::sleep(Duration::from_millis(500)).await;
@@ -239,6 +243,14 @@ fn write_logs(nemesis: &Nemesis) -> anyhow::Result<()> {
         std::fs::write(harness::target().join("rig").join(format!("daemon{number}.log")), victim.log())?;
     }
     Ok(())
+}
+
+fn report_instants(recurrences::Instants { expected, missing, wrong }: &recurrences::Instants) {
+    println!("\n{expected:>8}  instants of recurrences");
+    for (name, instants) in [("not made", missing), ("made twice, or that no rule says", wrong)] {
+        let example = instants.first().map_or(String::new(), |first| format!(", for example {first}"));
+        println!("{:>8}  {name}{example}", instants.len());
+    }
 }
 
 fn report(verdict: &Verdict, nemesis: &Nemesis) {

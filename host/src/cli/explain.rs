@@ -11,30 +11,42 @@ use crate::config::DatabaseArgs;
 use crate::model::display;
 use crate::model::display::Explanation;
 use crate::model::row_status::{FoundRow, RowRef};
-use crate::store::Store;
+use crate::store::{RecurrenceFilter, Store, StoreError};
 
 /// The row to explain.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  tidings explain 0199a6b2-1c2d-7000-8000-000000000001\n  \
-                        tidings explain 'game-reminder/game 7/60'")]
+                        tidings explain 'game-reminder/game 7/60'\n  \
+                        tidings explain nightly-report/2026-12-24T01:30:00Z")]
 pub(super) struct ExplainArgs {
     #[command(flatten)]
     database: DatabaseArgs,
-    /// The id of a row (which is the id of its message), or its kind and key
-    #[arg(value_name = "ID|KIND/KEY")]
+    /// The id of a row (which is the id of its message), its kind and key, or the recurrence and the instant of an occurrence
+    #[arg(value_name = "ID|KIND/KEY|NAME/INSTANT")]
     row: RowRef,
 }
 
 pub(super) async fn explain(args: ExplainArgs, output: Output) -> ExitCode {
     with_store(args.database, async |store: Store| {
         let Some(found) = store.find(&args.row, None).await? else {
-            complain(format_args!("tidings: {}", display::unknown_row(&args.row)));
+            complain(format_args!("tidings: {}", explain_missing(&store, &args.row).await?));
             return Ok(ExitCode::from(NOT_FOUND));
         };
         output.answer(&Explanation::of(found));
         Ok(ExitCode::SUCCESS)
     })
     .await
+}
+
+/// Why nothing was found.
+async fn explain_missing(store: &Store, row: &RowRef) -> Result<String, StoreError> {
+    if let Some((name, instant)) = row.as_occurrence() {
+        let filter = RecurrenceFilter { names: Some(std::slice::from_ref(&name)), ..RecurrenceFilter::default() };
+        if let Some(recurrence) = store.recurrences(filter, 1).await?.pop() {
+            return Ok(display::missing_occurrence(&recurrence, instant));
+        }
+    }
+    Ok(display::unknown_row(row))
 }
 
 impl fmt::Display for Explanation {

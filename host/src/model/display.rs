@@ -4,6 +4,7 @@ use serde::Serialize;
 use time::format_description::well_known::Rfc3339;
 use time::{OffsetDateTime, UtcOffset};
 
+use crate::model::recurrence::Recurrence;
 use crate::model::row_status::{FoundRow, Pause, RowRef, RowStatus};
 
 /// A row that was found, with its status as data and as a sentence.
@@ -48,7 +49,32 @@ pub fn pause_sentence(Pause { kind, since, until, reason, by }: &Pause) -> Strin
     printable(&format!("the kind {kind} is paused by {by} since {since}, {until}{reason}"))
 }
 
-/// Says that no row was found, and why that may be.
+/// Says why an occurrence of a recurrence was not found.
+#[must_use]
+pub fn missing_occurrence(recurrence: &Recurrence, instant: OffsetDateTime) -> String {
+    let (name, at) = (printable(&recurrence.name), show(instant));
+    let standstill = match &recurrence.problem {
+        Some(problem) => Some(format!("it has a problem: {}", printable(problem))),
+        None if recurrence.paused => Some("it is paused".to_owned()),
+        None if recurrence.ended => Some("it has ended".to_owned()),
+        None => None,
+    };
+    match (recurrence.next_at, standstill) {
+        (_, Some(standstill)) => {
+            format!("no occurrence of {name} at {at} was made and kept, and none is made now: {standstill}")
+        }
+        (Some(next_at), None) if next_at <= instant => format!(
+            "no occurrence of {name} at {at} is made yet: the next one that is not made is that of {}, and one is put into the queue 20 to 30 s before it is due",
+            show(next_at)
+        ),
+        (None, None) => format!("a daemon has yet to compute the next instant of {name}"),
+        (Some(_), None) => format!(
+            "nothing is known of {name} at {at}: that is no instant of its rule, or it was missed, cancelled, or finished before the history begins"
+        ),
+    }
+}
+
+/// Says that nothing is known of a row, and why that may be.
 #[must_use]
 pub fn unknown_row(which: &RowRef) -> String {
     match which {

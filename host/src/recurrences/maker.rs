@@ -8,13 +8,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
+use tidings_core::backoff::RECONNECT;
 use time::OffsetDateTime;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, info, warn};
 
 use crate::broker::Broker;
+use crate::model::backoff::jittered;
 use crate::model::recurrence::{DueRecurrence, MadeRecurrence, Then};
 use crate::recurrences::instants::Instants;
 use crate::recurrences::plan::State;
@@ -28,8 +30,8 @@ const RECURRENCES: i64 = 100;
 /// So many occurrences of one recurrence are made in one transaction. Missed ones are all due at once, and a claim's worth of
 /// them delays no other row.
 const ROOM: usize = 200;
-/// After a failure of the database, it is tried again after this.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// For so long instants are computed in one transaction. A rule that never comes takes many milliseconds.
+const COMPUTING: Duration = Duration::from_secs(1);
 
 /// The task that makes occurrences.
 #[derive(Debug)]
@@ -46,6 +48,7 @@ impl Maker {
     /// Runs until `shutdown`.
     pub async fn run(mut self, shutdown: CancellationToken) {
         // Instants that were computed by an older release of the time zone database are computed anew.
+        let mut failures = 0;
         loop {
             match self.store.compute_again(zone::release()).await {
                 Ok(0) => break,
@@ -55,10 +58,12 @@ impl Maker {
                 }
                 Err(error) => report(&error),
             }
-            if shutdown.run_until_cancelled(tokio::time::sleep(RETRY_AFTER)).await.is_none() {
+            if shutdown.run_until_cancelled(tokio::time::sleep(jittered(&RECONNECT, failures))).await.is_none() {
                 return;
             }
+            failures = failures.saturating_add(1);
         }
+        failures = 0;
         loop {
             let make_at = *self.make_at.borrow_and_update();
             let wait = async {
@@ -79,15 +84,18 @@ impl Maker {
                 }
                 () = wait => {}
             }
-            if self.broker.is_open()
-                && let Err(error) = self.make_all().await
-            {
+            // What is cut off is rolled back, and made by another daemon.
+            let made = async { if self.broker.is_open() { self.make_all().await } else { Ok(()) } };
+            let Some(made) = shutdown.run_until_cancelled(made).await else { return };
+            if let Err(error) = made {
                 report(&error);
-                if shutdown.run_until_cancelled(tokio::time::sleep(RETRY_AFTER)).await.is_none() {
+                if shutdown.run_until_cancelled(tokio::time::sleep(jittered(&RECONNECT, failures))).await.is_none() {
                     return;
                 }
+                failures = failures.saturating_add(1);
                 continue;
             }
+            failures = 0;
             // A later look tells when to do so again.
             tokio::select! {
                 biased;
@@ -138,17 +146,14 @@ impl Maker {
         for recurrence in &due {
             telemetry::record_making_lag(recurrence.lag);
         }
-        // A rule that never comes takes many milliseconds, in which no row would be delivered.
+        // On another thread, since no row would be delivered meanwhile. What there is no time for is left for another
+        // transaction.
         let planned = tokio::task::spawn_blocking(move || {
-            due.iter().map(|recurrence| plan(recurrence, now)).collect::<Vec<MadeRecurrence>>()
+            let begun = Instant::now();
+            let in_time = due.iter().take_while(|_| begun.elapsed() < COMPUTING);
+            in_time.map(|recurrence| plan(recurrence, now)).collect::<Vec<MadeRecurrence>>()
         });
-        let made = match planned.await {
-            Ok(made) => made,
-            Err(panic) => {
-                error!(%panic, "computing the instants of recurrences panicked");
-                return Ok(());
-            }
-        };
+        let made = planned.await.expect("a panic is caught for each recurrence");
         let occurrences = making.commit(&made, zone::release()).await?;
         telemetry::count_occurrences(occurrences);
         for MadeRecurrence { name, instants, next_at, then, .. } in &made {
@@ -168,15 +173,17 @@ impl Maker {
 
 /// What becomes of one recurrence at this moment.
 fn plan(due: &DueRecurrence, now: Timestamp) -> MadeRecurrence {
-    match try_plan(due, now) {
-        Ok(made) => made,
-        Err(problem) => MadeRecurrence {
-            name: due.name.clone(),
-            instants: Vec::new(),
-            next_at: None,
-            passed_at: due.passed_at,
-            then: Then::Problem(problem.to_string()),
-        },
+    let problem = match std::panic::catch_unwind(|| try_plan(due, now)) {
+        Ok(Ok(made)) => return made,
+        Ok(Err(problem)) => problem.to_string(),
+        Err(_) => "its instants cannot be computed, by a fault of this tidings: please report it".to_owned(),
+    };
+    MadeRecurrence {
+        name: due.name.clone(),
+        instants: Vec::new(),
+        next_at: None,
+        passed_at: due.passed_at,
+        then: Then::Problem(problem),
     }
 }
 

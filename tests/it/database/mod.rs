@@ -7,3 +7,4 @@ pub(crate) mod locks;
 pub(crate) mod platforms;
 pub(crate) mod sql;
 pub(crate) mod unfit;
+pub(crate) mod upgrade;

@@ -65,7 +65,7 @@ async fn migrate_refuses_a_partly_restored_schema_names_the_missing_objects_and_
             "tidings.passes, tidings.paused, tidings.pauses",
         ),
         ("DROP FUNCTION tidings.unpark(uuid)", "tidings.unpark are missing"),
-        ("DELETE FROM tidings._sqlx_migrations WHERE version > 8", "tidings.passes, tidings.paused"),
+        ("DELETE FROM tidings._sqlx_migrations WHERE version > 8", "tidings.catch_up, tidings.catch_ups"),
         ("DELETE FROM tidings._sqlx_migrations", "no record of our migrations"),
         ("DROP TABLE tidings._sqlx_migrations", "no record of our migrations"),
     ] {
@@ -142,8 +142,17 @@ async fn migrate_prints_the_cause_of_an_error_only_once() {
 }
 
 /// All tables of Tidings.
-pub(crate) const TABLES: [&str; 7] =
-    ["_sqlx_migrations", "schedules", "deliveries", "parked", "passes", "pauses", "installation"];
+pub(crate) const TABLES: [&str; 9] = [
+    "_sqlx_migrations",
+    "schedules",
+    "deliveries",
+    "parked",
+    "passes",
+    "pauses",
+    "installation",
+    "recurrences",
+    "catch_ups",
+];
 
 #[tokio::test]
 async fn row_level_security_is_reported_at_the_start_by_readyz_and_by_the_doctor_with_the_solution() {
@@ -229,6 +238,22 @@ pub(crate) async fn check_everything_with(world: &World, imposed: &str) {
     }
     let (code, output) = launch.clone().subcommand("parked").args(["drop", "--all"]).run_to_end().await;
     assert_eq!(code, 0, "{output}");
+    let repeat =
+        "SELECT FROM tidings.repeat('r', 'message', '* * * * * *', time_zone => 'Europe/Berlin', spread => '1 s',
+        expires_after => '1 hour', max_count => 2, payload => '{\"routing_key\": \"a\", \"body\": 1}')";
+    app.execute(repeat).await.expect("repeated");
+    app.execute("SELECT FROM tidings.catch_up('other', 'none', within => '1 day')").await.expect("noted");
+    for _ in 0..2 {
+        assert_eq!(inbox.next().await.headers()["tidings-recurrence"], "r");
+    }
+    world.wait_until("SELECT ended AND count = 2 FROM tidings.recurrences").await;
+    assert_eq!(
+        app.execute("SELECT FROM tidings.recurrences, tidings.catch_ups").await.expect("seen").rows_affected(),
+        1
+    );
+    let stopped =
+        app.execute("SELECT FROM tidings.stop_repeating('r') AS stopped WHERE stopped").await.expect("stopped");
+    assert_eq!(stopped.rows_affected(), 1);
     wait_until_ready(&mut running).await;
     world.sql("UPDATE tidings.deliveries SET finished_at = now() - interval '30 days'").await;
     let _other = launch.start_ready().await;
@@ -261,7 +286,7 @@ async fn migrate_creates_policies_for_both_roles_where_row_level_security_is_on(
         let on: i64 = world
             .value("SELECT count(*) FROM pg_class WHERE relnamespace = 'tidings'::regnamespace AND relrowsecurity")
             .await;
-        assert_eq!(on, 7);
+        assert_eq!(on, 9);
     }
 }
 

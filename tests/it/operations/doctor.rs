@@ -50,8 +50,8 @@ async fn doctor_reports_a_healthy_deployment_as_ok_in_every_line() {
     let (code, output) = settings.subcommand("doctor").with("TIDINGS_HTTP_ADDR", addr).run_to_end().await;
 
     assert_eq!(code, 0, "{output}");
-    assert_eq!(count_levels(&output), [29, 0, 0, 0], "{output}");
-    assert!(output.contains("3 triggers") && output.contains("12 indexes"), "{output}");
+    assert_eq!(count_levels(&output), [30, 0, 0, 0], "{output}");
+    assert!(output.contains("6 triggers") && output.contains("17 indexes"), "{output}");
 }
 
 #[tokio::test]

@@ -185,6 +185,9 @@ async fn commands_make_list_and_show_recurrences() {
     let (code, next) = world.tidings(["next"]).await;
     assert_eq!(code, 0, "{next}");
     assert!(next.contains("nightly"), "{next}");
+    let (code, missing) = world.tidings(["explain", "nightly/2200-01-01T01:30:00Z"]).await;
+    assert_eq!(code, 66, "{missing}");
+    assert!(missing.contains("no occurrence of nightly at 2200-01-01T01:30:00Z is made yet"), "{missing}");
     let (code, refused) = world.tidings(["repeat", "b", "message", "61 * * * *"]).await;
     assert_eq!(code, 64, "{refused}");
     let (code, refused) = world.tidings(["repeat", "b", "message", "* * * * *", "--zone", "Mars/Olympus"]).await;

@@ -381,7 +381,13 @@ pub fn database_url(port: u16, database: &str) -> String {
 ///
 /// When the statement fails. While a template database is in use by another session it is tried again.
 pub async fn execute(port: u16, sql: &str) {
-    let mut connection = PgConnection::connect(&database_url(port, "postgres")).await.expect("PostgreSQL is there");
+    // After a restart, it accepts connections before it accepts logins.
+    let connected =
+        eventually("a login", async || match PgConnection::connect(&database_url(port, "postgres")).await {
+            Err(error) if error.to_string().contains("starting up") => None,
+            connected => Some(connected),
+        });
+    let mut connection = connected.await.expect("PostgreSQL is there");
     eventually(sql, async || match sqlx::query(AssertSqlSafe(sql.to_owned())).execute(&mut connection).await {
         Ok(_) => Some(()),
         Err(error) if error.to_string().contains("being accessed by other users") => None,

@@ -46,6 +46,8 @@ impl Store {
                         extract(epoch FROM catch_up_within)::float8 AS catch_up_within,
                         extract(epoch FROM tidings.spread_offset(name, spread))::float8 AS "offset!",
                         extract(epoch FROM statement_timestamp() - make_at)::float8 AS "lag!",
+                        -- A daemon that stands still in this transaction must not keep others from what is due soon.
+                        (SELECT set_config('idle_in_transaction_session_timeout', '5s', true)) AS patience,
                         statement_timestamp() AS "now!"
                     FROM tidings.recurrences
                     WHERE make_at <= statement_timestamp()

@@ -145,7 +145,10 @@ impl Inspection {
     /// With what is wrong.
     pub(in crate::store) fn check_before_migrating(&self, place: &str) -> Result<(), SchemaError> {
         self.check(place)?;
-        let early = self.objects_of_migrations(false).filter(|name| self.has(name)).collect::<BTreeSet<_>>();
+        // A later migration may make an object anew that an earlier one has made.
+        let made: BTreeSet<&str> = self.objects_of_migrations(true).collect();
+        let early = self.objects_of_migrations(false).filter(|name| self.has(name) && !made.contains(name));
+        let early = early.collect::<BTreeSet<_>>();
         if early.is_empty() {
             return Ok(());
         }

@@ -6,8 +6,15 @@ use std::collections::BTreeMap;
 use crate::store::schema::migrations::MIGRATOR;
 use crate::store::{Store, StoreError};
 
-/// The triggers of `tidings.schedules`, as the migrations make them.
-const TRIGGERS: [&str; 3] = ["look_afresh_before_update", "notify_after_insert", "notify_after_update"];
+/// The triggers, as the migrations make them, each with its table.
+const TRIGGERS: [(&str, &str); 6] = [
+    ("schedules", "look_afresh_before_update"),
+    ("schedules", "notify_after_insert"),
+    ("schedules", "notify_after_update"),
+    ("recurrences", "recurrences_notify_after_insert"),
+    ("recurrences", "recurrences_notify_after_update"),
+    ("recurrences", "set_make_at"),
+];
 /// The indexes of the schema, as the migrations make them.
 const INDEXES: [&str; 17] = [
     "_sqlx_migrations_pkey",
@@ -30,7 +37,7 @@ const INDEXES: [&str; 17] = [
 ];
 
 impl Store {
-    /// Tells what is wrong with the triggers of `tidings.schedules`, each with what to do, and how many triggers there
+    /// Tells what is wrong with the triggers of the schema, each with what to do, and how many triggers there
     /// should be.
     ///
     /// # Errors
@@ -44,7 +51,7 @@ impl Store {
                     r#"
                     SELECT tgname::text AS "name!", tgenabled IN ('O', 'A') AS "enabled!"
                     FROM pg_trigger
-                    WHERE tgrelid = 'tidings.schedules'::regclass AND NOT tgisinternal
+                    WHERE tgrelid IN ('tidings.schedules'::regclass, 'tidings.recurrences'::regclass) AND NOT tgisinternal
                     "#
                 )
                 .fetch_all(connection)
@@ -83,9 +90,9 @@ impl Store {
 
 /// `found` has the existing triggers by name, and whether each is enabled.
 fn find_trigger_flaws(found: &BTreeMap<String, bool>) -> Vec<String> {
-    let flaw = |name: &&str| match found.get(*name) {
+    let flaw = |(table, name): &(&str, &str)| match found.get(*name) {
         Some(true) => None,
-        Some(false) => Some(format!("{name} is disabled (ALTER TABLE tidings.schedules ENABLE TRIGGER {name})")),
+        Some(false) => Some(format!("{name} is disabled (ALTER TABLE tidings.{table} ENABLE TRIGGER {name})")),
         None => Some(describe_missing(name)),
     };
     TRIGGERS.iter().filter_map(flaw).collect()
@@ -127,7 +134,7 @@ mod tests {
 
     #[test]
     fn every_trigger_and_index_but_the_primary_keys_has_a_statement_in_the_migrations() {
-        for name in TRIGGERS.into_iter().chain(INDEXES) {
+        for name in TRIGGERS.map(|(_, name)| name).into_iter().chain(INDEXES) {
             let statement = find_statement(name);
             if name.ends_with("_pkey") {
                 assert_eq!(statement, None);
@@ -144,7 +151,7 @@ mod tests {
 
     #[test]
     fn missing_disabled_and_invalid_objects_are_named_with_what_to_do() {
-        let mut triggers: BTreeMap<String, bool> = TRIGGERS.map(|name| (name.to_owned(), true)).into();
+        let mut triggers: BTreeMap<String, bool> = TRIGGERS.map(|(_, name)| (name.to_owned(), true)).into();
         assert!(find_trigger_flaws(&triggers).is_empty());
         triggers.insert("notify_after_insert".into(), false);
         triggers.remove("notify_after_update");
