@@ -13,6 +13,7 @@ use crate::cli::{pause_sentence, printable, times, with_store};
 use crate::config::DatabaseArgs;
 use crate::model::row_status::Pause;
 use crate::recurrences::coming;
+use crate::recurrences::coming::Occurrence;
 use crate::store::{COUNT_LIMIT, Store, StoreError, Upcoming, UpcomingRow};
 
 /// What to show.
@@ -42,20 +43,9 @@ struct Next {
     more: u64,
     more_is_estimate: bool,
     /// Coming occurrences that are not rows yet.
-    occurrences: Vec<ComingOccurrence>,
+    occurrences: Vec<Occurrence>,
     held: Vec<Held>,
     paused: Vec<Pause>,
-}
-
-/// A coming occurrence that is not a row yet.
-#[derive(Debug, Serialize)]
-struct ComingOccurrence {
-    /// When it will be due.
-    #[serde(with = "time::serde::rfc3339")]
-    due_at: OffsetDateTime,
-    kind: String,
-    recurrence: String,
-    subject: Option<String>,
 }
 
 /// Rows of one kind that are held.
@@ -97,28 +87,15 @@ async fn coming_occurrences(
     within: Option<Duration>,
     kind: Option<&str>,
     limit: u32,
-) -> Result<Vec<ComingOccurrence>, StoreError> {
-    let limit = limit as usize;
-    let until = within.and_then(|within| upcoming.now.checked_add(within.try_into().ok()?));
-    let mut coming = Vec::new();
-    for recurrence in store.next_recurrences(kind, i64::try_from(limit).unwrap_or(i64::MAX)).await? {
-        let offset = time::Duration::seconds_f64(recurrence.offset_seconds);
-        let instants = coming::instants(&recurrence, limit);
-        let due_at = instants.into_iter().map(|at| at.saturating_add(offset));
-        coming.extend(due_at.take_while(|at| until.is_none_or(|until| *at <= until)).map(|due_at| ComingOccurrence {
-            due_at,
-            kind: recurrence.kind.clone(),
-            recurrence: recurrence.name.clone(),
-            subject: recurrence.subject.clone(),
-        }));
+) -> Result<Vec<Occurrence>, StoreError> {
+    let recurrences = store.next_recurrences(kind, limit.into()).await?;
+    let mut occurrences = coming::occurrences(&recurrences, upcoming.now, limit as usize);
+    let within = within.and_then(|within| upcoming.now.checked_add(within.try_into().ok()?));
+    let last_row = upcoming.rows.last().filter(|_| upcoming.more > 0).map(|row| row.at);
+    for until in [within, last_row].into_iter().flatten() {
+        occurrences.retain(|occurrence| occurrence.due_at <= until);
     }
-    coming.sort_by(|one, other| (one.due_at, &one.recurrence).cmp(&(other.due_at, &other.recurrence)));
-    // If there are more rows than are shown, what comes after them is not shown either.
-    if let Some(last) = upcoming.rows.last().filter(|_| upcoming.more > 0) {
-        coming.retain(|occurrence| occurrence.due_at <= last.at);
-    }
-    coming.truncate(limit);
-    Ok(coming)
+    Ok(occurrences)
 }
 
 impl fmt::Display for Next {
@@ -128,8 +105,8 @@ impl fmt::Display for Next {
         }
         let name = |name: &Option<String>| name.as_deref().map_or_else(|| "-".to_owned(), printable);
         let mut occurrences = self.occurrences.iter().peekable();
-        let show_occurrence = |formatter: &mut fmt::Formatter<'_>, occurrence: &ComingOccurrence| {
-            let ComingOccurrence { due_at, kind, recurrence, subject } = occurrence;
+        let show_occurrence = |formatter: &mut fmt::Formatter<'_>, occurrence: &Occurrence| {
+            let Occurrence { due_at, kind, recurrence, subject } = occurrence;
             let when = format!("{}, not made", times::format_relative(*due_at, self.now));
             let (at, key, subject) = (times::show(*due_at), format!("{}/…", printable(recurrence)), name(subject));
             writeln!(formatter, "{at:<24} {when:<16} {kind:<24} {key:<24} {subject}")

@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use crate::model::recurrence::{Recurrence, RecurrenceCounts};
 use crate::recurrences::coming;
+use crate::recurrences::coming::{Occurrence, goes_on, next_due_at};
 use crate::recurrences::rule::Rule;
 use crate::store::{COUNT_LIMIT, RecurrenceFilter, Store, StoreError, UpcomingRow};
 
@@ -94,7 +95,8 @@ impl Found {
     /// milliseconds, and longer for rules that come rarely.
     pub(super) fn show(self, now: OffsetDateTime, limit: usize) -> (Recurrences, Vec<NextRow>) {
         let Self { counts: RecurrenceCounts { all, problems }, mut recurrences } = self;
-        let occurrences = coming_occurrences(&recurrences, now, limit);
+        let occurrences = coming::occurrences(&recurrences, now, limit);
+        let occurrences = occurrences.into_iter().map(NextRow::of_occurrence).collect();
         recurrences.truncate(MAX_LISTED);
         let enough = COUNT_LIMIT.unsigned_abs();
         let shown = Recurrences {
@@ -121,18 +123,10 @@ impl NextRow {
         Self { at, due_at, id: Some(id), kind, key, subject, attempts, held, recurrence: None }
     }
 
-    fn of_occurrence(recurrence: &Recurrence, due_at: OffsetDateTime) -> Self {
-        Self {
-            at: due_at,
-            due_at,
-            id: None,
-            kind: recurrence.kind.clone(),
-            key: None,
-            subject: recurrence.subject.clone(),
-            attempts: 0,
-            held: false,
-            recurrence: Some(recurrence.name.clone()),
-        }
+    fn of_occurrence(occurrence: Occurrence) -> Self {
+        let Occurrence { due_at, kind, recurrence, subject } = occurrence;
+        let recurrence = Some(recurrence);
+        Self { at: due_at, due_at, id: None, kind, key: None, subject, attempts: 0, held: false, recurrence }
     }
 
     /// Whether `row` is this occurrence: it was made after the recurrence was read.
@@ -163,37 +157,4 @@ fn place(recurrence: &Recurrence) -> (u8, Option<OffsetDateTime>, &str) {
     } else {
         (2, None, &recurrence.name)
     }
-}
-
-/// Whether it is known when its next occurrence is due.
-fn goes_on(recurrence: &Recurrence) -> bool {
-    recurrence.next_at.is_some() && recurrence.problem.is_none() && !recurrence.paused && !recurrence.ended
-}
-
-/// When the next occurrence that is not made yet is due.
-fn next_due_at(recurrence: &Recurrence) -> Option<OffsetDateTime> {
-    recurrence.next_at.and_then(|next_at| due_at(recurrence, next_at))
-}
-
-/// When the occurrence of an instant is due; `None` = after the year 9999.
-fn due_at(recurrence: &Recurrence, instant: OffsetDateTime) -> Option<OffsetDateTime> {
-    instant.checked_add(time::Duration::seconds_f64(recurrence.offset_seconds))
-}
-
-/// The coming occurrences of recurrences, earliest first, at most `limit`. The recurrences that go on must be in the order of
-/// their next occurrences. What is past was missed: how a recurrence catches up decides what is made of it.
-fn coming_occurrences(recurrences: &[Recurrence], now: OffsetDateTime, limit: usize) -> Vec<NextRow> {
-    let mut occurrences: Vec<NextRow> = Vec::new();
-    for recurrence in recurrences.iter().filter(|recurrence| goes_on(recurrence)) {
-        // No recurrence after this one has an earlier occurrence.
-        let last = occurrences.last().filter(|_| occurrences.len() == limit);
-        if last.is_some_and(|last| next_due_at(recurrence).is_none_or(|due_at| due_at >= last.at)) {
-            break;
-        }
-        let due = coming::instants(recurrence, limit).into_iter().filter_map(|instant| due_at(recurrence, instant));
-        occurrences.extend(due.filter(|due_at| *due_at > now).map(|due_at| NextRow::of_occurrence(recurrence, due_at)));
-        occurrences.sort_by_key(|occurrence| occurrence.at);
-        occurrences.truncate(limit);
-    }
-    occurrences
 }
