@@ -379,19 +379,15 @@ pub fn database_url(port: u16, database: &str) -> String {
 ///
 /// # Panics
 ///
-/// When the statement fails. While a template database is in use by another session it is tried again.
+/// When the statement fails. While PostgreSQL starts or a template database is in use, it is tried again.
 pub async fn execute(port: u16, sql: &str) {
-    // After a restart, it accepts connections before it accepts logins.
-    let connected =
-        eventually("a login", async || match PgConnection::connect(&database_url(port, "postgres")).await {
-            Err(error) if error.to_string().contains("starting up") => None,
-            connected => Some(connected),
-        });
-    let mut connection = connected.await.expect("PostgreSQL is there");
-    eventually(sql, async || match sqlx::query(AssertSqlSafe(sql.to_owned())).execute(&mut connection).await {
-        Ok(_) => Some(()),
-        Err(error) if error.to_string().contains("being accessed by other users") => None,
-        Err(error) => panic!("{sql}: {error}"),
+    let url = database_url(port, "postgres");
+    let run =
+        async || sqlx::query(AssertSqlSafe(sql.to_owned())).execute(&mut PgConnection::connect(&url).await?).await;
+    eventually(sql, async || match run().await.map_err(|error| error.to_string()) {
+        // After a restart, it accepts connections before it accepts logins.
+        Err(error) if error.contains("starting up") || error.contains("being accessed by other users") => None,
+        done => Some(done.unwrap_or_else(|error| panic!("{sql}: {error}"))),
     })
     .await;
 }
