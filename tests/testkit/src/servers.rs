@@ -384,9 +384,9 @@ pub async fn execute(port: u16, sql: &str) {
     let url = database_url(port, "postgres");
     let run =
         async || sqlx::query(AssertSqlSafe(sql.to_owned())).execute(&mut PgConnection::connect(&url).await?).await;
-    eventually(sql, async || match run().await.map_err(|error| error.to_string()) {
-        // After a restart, it accepts connections before it accepts logins.
-        Err(error) if error.contains("starting up") || error.contains("being accessed by other users") => None,
+    eventually(sql, async || match run().await {
+        // cannot_connect_now: after a restart, it accepts connections before it accepts logins; object_in_use.
+        Err(sqlx::Error::Database(error)) if matches!(error.code().as_deref(), Some("57P03" | "55006")) => None,
         done => Some(done.unwrap_or_else(|error| panic!("{sql}: {error}"))),
     })
     .await;
