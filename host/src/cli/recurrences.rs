@@ -13,6 +13,7 @@ use crate::cli::output::{Output, complain};
 use crate::cli::schedule::{OnConflict, PayloadArgs};
 use crate::cli::{NOT_FOUND, fail_usage, format_age, printable, times, with_store};
 use crate::config::DatabaseArgs;
+use crate::model::display::standstill;
 use crate::model::recurrence::Recurrence;
 use crate::recurrences::coming;
 use crate::recurrences::rule::Rule;
@@ -266,16 +267,6 @@ impl fmt::Display for Repeated {
             Some(next_at) => write!(formatter, "next {}", times::show(next_at)),
             None => write!(formatter, "a daemon computes the first instant: tidings recurrences show {}", self.name),
         }
-    }
-}
-
-/// Why a recurrence makes no occurrence; `None` = it does.
-fn standstill(recurrence: &Recurrence) -> Option<String> {
-    match &recurrence.problem {
-        Some(problem) => Some(format!("problem: {}", printable(problem))),
-        None if recurrence.paused => Some("paused".to_owned()),
-        None if recurrence.ended => Some("ended".to_owned()),
-        None => None,
     }
 }
 

@@ -49,17 +49,22 @@ pub fn pause_sentence(Pause { kind, since, until, reason, by }: &Pause) -> Strin
     printable(&format!("the kind {kind} is paused by {by} since {since}, {until}{reason}"))
 }
 
+/// Says why a recurrence makes no occurrence; `None` = it does.
+#[must_use]
+pub fn standstill(recurrence: &Recurrence) -> Option<String> {
+    match &recurrence.problem {
+        Some(problem) => Some(format!("problem: {}", printable(problem))),
+        None if recurrence.paused => Some("paused".to_owned()),
+        None if recurrence.ended => Some("ended".to_owned()),
+        None => None,
+    }
+}
+
 /// Says why an occurrence of a recurrence was not found.
 #[must_use]
 pub fn missing_occurrence(recurrence: &Recurrence, instant: OffsetDateTime) -> String {
     let (name, at) = (printable(&recurrence.name), show(instant));
-    let standstill = match &recurrence.problem {
-        Some(problem) => Some(format!("it has a problem: {}", printable(problem))),
-        None if recurrence.paused => Some("it is paused".to_owned()),
-        None if recurrence.ended => Some("it has ended".to_owned()),
-        None => None,
-    };
-    match (recurrence.next_at, standstill) {
+    match (recurrence.next_at, standstill(recurrence)) {
         (_, Some(standstill)) => {
             format!("no occurrence of {name} at {at} was made and kept, and none is made now: {standstill}")
         }

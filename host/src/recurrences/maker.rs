@@ -2,7 +2,7 @@
 //! at the queue tells when that is next, so that this task sends no statement of its own until then.
 //!
 //! Every daemon runs it. A daemon locks the recurrences that it looks at, and skips those that another has locked; the
-//! transaction that makes occurrences moves `next_at` on. So no instant is made twice, whatever is killed.
+//! transaction that makes occurrences moves `next_at` on. So no instant is made twice, also if daemons are killed.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -38,7 +38,7 @@ const COMPUTING: Duration = Duration::from_secs(1);
 pub struct Maker {
     /// The database with the recurrences.
     pub store: Store,
-    /// While it takes no messages, nothing is made: what is missed meanwhile is caught up with as each recurrence says.
+    /// While it takes no messages, this daemon makes nothing. Each recurrence says what becomes of the instants missed meanwhile.
     pub broker: Arc<Broker>,
     /// When the next occurrences are to be made, by the last look at the queue.
     pub make_at: watch::Receiver<Option<Instant>>,
@@ -84,7 +84,7 @@ impl Maker {
                 }
                 () = wait => {}
             }
-            // What is cut off is rolled back, and made by another daemon.
+            // PostgreSQL rolls back what is cut off here, and another daemon makes it.
             let made = async { if self.broker.is_open() { self.make_all().await } else { Ok(()) } };
             let Some(made) = shutdown.run_until_cancelled(made).await else { return };
             if let Err(error) = made {

@@ -41,7 +41,7 @@ pub enum RuleError {
 pub enum Rule {
     /// A cron rule.
     Cron(Box<CronRule>),
-    /// A time that passes between two instants, whatever the clocks on the walls do: whole seconds, 1 s to ten years.
+    /// The time that passes between two instants, in whole seconds, 1 s to ten years. Clocks on walls make no difference to it.
     Every(Duration),
 }
 

@@ -1,5 +1,5 @@
-//! Tests of recurrences: that an occurrence is made once for each nominal instant, whatever is killed, and which instants those
-//! are.
+//! Tests of recurrences: that daemons make one occurrence for each nominal instant, also if they are killed, and which instants
+//! those are.
 
 pub(crate) mod catching_up;
 pub(crate) mod changing;
