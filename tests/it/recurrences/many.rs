@@ -1,6 +1,7 @@
 //! Many recurrences and several daemons, which are killed again and again: each nominal instant is made once.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::time::Duration;
 
 use harness::daemon::Daemon;
@@ -11,7 +12,7 @@ use uuid::Uuid;
 
 use crate::recurrences::making::PAYLOAD;
 
-/// A number from the environment, for a longer run than in the suite.
+/// A number from the environment, for a longer run than in the suite. `HARNESS_TIDINGS` is another build to run.
 fn number(name: &str, otherwise: u64) -> u64 {
     std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(otherwise)
 }
@@ -19,6 +20,9 @@ fn number(name: &str, otherwise: u64) -> u64 {
 #[tokio::test(flavor = "multi_thread")]
 async fn three_daemons_that_are_killed_at_random_make_every_instant_once() {
     let (recurrences, seconds) = (number("HARNESS_RECURRENCES", 100), number("HARNESS_SECONDS", 20));
+    if let Some(binary) = std::env::var_os("HARNESS_TIDINGS") {
+        harness::world::put_under_test(Path::new(&binary));
+    }
     let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
     // Half of them each second, and half of them each minute, by cron and by time.
