@@ -19,7 +19,8 @@ fn number(name: &str, otherwise: u64) -> u64 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn three_daemons_that_are_killed_at_random_make_every_instant_once() {
-    let (recurrences, seconds) = (number("HARNESS_RECURRENCES", 100), number("HARNESS_SECONDS", 20));
+    // Longer than the 30 s for which one transaction makes occurrences: the next one must not make them again.
+    let (recurrences, seconds) = (number("HARNESS_RECURRENCES", 100), number("HARNESS_SECONDS", 45));
     if let Some(binary) = std::env::var_os("HARNESS_TIDINGS") {
         harness::world::put_under_test(Path::new(&binary));
     }
