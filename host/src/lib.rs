@@ -8,6 +8,7 @@ pub mod http;
 pub mod config;
 pub mod dead_letters;
 pub mod fleet;
+pub mod intake;
 pub mod scheduler;
 
 pub mod recurrences;

@@ -6,6 +6,7 @@ mod calls;
 mod compare;
 mod drain;
 mod enqueue;
+mod intake;
 mod lateness;
 mod load;
 mod plugins;

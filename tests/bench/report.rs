@@ -29,6 +29,7 @@ struct Beside {
 enum Target {
     AtMost(f64),
     Under(f64),
+    AtLeast(f64),
     /// At least this share of the figure beside it.
     Share(f64),
 }
@@ -48,6 +49,12 @@ impl Figure {
     /// Sets the target to at most `most`.
     pub(crate) fn at_most(mut self, most: f64) -> Self {
         self.target = Some(Target::AtMost(most));
+        self
+    }
+
+    /// Sets the target to at least `least`.
+    pub(crate) fn at_least(mut self, least: f64) -> Self {
+        self.target = Some(Target::AtLeast(least));
         self
     }
 
@@ -88,6 +95,7 @@ impl Figure {
     fn reached(&self) -> Option<bool> {
         Some(match self.target? {
             Target::AtMost(most) => self.value() <= most,
+            Target::AtLeast(least) => self.value() >= least,
             Target::Under(limit) => self.value() < limit,
             Target::Share(share) => self.share().is_some_and(|reached| reached >= share),
         })
@@ -101,6 +109,7 @@ impl Figure {
         let target = match self.target {
             None => String::new(),
             Some(Target::AtMost(most)) => format!("at most {}", number(most)),
+            Some(Target::AtLeast(least)) => format!("at least {}", number(least)),
             Some(Target::Under(limit)) => format!("under {}", number(limit)),
             Some(Target::Share(share)) => format!("at least {}", percent(share)),
         };
@@ -122,6 +131,7 @@ impl Figure {
     pub(crate) fn json(&self) -> Value {
         let target = self.target.map(|target| match target {
             Target::AtMost(most) => json!({ "at_most": most }),
+            Target::AtLeast(least) => json!({ "at_least": least }),
             Target::Under(limit) => json!({ "under": limit }),
             Target::Share(share) => json!({ "at_least_share": share }),
         });

@@ -5,7 +5,7 @@ use futures_util::future::LocalBoxFuture;
 
 use crate::report::Figure;
 use crate::{
-    Bench, calls, drain, enqueue, lateness, plugins, recurrences, replay, resources, settings, sizes, trouble,
+    Bench, calls, drain, enqueue, intake, lateness, plugins, recurrences, replay, resources, settings, sizes, trouble,
 };
 
 /// A scenario, which measures one or more figures.
@@ -28,7 +28,7 @@ pub(crate) enum Part {
 }
 
 /// The scenarios, in the order in which they run: those that share the pending rows need more and more of them.
-pub(crate) const SCENARIOS: [Scenario; 26] = [
+pub(crate) const SCENARIOS: [Scenario; 27] = [
     Scenario {
         name: "drain",
         description: "100,000 rows already due, through a wasm plugin, to a quorum queue",
@@ -88,6 +88,12 @@ pub(crate) const SCENARIOS: [Scenario; 26] = [
         description: "500 recurrences that come each second, and 500 ordinary rows a second",
         part: Part::Targets,
         run: |bench| recurrences::lateness(bench).boxed_local(),
+    },
+    Scenario {
+        name: "intake",
+        description: "messages that are published to an intake: 60,000 and a million waiting, and delayed by nothing and by 1 s",
+        part: Part::Targets,
+        run: |bench| intake::intake(bench).boxed_local(),
     },
     Scenario {
         name: "lateness-big",

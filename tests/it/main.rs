@@ -4,6 +4,7 @@
 mod database;
 mod dead_letters;
 mod documentation;
+mod intake;
 mod nothing_lost;
 mod on_time;
 mod operations;

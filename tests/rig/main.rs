@@ -4,6 +4,7 @@
 //! its size, and `--only killed` uses only faults with that word in their names.
 
 mod consumer;
+mod intake;
 mod ledger;
 mod nemesis;
 mod producer;
@@ -77,6 +78,9 @@ async fn run(arguments: &[String]) -> anyhow::Result<()> {
         ["consume", url, seed, number, dir] => {
             consumer::consume(url, seed.parse()?, number.parse()?, Path::new(dir)).await
         }
+        ["publish", url, seed, seconds, rate, file] => {
+            intake::publish(url, seed.parse()?, seconds.parse()?, rate.parse()?, Path::new(file)).await
+        }
         settings => run_rig(&parse_plan(settings)?).await,
     }
 }
@@ -110,6 +114,7 @@ async fn run_rig(plan: &Plan) -> anyhow::Result<()> {
     let (database, broker) = (database_url(postgres_port, &world.name), amqp_url(rabbitmq_port, &world.name));
     world.db.execute(ledger::TABLES).await?;
     recurrences::start(&world.db, plan.seconds).await?;
+    intake::start(&world.db).await?;
     let dir = harness::target().join("rig").join(&world.name);
     std::fs::create_dir_all(&dir)?;
 
@@ -122,6 +127,7 @@ async fn run_rig(plan: &Plan) -> anyhow::Result<()> {
             .with("TIDINGS_AMQP_URL", amqp_url(rabbitmq.port, &world.name))
             .with("TIDINGS_STATE_DIR", world.state_dir().with_extension(format!("state{number}")).display())
             .with("TIDINGS_REPLAY_INTERVAL_MS", 2_000)
+            .with("TIDINGS_INTAKE", intake::SETTING)
             .with("RUST_LOG", "info,lapin=off,sqlx=off");
         daemons.push(Victim {
             daemon: launch.start_ready().await,
@@ -150,6 +156,9 @@ async fn run_rig(plan: &Plan) -> anyhow::Result<()> {
             ])
         })
         .collect::<Result<_, _>>()?;
+    let confirmed = dir.with_extension("confirmed");
+    let (seed, seconds) = (plan.seed.to_string(), plan.seconds.to_string());
+    producers.push(spawn_self(&["publish", &broker, &seed, &seconds, &rate, &confirmed.to_string_lossy()])?);
 
     let mut nemesis = Nemesis {
         random: Random::new(plan.seed),
@@ -178,10 +187,12 @@ async fn run_rig(plan: &Plan) -> anyhow::Result<()> {
 
     let verdict = ledger::judge(&nemesis.world.db, &ledger::read_arrivals(&dir)?, &nemesis.faults).await?;
     let instants = recurrences::judge(&nemesis.world.db).await?;
+    let (taken, not_taken) = intake::judge(&nemesis.world.db, &confirmed).await?;
     report(&verdict, &nemesis);
     report_instants(&instants);
+    println!("intake: {taken} messages were confirmed, {} of them never became a row", not_taken.len());
     write_logs(&nemesis)?;
-    if !verdict.is_clean() || !instants.are_right() {
+    if !verdict.is_clean() || !instants.are_right() || !not_taken.is_empty() {
         bail!(
             "a promise was broken; --seed {} repeats the faults; the consumers' files are in {}",
             plan.seed,
@@ -192,7 +203,7 @@ async fn run_rig(plan: &Plan) -> anyhow::Result<()> {
         let status = victim.daemon.stop().await;
         anyhow::ensure!(status.success(), "a daemon did not stop cleanly");
     }
-    let _ = std::fs::remove_dir_all(&dir);
+    let _ = (std::fs::remove_dir_all(&dir), std::fs::remove_file(&confirmed));
     Ok(())
 }
 
@@ -216,7 +227,7 @@ async fn wait_until_drained(nemesis: &Nemesis, broker: &str) -> anyhow::Result<(
     loop {
         let pending: i64 = nemesis.world.value("SELECT (SELECT count(*) FROM tidings.schedules) + (SELECT count(*) FROM tidings.recurrences WHERE NOT ended)").await;
         let mut letters = Vec::new();
-        for queue in [consumer::QUEUE, "tidings.dead", "tidings.parking"] {
+        for queue in [consumer::QUEUE, "tidings.dead", "tidings.parking", intake::QUEUE] {
             let channel = connection.create_channel().await?;
             let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
             // The parking queue may be missing until the next pass declares it; count that as not drained.
@@ -228,9 +239,9 @@ async fn wait_until_drained(nemesis: &Nemesis, broker: &str) -> anyhow::Result<(
         }
         if Instant::now() > deadline {
             write_logs(nemesis)?;
-            let [rig, dead, parking] = letters[..] else { unreachable!("three queues") };
+            let [rig, dead, parking, intake] = letters[..] else { unreachable!("four queues") };
             bail!(
-                "{pending} rows and recurrences are still pending, {rig} messages are in the queue, {dead} are dead letters, {parking} are parked"
+                "{pending} rows and recurrences are still pending, {rig} messages are in the queue, {dead} are dead letters, {parking} are parked, {intake} wait in the intake"
             );
         }
         tokio::time::sleep(Duration::from_millis(500)).await;

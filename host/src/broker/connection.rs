@@ -53,7 +53,9 @@ impl Broker {
                         return Ok(());
                     }
                 }
-                Err(error @ BrokerError::Mismatch { .. }) if ready.is_some() => return Err(error),
+                Err(error @ (BrokerError::Mismatch { .. } | BrokerError::Delayed { .. })) if ready.is_some() => {
+                    return Err(error);
+                }
                 Err(error) => {
                     warn!(error = &error as &dyn std::error::Error, "RabbitMQ cannot be used, trying again");
                     self.set_failure(Some(format!("{:#}", anyhow::Error::from(error))));
@@ -106,13 +108,13 @@ impl Broker {
 
     /// Opens a connection behind the frame guard, because anyone who may publish can have written the headers of a dead
     /// letter, or of what is taken for an announcement.
-    async fn connect_guarded(&self, name: &str, bodies: Bodies) -> Result<Connection, BrokerError> {
+    pub(super) async fn connect_guarded(&self, name: &str, bodies: Bodies) -> Result<Connection, BrokerError> {
         let properties = ConnectionProperties::default().with_connection_name(name.into());
         let runtime = Runtime::new(RuntimeParts::new(Tokio::current(), GuardingReactor(Tokio::current())));
         let connect = async move |uri: AMQPUri, _| {
             let connected = uri.connect_async(&Runtime::tokio_current()).await;
             let stream = connected.map_err(lapin::Error::from)?;
-            Ok(AsyncTcpStream::Plain(FrameGuard::new(stream, bodies)))
+            Ok(AsyncTcpStream::Plain(FrameGuard::new(stream, bodies.clone())))
         };
         self.await_connection(Connection::connector(self.uri.clone(), runtime, connect, properties)).await
     }

@@ -1,7 +1,9 @@
-//! The only place with AMQP, and with its client library (lapin). One connection declares, another publishes; each pass and
-//! each listing opens one more to the dead letters:
+//! The only place with AMQP, and with its client library (lapin). One connection declares, another publishes, and a third takes
+//! messages from the intakes; each pass and each listing opens one more to the dead letters:
 //!
 //! ```text
+//!   publishers ──▶ exchange of an intake ──▶ queue `tidings.intake.FROM` ──consume──▶ intake
+//!
 //!   scheduler ───publish──▶ exchange `tidings` (topic) ──bindings of the consumers──▶ their queues
 //!                                                                              ▲       │ rejected, expired
 //!   replayer ◀──pass── queue `tidings.dead` ◀── exchange `tidings.dlx` (fanout) ◀──────┘
@@ -32,6 +34,8 @@ mod connection;
 pub mod dead_letters;
 mod fleet;
 pub mod frame_guard;
+mod intake;
+mod properties;
 mod publishing;
 pub mod topology;
 
@@ -45,6 +49,7 @@ use thiserror::Error;
 use tokio::sync::Mutex;
 
 use crate::model::health::Notices;
+use crate::model::intake::Intake;
 use crate::model::secrets::SecretUrl;
 use crate::model::wake::Wake;
 
@@ -55,6 +60,8 @@ pub use dead_letters::headers::Destination;
 pub use dead_letters::list::{BrowseSession, ListedDeadLetter};
 pub use dead_letters::{DeadLetterQueue, DeadLetterSession, FetchedDeadLetter, SendResult};
 pub use fleet::FleetChannel;
+use frame_guard::ByteBudget;
+pub use intake::{IntakeConnection, IntakeConsumer, QueueCounts, Received};
 use publishing::connection::PublishingConnection;
 pub use publishing::{Confirmed, PublishError, Verdict, write_message};
 pub use topology::DeclaredEntity;
@@ -87,6 +94,8 @@ pub struct BrokerSettings {
     pub exchange: String,
     /// `TIDINGS_QUEUE_TYPE`
     pub queue_type: QueueType,
+    /// `TIDINGS_INTAKE`
+    pub intakes: Vec<Arc<Intake>>,
 }
 
 /// What went wrong between the daemon and RabbitMQ. Always a failure of the infrastructure, never of a row.
@@ -133,6 +142,14 @@ pub enum BrokerError {
         /// RabbitMQ's answer, which names the argument that differs.
         #[source]
         source: lapin::Error,
+    },
+    /// The exchange of an intake holds messages back itself.
+    #[error(
+        "the exchange {exchange} is of the type x-delayed-message, whose plugin holds messages back itself: let it empty while its publishers stand still, delete it, and start the daemon, which declares it as topic (moving-here.md says how); or name another exchange in TIDINGS_INTAKE"
+    )]
+    Delayed {
+        /// Its name.
+        exchange: String,
     },
     /// An exchange or queue of the daemon is missing, and its user may not declare it.
     #[error(
@@ -197,6 +214,9 @@ pub struct Broker {
     uri: AMQPUri,
     exchange: String,
     queue_type: QueueType,
+    intakes: Vec<Arc<Intake>>,
+    /// What the bodies of messages may take that intakes have received.
+    intake_budget: Arc<ByteBudget>,
     /// The connection that declares, while there is one.
     connection: Mutex<Option<Arc<lapin::Connection>>>,
     /// The connection that publishes, while there is one.
@@ -237,12 +257,14 @@ impl Broker {
             uri,
             exchange: settings.exchange.clone(),
             queue_type: settings.queue_type,
+            intakes: settings.intakes.clone(),
+            intake_budget: Arc::new(ByteBudget::new(intake::HELD_BYTES)),
             connection: Mutex::new(None),
             publishing: std::sync::Mutex::default(),
             open: AtomicBool::new(false),
             refusals: Notices::default(),
             failure: std::sync::Mutex::default(),
-            topology_state: Mutex::default(),
+            topology_state: Mutex::new(topology::repair::TopologyState::new(&settings.exchange, &settings.intakes)),
             wake,
         }
     }
@@ -251,6 +273,19 @@ impl Broker {
     #[must_use]
     pub fn exchange(&self) -> &str {
         &self.exchange
+    }
+
+    /// The daemon's own queues.
+    #[must_use]
+    pub fn own_queues(&self) -> Vec<DeclaredEntity> {
+        let of_intakes = self.intakes.iter().map(|intake| DeclaredEntity::IntakeQueue(Arc::clone(intake)));
+        [DeclaredEntity::DeadQueue, DeclaredEntity::ParkingQueue].into_iter().chain(of_intakes).collect()
+    }
+
+    /// All exchanges and queues that the daemon declares.
+    #[must_use]
+    pub fn declared(&self) -> Vec<DeclaredEntity> {
+        DeclaredEntity::all(&self.exchange, &self.intakes)
     }
 
     /// Whether messages can be published now: connected, and not blocked by an alarm.

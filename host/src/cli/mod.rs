@@ -15,6 +15,7 @@ mod completions;
 mod dead;
 mod doctor;
 mod explain;
+mod intakes;
 mod migrate;
 mod next;
 mod output;
@@ -105,6 +106,8 @@ enum Command {
     /// Asks the daemon on this host whether it is ready, for a health check: exits with 0 if it is, with 1 otherwise
     #[command(after_help = "Example:\n  tidings ready --http-addr 127.0.0.1:7070 && echo it works")]
     Ready(HttpArgs),
+    /// Shows what waits in the queues of the intakes, whose messages become rows
+    Intakes(intakes::IntakesArgs),
     /// Lists, replays or drops the dead letters
     #[command(subcommand)]
     Dead(dead::Command),
@@ -154,6 +157,7 @@ pub fn main() -> ExitCode {
         },
         Command::Doctor(args) => runtime.block_on(doctor::run(*args, output)),
         Command::Ready(args) => ready::ready(args, output),
+        Command::Intakes(args) => runtime.block_on(intakes::intakes(args, output)),
         Command::Dead(command) => runtime.block_on(dead::run(command, output)),
         Command::Parked(command) => runtime.block_on(parked::run(command, output)),
         Command::Plugin(command) => runtime.block_on(plugin::run(command, output)),

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::broker::BrokerSettings;
+use crate::intake::request::Rules;
 use crate::model::secrets::{HttpToken, SecretUrl};
 use crate::store::Settling;
 use crate::telemetry::{LogFormat, TraceSettings};
@@ -14,7 +15,7 @@ use crate::telemetry::{LogFormat, TraceSettings};
 pub struct ServerSettings {
     /// `TIDINGS_DATABASE_URL`
     pub database_url: SecretUrl,
-    /// `TIDINGS_AMQP_URL`, `TIDINGS_EXCHANGE` and `TIDINGS_QUEUE_TYPE`.
+    /// `TIDINGS_AMQP_URL`, `TIDINGS_EXCHANGE`, `TIDINGS_QUEUE_TYPE` and `TIDINGS_INTAKE`.
     pub broker: BrokerSettings,
     /// `TIDINGS_REPLAY_MAX`, 0 to 1,000,000; default 0. How often a dead letter may be replayed; 0 = no limit.
     pub replay_max: u32,
@@ -41,6 +42,10 @@ pub struct Config {
     pub management_url: Option<SecretUrl>,
     /// `TIDINGS_HTTP_TOKEN`; `None`, the default = the page is read-only.
     pub http_token: Option<HttpToken>,
+    /// `TIDINGS_INTAKE_MAX_BODY`, 1 byte to 8 MiB; default 1 MiB; and `TIDINGS_INTAKE_KINDS`, by default all.
+    pub intake_rules: Rules,
+    /// `TIDINGS_INTAKE_RATE`, messages a second for each intake, at most a million; `None`, the default = as many as come.
+    pub intake_rate: Option<u32>,
     /// `TIDINGS_SWEEP_MS`, 10 ms to an hour; default 5 s.
     pub sweep: Duration,
     /// `TIDINGS_REPLAY_INTERVAL_MS`, 1 s to a day; default 15 minutes.

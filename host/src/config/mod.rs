@@ -14,6 +14,7 @@ mod variables;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
@@ -22,6 +23,8 @@ use validation::{check_url, parse_number, parse_word};
 use variables::check_names;
 
 use crate::broker::{BrokerSettings, Management, QueueType};
+use crate::intake::request::Rules;
+use crate::model::intake::Intake;
 use crate::model::secrets::HttpToken;
 use crate::model::secrets::SecretUrl;
 use crate::store::{History, Settling};
@@ -30,6 +33,9 @@ use crate::telemetry::LogFormat;
 pub use checked::{Config, ServerSettings};
 pub use validation::ValidationErrors;
 pub(crate) use variables::find_service_links;
+
+/// The largest value of `TIDINGS_INTAKE_MAX_BODY`: in base64, and with its headers, such a body fits into a payload.
+const MAX_INTAKE_BODY: u32 = 8 * 1024 * 1024;
 
 /// The address of the database: all that `tidings migrate` needs.
 #[derive(Args, Clone, Debug)]
@@ -68,6 +74,10 @@ pub struct BrokerArgs {
     /// The type of the daemon's own queues, classic or quorum
     #[arg(long, env = "TIDINGS_QUEUE_TYPE", value_name = "TYPE", default_value = "classic")]
     queue_type: String,
+    /// Exchanges whose messages become rows, and the exchanges to which they go when they are due, such as
+    /// `orders.delayed=orders`
+    #[arg(long, env = "TIDINGS_INTAKE", value_name = "FROM=TO,...")]
+    intake: Option<String>,
 }
 
 /// The addresses of both servers: all that the commands for dead letters and parked rows need.
@@ -94,6 +104,15 @@ pub struct RunArgs {
     state: StateArgs,
     #[command(flatten)]
     http: HttpArgs,
+    /// The longest body that an intake takes, in bytes
+    #[arg(long, env = "TIDINGS_INTAKE_MAX_BODY", value_name = "BYTES", default_value = "1048576")]
+    intake_max_body: String,
+    /// The kinds that messages to an intake may name in tidings-kind, such as `mail,invoice`; without it all
+    #[arg(long, env = "TIDINGS_INTAKE_KINDS", value_name = "KIND,...")]
+    intake_kinds: Option<String>,
+    /// How many messages a second each intake takes at most; 0 = as many as come
+    #[arg(long, env = "TIDINGS_INTAKE_RATE", value_name = "N", default_value = "0")]
+    intake_rate: String,
     /// The most connections to PostgreSQL that the daemon keeps, at least 4
     #[arg(long, env = "TIDINGS_DATABASE_CONNECTIONS", value_name = "N", default_value = "13")]
     database_connections: String,
@@ -189,7 +208,15 @@ impl BrokerArgs {
         }
         let types = [("classic", QueueType::Classic), ("quorum", QueueType::Quorum)];
         let queue_type = parse_word("TIDINGS_QUEUE_TYPE", &self.queue_type, types, errors);
-        Some(BrokerSettings { url: url?, exchange, queue_type: queue_type? })
+        let intakes = match Intake::parse_list(self.intake.as_deref().unwrap_or_default(), &exchange) {
+            Ok(intakes) => Some(intakes.into_iter().map(Arc::new).collect()),
+            Err(sentences) => {
+                errors
+                    .extend(sentences.into_iter().map(|sentence| format!("TIDINGS_INTAKE cannot be used: {sentence}")));
+                None
+            }
+        };
+        Some(BrokerSettings { url: url?, exchange, queue_type: queue_type?, intakes: intakes? })
     }
 }
 
@@ -294,6 +321,11 @@ impl RunArgs {
         if let Some(error) = http_token.as_ref().and_then(HttpToken::find_error) {
             errors.push(format!("TIDINGS_HTTP_TOKEN {error}"));
         }
+        let max_body = parse_number("TIDINGS_INTAKE_MAX_BODY", &self.intake_max_body, 1, MAX_INTAKE_BODY, errors);
+        let intake_rate = parse_number("TIDINGS_INTAKE_RATE", &self.intake_rate, 0, 1_000_000, errors);
+        let kinds =
+            self.intake_kinds.as_deref().map(|kinds| kinds.split(',').map(str::trim).filter(|kind| !kind.is_empty()));
+        let intake_kinds = kinds.map(|kinds| kinds.map(str::to_owned).collect());
         let switch = [("on", true), ("off", false)];
         let notify = parse_word("TIDINGS_NOTIFY", &self.notify, switch, errors);
         let connections = &self.database_connections;
@@ -319,6 +351,8 @@ impl RunArgs {
             http_addr: http_addr?,
             management_url,
             http_token,
+            intake_rules: Rules { max_body: max_body? as usize, kinds: intake_kinds },
+            intake_rate: Some(intake_rate?).filter(|rate| *rate > 0),
             sweep: Duration::from_millis(sweep_ms?.into()),
             replay_interval: Duration::from_millis(replay_interval_ms?.into()),
             max_attempts: max_attempts?,

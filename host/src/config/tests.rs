@@ -17,11 +17,11 @@ fn run_args(values: &[&str; VARIABLES.len()]) -> RunArgs {
     let [database_url, amqp_url, exchange, queue_type, replay_max, plugin_dir, http_addr, rest @ ..] =
         values.map(str::to_owned);
     let [sweep_ms, replay_interval_ms, max_attempts, notify, canary_ms, log, rest @ ..] = rest;
-    let [history_days, http_token, history, synchronous_commit, adopt] = rest;
+    let [history_days, http_token, history, synchronous_commit, adopt, intake, intake_max_body, intake_rate] = rest;
     RunArgs {
         servers: ServerArgs {
             database: DatabaseArgs { database_url: Some(database_url) },
-            broker: BrokerArgs { amqp_url: Some(amqp_url), exchange, queue_type },
+            broker: BrokerArgs { amqp_url: Some(amqp_url), exchange, queue_type, intake: Some(intake) },
             replay_max,
         },
         plugin_dir: Some(plugin_dir),
@@ -30,6 +30,9 @@ fn run_args(values: &[&str; VARIABLES.len()]) -> RunArgs {
         http: HttpArgs { http_addr },
         management_url: None,
         http_token: Some(http_token.into()),
+        intake_max_body,
+        intake_kinds: None,
+        intake_rate,
         sweep_ms,
         replay_interval_ms,
         max_attempts,
@@ -44,7 +47,7 @@ fn run_args(values: &[&str; VARIABLES.len()]) -> RunArgs {
 }
 
 /// The variables that can be wrong, each with a good value.
-const VARIABLES: [(&str, &str); 18] = [
+const VARIABLES: [(&str, &str); 21] = [
     ("TIDINGS_DATABASE_URL", DATABASE_URL),
     ("TIDINGS_AMQP_URL", AMQP_URL),
     ("TIDINGS_EXCHANGE", "tidings"),
@@ -63,6 +66,9 @@ const VARIABLES: [(&str, &str); 18] = [
     ("TIDINGS_HISTORY", "undelivered"),
     ("TIDINGS_SYNCHRONOUS_COMMIT", "off"),
     ("TIDINGS_ADOPT", "1"),
+    ("TIDINGS_INTAKE", "orders.delayed=orders"),
+    ("TIDINGS_INTAKE_MAX_BODY", "8388608"),
+    ("TIDINGS_INTAKE_RATE", "1000000"),
 ];
 
 #[test]

@@ -32,8 +32,11 @@ use crate::config::{Config, find_service_links};
 use crate::dead_letters::replayer::Replayer;
 use crate::fleet::FleetWatch;
 use crate::http::{Http, Sources};
+use crate::intake::IntakeTask;
+use crate::intake::status::IntakeStatuses;
 use crate::model::backoff::jittered;
 use crate::model::health::Health;
+use crate::model::relay;
 use crate::model::wake::Wake;
 use crate::plugins;
 use crate::plugins::{Engine, Metering, Registry, StateDir};
@@ -79,7 +82,11 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
     });
     let state = StateDir::open(&config.state_dir)?;
     let engine = Engine::new(Some(&state), Metering::Time)?;
-    let registry = Registry::new(engine, &config.plugin_dir, state, Arc::clone(&wake), Arc::clone(&health));
+    // Without an intake there is no exchange to which they may go, and their rows are held.
+    let intakes = &config.servers.broker.intakes;
+    let built_in = if intakes.is_empty() { Vec::new() } else { vec![relay::KIND.to_owned()] };
+    let registry = Registry::new(engine, &config.plugin_dir, built_in, state, Arc::clone(&wake), Arc::clone(&health));
+    let statuses = Arc::new(IntakeStatuses::new(intakes, &health));
     let registry = Arc::new(registry);
     // From the beginning, so that /readyz says what is still missing.
     let sources = Sources {
@@ -91,6 +98,7 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
         notify: config.notify,
         token: config.http_token.clone(),
         replay_max: config.servers.replay_max,
+        intakes: Arc::clone(&statuses),
     };
     loops.spawn(http.run(sources, shutdown.clone()));
     spawn(&mut loops, telemetry::upkeep(metrics, shutdown.clone()));
@@ -128,13 +136,7 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
     if unless_ended(&mut loops, &shutdown, async { (listening.await, may_deliver.await) }).await?.is_none() {
         return drain(loops, &broker_shutdown).await;
     }
-    let replayer = Replayer {
-        store: store.clone(),
-        broker: Arc::clone(&broker),
-        interval: config.replay_interval,
-        max: config.servers.replay_max,
-    };
-    spawn(&mut loops, replayer.run(shutdown.clone()));
+    spawn_replayer_and_intakes(&mut loops, &config, &store, &broker, &statuses, &shutdown);
     if let Some(interval) = config.canary {
         let canary =
             Canary { store: store.clone(), broker: Arc::clone(&broker), interval, health: Arc::clone(&health) };
@@ -166,6 +168,30 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
         },
         ended = first_to_end(&mut loops, &shutdown) => ended,
         never = ready => match never {},
+    }
+}
+
+/// Starts the passes over the dead letters, and the intakes.
+fn spawn_replayer_and_intakes(
+    loops: &mut JoinSet<anyhow::Result<()>>,
+    config: &Config,
+    store: &Store,
+    broker: &Arc<Broker>,
+    statuses: &IntakeStatuses,
+    shutdown: &CancellationToken,
+) {
+    let replayer = Replayer {
+        store: store.clone(),
+        broker: Arc::clone(broker),
+        interval: config.replay_interval,
+        max: config.servers.replay_max,
+    };
+    spawn(loops, replayer.run(shutdown.clone()));
+    let (rules, rate) = (Arc::new(config.intake_rules.clone()), config.intake_rate);
+    for status in statuses.iter() {
+        let (store, broker, rules, status) =
+            (store.clone(), Arc::clone(broker), Arc::clone(&rules), Arc::clone(status));
+        spawn(loops, IntakeTask { store, broker, rules, rate, status }.run(shutdown.clone()));
     }
 }
 

@@ -252,8 +252,9 @@ impl DeadLetterAdmin {
             for dead_letter in window.into_iter().filter(|dead_letter| wanted.takes(dead_letter.parsed.id.as_deref())) {
                 // Without the maximum number of replays, because a person asks for it.
                 let why = match dead_letter.parsed.fate(clock.now_ms(), 0) {
-                    Fate::Replay { queue, expiration_ms, replays } => {
-                        to_replay.push((dead_letter, Destination::OriginalQueue { queue, expiration_ms, replays }));
+                    Fate::Replay { queue, expiration_ms, replays, routing_key } => {
+                        let destination = Destination::OriginalQueue { queue, expiration_ms, replays, routing_key };
+                        to_replay.push((dead_letter, destination));
                         continue;
                     }
                     Fate::Expired => "its deadline has passed, so it must not be delivered any more; drop it".into(),

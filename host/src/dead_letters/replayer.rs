@@ -222,8 +222,9 @@ async fn settle(
                 session.acknowledge(&dead_letter).await?;
                 counts.expired += 1;
             }
-            Fate::Replay { queue, expiration_ms, replays } => {
-                to_replay.push((dead_letter, Destination::OriginalQueue { queue, expiration_ms, replays }));
+            Fate::Replay { queue, expiration_ms, replays, routing_key } => {
+                let destination = Destination::OriginalQueue { queue, expiration_ms, replays, routing_key };
+                to_replay.push((dead_letter, destination));
             }
             Fate::Park(reason) => to_park.push((dead_letter, Destination::ParkingQueue(reason))),
             // It is not acknowledged, so it is back at the head of the queue when the pass ends.

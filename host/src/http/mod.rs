@@ -4,7 +4,8 @@
 //! Must never decide anything, show a payload or the token, or be waited for by a loop.
 //!
 //! To change it, know: `scrape` reads the metrics that are not counted as they happen; `overview` is what the page
-//! shows and is made at most once a second for all browsers; `recurrences` is its part about them; `authorization` decides who may read and who may act;
+//! shows and is made at most once a second for all browsers; `recurrences` and
+//! `intakes` are its parts about them; `authorization` decides who may read and who may act;
 //! `actions` does the same as the commands do. A statement or action that was begun is finished even if the client
 //! closes the connection.
 
@@ -12,6 +13,7 @@ mod actions;
 mod api;
 mod authorization;
 mod error;
+mod intakes;
 mod overview;
 mod page;
 mod recurrences;
@@ -38,6 +40,7 @@ use tokio_util::task::TaskTracker;
 use tracing::info;
 
 use crate::broker::Broker;
+use crate::intake::status::IntakeStatuses;
 use crate::model::error_chain::error_chain;
 use crate::model::health::Health;
 use crate::model::row_status::Pause;
@@ -75,6 +78,8 @@ pub struct Sources {
     pub token: Option<HttpToken>,
     /// How often a dead letter may be replayed; 0 = no limit.
     pub replay_max: u32,
+    /// What the intakes do.
+    pub intakes: Arc<IntakeStatuses>,
 }
 
 /// The state that the handlers share.

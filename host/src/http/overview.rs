@@ -9,6 +9,8 @@ use time::OffsetDateTime;
 use tokio::time::timeout;
 use tracing::{debug, error};
 
+use crate::http::intakes;
+use crate::http::intakes::IntakeOverview;
 use crate::http::recurrences::{Found, NextRow, Recurrences, merge};
 use crate::http::{AppState, SERVER_TIMEOUT, readiness};
 use crate::model::row_status::Pause;
@@ -42,6 +44,7 @@ pub(super) struct Overview {
     /// `None` = RabbitMQ does not answer.
     letters: Option<Letters>,
     plugins: Vec<PluginStatus>,
+    intakes: Vec<IntakeOverview>,
     hour: LastHour,
 }
 
@@ -107,7 +110,11 @@ async fn make(app: &AppState) -> Overview {
     let sources = &app.sources;
     let (store, broker) = (sources.store.clone(), Arc::clone(&sources.broker));
     // Tasks of their own, so that a question that was asked is finished even after the timeout.
-    let letter_counts = tokio::spawn(async move { broker.count_dead_letters().await });
+    let letter_counts = tokio::spawn({
+        let broker = Arc::clone(&broker);
+        async move { broker.count_dead_letters().await }
+    });
+    let intake_counts = tokio::spawn(async move { broker.count_intakes().await });
     let (reasons, database_answers) = readiness(sources).await;
     let mut database = None;
     if database_answers {
@@ -123,6 +130,10 @@ async fn make(app: &AppState) -> Overview {
         Ok(Ok(Ok(letters))) => letters.map(|(dead, parked)| Letters { dead, parked }),
         _ => None,
     };
+    let intake_counts = match timeout(SERVER_TIMEOUT, intake_counts).await {
+        Ok(Ok(counts)) => counts,
+        _ => Vec::new(),
+    };
     Overview {
         version: env!("CARGO_PKG_VERSION"),
         daemon: app.addr.to_string(),
@@ -134,6 +145,7 @@ async fn make(app: &AppState) -> Overview {
         database,
         letters,
         plugins: sources.plugins.status(),
+        intakes: intakes::show(sources, &intake_counts),
         hour: last_hour(),
     }
 }

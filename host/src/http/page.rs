@@ -11,11 +11,12 @@ use axum::response::Response;
 use axum::routing::get;
 
 /// The path, the content type and the text of each file.
-const FILES: [(&str, &str, &str); 10] = [
+const FILES: [(&str, &str, &str); 11] = [
     ("/", "text/html; charset=utf-8", include_str!("page/index.html")),
     ("/page.css", "text/css; charset=utf-8", include_str!("page/page.css")),
     ("/act.js", SCRIPT, include_str!("page/act.js")),
     ("/explain.js", SCRIPT, include_str!("page/explain.js")),
+    ("/intakes.js", SCRIPT, include_str!("page/intakes.js")),
     ("/letters.js", SCRIPT, include_str!("page/letters.js")),
     ("/page.js", SCRIPT, include_str!("page/page.js")),
     ("/plots.js", SCRIPT, include_str!("page/plots.js")),

@@ -15,8 +15,8 @@ use crate::http::{SERVER_TIMEOUT, Sources};
 use crate::plugins::{BreakerState, GenerationStatus, Registry};
 use crate::store::StoreError;
 use crate::telemetry::{
-    Server, Serving, look_at_process, set_backlog, set_blocked, set_connected, set_letters, set_listening,
-    set_recurrences, set_serving,
+    Server, Serving, look_at_process, set_backlog, set_blocked, set_connected, set_intake_waiting, set_letters,
+    set_listening, set_recurrences, set_serving,
 };
 
 /// `GET /metrics`.
@@ -30,9 +30,8 @@ pub(super) async fn show_metrics(State(sources): State<Sources>) -> Response {
     set_blocked(link.blocked);
     // Tasks of their own, so that a question that was asked is finished even if the request is dropped.
     let backlog = tokio::spawn(async move { Ok((store.backlog().await?, store.count_recurrences().await?)) });
-    let letter_counts = tokio::spawn(async move { broker.count_dead_letters().await });
-    let (backlog, letter_counts) =
-        tokio::join!(timeout(SERVER_TIMEOUT, backlog), timeout(SERVER_TIMEOUT, letter_counts));
+    let counts = tokio::spawn(async move { (broker.count_dead_letters().await, broker.count_intakes().await) });
+    let (backlog, counts) = tokio::join!(timeout(SERVER_TIMEOUT, backlog), timeout(SERVER_TIMEOUT, counts));
     let backlog = match backlog {
         Ok(Ok(Ok(backlog))) => Some(backlog),
         Ok(Ok(Err::<_, StoreError>(error))) => {
@@ -46,10 +45,17 @@ pub(super) async fn show_metrics(State(sources): State<Sources>) -> Response {
         set_backlog(&backlog);
         set_recurrences(recurrences);
     }
-    match letter_counts {
-        Ok(Ok(Ok(Some((dead, parked))))) => set_letters(dead, parked),
-        Ok(Ok(Err(error))) => debug!(error = &error as &dyn std::error::Error, "could not count the dead letters"),
-        _ => {}
+    if let Ok(Ok((letters, intakes))) = counts {
+        match letters {
+            Ok(Some((dead, parked))) => set_letters(dead, parked),
+            Ok(None) => {}
+            Err(error) => debug!(error = &error as &dyn std::error::Error, "could not count the dead letters"),
+        }
+        for (intake, counts) in intakes {
+            if let Some(counts) = counts {
+                set_intake_waiting(&intake.from, counts.messages);
+            }
+        }
     }
     ([(CONTENT_TYPE, "text/plain; version=0.0.4")], metrics.render()).into_response()
 }

@@ -28,6 +28,10 @@ pub struct DeadLetter {
     pub traceparent: Option<String>,
     /// `tracestate`, likewise.
     pub tracestate: Option<String>,
+    /// The routing key with which it was published.
+    pub routing_key: Option<String>,
+    /// It died in the queue of an intake.
+    pub of_intake: bool,
     /// `tidings-replay`: how often it was replayed; 0 if the header is absent or unreadable.
     pub replays: i64,
 }
@@ -58,6 +62,8 @@ pub enum Fate {
         expiration_ms: Option<u64>,
         /// How often it will have been replayed then.
         replays: i64,
+        /// For the queue of an intake: the routing key with which it was published. A replay goes by the name of the queue.
+        routing_key: Option<String>,
     },
     /// Parks it, with the reason.
     Park(String),
@@ -108,6 +114,13 @@ impl DeadLetter {
         self.due_ms.or(died_ms)
     }
 
+    /// Notes whether it died in the queue of an intake, by its name; the daemon publishes to `exchange`. What expires there had no
+    /// daemon that took it in time.
+    pub fn find_intake(&mut self, exchange: &str) {
+        let of_intake = |queue: &str| queue.strip_prefix(exchange).is_some_and(|rest| rest.starts_with(".intake."));
+        self.of_intake = self.queue.as_deref().is_some_and(of_intake);
+    }
+
     /// What a pass does with it at `now_ms`, by the database's clock. `max` is how often a dead letter may be replayed; 0 =
     /// without limit.
     #[must_use]
@@ -124,6 +137,9 @@ impl DeadLetter {
                     "its headers are too long to be published again; drop it, or take it out of the queue by hand",
                 );
             }
+        }
+        if self.of_intake && self.reason.as_deref() == Some("expired") {
+            return Fate::Expired;
         }
         let expiration_ms = match self.expires_ms {
             None => None,
@@ -142,7 +158,8 @@ impl DeadLetter {
                 self.replays
             ));
         }
-        Fate::Replay { queue, expiration_ms, replays: self.replays.max(0).saturating_add(1) }
+        let routing_key = self.routing_key.clone().filter(|_| self.of_intake);
+        Fate::Replay { queue, expiration_ms, replays: self.replays.max(0).saturating_add(1), routing_key }
     }
 }
 
@@ -160,7 +177,10 @@ mod tests {
     fn a_dead_letter_without_a_deadline_is_replayed_without_limit() {
         let often_replayed = DeadLetter { replays: 1_000_000, ..dead_letter(None) };
         let fate = often_replayed.fate(5, 0);
-        assert_eq!(fate, Fate::Replay { queue: "q".into(), expiration_ms: None, replays: 1_000_001 });
+        assert_eq!(
+            fate,
+            Fate::Replay { queue: "q".into(), expiration_ms: None, replays: 1_000_001, routing_key: None }
+        );
     }
 
     #[test]
@@ -187,6 +207,19 @@ mod tests {
         assert!(matches!(nowhere.fate(0, 0), Fate::Park(reason) if reason.contains("x-death")));
         let odd = DeadLetter { expires_ms: Some(Err(Unreadable)), ..dead_letter(None) };
         assert!(matches!(odd.fate(0, 0), Fate::Park(reason) if reason.contains("tidings-expires-ms")));
+    }
+
+    #[test]
+    fn what_expired_in_the_queue_of_an_intake_is_not_replayed_and_what_was_rejected_there_is() {
+        let fate = |queue: &str, reason: &str| {
+            let mut dead_letter =
+                DeadLetter { queue: Some(queue.into()), reason: Some(reason.into()), ..DeadLetter::default() };
+            dead_letter.find_intake("tidings");
+            dead_letter.fate(0, 0)
+        };
+        assert_eq!(fate("tidings.intake.orders", "expired"), Fate::Expired);
+        assert!(matches!(fate("tidings.intake.orders", "maxlen"), Fate::Replay { .. }));
+        assert!(matches!(fate("shop.intake.orders", "expired"), Fate::Replay { .. }));
     }
 
     proptest! {

@@ -118,13 +118,21 @@ impl PluginSet {
         Self { kinds: by_kind.keys().cloned().collect(), by_kind }
     }
 
+    /// The same set, with kinds that the daemon serves without a plugin.
+    #[must_use]
+    pub fn with_built_in(mut self, kinds: &[String]) -> Self {
+        self.kinds.extend(kinds.iter().cloned());
+        self.kinds.sort();
+        self
+    }
+
     /// The kinds that are served, in alphabetical order.
     #[must_use]
     pub fn kinds(&self) -> &[String] {
         &self.kinds
     }
 
-    /// Builds the events of `rows`. The plugins run concurrently, so a slow plugin delays only its own rows.
+    /// Builds the events of `rows`, which are of kinds that plugins serve. The plugins run concurrently, so a slow plugin delays only its own rows.
     pub async fn build(&self, rows: Vec<Schedule>, clock: DatabaseClock) -> Vec<Build> {
         let body_bytes_left = Arc::new(AtomicUsize::new(BODY_BUDGET_BYTES));
         let mut by_plugin: BTreeMap<&Path, (Arc<Plugin>, Vec<Schedule>)> = BTreeMap::new();

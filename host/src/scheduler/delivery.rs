@@ -20,7 +20,7 @@
 //! process continues, a delivery whose claim is older than 5 s first checks that its transaction still lives; that fails, and
 //! the delivery publishes nothing. A delivery that had published before can no longer commit.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,12 +31,14 @@ use uuid::Uuid;
 
 use crate::broker::{Broker, Verdict};
 use crate::model::backoff::{BUILD, REFUSED, jittered};
-use crate::model::clock::unix_ms;
+use crate::model::clock::{DatabaseClock, unix_ms};
 use crate::model::event::{BuildError, LONGEST_TTL_MS};
 use crate::model::message::{Expired, Message};
+use crate::model::relay;
 use crate::model::schedule::Schedule;
 use crate::plugins::{Build, Plugin, PluginSet};
 use crate::scheduler::look_notes::CatchUps;
+use crate::scheduler::relay as relay_rows;
 use crate::scheduler::sent_rows::SentRows;
 use crate::store::{Claim, Outcome, Settlement, StoreError};
 use crate::telemetry::{Batch, Spans, count_claim, record_confirms};
@@ -51,6 +53,8 @@ pub struct Delivery {
     pub broker: Arc<Broker>,
     /// A row is parked after this many failures of its plugin.
     pub max_attempts: u32,
+    /// The exchanges to which rows of the kind `relay` may go.
+    pub relay_targets: Arc<BTreeSet<String>>,
     /// Rows that were confirmed and not finished. A receipt is what finishing takes: the plugin's label, and the outcome.
     pub sent_rows: SentRows<(Option<String>, Outcome)>,
 }
@@ -79,9 +83,15 @@ pub enum BatchOutcome {
 /// What is needed to settle a row once its message is confirmed.
 struct InFlight {
     schedule: Schedule,
-    plugin: Arc<Plugin>,
+    builder: Builder,
     event_digest: String,
     built_ms: i64,
+}
+
+/// Who made a message: a plugin, or the daemon itself.
+struct Builder {
+    label: Arc<str>,
+    generation: u64,
 }
 
 impl Delivery {
@@ -118,10 +128,11 @@ impl Delivery {
             sent_before.chain(expired.into_iter().map(|row| expired_row(row, unix_ms(now)))).collect();
         settlements.extend(missed.into_iter().map(|row| missed_row(row, now, catch_ups)));
 
+        let (relays, due): (Vec<Schedule>, Vec<Schedule>) = due.into_iter().partition(|row| row.kind == relay::KIND);
         let builds = plugins.build(due, clock).await;
 
-        let mut messages = Vec::with_capacity(builds.len());
-        let mut in_flight = Vec::with_capacity(builds.len());
+        let mut messages = Vec::with_capacity(builds.len() + relays.len());
+        let mut in_flight = Vec::with_capacity(builds.len() + relays.len());
         for Build { mut schedule, plugin, outcome, at } in builds {
             // The payload may be large, and is no longer needed.
             schedule.payload = String::new();
@@ -131,11 +142,12 @@ impl Delivery {
             let outcome = match outcome {
                 Ok(built) => {
                     let (event_digest, built_ms) = (built.event.digest(), built.built_ms);
+                    let builder = Builder { label: Arc::clone(&built.plugin), generation: plugin.generation() };
                     match Message::new(&schedule, built, self.broker.exchange(), clock.now_ms()) {
                         Ok(mut message) => {
                             spans.carry(&mut message);
                             messages.push(message);
-                            in_flight.push(InFlight { schedule, plugin, event_digest, built_ms });
+                            in_flight.push(InFlight { schedule, builder, event_digest, built_ms });
                             continue;
                         }
                         Err(Expired(at)) => Outcome::Expired(format!("the event's deadline, {at} ms, had passed")),
@@ -143,7 +155,13 @@ impl Delivery {
                 }
                 Err(error) => self.outcome_without_event(&schedule, &plugin, error),
             };
-            settlements.push(settlement_of(schedule, Some(&plugin), outcome));
+            settlements.push(settlement_of(schedule, Some(plugin.label()), outcome));
+        }
+        let (relayed, not_relayed) = self.relay(relays, clock, &mut spans).await;
+        settlements.extend(not_relayed);
+        for (message, sent) in relayed {
+            messages.push(message);
+            in_flight.push(sent);
         }
 
         if clock.age() > CHECK_CLAIM_AFTER {
@@ -217,9 +235,40 @@ impl Delivery {
             return Vec::new();
         }
         let begun = Instant::now();
-        let verdicts = self.broker.publish(&messages).await;
+        let verdicts = self.broker.publish(messages).await;
         record_confirms(begun.elapsed());
         verdicts
+    }
+
+    /// The messages of rows of the kind `relay`, and the settlements of those that have none.
+    async fn relay(
+        &self,
+        rows: Vec<Schedule>,
+        clock: DatabaseClock,
+        spans: &mut Spans,
+    ) -> (Vec<(Message, InFlight)>, Vec<Settlement>) {
+        let (mut relayed, mut settlements) = (Vec::new(), Vec::new());
+        if rows.is_empty() {
+            return (relayed, settlements);
+        }
+        let label: Arc<str> = relay::LABEL.into();
+        for (schedule, read) in relay_rows::read(rows, &self.relay_targets).await {
+            spans.built(schedule.id, &label, 0, Instant::now());
+            let now_ms = clock.now_ms();
+            let made = read.and_then(|(message, event_digest)| match Message::relayed(&schedule, message, now_ms) {
+                Ok(message) => Ok((message, event_digest)),
+                Err(Expired(at)) => Err(Outcome::Expired(format!("its deadline, {at} ms, had passed"))),
+            });
+            match made {
+                Ok((mut message, event_digest)) => {
+                    spans.carry(&mut message);
+                    let builder = Builder { label: Arc::clone(&label), generation: 0 };
+                    relayed.push((message, InFlight { schedule, builder, event_digest, built_ms: now_ms }));
+                }
+                Err(outcome) => settlements.push(settlement_of(schedule, Some(&label), outcome)),
+            }
+        }
+        (relayed, settlements)
     }
 
     /// The outcome of a row for which the plugin built no event.
@@ -266,17 +315,16 @@ impl Delivery {
     }
 }
 
-/// A settlement; `plugin` is the plugin that was called, if any.
-fn settlement_of(row: Schedule, plugin: Option<&Plugin>, outcome: Outcome) -> Settlement {
-    let plugin = plugin.map(|plugin| plugin.label().to_owned());
-    Settlement { row, plugin, outcome }
+/// A settlement; `plugin` is the label of the plugin that was called, if any.
+fn settlement_of(row: Schedule, plugin: Option<&str>, outcome: Outcome) -> Settlement {
+    Settlement { row, plugin: plugin.map(str::to_owned), outcome }
 }
 
 /// The settlement of a row, by the broker's verdict; `None` = the verdict is unknown, so the row stays due.
 fn settlement_by_verdict(sent: InFlight, verdict: Verdict) -> Option<Settlement> {
-    let InFlight { schedule, plugin, event_digest, built_ms } = sent;
+    let InFlight { schedule, builder: Builder { label, generation }, event_digest, built_ms } = sent;
     let Schedule { id, kind, .. } = &schedule;
-    let (label, generation) = (plugin.label(), plugin.generation());
+    let label = &*label;
     let outcome = match verdict {
         Verdict::Confirmed(confirmed) => Outcome::Delivered { confirmed, event_digest, built_ms },
         Verdict::Refused(error) => {
@@ -293,7 +341,7 @@ fn settlement_by_verdict(sent: InFlight, verdict: Verdict) -> Option<Settlement>
         }
         Verdict::Unknown => return None,
     };
-    Some(settlement_of(schedule, Some(&plugin), outcome))
+    Some(settlement_of(schedule, Some(label), outcome))
 }
 
 /// The settlement of a row whose deadline passed before its plugin was called.

@@ -33,6 +33,7 @@ pub mod listener;
 pub mod look_notes;
 pub mod notification_rate;
 pub mod precise_timer;
+mod relay;
 pub mod sent_rows;
 
 use std::panic::AssertUnwindSafe;
@@ -148,7 +149,8 @@ impl Scheduler {
 impl SchedulerLoop {
     fn new(parts: Scheduler) -> Self {
         let (broker, max_attempts) = (Arc::clone(&parts.broker), parts.max_attempts);
-        let delivery = Arc::new(Delivery { broker, max_attempts, sent_rows: SentRows::default() });
+        let relay_targets = Arc::new(broker.intakes().iter().map(|intake| intake.to.clone()).collect());
+        let delivery = Arc::new(Delivery { broker, max_attempts, relay_targets, sent_rows: SentRows::default() });
         let (deliveries, background) = (JoinSet::new(), JoinSet::new());
         let clock_steps = ClockSteps::default();
         Self { parts, started_at: Instant::now(), delivery, clock_steps, clock_step_at: None, deliveries, background }

@@ -8,6 +8,7 @@
 //! - `dead_letter_pass.rs`: the lock under which one daemon at a time works on dead letters;
 //! - `history.rs`: `tidings.deliveries`, and its retention.
 //! - `recurrences/`: rules that make rows: what makes occurrences, and what people ask;
+//! - `intake.rs`: rows of messages that were published to an intake;
 //! - `installation.rs`: which database this is, and which daemons work on it.
 //!
 //! Must never:
@@ -29,6 +30,7 @@ mod connection;
 mod dead_letter_pass;
 mod history;
 mod installation;
+mod intake;
 mod queue;
 mod recurrences;
 mod schema;
@@ -194,6 +196,20 @@ impl StoreError {
             Some(code) if code.starts_with("22") => Some(error.message()),
             _ => None,
         }
+    }
+
+    /// Why the given values cannot be stored, in a sentence, if they and nothing else are the cause: the same statement with
+    /// other values may succeed.
+    #[must_use]
+    pub fn fault_of_values(&self) -> Option<&str> {
+        if let Some(rule) = self.broken_rule() {
+            return Some(rule);
+        }
+        let Self::Statement { source: sqlx::Error::Database(error), .. } = self else { return None };
+        // Constraints, errors that a trigger raises, and values that are too large.
+        let is_of_values =
+            error.code().is_some_and(|code| ["23", "P0", "54"].iter().any(|class| code.starts_with(class)));
+        is_of_values.then(|| error.message())
     }
 
     /// PostgreSQL's message, if a key is taken already.

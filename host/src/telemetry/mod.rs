@@ -21,9 +21,10 @@ use log::stderr::Stderr;
 
 pub use metrics::counts::{
     Expired, Reload, Server, count_claim, count_clock_step, count_dropped_line, count_dropped_spans, count_expired,
-    count_lost_canary, count_occurrences, count_reload, count_replays, count_wakes, look_at_process, note_next_due,
-    record_canary, record_confirms, record_making_lag, set_backlog, set_blocked, set_connected, set_letters,
-    set_listening, set_oldest_dead_letter, set_recurrences,
+    count_intake, count_lost_canary, count_occurrences, count_refused_by_intake, count_reload, count_replays,
+    count_wakes, look_at_process, note_next_due, record_canary, record_confirms, record_making_lag, serve_intake,
+    set_backlog, set_blocked, set_connected, set_intake_waiting, set_letters, set_listening, set_oldest_dead_letter,
+    set_recurrences,
 };
 pub use metrics::kinds::{Batch, CallResult, Calls, count_held, serve};
 pub use metrics::last_hour::{LastHour, Minute, last_hour};

@@ -40,10 +40,10 @@ fn try_dead_letter(bytes: &[u8]) {
     let queue = dead_letter.queue.clone().unwrap_or_default();
     let queue_gone = Destination::ParkingQueue(format!("the queue {queue:?} it died in is gone"));
     let destination = match fate {
-        Fate::Replay { queue, expiration_ms, replays } => {
+        Fate::Replay { queue, expiration_ms, replays, routing_key } => {
             assert!((1..=255).contains(&queue.len()) && replays >= 1);
             assert!(expiration_ms.is_none_or(|left| (1..=LONGEST_TTL_MS).contains(&left)));
-            Destination::OriginalQueue { queue, expiration_ms, replays }
+            Destination::OriginalQueue { queue, expiration_ms, replays, routing_key }
         }
         Fate::Park(reason) => Destination::ParkingQueue(reason),
         Fate::Expired | Fate::Leave(_) => return,

@@ -13,11 +13,12 @@ use lapin::types::{AMQPValue, FieldTable};
 use tokio::sync::{Mutex, MutexGuard};
 
 /// The pages whose blocks are run.
-pub(crate) const PAGES: [&str; 9] = [
+pub(crate) const PAGES: [&str; 10] = [
     "README.md",
     "host/docs/first-steps.md",
     "host/docs/reference.md",
     "host/docs/recurrences.md",
+    "host/docs/intake.md",
     "plugins/README.md",
     "migrations/README.md",
     "host/docs/operations.md",
@@ -182,6 +183,14 @@ async fn a_user_who_follows_the_page_on_recurrences_sees_what_it_shows() {
     let mut reader = Reader::new(&world, servers, EXTERNAL_COMMANDS);
     reader.start_daemon().await;
     reader.follow(&Page::read("host/docs/recurrences.md")).await;
+}
+
+#[tokio::test]
+async fn every_block_of_the_page_on_intakes_runs() {
+    let (servers, _guard) = lock_servers().await;
+    let world = World::on_servers(servers, &["message"]).await;
+    let mut reader = Reader::new(&world, servers, EXTERNAL_COMMANDS);
+    reader.follow(&Page::read("host/docs/intake.md")).await;
 }
 
 /// With the permissions of the page, the daemon delivers and replays and the doctor is satisfied, and a consumer can

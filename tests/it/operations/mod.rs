@@ -11,6 +11,7 @@ pub(crate) mod loopback;
 pub(crate) mod metrics;
 pub(crate) mod page;
 pub(crate) mod page_api;
+pub(crate) mod page_intakes;
 pub(crate) mod page_lateness;
 pub(crate) mod page_recurrences;
 pub(crate) mod pause;

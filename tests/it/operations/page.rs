@@ -26,7 +26,7 @@ pub(crate) async fn start_page(plugins: &[&str]) -> (World, Daemon, Browser, Str
 }
 
 /// Opens the page of the daemon at this address in a new browser.
-async fn open_browser_at(addr: &str) -> Browser {
+pub(crate) async fn open_browser_at(addr: &str) -> Browser {
     let browser = Browser::start().await;
     browser.open(&format!("http://{addr}/")).await;
     browser.wait_until("document.body.dataset.loaded").await;

@@ -6,7 +6,7 @@
 use lapin::Connection;
 
 use crate::broker::topology;
-use crate::broker::topology::{DeclareResult, DeclaredEntity};
+use crate::broker::topology::{DELAYED_MESSAGE, DeclareResult, DeclaredEntity};
 use crate::broker::{Broker, BrokerError, CLOSE_DEADLINE, QueueType};
 
 /// What the doctor found of an exchange or a queue.
@@ -16,6 +16,8 @@ pub enum Found {
     Ours(u32),
     /// It exists, but the daemon's user may not declare it, so it was not compared. A queue has this many messages.
     AsItIs(u32),
+    /// An exchange of an intake has this type, which is not the one that the daemon would declare, and is used as it is.
+    OfAnotherType(String),
     /// It does not exist, in RabbitMQ's words.
     Absent(String),
 }
@@ -47,15 +49,24 @@ impl TopologyInspection {
     ///
     /// [`BrokerError::Mismatch`] when it has other properties than the daemon would declare; other errors when RabbitMQ
     /// does not answer.
-    pub async fn look(&self, entity: DeclaredEntity) -> Result<Found, BrokerError> {
+    pub async fn look(&self, entity: &DeclaredEntity) -> Result<Found, BrokerError> {
         let messages = match topology::declare_passively(&self.connection, entity, &self.exchange).await? {
             Ok(messages) => messages,
             Err(answer) => return Ok(Found::Absent(answer)),
         };
         // A passive declaration compares nothing. A declaration of what exists changes nothing.
-        match topology::declare(&self.connection, entity, &self.exchange, self.queue_type).await? {
-            DeclareResult::Done => Ok(Found::Ours(messages)),
-            DeclareResult::NotPermitted(_) => Ok(Found::AsItIs(messages)),
+        match topology::declare(&self.connection, entity, &self.exchange, self.queue_type).await {
+            Ok(DeclareResult::Done) => Ok(Found::Ours(messages)),
+            Ok(DeclareResult::NotPermitted(_)) => Ok(Found::AsItIs(messages)),
+            Err(error @ BrokerError::Mismatch { .. }) if entity.is_used_as_it_is() => {
+                match topology::current_type(&error).as_deref() {
+                    Some(DELAYED_MESSAGE) => Err(BrokerError::Delayed { exchange: entity.name(&self.exchange) }),
+                    Some(other) => Ok(Found::OfAnotherType(other.to_owned())),
+                    // It has the type, and differs otherwise.
+                    None => Ok(Found::Ours(messages)),
+                }
+            }
+            Err(error) => Err(error),
         }
     }
 

@@ -1,6 +1,7 @@
 //! A client of RabbitMQ's management API, for what AMQP does not tell: the types and policies of the daemon's queues,
 //! whether `tidings.dead` is bound, and alarms. The API is optional: without its URL in the settings nothing asks it.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -123,7 +124,7 @@ impl Management {
     /// # Errors
     ///
     /// When the API gives no usable answer.
-    pub async fn queue(&self, broker: &Broker, entity: DeclaredEntity) -> Result<Option<QueueInfo>, ManagementError> {
+    pub async fn queue(&self, broker: &Broker, entity: &DeclaredEntity) -> Result<Option<QueueInfo>, ManagementError> {
         let path = format!("/api/queues/{}/{}", encoded(&broker.uri.vhost), encoded(&entity.name(&broker.exchange)));
         match self.get(path).await? {
             (200, queue) => Ok(Some(QueueInfo::from_json(&queue))),
@@ -143,6 +144,21 @@ impl Management {
         match self.get(format!("/api/bindings/{}/e/{source}/q/{queue}", encoded(&broker.uri.vhost))).await? {
             (200, bindings) => Ok(bindings.as_array().is_some_and(|bindings| !bindings.is_empty())),
             (404, _) => Ok(false),
+            (status, _) => Err(ManagementError::Status { place: self.place.clone(), status }),
+        }
+    }
+
+    /// The names of the queues and exchanges that are bound to an exchange.
+    ///
+    /// # Errors
+    ///
+    /// When the API gives no usable answer.
+    pub async fn bound_to(&self, broker: &Broker, exchange: &str) -> Result<BTreeSet<String>, ManagementError> {
+        let path = format!("/api/exchanges/{}/{}/bindings/source", encoded(&broker.uri.vhost), encoded(exchange));
+        let name = |binding: &Value| binding["destination"].as_str().map(str::to_owned);
+        match self.get(path).await? {
+            (200, bindings) => Ok(bindings.as_array().into_iter().flatten().filter_map(name).collect()),
+            (404, _) => Ok(BTreeSet::new()),
             (status, _) => Err(ManagementError::Status { place: self.place.clone(), status }),
         }
     }
@@ -200,13 +216,13 @@ impl Broker {
     /// What is wrong with one of the daemon's queues: a sentence for each setting that removes messages, and for
     /// another type than the settings ask for, with what to do.
     #[must_use]
-    pub fn complaints(&self, entity: DeclaredEntity, queue: &QueueInfo) -> Vec<String> {
+    pub fn complaints(&self, entity: &DeclaredEntity, queue: &QueueInfo) -> Vec<String> {
         queue.complaints(entity, &self.exchange, self.queue_type)
     }
 }
 
 impl QueueInfo {
-    fn complaints(&self, entity: DeclaredEntity, exchange: &str, queue_type: QueueType) -> Vec<String> {
+    fn complaints(&self, entity: &DeclaredEntity, exchange: &str, queue_type: QueueType) -> Vec<String> {
         let (what, name) = (entity.describe(exchange), entity.name(exchange));
         let mut complaints = Vec::new();
         if self.queue_type != queue_type.name() {
@@ -365,10 +381,10 @@ mod tests {
             delivery_limit: None,
             has_policies: true,
         };
-        assert!(healthy.complaints(DeclaredEntity::DeadQueue, "shop", QueueType::Quorum).is_empty());
+        assert!(healthy.complaints(&DeclaredEntity::DeadQueue, "shop", QueueType::Quorum).is_empty());
         let lossy_settings = vec!["expires = 1".into()];
         let bad = QueueInfo { lossy_settings, policies: "all".into(), delivery_limit: Some(20), ..healthy };
-        let complaints = bad.complaints(DeclaredEntity::DeadQueue, "shop", QueueType::Classic);
+        let complaints = bad.complaints(&DeclaredEntity::DeadQueue, "shop", QueueType::Classic);
         assert_eq!(complaints.len(), 3, "{complaints:?}");
         assert!(complaints.iter().all(|complaint| complaint.contains("the queue shop.dead")), "{complaints:?}");
         assert!(complaints[2].contains(r#"{"delivery-limit": 2147483647} for ^shop\.dead$"#), "{complaints:?}");

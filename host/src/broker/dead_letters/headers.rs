@@ -11,7 +11,7 @@ use crate::model::dead_letter::{DeadLetter, Unreadable, UnreadableHeaders};
 
 /// The headers that a replay removes: those that RabbitMQ adds to a dead letter and would take for its history, and
 /// `CC`, which would send copies to other queues.
-const REMOVED_ON_REPLAY: [&str; 10] = [
+const REMOVED_ON_REPLAY: [&str; 12] = [
     "x-death",
     "x-first-death-exchange",
     "x-first-death-queue",
@@ -22,9 +22,15 @@ const REMOVED_ON_REPLAY: [&str; 10] = [
     "x-delivery-count",
     "x-acquired-count",
     "CC",
+    PARKED_REASON,
+    INTAKE_QUEUE,
 ];
-/// The header that says why a dead letter was parked.
-const PARKED_REASON: &str = "tidings-parked-reason";
+/// The header with the queue of the intake that refused a message: a person may put it back there.
+pub(in crate::broker) const INTAKE_QUEUE: &str = "tidings-intake";
+/// The header with the routing key with which a message was published.
+pub(in crate::broker) const ROUTING_KEY: &str = "tidings-routing-key";
+/// The header that says why a message was parked.
+pub(in crate::broker) const PARKED_REASON: &str = "tidings-parked-reason";
 /// The length to which a reason is cut, in bytes: it must fit into `field_table::RESERVED_BYTES`. A reason may be
 /// longer, because it may contain a queue's name with characters that are escaped, in six bytes each.
 const MAX_REASON_BYTES: usize = 400;
@@ -40,6 +46,8 @@ pub enum Destination {
         expiration_ms: Option<u64>,
         /// `tidings-replay`.
         replays: i64,
+        /// `tidings-routing-key`, for the queue of an intake; `None` = that header stays as it is.
+        routing_key: Option<String>,
     },
     /// `tidings.parking`, with the reason.
     ParkingQueue(String),
@@ -71,7 +79,8 @@ pub fn parse(properties: &BasicProperties) -> DeadLetter {
         unreadable,
         id: properties.message_id().as_ref().map(ToString::to_string),
         kind: text(headers, "tidings-kind"),
-        queue: text_of_death("queue").filter(|queue| queue.len() <= 255),
+        // RabbitMQ's word counts before one that a publisher may have written.
+        queue: text_of_death("queue").or_else(|| text(headers, INTAKE_QUEUE)).filter(|queue| queue.len() <= 255),
         reason: text_of_death("reason"),
         died_at: death.and_then(|death| match death.inner().get("time") {
             Some(AMQPValue::Timestamp(seconds)) => Some(*seconds),
@@ -81,6 +90,8 @@ pub fn parse(properties: &BasicProperties) -> DeadLetter {
         due_ms: number_of("tidings-due-ms"),
         traceparent: text(headers, "traceparent"),
         tracestate: text(headers, "tracestate"),
+        routing_key: text(headers, ROUTING_KEY).or_else(|| death.and_then(first_routing_key)),
+        of_intake: false,
         replays: number_of("tidings-replay").unwrap_or(0),
     }
 }
@@ -98,16 +109,18 @@ pub fn properties_for(destination: &Destination, properties: &BasicProperties) -
     let mut headers = properties.headers().clone().unwrap_or_default();
     let mut expiration = None;
     match destination {
-        Destination::OriginalQueue { expiration_ms, replays, .. } => {
-            headers = headers
-                .inner()
-                .iter()
-                .filter(|(name, _)| !REMOVED_ON_REPLAY.contains(&name.as_str()) && name.as_str() != PARKED_REASON)
-                .fold(FieldTable::default(), |mut kept, (name, value)| {
+        Destination::OriginalQueue { expiration_ms, replays, routing_key, .. } => {
+            headers = headers.inner().iter().filter(|(name, _)| !REMOVED_ON_REPLAY.contains(&name.as_str())).fold(
+                FieldTable::default(),
+                |mut kept, (name, value)| {
                     kept.insert(name.clone(), value.clone());
                     kept
-                });
+                },
+            );
             headers.insert("tidings-replay".into(), AMQPValue::LongLongInt(*replays));
+            if let Some(key) = routing_key {
+                headers.insert(ROUTING_KEY.into(), AMQPValue::LongString(key.as_str().into()));
+            }
             expiration = *expiration_ms;
         }
         // It keeps RabbitMQ's headers, for the person who will look at it.
@@ -119,7 +132,7 @@ pub fn properties_for(destination: &Destination, properties: &BasicProperties) -
     copy_properties(properties, headers, expiration)
 }
 
-fn truncate_reason(reason: &str) -> String {
+pub(in crate::broker) fn truncate_reason(reason: &str) -> String {
     let end = reason.floor_char_boundary(MAX_REASON_BYTES);
     if end == reason.len() { reason.to_owned() } else { format!("{}…", &reason[..end]) }
 }
@@ -161,6 +174,16 @@ fn copy_properties(old: &BasicProperties, headers: FieldTable, expiration_ms: Op
         new = new.with_expiration(expiration_ms.to_string().into());
     }
     new
+}
+
+fn first_routing_key(death: &FieldTable) -> Option<String> {
+    match death.inner().get("routing-keys")? {
+        AMQPValue::FieldArray(keys) => match keys.as_slice().first()? {
+            AMQPValue::LongString(key) => String::from_utf8(key.as_bytes().to_vec()).ok(),
+            _ => None,
+        },
+        _ => None,
+    }
 }
 
 fn text(table: &FieldTable, name: &str) -> Option<String> {
@@ -304,7 +327,7 @@ mod tests {
             let dead_letter = parse(&properties);
             let _ = (dead_letter.since_ms(), parked_reason(&properties));
             match dead_letter.fate(now_ms, max) {
-                Fate::Replay { queue, expiration_ms, replays } => {
+                Fate::Replay { queue, expiration_ms, replays, .. } => {
                     prop_assert!(ShortString::try_new(queue.as_str()).is_ok() && !queue.is_empty());
                     prop_assert!(expiration_ms.is_none_or(|left| (1..=LONGEST_TTL_MS).contains(&left)));
                     prop_assert!(replays >= 1);
@@ -323,13 +346,14 @@ mod tests {
             properties in properties(),
             reason in ".{0,900}",
             replays in any::<i64>(),
+            routing_key in proptest::option::of("\\PC{0,63}"),
             expiration_ms in proptest::option::of(1..=LONGEST_TTL_MS),
         ) {
             let payload = frame_payload(properties.clone());
             // The smallest frames that the guard lets it pass in.
             let max_frame_bytes = payload.len() + field_table::RESERVED_BYTES;
             prop_assert_eq!(field_table::replacement(&payload, max_frame_bytes), None);
-            let original = Destination::OriginalQueue { queue: String::new(), expiration_ms, replays };
+            let original = Destination::OriginalQueue { queue: String::new(), expiration_ms, replays, routing_key };
             for destination in [original, Destination::ParkingQueue(reason), Destination::DeadQueue] {
                 let payload = frame_payload(properties_for(&destination, &properties));
                 let frame_bytes = payload.len() + 8;

@@ -72,7 +72,7 @@ impl BrowseSession {
         most: u32,
         mut see: impl FnMut(ListedDeadLetter),
     ) -> Result<(), BrokerError> {
-        topology::ensure_messages_return(&self.connection, queue.entity(), &self.exchange, self.queue_type).await?;
+        topology::ensure_messages_return(&self.connection, &queue.entity(), &self.exchange, self.queue_type).await?;
         let (mut left, mut gets) = (most, FuturesOrdered::new());
         loop {
             while left > 0 && gets.len() < GETS_AT_ONCE {
@@ -83,10 +83,9 @@ impl BrowseSession {
             match with_deadline("hand out a dead letter", next).await? {
                 Some(Some(message)) => {
                     let properties = &message.delivery.properties;
-                    see(ListedDeadLetter {
-                        says: headers::parse(properties),
-                        parked_reason: headers::parked_reason(properties),
-                    });
+                    let mut says = headers::parse(properties);
+                    says.find_intake(&self.exchange);
+                    see(ListedDeadLetter { says, parked_reason: headers::parked_reason(properties) });
                 }
                 // The queue is empty.
                 Some(None) => left = 0,

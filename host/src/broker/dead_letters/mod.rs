@@ -139,7 +139,7 @@ impl DeadLetterSession {
     /// When the queue has other arguments than the daemon declares, so that messages may not come back, or when
     /// RabbitMQ does not answer.
     pub async fn ensure_messages_return(&self, queue: DeadLetterQueue) -> Result<(), BrokerError> {
-        topology::ensure_messages_return(&self.connection, queue.entity(), &self.exchange, self.queue_type).await
+        topology::ensure_messages_return(&self.connection, &queue.entity(), &self.exchange, self.queue_type).await
     }
 
     /// How many messages are in the queue now.
@@ -161,7 +161,9 @@ impl DeadLetterSession {
         let fetched = with_deadline("hand out a dead letter", fetched).await?;
         Ok(fetched.map(|message| {
             let delivery = message.delivery;
-            FetchedDeadLetter { parsed: headers::parse(&delivery.properties), delivery }
+            let mut parsed = headers::parse(&delivery.properties);
+            parsed.find_intake(&self.exchange);
+            FetchedDeadLetter { parsed, delivery }
         }))
     }
 

@@ -6,8 +6,9 @@
 /// How deep tables and arrays may be nested. `x-death` needs three levels; at a thousand the library overflows its
 /// stack.
 const MAX_DEPTH: usize = 32;
-/// How many bytes of a frame are kept free for the headers that the daemon adds when it parks a dead letter.
-pub(in crate::broker) const RESERVED_BYTES: usize = 512;
+/// How many bytes of a frame are kept free for the headers that the daemon adds when it parks a message: a reason, the name of a
+/// queue, a user and an id.
+pub(in crate::broker) const RESERVED_BYTES: usize = 1_536;
 /// The header that replaces properties that cannot be read. Its value is their original bytes: the flags, then the
 /// properties. It is empty if they are so long that they could not be published again.
 pub(in crate::broker) const UNREADABLE: &str = "tidings-unreadable";

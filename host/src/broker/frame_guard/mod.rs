@@ -9,7 +9,8 @@
 //!
 //! The guard replaces such headers by a single one, `tidings-unreadable`, which carries the original bytes. Everything
 //! else passes unchanged, except that a connection for a listing drops all bodies, so that a listing holds none in
-//! memory, however large they are.
+//! memory, however large they are. A connection for intakes passes bodies only while those before them fit into memory: the
+//! other bytes stay in the socket and in RabbitMQ.
 //!
 //! Must never let a header frame reach the library that it cannot read, and never buffer a body.
 
@@ -18,6 +19,8 @@ pub mod field_table;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
@@ -25,6 +28,7 @@ use async_rs::Tokio;
 use async_rs::traits::Reactor;
 use futures_io::{AsyncRead, AsyncWrite};
 use futures_util::Stream;
+use futures_util::task::AtomicWaker;
 use lapin::tcp::AsyncTcpStream;
 
 /// A socket of tokio, with or without TLS, behind the guard.
@@ -59,13 +63,15 @@ impl<S> FrameGuard<S> {
 }
 
 /// What the guard does with the bodies of messages.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub(super) enum Bodies {
     /// Passes them on.
     #[default]
     Pass,
     /// Drops them: the client library sees messages without a body.
     Drop,
+    /// Passes them on, and reads no further message while those that passed are not released and have used up the budget.
+    Within(Arc<ByteBudget>),
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for FrameGuard<S> {
@@ -73,6 +79,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for FrameGuard<S> {
         let Self { stream, filter } = &mut *self;
         let mut buffer = [0; 16 * 1024];
         while filter.output.is_empty() {
+            if !filter.may_read(context) {
+                return Poll::Pending;
+            }
             let count = ready!(Pin::new(&mut *stream).poll_read(context, &mut buffer))?;
             if count == 0 {
                 return Poll::Ready(Ok(0));
@@ -115,9 +124,20 @@ struct FrameFilter {
     bodies: Bodies,
     /// The maximum number of bytes in a frame, from `connection.tune`; 0 = no limit.
     max_frame_bytes: usize,
+    /// How many bytes of bodies are still to come, after the header frames that passed.
+    body_bytes_to_come: usize,
 }
 
 impl FrameFilter {
+    /// Whether further bytes may be read now. Otherwise the task is woken when they may.
+    fn may_read(&self, context: &Context<'_>) -> bool {
+        match &self.bodies {
+            // A message that has begun is read to its end: until then, nobody can release it.
+            Bodies::Within(budget) if self.body_bytes_to_come == 0 => budget.is_left(context),
+            Bodies::Within(_) | Bodies::Pass | Bodies::Drop => true,
+        }
+    }
+
     fn add(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let (taken, rest) = if self.remaining > 0 {
@@ -157,10 +177,17 @@ impl FrameFilter {
                 }
             }
             HEADER => {
-                if self.bodies == Bodies::Drop
-                    && let Some(length) = self.held.get_mut(BODY_LENGTH)
-                {
-                    length.fill(0);
+                if let Some(length) = self.held.get_mut(BODY_LENGTH) {
+                    match &self.bodies {
+                        Bodies::Pass => {}
+                        Bodies::Drop => length.fill(0),
+                        Bodies::Within(budget) => {
+                            let length = u64::from_be_bytes((&*length).try_into().expect("eight bytes"));
+                            let length = usize::try_from(length).unwrap_or(usize::MAX);
+                            self.body_bytes_to_come = self.body_bytes_to_come.saturating_add(length);
+                            budget.use_up(length);
+                        }
+                    }
                 }
                 let max_frame_bytes = if self.max_frame_bytes == 0 { usize::MAX } else { self.max_frame_bytes };
                 if let Some(payload) = field_table::replacement(&self.held[FRAME_START..length - 1], max_frame_bytes) {
@@ -172,7 +199,10 @@ impl FrameFilter {
             }
             frame_type => {
                 self.remaining = length - self.held.len();
-                self.is_dropping = frame_type == BODY && self.bodies == Bodies::Drop;
+                self.is_dropping = frame_type == BODY && matches!(self.bodies, Bodies::Drop);
+                if frame_type == BODY {
+                    self.body_bytes_to_come = self.body_bytes_to_come.saturating_sub(length - FRAME_START - 1);
+                }
                 if self.is_dropping {
                     self.held.clear();
                     self.output.extend(HEARTBEAT);
@@ -180,6 +210,41 @@ impl FrameFilter {
             }
         }
         self.output.append(&mut self.held);
+    }
+}
+
+/// How many bytes of bodies may be in memory.
+#[derive(Debug)]
+pub(super) struct ByteBudget {
+    limit: usize,
+    used: AtomicUsize,
+    /// The task that waits for bytes to be released.
+    reader: AtomicWaker,
+}
+
+impl ByteBudget {
+    pub(super) fn new(limit: usize) -> Self {
+        Self { limit, used: AtomicUsize::new(0), reader: AtomicWaker::new() }
+    }
+
+    /// Releases so many bytes, which are in memory no more.
+    pub(super) fn release(&self, bytes: usize) {
+        self.used.fetch_sub(bytes, Ordering::AcqRel);
+        self.reader.wake();
+    }
+
+    fn use_up(&self, bytes: usize) {
+        self.used.fetch_add(bytes, Ordering::AcqRel);
+    }
+
+    /// Whether it is not used up. Otherwise the task is woken when it is not.
+    fn is_left(&self, context: &Context<'_>) -> bool {
+        if self.used.load(Ordering::Acquire) < self.limit {
+            return true;
+        }
+        self.reader.register(context.waker());
+        // It may have been released before the task was registered.
+        self.used.load(Ordering::Acquire) < self.limit
     }
 }
 
@@ -259,6 +324,25 @@ mod tests {
             let expected = [frame(METHOD, b"method"), header(0), heartbeats, frame(8, &[])].concat();
             prop_assert_eq!(filtered(&bytes, chunk_bytes, Bodies::Drop), expected);
         }
+    }
+
+    #[test]
+    fn no_message_is_read_while_those_before_it_have_used_up_the_budget_and_one_that_has_begun_is_read_to_its_end() {
+        let header = |length: u64| frame(HEADER, &[&[0, 60, 0, 0][..], &length.to_be_bytes(), &[0, 0]].concat());
+        let budget = Arc::new(ByteBudget::new(100));
+        let mut filter = FrameFilter { bodies: Bodies::Within(Arc::clone(&budget)), ..FrameFilter::default() };
+        let context = Context::from_waker(std::task::Waker::noop());
+        assert!(filter.may_read(&context));
+        filter.add(&[header(150), frame(BODY, &[7; 60])].concat());
+        assert!(filter.may_read(&context), "90 bytes of the message are still to come");
+        filter.add(&frame(BODY, &[7; 90]));
+        assert!(!filter.may_read(&context), "150 bytes are in memory");
+        budget.release(40);
+        assert!(!filter.may_read(&context), "110 bytes are in memory");
+        budget.release(110);
+        assert!(filter.may_read(&context));
+        filter.add(&header(0));
+        assert!(filter.may_read(&context), "a message without a body uses nothing");
     }
 
     #[test]

@@ -6,7 +6,8 @@
 use amq_protocol::protocol::constants::{FRAME_BODY, FRAME_END, FRAME_HEADER, FRAME_METHOD};
 use uuid::Uuid;
 
-use crate::model::message::{HeaderValue, Message};
+use crate::model::message::{Message, MessageProperties};
+use crate::model::properties::{HeaderValue, Properties};
 
 /// The class `basic` of the protocol, and its method `publish` (source: AMQP 0-9-1, section 1.8).
 const BASIC: u16 = 60;
@@ -20,13 +21,18 @@ const PERSISTENT: u8 = 2;
 /// The flags of the properties, in the order in which the properties are written.
 mod flag {
     pub(super) const CONTENT_TYPE: u16 = 1 << 15;
+    pub(super) const CONTENT_ENCODING: u16 = 1 << 14;
     pub(super) const HEADERS: u16 = 1 << 13;
     pub(super) const DELIVERY_MODE: u16 = 1 << 12;
+    pub(super) const PRIORITY: u16 = 1 << 11;
+    pub(super) const CORRELATION_ID: u16 = 1 << 10;
+    pub(super) const REPLY_TO: u16 = 1 << 9;
     pub(super) const EXPIRATION: u16 = 1 << 8;
     pub(super) const MESSAGE_ID: u16 = 1 << 7;
     pub(super) const TIMESTAMP: u16 = 1 << 6;
     pub(super) const TYPE: u16 = 1 << 5;
     pub(super) const APP_ID: u16 = 1 << 3;
+    pub(super) const CLUSTER_ID: u16 = 1 << 2;
 }
 
 /// Appends the frames that publish `message` to `exchange` on a channel. `max_frame_bytes` is what the connection takes in
@@ -59,41 +65,124 @@ pub fn write_message(frames: &mut Vec<u8>, channel: u16, exchange: &str, message
 }
 
 fn write_properties(frames: &mut Vec<u8>, message: &Message) {
+    match &message.properties {
+        MessageProperties::Event { content_type, timestamp } => {
+            write_event_properties(frames, message, content_type.as_deref(), *timestamp);
+        }
+        MessageProperties::Own(properties) => write_own_properties(frames, message, properties),
+    }
+}
+
+fn write_event_properties(frames: &mut Vec<u8>, message: &Message, content_type: Option<&str>, timestamp: u64) {
     let mut flags =
         flag::HEADERS | flag::DELIVERY_MODE | flag::MESSAGE_ID | flag::TIMESTAMP | flag::TYPE | flag::APP_ID;
-    if message.content_type.is_some() {
+    if content_type.is_some() {
         flags |= flag::CONTENT_TYPE;
     }
     if message.expiration_ms.is_some() {
         flags |= flag::EXPIRATION;
     }
     frames.extend(flags.to_be_bytes());
-    if let Some(content_type) = &message.content_type {
+    if let Some(content_type) = content_type {
         write_short(frames, content_type);
     }
-    write_sized(frames, |frames| {
-        for (name, value) in &message.headers {
-            write_short(frames, name);
-            match value {
-                HeaderValue::Text(text) => {
-                    frames.push(b'S');
-                    write_sized(frames, |frames| frames.extend_from_slice(text.as_bytes()));
-                }
-                HeaderValue::Number(number) => {
-                    frames.push(b'l');
-                    frames.extend(number.to_be_bytes());
-                }
-            }
-        }
-    });
+    write_headers(frames, message);
     frames.push(PERSISTENT);
     if let Some(expiration_ms) = message.expiration_ms {
         write_short(frames, &expiration_ms.to_string());
     }
     write_short(frames, message.id.hyphenated().encode_lower(&mut Uuid::encode_buffer()));
-    frames.extend(message.timestamp.to_be_bytes());
+    frames.extend(timestamp.to_be_bytes());
     write_short(frames, &message.kind);
     write_short(frames, "tidings");
+}
+
+fn write_own_properties(frames: &mut Vec<u8>, message: &Message, own: &Properties) {
+    let flags_at = frames.len();
+    let mut flags = flag::HEADERS;
+    frames.extend(flags.to_be_bytes());
+    let mut short = |frames: &mut Vec<u8>, flag: u16, text: Option<&str>| {
+        if let Some(text) = text {
+            flags |= flag;
+            write_short(frames, text);
+        }
+    };
+    short(frames, flag::CONTENT_TYPE, own.content_type.as_deref());
+    short(frames, flag::CONTENT_ENCODING, own.content_encoding.as_deref());
+    write_headers(frames, message);
+    frames.extend(own.delivery_mode);
+    frames.extend(own.priority);
+    short(frames, flag::CORRELATION_ID, own.correlation_id.as_deref());
+    short(frames, flag::REPLY_TO, own.reply_to.as_deref());
+    short(frames, flag::EXPIRATION, message.expiration_ms.map(|ms| ms.to_string()).as_deref());
+    short(frames, flag::MESSAGE_ID, own.message_id.as_deref());
+    frames.extend(own.timestamp.iter().flat_map(|timestamp| timestamp.to_be_bytes()));
+    short(frames, flag::TYPE, own.kind.as_deref());
+    short(frames, flag::APP_ID, own.app_id.as_deref());
+    short(frames, flag::CLUSTER_ID, own.cluster_id.as_deref());
+    for (flag, is_there) in [
+        (flag::DELIVERY_MODE, own.delivery_mode.is_some()),
+        (flag::PRIORITY, own.priority.is_some()),
+        (flag::TIMESTAMP, own.timestamp.is_some()),
+    ] {
+        flags |= if is_there { flag } else { 0 };
+    }
+    frames[flags_at..flags_at + 2].copy_from_slice(&flags.to_be_bytes());
+}
+
+fn write_headers(frames: &mut Vec<u8>, message: &Message) {
+    write_sized(frames, |frames| {
+        for (name, value) in &message.headers {
+            write_short(frames, name);
+            write_value(frames, value);
+        }
+    });
+}
+
+fn write_value(frames: &mut Vec<u8>, value: &HeaderValue) {
+    /// Appends a type and the bytes of a value.
+    fn plain<const N: usize>(frames: &mut Vec<u8>, kind: u8, bytes: [u8; N]) {
+        frames.push(kind);
+        frames.extend(bytes);
+    }
+    let long = |frames: &mut Vec<u8>, kind: u8, bytes: &[u8]| {
+        frames.push(kind);
+        write_sized(frames, |frames| frames.extend_from_slice(bytes));
+    };
+    match value {
+        HeaderValue::Text(text) => long(frames, b'S', text.as_bytes()),
+        HeaderValue::Number(number) => plain(frames, b'l', number.to_be_bytes()),
+        HeaderValue::Boolean(value) => plain(frames, b't', [u8::from(*value)]),
+        HeaderValue::Void => frames.push(b'V'),
+        HeaderValue::I8(number) => plain(frames, b'b', number.to_be_bytes()),
+        HeaderValue::U8(number) => plain(frames, b'B', [*number]),
+        HeaderValue::I16(number) => plain(frames, b's', number.to_be_bytes()),
+        HeaderValue::U16(number) => plain(frames, b'u', number.to_be_bytes()),
+        HeaderValue::I32(number) => plain(frames, b'I', number.to_be_bytes()),
+        HeaderValue::U32(number) => plain(frames, b'i', number.to_be_bytes()),
+        HeaderValue::F32(number) => plain(frames, b'f', number.to_be_bytes()),
+        HeaderValue::F64(number) => plain(frames, b'd', number.to_be_bytes()),
+        HeaderValue::Decimal { scale, value } => {
+            plain(frames, b'D', [*scale]);
+            frames.extend(value.to_be_bytes());
+        }
+        HeaderValue::Timestamp(seconds) => plain(frames, b'T', seconds.to_be_bytes()),
+        HeaderValue::Bytes(bytes) => long(frames, b'x', bytes),
+        HeaderValue::Binary(bytes) => long(frames, b'S', bytes),
+        HeaderValue::Array(values) => {
+            frames.push(b'A');
+            write_sized(frames, |frames| values.iter().for_each(|value| write_value(frames, value)));
+        }
+        HeaderValue::Table(table) => {
+            frames.push(b'F');
+            write_sized(frames, |frames| {
+                for (name, value) in table {
+                    write_short(frames, name);
+                    write_value(frames, value);
+                }
+            });
+        }
+    }
 }
 
 /// Appends one frame, whose payload `write` appends.
@@ -124,12 +213,14 @@ mod tests {
     use amq_protocol::frame::{AMQPFrame, parse_frame};
     use amq_protocol::protocol::AMQPClass;
     use amq_protocol::protocol::basic::AMQPMethod;
-    use lapin::types::AMQPValue;
     use proptest::prelude::*;
     use time::OffsetDateTime;
 
     use super::*;
+    use crate::broker::properties::Arrived;
     use crate::model::event::{BuiltEvent, Event};
+    use crate::model::properties::Headers;
+    use crate::model::properties::tests::{properties, value};
     use crate::model::schedule::Schedule;
 
     /// RabbitMQ's default.
@@ -152,20 +243,40 @@ mod tests {
     }
 
     fn header() -> impl Strategy<Value = (std::borrow::Cow<'static, str>, HeaderValue)> {
-        let value = prop_oneof![text(40).prop_map(HeaderValue::Text), any::<i64>().prop_map(HeaderValue::Number)];
-        (text(40).prop_map(Into::into), value)
+        (text(40).prop_map(Into::into), value())
+    }
+
+    fn message_properties() -> impl Strategy<Value = MessageProperties> {
+        let event = (prop::option::of(text(40)), any::<u64>())
+            .prop_map(|(content_type, timestamp)| MessageProperties::Event { content_type, timestamp });
+        prop_oneof![event, properties().prop_map(|properties| MessageProperties::Own(Box::new(properties)))]
     }
 
     prop_compose! {
         fn message()(
-            id in any::<u128>(), kind in text(40), routing_key in text(40), content_type in prop::option::of(text(40)),
-            timestamp in any::<u64>(), expiration_ms in prop::option::of(any::<u64>()),
-            headers in prop::collection::vec(header(), 0..9),
+            id in any::<u128>(), kind in text(40), routing_key in text(40), properties in message_properties(),
+            expiration_ms in prop::option::of(any::<u64>()), headers in prop::collection::vec(header(), 0..9),
             body in prop_oneof![Just(0), 0..400_usize, 130_000..270_000_usize],
         ) -> Message {
             let id = Uuid::from_u128(id);
             let body = (0..body).map(|at| at.to_le_bytes()[0]).collect();
-            Message { id, kind, routing_key, content_type, timestamp, expiration_ms, headers, body }
+            Message { id, kind, exchange: None, routing_key, properties, expiration_ms, headers, body }
+        }
+    }
+
+    /// What a consumer finds in the properties of a message.
+    fn expected_properties(message: &Message) -> Properties {
+        match &message.properties {
+            MessageProperties::Own(properties) => Properties { user_id: None, ..(**properties).clone() },
+            MessageProperties::Event { content_type, timestamp } => Properties {
+                content_type: content_type.clone(),
+                delivery_mode: Some(2),
+                message_id: Some(message.id.to_string()),
+                timestamp: Some(*timestamp),
+                kind: Some(message.kind.clone()),
+                app_id: Some("tidings".to_owned()),
+                ..Properties::default()
+            },
         }
     }
 
@@ -189,27 +300,12 @@ mod tests {
 
             let Some(AMQPFrame::Header(on, header)) = frames.next() else { panic!("no header") };
             prop_assert_eq!((on, header.class_id, header.body_size), (channel, 60, message.body.len() as u64));
-            let properties = header.properties;
-            let short = |text: &Option<lapin::types::ShortString>| text.as_ref().map(|text| text.as_str().to_owned());
-            prop_assert_eq!(short(properties.content_type()), message.content_type.clone());
-            prop_assert_eq!(*properties.delivery_mode(), Some(2));
-            prop_assert_eq!(short(properties.expiration()), message.expiration_ms.map(|ms| ms.to_string()));
-            prop_assert_eq!(short(properties.message_id()), Some(message.id.to_string()));
-            prop_assert_eq!(*properties.timestamp(), Some(message.timestamp));
-            prop_assert_eq!(short(properties.kind()), Some(message.kind.clone()));
-            prop_assert_eq!(short(properties.app_id()), Some("tidings".to_owned()));
-            let absent = [properties.content_encoding(), properties.correlation_id(), properties.reply_to(), properties.user_id(), properties.cluster_id()];
-            prop_assert!(absent.into_iter().all(Option::is_none) && properties.priority().is_none());
-            let read = properties.headers().clone().expect("headers");
-            for (name, value) in &message.headers {
-                // A name that comes twice has its last value.
-                let (_, last) = message.headers.iter().rev().find(|(other, _)| other == name).expect("itself");
-                let expected = match last {
-                    HeaderValue::Text(text) => AMQPValue::LongString(text.as_str().into()),
-                    HeaderValue::Number(number) => AMQPValue::LongLongInt(*number),
-                };
-                prop_assert_eq!(read.inner().get(&**name), Some(&expected), "{:?}", value);
-            }
+            let read = Arrived::from(&header.properties);
+            prop_assert_eq!(read.properties, expected_properties(&message));
+            prop_assert_eq!(read.expiration, message.expiration_ms.map(|ms| ms.to_string()));
+            // A name that comes twice has its last value.
+            let headers: Headers = message.headers.iter().map(|(name, value)| (name.to_string(), value.clone())).collect();
+            prop_assert_eq!(read.headers, headers);
 
             let body: Vec<u8> = frames.flat_map(|frame| match frame {
                 AMQPFrame::Body(on, part) if on == channel => part,

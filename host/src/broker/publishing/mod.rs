@@ -29,8 +29,10 @@ pub(super) mod handshake;
 mod incoming;
 mod session;
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use tokio::time::Instant;
 use tracing::warn;
 
@@ -73,15 +75,42 @@ pub enum Verdict {
 }
 
 impl Broker {
-    /// Publishes `messages`, waits for the confirms, and returns a verdict for each message, in their order.
-    pub async fn publish(&self, messages: &[Message]) -> Vec<Verdict> {
+    /// Publishes `messages`, waits for the confirms, and returns a verdict for each message, in their order. Those to other
+    /// exchanges than the daemon's go on channels of their own: what goes wrong there concerns no other message.
+    pub async fn publish(&self, messages: Vec<Message>) -> Vec<Verdict> {
+        if messages.iter().all(|message| message.exchange.is_none()) {
+            return self.publish_to_own(&messages).await;
+        }
+        let mut groups: BTreeMap<Option<String>, (Vec<usize>, Vec<Message>)> = BTreeMap::new();
+        let mut verdicts = vec![Verdict::Unknown; messages.len()];
+        for (at, message) in messages.into_iter().enumerate() {
+            let (places, group) = groups.entry(message.exchange.clone()).or_default();
+            places.push(at);
+            group.push(message);
+        }
+        let published = groups.iter().map(async |(exchange, (places, group))| {
+            let verdicts = match exchange {
+                Some(exchange) => self.publish_to(exchange, group).await,
+                None => self.publish_to_own(group).await,
+            };
+            (places, verdicts)
+        });
+        for (places, of_group) in join_all(published).await {
+            for (at, verdict) in places.iter().zip(of_group) {
+                verdicts[*at] = verdict;
+            }
+        }
+        verdicts
+    }
+
+    /// Publishes to the daemon's exchange.
+    async fn publish_to_own(&self, messages: &[Message]) -> Vec<Verdict> {
         let deadline = Instant::now() + CONFIRM_DEADLINE;
-        let (mut verdicts, failure) = self.publish_batch(messages, deadline).await;
+        let (mut verdicts, failure) = self.publish_batch(&self.exchange, messages, deadline).await;
         let Some(error) = failure else {
             self.refusals.say(PUBLISHING, None);
             return verdicts;
         };
-        let is_unknown = |verdict: &Verdict| matches!(verdict, Verdict::Unknown);
         let unknown = verdicts.iter().filter(|verdict| is_unknown(verdict)).count();
         let refusal = format!("RabbitMQ takes no message for the exchange {}: {}", self.exchange, with_causes(&error));
         if !affects_every_message(&error) || self.refusals.say(PUBLISHING, Some(refusal)) {
@@ -95,13 +124,47 @@ impl Broker {
             // The exchange has been deleted.
             self.declare_exchange_again().await;
         }
-        if !source.is_caused_by_a_message() {
-            return verdicts;
+        if source.is_caused_by_a_message() {
+            self.publish_one_by_one(&self.exchange, messages, &mut verdicts, deadline).await;
         }
-        // One of the messages closed the channel, and would close the next one as well. Published one by one, it takes
-        // no other message along.
-        for (message, verdict) in messages.iter().zip(&mut verdicts).filter(|(_, verdict)| is_unknown(verdict)) {
-            let (mut single, failure) = self.publish_batch(std::slice::from_ref(message), deadline).await;
+        verdicts
+    }
+
+    /// Publishes to another exchange. If RabbitMQ refuses that exchange as a whole, each message is refused: its row waits, as
+    /// it would for a queue.
+    async fn publish_to(&self, exchange: &str, messages: &[Message]) -> Vec<Verdict> {
+        let deadline = Instant::now() + CONFIRM_DEADLINE;
+        let (mut verdicts, failure) = self.publish_batch(exchange, messages, deadline).await;
+        let Some(BrokerError::Publish { source: source @ PublishError::ChannelClosed { .. }, .. }) = &failure else {
+            if let Some(error) = &failure {
+                warn!(error = error as &dyn std::error::Error, exchange, "could not publish to an exchange");
+            }
+            return verdicts;
+        };
+        if source.is_missing_exchange() {
+            self.declare_exchange_again().await;
+        }
+        if source.is_caused_by_a_message() {
+            self.publish_one_by_one(exchange, messages, &mut verdicts, deadline).await;
+        } else {
+            for verdict in verdicts.iter_mut().filter(|verdict| is_unknown(verdict)) {
+                *verdict = Verdict::Refused(format!("RabbitMQ takes no message for the exchange {exchange}: {source}"));
+            }
+        }
+        verdicts
+    }
+
+    /// Publishes the messages whose fate is unknown one by one: one of them closed the channel, and would close the next one as
+    /// well. So it takes no other message along.
+    async fn publish_one_by_one(
+        &self,
+        exchange: &str,
+        messages: &[Message],
+        verdicts: &mut [Verdict],
+        deadline: Instant,
+    ) {
+        for (message, verdict) in messages.iter().zip(verdicts).filter(|(_, verdict)| is_unknown(verdict)) {
+            let (mut single, failure) = self.publish_batch(exchange, std::slice::from_ref(message), deadline).await;
             match failure {
                 None => *verdict = single.remove(0),
                 Some(BrokerError::Publish { source, .. }) if source.is_caused_by_a_message() => {
@@ -110,18 +173,22 @@ impl Broker {
                 Some(_) => break,
             }
         }
-        verdicts
     }
 
     /// Publishes `messages` on a channel that no other batch uses. Returns their verdicts, and why some are unknown.
-    async fn publish_batch(&self, messages: &[Message], deadline: Instant) -> (Vec<Verdict>, Option<BrokerError>) {
+    async fn publish_batch(
+        &self,
+        exchange: &str,
+        messages: &[Message],
+        deadline: Instant,
+    ) -> (Vec<Verdict>, Option<BrokerError>) {
         let doing = || format!("take {} messages", messages.len());
         let failed = |source| Some(BrokerError::Publish { doing: doing(), source });
         let unknown = || vec![Verdict::Unknown; messages.len()];
         let Some(connection) = self.publishing_connection() else {
             return (unknown(), failed(PublishError::Closed));
         };
-        let (confirms, error) = match connection.publish(&self.exchange, messages, deadline).await {
+        let (confirms, error) = match connection.publish(exchange, messages, deadline).await {
             Ok(ended) => ended,
             Err(error) => return (unknown(), failed(error)),
         };
@@ -145,6 +212,10 @@ impl Broker {
             );
         }
     }
+}
+
+fn is_unknown(verdict: &Verdict) -> bool {
+    matches!(verdict, Verdict::Unknown)
 }
 
 /// Whether RabbitMQ would refuse every other message as well, although it is reachable: a permission was withdrawn, for

@@ -11,6 +11,8 @@ use std::sync::Arc;
 use amq_protocol::frame::{AMQPContentHeader, AMQPFrame, gen_frame};
 use amq_protocol::protocol::constants::REPLY_SUCCESS;
 use amq_protocol::protocol::{AMQPClass, basic, channel, confirm, connection};
+use lapin::BasicProperties;
+use lapin::types::AMQPValue;
 use thiserror::Error;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -18,7 +20,7 @@ use uuid::Uuid;
 
 use crate::broker::publishing::confirms::Confirms;
 use crate::broker::publishing::frames::write_message;
-use crate::model::message::Message;
+use crate::model::message::{ID, Message};
 
 /// The code with which RabbitMQ closes a channel because of a message (source: AMQP 0-9-1, `precondition-failed`).
 const PRECONDITION_FAILED: u16 = 406;
@@ -224,13 +226,13 @@ impl Session {
             }
             AMQPFrame::Method(channel, AMQPClass::Basic(Return(returned))) => {
                 let basic::Return { reply_code, reply_text, routing_key, .. } = returned;
-                let why =
-                    format!("no queue took the message with routing key {routing_key:?} ({reply_code} {reply_text})");
+                let key = routing_key.as_str();
+                let why = format!("no queue took the message with routing key {key:?} ({reply_code} {reply_text})");
                 self.with_batch(channel, |batch| batch.returned = Some(why));
                 Ok(())
             }
             AMQPFrame::Header(channel, AMQPContentHeader { properties, .. }) => {
-                let id = properties.message_id().as_ref().and_then(|id| id.as_str().parse::<Uuid>().ok());
+                let id = row_id(&properties);
                 self.with_batch(channel, |batch| {
                     if let (Some(id), Some(why)) = (id, batch.returned.take()) {
                         batch.confirms.note_return(id, why);
@@ -359,6 +361,15 @@ impl Session {
         let mut bytes = Vec::new();
         write(&mut bytes, channel, method);
         self.outgoing.push_back(Outgoing { batch: None, bytes });
+    }
+}
+
+/// The id of the row whose message was returned. A relayed message has a `message_id` of its own.
+fn row_id(properties: &BasicProperties) -> Option<Uuid> {
+    let own = properties.headers().as_ref().and_then(|headers| headers.inner().get(ID));
+    match own {
+        Some(AMQPValue::LongString(id)) => Uuid::try_parse_ascii(id.as_bytes()).ok(),
+        _ => properties.message_id().as_ref().and_then(|id| id.as_str().parse().ok()),
     }
 }
 

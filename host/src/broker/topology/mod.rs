@@ -1,9 +1,10 @@
-//! The daemon's own topology: two exchanges, two queues and one binding. This file says what each must be, and declares
-//! it once; `repair.rs` decides when, and `watch.rs` calls it every few seconds; `definitions.rs` writes the same as
-//! definitions for RabbitMQ to import.
+//! The daemon's own topology: two exchanges, two queues and one binding, and for each intake two exchanges, a queue and a
+//! binding. This file says what each must be, and declares it once; `repair.rs` decides when, and `watch.rs` calls it every few
+//! seconds; `definitions.rs` writes the same as definitions for RabbitMQ to import.
 //!
 //! Must never touch the queues of consumers, and never delete or change anything: an exchange or queue that exists with
-//! other properties is an error for a person.
+//! other properties is an error for a person. The exchanges of an intake belong to its publishers and consumers: those that exist
+//! are used as they are, except one that holds messages back itself.
 //!
 //! All declarations of the daemon go through [`Broker::repair_topology`]: on a new connection, before a pass over the
 //! dead letters, after a publish to an exchange that does not exist, and every 5 s. It first declares each exchange and
@@ -22,15 +23,23 @@ mod definitions;
 pub(super) mod repair;
 pub mod watch;
 
+use std::sync::Arc;
+
 use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Connection, ExchangeKind};
 
 use crate::broker::{BrokerError, QueueType, with_deadline};
+use crate::model::intake::Intake;
 
-/// One of the two exchanges and two queues that the daemon declares.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The type of exchange that the delayed-message plugin brings.
+pub(super) const DELAYED_MESSAGE: &str = "x-delayed-message";
+/// The binding of an intake's queue: all messages.
+const ALL_MESSAGES: &str = "#";
+
+/// One of the exchanges and queues that the daemon declares.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DeclaredEntity {
     /// `tidings`
     Exchange,
@@ -40,6 +49,27 @@ pub enum DeclaredEntity {
     DeadQueue,
     /// `tidings.parking`
     ParkingQueue,
+    /// The exchange to which publishers of an intake publish.
+    IntakeSource(Arc<Intake>),
+    /// `tidings.intake.FROM`
+    IntakeQueue(Arc<Intake>),
+    /// The exchange to which an intake's messages go when they are due.
+    IntakeTarget(Arc<Intake>),
+}
+
+/// The value of a queue's argument.
+#[derive(Clone, Debug)]
+pub(super) enum Argument {
+    Text(String),
+    Number(i32),
+}
+
+/// A binding that the daemon makes.
+#[derive(Clone, Debug)]
+pub(super) struct Binding {
+    pub(super) queue: DeclaredEntity,
+    pub(super) source: DeclaredEntity,
+    pub(super) key: &'static str,
 }
 
 /// What came of a declaration or a binding, which need permissions.
@@ -74,37 +104,59 @@ impl QueueType {
 }
 
 impl DeclaredEntity {
-    /// All four, in the order in which they are declared.
-    pub const ALL: [Self; 4] = [Self::Exchange, Self::DeadLetterExchange, Self::DeadQueue, Self::ParkingQueue];
-
-    /// The name, derived from that of the exchange that the daemon publishes to.
+    /// All that a daemon with these intakes declares on this exchange, in that order.
     #[must_use]
-    pub fn name(self, exchange: &str) -> String {
+    pub fn all(exchange: &str, intakes: &[Arc<Intake>]) -> Vec<Self> {
+        let mut all = vec![Self::Exchange, Self::DeadLetterExchange, Self::DeadQueue, Self::ParkingQueue];
+        let mut targets = vec![exchange];
+        for intake in intakes {
+            all.extend([Self::IntakeSource(Arc::clone(intake)), Self::IntakeQueue(Arc::clone(intake))]);
+            if !targets.contains(&&*intake.to) {
+                targets.push(&intake.to);
+                all.push(Self::IntakeTarget(Arc::clone(intake)));
+            }
+        }
+        all
+    }
+
+    /// The name. Those of the daemon's own are derived from that of the exchange that it publishes to.
+    #[must_use]
+    pub fn name(&self, exchange: &str) -> String {
         match self {
             Self::Exchange => exchange.to_owned(),
             Self::DeadLetterExchange => format!("{exchange}.dlx"),
             Self::DeadQueue => format!("{exchange}.dead"),
             Self::ParkingQueue => format!("{exchange}.parking"),
+            Self::IntakeSource(intake) => intake.from.clone(),
+            Self::IntakeQueue(intake) => intake.queue(exchange),
+            Self::IntakeTarget(intake) => intake.to.clone(),
         }
     }
 
     /// What it is and its name, such as `the queue tidings.dead`.
     #[must_use]
-    pub fn describe(self, exchange: &str) -> String {
+    pub fn describe(&self, exchange: &str) -> String {
         let what = if self.exchange_type().is_some() { "exchange" } else { "queue" };
         format!("the {what} {}", self.name(exchange))
     }
 
     /// As [`DeclaredEntity::describe`], followed by every property that it must have, for an operator who declares it.
     #[must_use]
-    pub fn describe_declaration(self, exchange: &str, queue_type: QueueType) -> String {
-        let arguments = match (self.exchange_type(), queue_type.delivery_limit()) {
-            (Some(kind), _) => format!("durable, of the type {kind}"),
-            (None, None) => format!("durable, x-queue-type = {}", queue_type.name()),
-            (None, Some(limit)) => format!("durable, x-queue-type = {}, x-delivery-limit = {limit}", queue_type.name()),
+    pub fn describe_declaration(&self, exchange: &str, queue_type: QueueType) -> String {
+        let arguments = match self.exchange_type() {
+            Some(kind) => format!("durable, of the type {kind}"),
+            None => {
+                self.arguments(exchange, queue_type).into_iter().fold("durable".to_owned(), |text, (name, value)| {
+                    match value {
+                        Argument::Text(value) => format!("{text}, {name} = {value}"),
+                        Argument::Number(value) => format!("{text}, {name} = {value}"),
+                    }
+                })
+            }
         };
         let bound = match self {
             Self::DeadQueue => format!(", bound to {}", Self::DeadLetterExchange.name(exchange)),
+            Self::IntakeQueue(intake) => format!(", bound to {} with {ALL_MESSAGES}", intake.from),
             _ => String::new(),
         };
         format!("{} ({arguments}{bound})", self.describe(exchange))
@@ -112,12 +164,47 @@ impl DeclaredEntity {
 
     /// The type of an exchange; `None` for a queue.
     #[must_use]
-    pub(super) fn exchange_type(self) -> Option<&'static str> {
+    pub(super) fn exchange_type(&self) -> Option<&'static str> {
         match self {
-            Self::Exchange => Some("topic"),
+            Self::Exchange | Self::IntakeSource(_) | Self::IntakeTarget(_) => Some("topic"),
             Self::DeadLetterExchange => Some("fanout"),
-            Self::DeadQueue | Self::ParkingQueue => None,
+            Self::DeadQueue | Self::ParkingQueue | Self::IntakeQueue(_) => None,
         }
+    }
+
+    /// Whether it may have other properties than the daemon declares, because it belongs to others.
+    pub(super) fn is_used_as_it_is(&self) -> bool {
+        matches!(self, Self::IntakeSource(_) | Self::IntakeTarget(_))
+    }
+
+    /// The arguments of a queue.
+    pub(super) fn arguments(&self, exchange: &str, queue_type: QueueType) -> Vec<(&'static str, Argument)> {
+        // Always with a type: the virtual host may have another default.
+        let mut arguments = vec![("x-queue-type", Argument::Text(queue_type.name().to_owned()))];
+        arguments.extend(queue_type.delivery_limit().map(|limit| ("x-delivery-limit", Argument::Number(limit))));
+        if let Self::IntakeQueue(_) = self {
+            // What expires there before a daemon takes it comes to the daemon, which counts it.
+            arguments.push(("x-dead-letter-exchange", Argument::Text(Self::DeadLetterExchange.name(exchange))));
+        }
+        arguments
+    }
+}
+
+impl Binding {
+    /// All that a daemon with these intakes makes.
+    pub(super) fn all(intakes: &[Arc<Intake>]) -> Vec<Self> {
+        let (queue, source) = (DeclaredEntity::DeadQueue, DeclaredEntity::DeadLetterExchange);
+        let of_intake = |intake: &Arc<Intake>| Self {
+            queue: DeclaredEntity::IntakeQueue(Arc::clone(intake)),
+            source: DeclaredEntity::IntakeSource(Arc::clone(intake)),
+            key: ALL_MESSAGES,
+        };
+        std::iter::once(Self { queue, source, key: "" }).chain(intakes.iter().map(of_intake)).collect()
+    }
+
+    /// What it is, such as `the binding of the queue tidings.dead to the exchange tidings.dlx`.
+    pub(super) fn describe(&self, exchange: &str) -> String {
+        format!("the binding of {} to {}", self.queue.describe(exchange), self.source.describe(exchange))
     }
 }
 
@@ -126,7 +213,7 @@ impl DeclaredEntity {
 /// that a queue does not exist when the node of that queue is down.
 pub(super) async fn declare_passively(
     connection: &Connection,
-    entity: DeclaredEntity,
+    entity: &DeclaredEntity,
     exchange: &str,
 ) -> Result<Result<u32, String>, BrokerError> {
     let doing = format!("find {}", entity.describe(exchange));
@@ -159,7 +246,7 @@ pub(super) async fn declare_passively(
 /// Declares `entity`. If it exists, RabbitMQ compares its arguments, and changes nothing.
 pub(super) async fn declare(
     connection: &Connection,
-    entity: DeclaredEntity,
+    entity: &DeclaredEntity,
     exchange: &str,
     queue_type: QueueType,
 ) -> Result<DeclareResult, BrokerError> {
@@ -169,11 +256,13 @@ pub(super) async fn declare(
         let options = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
         with_deadline(&doing, channel.exchange_declare(name, exchange_kind(kind), options, FieldTable::default())).await
     } else {
-        // Always with a type: the virtual host may have another default.
         let mut arguments = FieldTable::default();
-        arguments.insert("x-queue-type".into(), AMQPValue::LongString(queue_type.name().into()));
-        if let Some(limit) = queue_type.delivery_limit() {
-            arguments.insert("x-delivery-limit".into(), AMQPValue::LongInt(limit));
+        for (name, value) in entity.arguments(exchange, queue_type) {
+            let value = match value {
+                Argument::Text(text) => AMQPValue::LongString(text.into()),
+                Argument::Number(number) => AMQPValue::LongInt(number),
+            };
+            arguments.insert(name.into(), value);
         }
         with_deadline(&doing, channel.queue_declare(name, QueueDeclareOptions::durable(), arguments)).await.map(drop)
     };
@@ -193,7 +282,7 @@ pub(super) async fn declare(
 /// some returns; such a queue is an error. The queue must exist.
 pub(super) async fn ensure_messages_return(
     connection: &Connection,
-    entity: DeclaredEntity,
+    entity: &DeclaredEntity,
     exchange: &str,
     queue_type: QueueType,
 ) -> Result<(), BrokerError> {
@@ -208,12 +297,17 @@ pub(super) async fn ensure_messages_return(
     if has_other_type { Ok(()) } else { Err(error) }
 }
 
-/// Binds `tidings.dead` to `tidings.dlx`. If it is bound already, this changes nothing.
-pub(super) async fn bind(connection: &Connection, exchange: &str) -> Result<DeclareResult, BrokerError> {
+/// Makes a binding. If it exists already, this changes nothing.
+pub(super) async fn bind(
+    connection: &Connection,
+    exchange: &str,
+    binding: &Binding,
+) -> Result<DeclareResult, BrokerError> {
     let channel = with_deadline("open a channel", connection.create_channel()).await?;
-    let (queue, source) = (DeclaredEntity::DeadQueue.name(exchange), DeclaredEntity::DeadLetterExchange.name(exchange));
+    let (queue, source) = (binding.queue.name(exchange), binding.source.name(exchange));
     let (options, no_arguments) = (QueueBindOptions::default(), FieldTable::default());
-    let bound = channel.queue_bind(queue.as_str().into(), source.as_str().into(), "".into(), options, no_arguments);
+    let bound =
+        channel.queue_bind(queue.as_str().into(), source.as_str().into(), binding.key.into(), options, no_arguments);
     match with_deadline(&format!("bind the queue {queue} to the exchange {source}"), bound).await {
         Ok(()) => {
             let _ = with_deadline("close a channel", channel.close(200, "bound".into())).await;
@@ -221,6 +315,16 @@ pub(super) async fn bind(connection: &Connection, exchange: &str) -> Result<Decl
         }
         Err(error) => not_permitted(error),
     }
+}
+
+/// The type of the exchange of an intake, if it differs from the type that the daemon would declare, by RabbitMQ's answer to the
+/// declaration: `inequivalent arg 'type' for exchange 'a' in vhost '/': received 'topic' but current is 'fanout'`.
+pub(super) fn current_type(error: &BrokerError) -> Option<String> {
+    let BrokerError::Mismatch { source, .. } = error else { return None };
+    let text = source.to_string();
+    let (_, rest) = text.split_once("inequivalent arg 'type'")?;
+    let (_, rest) = rest.split_once("current is '")?;
+    rest.split_once('\'').map(|(current, _)| current.to_owned())
 }
 
 fn exchange_kind(name: &str) -> ExchangeKind {

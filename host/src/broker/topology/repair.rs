@@ -1,14 +1,16 @@
 //! Looks whether the daemon's exchanges, queues and binding exist, declares what is missing, binds, and remembers for
 //! an hour what was lost. The opening of `topology/mod.rs` says when, and in which steps.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lapin::Connection;
 use tracing::{info, warn};
 
 use crate::broker::topology;
-use crate::broker::topology::{DeclareResult, DeclaredEntity};
+use crate::broker::topology::{Binding, DELAYED_MESSAGE, DeclareResult, DeclaredEntity};
 use crate::broker::{Broker, BrokerError};
+use crate::model::intake::Intake;
 
 /// How often what exists is declared as well, so that RabbitMQ compares its arguments.
 const COMPARE_INTERVAL: Duration = Duration::from_mins(1);
@@ -17,21 +19,22 @@ const LOSS_REPORTED_FOR: Duration = Duration::from_hours(1);
 /// How many losses are reported at most, the newest.
 const MAX_LOSSES: usize = 10;
 
-/// What the daemon knows of its exchanges, queues and binding.
-#[derive(Debug, Default)]
+/// What the daemon knows of its exchanges, queues and bindings.
+#[derive(Debug)]
 pub(in crate::broker) struct TopologyState {
-    /// In the order of [`DeclaredEntity::ALL`].
-    entities: [EntityState; 4],
+    entities: Vec<EntityState>,
+    bindings: Vec<BindingState>,
     last_compared: Option<Instant>,
     /// The oldest first.
     losses: Vec<Loss>,
-    /// The daemon's user may not bind.
-    bind_refused: bool,
 }
 
 /// What the daemon knows of one exchange or queue.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct EntityState {
+    entity: DeclaredEntity,
+    /// The type of an exchange that is used as it is, if it is another than the daemon would declare.
+    other_type: Option<String>,
     /// When it was last found.
     last_seen: Option<Instant>,
     /// It has been missing since then.
@@ -40,6 +43,14 @@ struct EntityState {
     has_mismatch: bool,
     /// The daemon's user may not declare it.
     declare_refused: bool,
+}
+
+/// What the daemon knows of one binding.
+#[derive(Debug)]
+struct BindingState {
+    binding: Binding,
+    /// The daemon's user may not bind.
+    is_refused: bool,
 }
 
 /// An exchange, a queue or the binding was missing for a time.
@@ -77,26 +88,35 @@ impl Broker {
         fresh: bool,
     ) -> Result<(), BrokerError> {
         let mut state = self.topology_state.lock().await;
-        let TopologyState { entities, last_compared, losses, bind_refused } = &mut *state;
+        let TopologyState { entities, bindings, last_compared, losses } = &mut *state;
         let compare = fresh || last_compared.is_none_or(|at| at.elapsed() >= COMPARE_INTERVAL);
         let (mut missing, mut failed) = (Vec::new(), None);
-        for (entity, entity_state) in DeclaredEntity::ALL.into_iter().zip(&mut *entities) {
+        for entity_state in &mut *entities {
             entity_state.declare_refused &= !fresh;
-            match self.repair_entity(connection, entity, entity_state, compare).await {
+            match self.repair_entity(connection, entity_state, compare).await {
                 Ok(Some(loss)) => losses.push(loss),
-                Ok(None) if entity_state.is_missing => missing.push(self.wanted(entity)),
+                Ok(None) if entity_state.is_missing => missing.push(self.wanted(&entity_state.entity)),
                 Ok(None) => {}
                 Err(error) => failed = failed.or(Some(error)),
             }
         }
-        let [.., dead_letter_exchange, dead_queue, _] = &*entities;
-        *bind_refused &= !fresh;
-        // Each time, since the binding may be lost alone, and AMQP has no request that shows whether it exists.
-        if !dead_letter_exchange.is_missing && !dead_queue.is_missing && !*bind_refused {
-            match topology::bind(connection, &self.exchange).await {
+        // Each time, since a binding may be lost alone, and AMQP has no request that shows whether it exists.
+        for BindingState { binding, is_refused } in bindings {
+            *is_refused &= !fresh;
+            let state_of = |entity: &DeclaredEntity| entities.iter().find(|state| state.entity == *entity);
+            let (queue, source) = (state_of(&binding.queue), state_of(&binding.source));
+            let can_bind = [queue, source].into_iter().flatten().all(|state| !state.is_missing)
+                // There each routing key has a binding of its own, which only an operator knows.
+                && source.and_then(|source| source.other_type.as_deref()) != Some("direct");
+            if *is_refused || !can_bind {
+                continue;
+            }
+            match topology::bind(connection, &self.exchange, binding).await {
                 Ok(DeclareResult::Done) => {}
                 // The operator who declared the queue has bound it as well.
-                Ok(DeclareResult::NotPermitted(_)) if dead_queue.declare_refused => *bind_refused = true,
+                Ok(DeclareResult::NotPermitted(_)) if queue.is_some_and(|queue| queue.declare_refused) => {
+                    *is_refused = true;
+                }
                 Ok(DeclareResult::NotPermitted(error)) | Err(error) => failed = failed.or(Some(error)),
             }
         }
@@ -118,15 +138,29 @@ impl Broker {
     async fn repair_entity(
         &self,
         connection: &Connection,
-        entity: DeclaredEntity,
         state: &mut EntityState,
         compare: bool,
     ) -> Result<Option<Loss>, BrokerError> {
+        let entity = &state.entity;
         let mut exists = topology::declare_passively(connection, entity, &self.exchange).await?.is_ok();
         state.is_missing |= !exists;
         // RabbitMQ logs each refusal: what exists and may not be declared is not declared again on this connection.
         if !exists || state.has_mismatch || (compare && !state.declare_refused) {
             let declared = topology::declare(connection, entity, &self.exchange, self.queue_type).await;
+            let declared = match declared {
+                Err(error @ BrokerError::Mismatch { .. }) if entity.is_used_as_it_is() => {
+                    state.other_type = topology::current_type(&error);
+                    if state.other_type.as_deref() == Some(DELAYED_MESSAGE) {
+                        state.has_mismatch = true;
+                        return Err(BrokerError::Delayed { exchange: entity.name(&self.exchange) });
+                    }
+                    Ok(DeclareResult::Done)
+                }
+                declared => {
+                    state.other_type = None;
+                    declared
+                }
+            };
             state.has_mismatch = matches!(declared, Err(BrokerError::Mismatch { .. }));
             let refused = matches!(declared?, DeclareResult::NotPermitted(_));
             if refused && !state.declare_refused && exists {
@@ -143,7 +177,8 @@ impl Broker {
         }
         let (was_missing, last_seen) = (std::mem::take(&mut state.is_missing), state.last_seen.replace(Instant::now()));
         Ok(last_seen.filter(|_| was_missing).map(|last_seen| {
-            let loss = Loss { entity: Some(entity), gone_for: last_seen.elapsed(), ended: Instant::now() };
+            let loss =
+                Loss { entity: Some(state.entity.clone()), gone_for: last_seen.elapsed(), ended: Instant::now() };
             warn!("{}", loss.sentence(&self.exchange));
             loss
         }))
@@ -158,8 +193,23 @@ impl Broker {
 
     /// An exchange or queue with every property that it must have, for an operator who declares it.
     #[must_use]
-    pub fn wanted(&self, entity: DeclaredEntity) -> String {
+    pub fn wanted(&self, entity: &DeclaredEntity) -> String {
         entity.describe_declaration(&self.exchange, self.queue_type)
+    }
+
+    /// A sentence for each intake whose queue this daemon cannot bind, because its exchange is of the type direct.
+    pub async fn unbound_intakes(&self) -> Vec<String> {
+        let state = self.topology_state.lock().await;
+        let direct = state.entities.iter().filter(|state| state.other_type.as_deref() == Some("direct"));
+        let sentence = |entity: &DeclaredEntity| {
+            let DeclaredEntity::IntakeSource(intake) = entity else { return None };
+            let queue = intake.queue(&self.exchange);
+            Some(format!(
+                "{} is of the type direct, in which each routing key needs a binding of its own: bind the queue {queue} to it with each key that is used, or declare it anew as topic, which its publishers need not notice",
+                entity.describe(&self.exchange)
+            ))
+        };
+        direct.filter_map(|state| sentence(&state.entity)).collect()
     }
 
     /// A sentence for each exchange, queue or binding that was missing within the last hour, because messages may have
@@ -173,24 +223,50 @@ impl Broker {
     }
 }
 
+impl TopologyState {
+    /// The state before anything was looked at.
+    pub(in crate::broker) fn new(exchange: &str, intakes: &[Arc<Intake>]) -> Self {
+        let entity = |entity| EntityState {
+            entity,
+            other_type: None,
+            last_seen: None,
+            is_missing: false,
+            has_mismatch: false,
+            declare_refused: false,
+        };
+        Self {
+            entities: DeclaredEntity::all(exchange, intakes).into_iter().map(entity).collect(),
+            bindings: Binding::all(intakes)
+                .into_iter()
+                .map(|binding| BindingState { binding, is_refused: false })
+                .collect(),
+            last_compared: None,
+            losses: Vec::new(),
+        }
+    }
+}
+
 impl Loss {
     fn sentence(&self, exchange: &str) -> String {
         let consequence = match self.entity {
-            Some(DeclaredEntity::Exchange) => {
+            Some(DeclaredEntity::Exchange | DeclaredEntity::IntakeTarget(_)) => {
                 "and the bindings of consumers' queues with it: rows wait until the queues are bound again"
             }
             Some(DeclaredEntity::DeadQueue) => {
                 "with the letters that lay in it, and what consumers rejected meanwhile is lost"
             }
             Some(DeclaredEntity::ParkingQueue) => "with the letters that lay in it",
+            Some(DeclaredEntity::IntakeSource(_)) => "and publishers were refused meanwhile",
+            Some(DeclaredEntity::IntakeQueue(_)) => {
+                "with the messages that lay in it, and what was published to its intake meanwhile is lost"
+            }
             Some(DeclaredEntity::DeadLetterExchange) | None => "and what consumers rejected meanwhile is lost",
         };
-        let what = if let Some(entity) = self.entity {
+        let what = if let Some(entity) = &self.entity {
             entity.describe(exchange)
         } else {
-            let (queue, source) =
-                (DeclaredEntity::DeadQueue.describe(exchange), DeclaredEntity::DeadLetterExchange.describe(exchange));
-            format!("the binding of {queue} to {source}")
+            let (queue, source) = (DeclaredEntity::DeadQueue, DeclaredEntity::DeadLetterExchange);
+            Binding { queue, source, key: "" }.describe(exchange)
         };
         format!("{what} was gone for up to {} s, {consequence}; it is there again", self.gone_for.as_secs() + 1)
     }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::broker::{Broker, DeclaredEntity, Management};
+use crate::broker::{Broker, Management};
 use crate::model::health::Health;
 
 /// How often the topology is repaired.
@@ -78,6 +78,8 @@ impl TopologyWatch {
         self.health.trouble("topology", trouble);
         let losses = self.broker.recent_losses().await;
         self.health.note("losses", (!losses.is_empty()).then(|| losses.join("; ")));
+        let unbound = self.broker.unbound_intakes().await;
+        self.health.note("unbound intakes", (!unbound.is_empty()).then(|| unbound.join("; ")));
         if state.policies_checked.is_none_or(|at| at.elapsed() >= POLICY_INTERVAL) {
             let (complaints, complete) = self.queue_complaints().await;
             state.policies_checked = complete.then(Instant::now);
@@ -96,14 +98,14 @@ impl TopologyWatch {
         matches!(answer, Ok(Ok(false)))
     }
 
-    /// What is wrong with the two queues according to the management API, and whether it knows all their policies yet.
+    /// What is wrong with the daemon's queues according to the management API, and whether it knows all their policies yet.
     async fn queue_complaints(&self) -> (Vec<String>, bool) {
         let (mut complaints, mut complete) = (Vec::new(), true);
         let Some(management) = &self.management else { return (complaints, complete) };
-        for entity in [DeclaredEntity::DeadQueue, DeclaredEntity::ParkingQueue] {
-            match management.queue(&self.broker, entity).await {
+        for entity in self.broker.own_queues() {
+            match management.queue(&self.broker, &entity).await {
                 Ok(Some(queue)) => {
-                    complaints.extend(self.broker.complaints(entity, &queue));
+                    complaints.extend(self.broker.complaints(&entity, &queue));
                     complete &= queue.has_policies;
                 }
                 Ok(None) => complete = false,

@@ -16,12 +16,13 @@ pub(super) async fn check(report: &mut Report, settings: &BrokerSettings, manage
         );
     };
     let management = Management::of(url);
-    for queue in
-        [DeclaredEntity::DeadQueue, DeclaredEntity::ParkingQueue].into_iter().filter(|own| existing.contains(own))
-    {
+    for queue in broker.own_queues().iter().filter(|own| existing.contains(own)) {
         if !check_policy(report, &broker, &management, queue).await {
             return;
         }
+    }
+    if !check_intakes(report, &broker, &management).await {
+        return;
     }
     if existing.contains(&DeclaredEntity::DeadQueue) && !check_binding(report, &broker, &management).await {
         return;
@@ -40,33 +41,45 @@ async fn check_topology(report: &mut Report, broker: &Broker) -> Option<Vec<Decl
     };
     report.ok(format_args!("RabbitMQ answers at {} and lets us in", broker.place()));
     let (mut existing, mut letter_counts) = (Vec::new(), [None; 2]);
-    for own in DeclaredEntity::ALL {
+    for own in broker.declared() {
         let what = own.describe(broker.exchange());
-        match visit.look(own).await {
+        match visit.look(&own).await {
             Ok(found @ (Found::Ours(waiting) | Found::AsItIs(waiting))) => {
                 if matches!(found, Found::Ours(_)) {
                     report.ok(format_args!("{what} is there, as the daemon declares it"));
                 } else {
                     report.note(format_args!(
                         "{what} is there, and our user may not declare it, so its arguments are not compared: check that it is {}",
-                        broker.wanted(own)
+                        broker.wanted(&own)
                     ));
                 }
-                existing.push(own);
                 match own {
                     DeclaredEntity::DeadQueue => letter_counts[0] = Some(waiting),
                     DeclaredEntity::ParkingQueue => letter_counts[1] = Some(waiting),
-                    DeclaredEntity::Exchange | DeclaredEntity::DeadLetterExchange => {}
+                    _ => {}
                 }
+                existing.push(own);
+            }
+            Ok(Found::OfAnotherType(kind)) => {
+                if kind == "direct" && matches!(own, DeclaredEntity::IntakeSource(_)) {
+                    report.warn(format_args!(
+                        "{what} is of the type direct, so an operator has to bind the intake's queue to it with each routing key"
+                    ));
+                } else {
+                    report.ok(format_args!("{what} is there, of the type {kind}, and is used as it is"));
+                }
+                existing.push(own);
             }
             Ok(Found::Absent(reply)) => {
-                let wanted = broker.wanted(own);
+                let wanted = broker.wanted(&own);
                 report.note(format_args!(
                     "{wanted} is not there ({reply}): `tidings run` declares it when it starts, if its user may"
                 ));
             }
             // The error says what to do.
-            Err(error @ BrokerError::Mismatch { .. }) => report.fail(format_args!("{:#}", anyhow::Error::from(error))),
+            Err(error @ (BrokerError::Mismatch { .. } | BrokerError::Delayed { .. })) => {
+                report.fail(format_args!("{:#}", anyhow::Error::from(error)));
+            }
             Err(error) => report.fail(format_args!(
                 "{:#}; see that the user may configure, write and read {what}, and what RabbitMQ says in its log",
                 anyhow::Error::from(error)
@@ -96,7 +109,7 @@ fn describe_failure(error: BrokerError) -> String {
 }
 
 /// Checks the policy of a queue. Returns whether the management API answered.
-async fn check_policy(report: &mut Report, broker: &Broker, management: &Management, queue: DeclaredEntity) -> bool {
+async fn check_policy(report: &mut Report, broker: &Broker, management: &Management, queue: &DeclaredEntity) -> bool {
     let complaints = match management.queue(broker, queue).await {
         Ok(Some(seen)) => broker.complaints(queue, &seen),
         // The queue was deleted in the meantime.
@@ -129,6 +142,42 @@ async fn check_binding(report: &mut Report, broker: &Broker, management: &Manage
         Err(error) => {
             warn_unanswered(report, error);
             return false;
+        }
+    }
+    true
+}
+
+/// Checks that the queue of each intake is bound, and that nobody else is bound to its exchange: whoever is gets the messages at
+/// once, and not when they are due. Returns whether the management API answered.
+async fn check_intakes(report: &mut Report, broker: &Broker, management: &Management) -> bool {
+    for intake in broker.intakes() {
+        let queue = intake.queue(broker.exchange());
+        let bound = match management.bound_to(broker, &intake.from).await {
+            Ok(bound) => bound,
+            Err(error) => {
+                warn_unanswered(report, error);
+                return false;
+            }
+        };
+        if bound.contains(&queue) {
+            report.ok(format_args!("the queue {queue} is bound to the exchange {}", intake.from));
+        } else {
+            report.fail(format_args!(
+                "the queue {queue} is not bound to the exchange {}, and what publishers send there is lost: `tidings run` binds it within seconds, or bind it by hand",
+                intake.from
+            ));
+        }
+        let others: Vec<String> = bound.into_iter().filter(|other| *other != queue).collect();
+        if !others.is_empty() {
+            report.warn(format_args!(
+                "{} bound to the exchange {} as well, and so gets its messages at once: what is to come when it is due is at the exchange {}",
+                match &others[..] {
+                    [one] => format!("{one} is"),
+                    several => format!("{} are", several.join(" and ")),
+                },
+                intake.from,
+                intake.to
+            ));
         }
     }
     true

@@ -2,6 +2,7 @@
 
 import { act, actionButton, afterAction, ask, hasToken, isBusy, openDialog, showBusy, confirmDrop } from "./act.js";
 import { idButton } from "./explain.js";
+import { showIntakes } from "./intakes.js";
 import { addBulkButtons, listLetters, refreshLetters, showCount } from "./letters.js";
 import { Lateness, Throughput, formatCount, formatSpan } from "./plots.js";
 import { showRecurrences } from "./recurrences.js";
@@ -139,7 +140,8 @@ function show(answer) {
     parked.show(newest.map((row) => [row.id, row]));
     showCount("parked", newest.length, more ? `more than ${formatCount(rows)}` : formatCount(rows), "The last scheduled");
   }
-  setText(byId("footer"), `Tidings ${answer.version} at ${answer.daemon}, up for ${formatSpan(answer.uptime_seconds)}. The plots, calls and generations are those of this daemon; all else is the same at every daemon.`);
+  showIntakes(answer.intakes);
+  setText(byId("footer"), `Tidings ${answer.version} at ${answer.daemon}, up for ${formatSpan(answer.uptime_seconds)}. The plots, calls, generations and intakes are those of this daemon; all else is the same at every daemon.`);
   showBusy();
 }
 

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 
+use crate::model::relay;
 use crate::plugins::loading::inspect::World;
 use crate::plugins::loading::load_error::{LoadError, SERVED_VERSION, first_chars};
 use crate::plugins::runtime::engine::LINKED_INTERFACES;
@@ -100,6 +101,9 @@ pub fn check_description(name: &str, version: &str, kinds: &[&str]) -> Result<()
                 "the kind {:?}, which does not match [a-z0-9][a-z0-9._-]{{0,99}}",
                 first_chars(kind)
             )));
+        }
+        if *kind == relay::KIND {
+            return Err(LoadError::Description(format!("the kind {kind:?}, which is built into the daemon")));
         }
         if !named.insert(kind) {
             return Err(LoadError::Description(format!("the kind {kind:?} twice")));

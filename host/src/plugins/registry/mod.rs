@@ -57,6 +57,8 @@ pub struct Registry {
     engine: Arc<Engine>,
     dir: PathBuf,
     versions: VersionStore,
+    /// The kinds that the daemon serves without a plugin.
+    built_in: Vec<String>,
     set: ArcSwap<PluginSet>,
     kinds: watch::Sender<Vec<String>>,
     /// Whether each file that was in the directory when the daemon started has been loaded or refused.
@@ -92,16 +94,26 @@ struct Slot {
 }
 
 impl Registry {
-    /// Makes a registry of the plugins in `dir`, of which none is loaded yet. `wake` is woken whenever the set has
-    /// changed; `health` gets a note while `state` cannot be written.
+    /// Makes a registry of the plugins in `dir`, of which none is loaded yet. The kinds in `built_in` are served without a
+    /// plugin. `wake` is woken whenever the set has changed; `health` gets a note while `state` cannot be written.
     #[must_use]
-    pub fn new(engine: Arc<Engine>, dir: &Path, state: StateDir, wake: Arc<Wake>, health: Arc<Health>) -> Self {
+    pub fn new(
+        engine: Arc<Engine>,
+        dir: &Path,
+        built_in: Vec<String>,
+        state: StateDir,
+        wake: Arc<Wake>,
+        health: Arc<Health>,
+    ) -> Self {
+        let set = PluginSet::of([]).with_built_in(&built_in);
+        serve(set.kinds());
         Self {
             engine,
             dir: dir.to_owned(),
             versions: VersionStore::for_plugin_dir(state, dir),
-            set: ArcSwap::default(),
-            kinds: watch::Sender::new(Vec::new()),
+            kinds: watch::Sender::new(set.kinds().to_vec()),
+            set: ArcSwap::from_pointee(set),
+            built_in,
             complete: watch::Sender::new(false),
             wake,
             feedback_wake: Arc::default(),
@@ -374,7 +386,8 @@ impl Registry {
 
     /// Replaces the set with the active generations of `slots`, and wakes the scheduler.
     fn swap_set(&self, slots: &Slots) {
-        let set = PluginSet::of(slots.by_file.values().filter_map(|slot| slot.active.clone()));
+        let plugins = slots.by_file.values().filter_map(|slot| slot.active.clone());
+        let set = PluginSet::of(plugins).with_built_in(&self.built_in);
         let kinds = set.kinds().to_vec();
         // The metrics learn the kinds before the kinds are served, so that no row of theirs is counted as `(unserved)`.
         serve(&kinds);

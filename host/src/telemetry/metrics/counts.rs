@@ -8,12 +8,13 @@ use metrics_process::Collector;
 use tidings_core::reason::{Reason, Reasons};
 
 use crate::model::dead_letter::PassCounts;
+use crate::model::intake::Taken;
 use crate::model::recurrence::RecurrenceCounts;
 use crate::store::Backlog;
 use crate::telemetry::metrics::names::{
     BLOCKED, CANARY, CLAIMED_ROWS, CLAIMS, CLOCK_STEPS, CONFIRM, CONNECTED, DEAD_LETTERS, DROPPED_LINES, DROPPED_SPANS,
-    EXPIRED, HELD, LISTENING, LOST_CANARIES, MAKING_LAG, NEXT_DUE, OCCURRENCES, OLDEST_DUE, OLDEST_LETTER, PARKED,
-    PARKED_LETTERS, PENDING, RECURRENCE_PROBLEMS, RECURRENCES, RELOADS, REPLAYS, WAKES,
+    EXPIRED, HELD, INTAKE, INTAKE_WAITING, LISTENING, LOST_CANARIES, MAKING_LAG, NEXT_DUE, OCCURRENCES, OLDEST_DUE,
+    OLDEST_LETTER, PARKED, PARKED_LETTERS, PENDING, RECURRENCE_PROBLEMS, RECURRENCES, RELOADS, REPLAYS, WAKES,
 };
 
 /// The handles of the metrics that change often; set when the metrics are started.
@@ -110,6 +111,37 @@ pub fn count_wakes(reasons: Reasons) {
 /// Counts occurrences that were put into the queue.
 pub fn count_occurrences(occurrences: u64) {
     counter!(OCCURRENCES).increment(occurrences);
+}
+
+/// Makes the counters of an intake, at zero.
+pub fn serve_intake(intake: &str) {
+    for outcome in ["scheduled", "kept", "changed", "refused"] {
+        counter!(INTAKE, "intake" => intake.to_owned(), "outcome" => outcome).increment(0);
+    }
+    set_intake_waiting(intake, 0);
+}
+
+/// Counts messages that an intake took, by what became of them.
+pub fn count_intake(intake: &str, taken: &[Taken]) {
+    let count = |outcome: &'static str, is: fn(&Taken) -> bool| {
+        let count = taken.iter().filter(|taken| is(taken)).count();
+        if count > 0 {
+            counter!(INTAKE, "intake" => intake.to_owned(), "outcome" => outcome).increment(count as u64);
+        }
+    };
+    count("scheduled", |taken| matches!(taken, Taken::Scheduled));
+    count("kept", |taken| matches!(taken, Taken::Kept));
+    count("changed", |taken| matches!(taken, Taken::Changed(_)));
+}
+
+/// Counts a message that an intake refused.
+pub fn count_refused_by_intake(intake: &str) {
+    counter!(INTAKE, "intake" => intake.to_owned(), "outcome" => "refused").increment(1);
+}
+
+/// Sets how many messages wait in the queue of an intake.
+pub fn set_intake_waiting(intake: &str, messages: u32) {
+    gauge!(INTAKE_WAITING, "intake" => intake.to_owned()).set(messages);
 }
 
 /// Records for how long a daemon should have looked at a recurrence.

@@ -35,6 +35,8 @@ pub(in crate::telemetry) const RECURRENCES: &str = "tidings_recurrences";
 pub(in crate::telemetry) const RECURRENCE_PROBLEMS: &str = "tidings_recurrence_problems";
 pub(in crate::telemetry) const OCCURRENCES: &str = "tidings_occurrences_made_total";
 pub(in crate::telemetry) const MAKING_LAG: &str = "tidings_making_lag_seconds";
+pub(in crate::telemetry) const INTAKE: &str = "tidings_intake_messages_total";
+pub(in crate::telemetry) const INTAKE_WAITING: &str = "tidings_intake_waiting";
 pub(in crate::telemetry) const DROPPED_SPANS: &str = "tidings_spans_dropped_total";
 pub(in crate::telemetry) const DROPPED_LINES: &str = "tidings_log_lines_dropped_total";
 
@@ -57,7 +59,7 @@ pub(in crate::telemetry) const LATENESS_BUCKETS: [f64; 15] =
 pub(in crate::telemetry) const WORK_BUCKETS: [f64; 12] =
     [0.000_1, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 10.0];
 
-pub(in crate::telemetry) const COUNTERS: [(&str, &str); 13] = [
+pub(in crate::telemetry) const COUNTERS: [(&str, &str); 14] = [
     (DELIVERIES, "Attempts to deliver rows, by kind and outcome."),
     (WAKES, "Looks at the queue, by what woke the scheduler."),
     (CLAIMS, "Claims that locked rows."),
@@ -69,12 +71,14 @@ pub(in crate::telemetry) const COUNTERS: [(&str, &str); 13] = [
     (LOST_CANARIES, "Canaries that did not come within 30 s, or could not be sent."),
     (CLOCK_STEPS, "How often the clock of PostgreSQL was set by a second or more."),
     (OCCURRENCES, "Occurrences of recurrences that this daemon has put into the queue."),
+    (INTAKE, "Messages that intakes took, by intake and outcome: scheduled, kept, changed or refused."),
     (DROPPED_SPANS, "Spans that were lost: the collector did not take them, or too many were waiting for it."),
     (DROPPED_LINES, "Lines of the log that could not be written to standard error."),
 ];
 
-pub(in crate::telemetry) const GAUGES: [(&str, &str); 18] = [
+pub(in crate::telemetry) const GAUGES: [(&str, &str); 19] = [
     (PENDING, "Rows that wait: counted up to 1000, above that estimated from PostgreSQL's statistics."),
+    (INTAKE_WAITING, "Messages that wait in the queue of an intake."),
     (NEXT_DUE, "Time from the last look until the next row that was not yet due; +Inf = there is none."),
     (OLDEST_DUE, "How long the oldest row has been due that nothing holds back; 0 = there is none."),
     (HELD, "Rows that wait for a plugin of their kind or for the end of a pause; 1001 = more than a thousand."),

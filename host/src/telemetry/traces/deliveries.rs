@@ -10,7 +10,8 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::model::clock::DatabaseClock;
-use crate::model::message::{HeaderValue, Message};
+use crate::model::message::Message;
+use crate::model::properties::HeaderValue;
 use crate::model::schedule::Schedule;
 use crate::store::{Outcome, Settlement};
 use crate::telemetry::metrics::kinds;

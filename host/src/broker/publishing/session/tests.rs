@@ -5,6 +5,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::broker::Verdict;
+use crate::model::message::MessageProperties;
 
 fn session() -> Session {
     Session::new(4_096, 100)
@@ -14,9 +15,9 @@ fn messages(ids: std::ops::Range<u128>) -> Vec<Message> {
     let message = |id| Message {
         id: Uuid::from_u128(id),
         kind: "k".into(),
+        exchange: None,
         routing_key: "r".into(),
-        content_type: None,
-        timestamp: 0,
+        properties: MessageProperties::Event { content_type: None, timestamp: 0 },
         expiration_ms: None,
         headers: Vec::new(),
         body: b"{}".to_vec(),
