@@ -11,7 +11,7 @@ use futures_util::{FutureExt as _, StreamExt as _};
 use lapin::message::Delivery;
 use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
-use lapin::{Channel, Connection, Consumer};
+use lapin::{BasicProperties, Channel, Connection, Consumer};
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -138,23 +138,40 @@ impl Broker {
         let consumer = with_deadline(&format!("deliver what is in the queue {queue}"), consumed).await?;
         Ok((IntakeConnection(connection), IntakeConsumer { channel, consumer, budget, waiting }))
     }
+}
 
-    /// The copy of a message that an intake refuses, for `tidings.parking`: with the reason, and with the queue to which a person
-    /// may put it back.
-    #[must_use]
-    pub fn parked_copy(&self, id: Uuid, message: &Incoming, queue: &str, reason: &str) -> Message {
-        let (properties, mut headers) = (message.properties.clone(), message.headers.clone());
-        // It would name another queue.
-        headers.remove("x-death");
-        // It would send copies to other queues.
-        let copies = headers.remove("CC");
-        headers.extend(copies.map(|copies| (CC.to_owned(), copies)));
-        headers.insert(PARKED_REASON.to_owned(), HeaderValue::Text(truncate_reason(reason)));
-        headers.insert(INTAKE_QUEUE.to_owned(), HeaderValue::Text(queue.to_owned()));
-        headers.insert(ROUTING_KEY.to_owned(), HeaderValue::Text(message.routing_key.clone()));
-        let parking = DeclaredEntity::ParkingQueue.name(&self.exchange);
-        Message::to_queue(id, parking, properties, headers, message.body.clone())
+/// The copy of a message that an intake refuses, for the queue `tidings.parking` of the daemon's exchange: with the reason, and with
+/// the queue to which a person may put it back.
+#[must_use]
+pub fn parked_copy(exchange: &str, id: Uuid, message: &Incoming, queue: &str, reason: &str) -> Message {
+    let (properties, mut headers) = (message.properties.clone(), message.headers.clone());
+    // It would name another queue.
+    headers.remove("x-death");
+    // It would send copies to other queues.
+    let copies = headers.remove("CC");
+    headers.extend(copies.map(|copies| (CC.to_owned(), copies)));
+    headers.insert(PARKED_REASON.to_owned(), HeaderValue::Text(truncate_reason(reason)));
+    headers.insert(INTAKE_QUEUE.to_owned(), HeaderValue::Text(queue.to_owned()));
+    headers.insert(ROUTING_KEY.to_owned(), HeaderValue::Text(message.routing_key.clone()));
+    let parking = DeclaredEntity::ParkingQueue.name(exchange);
+    Message::to_queue(id, parking, properties, headers, message.body.clone())
+}
+
+/// A message as it arrived with these properties.
+#[must_use]
+pub fn incoming(properties: &BasicProperties, exchange: &str, routing_key: &str, body: Vec<u8>) -> Incoming {
+    let Arrived { properties, mut headers, expiration, is_unreadable } = Arrived::from(properties);
+    // A quorum queue adds them when it delivers a message again.
+    headers.retain(|name, _| !ADDED_BY_QUEUES.contains(&name.as_str()));
+    let mut routing_key = routing_key.to_owned();
+    if exchange.is_empty() {
+        // One that was put back came by the name of the queue.
+        if let Some(own) = headers.get(ROUTING_KEY).and_then(HeaderValue::as_text).filter(|own| own.len() <= 255) {
+            own.clone_into(&mut routing_key);
+        }
+        headers.extend(headers.get(CC).cloned().map(|copies| ("CC".to_owned(), copies)));
     }
+    Incoming { routing_key, properties, headers, expiration, is_unreadable, body, redelivered: false, waited: false }
 }
 
 impl IntakeConnection {
@@ -192,30 +209,11 @@ impl IntakeConsumer {
 
     fn receive(&mut self, delivery: Delivery) -> Received {
         let Delivery { delivery_tag, exchange, routing_key, redelivered, properties, data, .. } = delivery;
-        let Arrived { properties, mut headers, expiration, is_unreadable } = Arrived::from(&properties);
-        // A quorum queue adds them when it delivers a message again.
-        headers.retain(|name, _| !ADDED_BY_QUEUES.contains(&name.as_str()));
-        let mut routing_key = routing_key.to_string();
-        if exchange.as_str().is_empty() {
-            // One that was put back came by the name of the queue.
-            if let Some(own) = headers.get(ROUTING_KEY).and_then(HeaderValue::as_text).filter(|own| own.len() <= 255) {
-                own.clone_into(&mut routing_key);
-            }
-            headers.extend(headers.get(CC).cloned().map(|copies| ("CC".to_owned(), copies)));
-        }
-        let waited = self.waiting > 0;
+        let waited = self.waiting > 0 || redelivered;
         self.waiting = self.waiting.saturating_sub(1);
         let held = Held { bytes: data.len(), budget: Arc::clone(&self.budget) };
-        let message = Incoming {
-            routing_key,
-            properties,
-            headers,
-            expiration,
-            is_unreadable,
-            body: data,
-            redelivered,
-            waited: waited || redelivered,
-        };
+        let message = incoming(&properties, exchange.as_str(), routing_key.as_str(), data);
+        let message = Incoming { redelivered, waited, ..message };
         Received { message, at: Instant::now(), tag: delivery_tag, _held: held }
     }
 

@@ -61,7 +61,7 @@ pub use dead_letters::list::{BrowseSession, ListedDeadLetter};
 pub use dead_letters::{DeadLetterQueue, DeadLetterSession, FetchedDeadLetter, SendResult};
 pub use fleet::FleetChannel;
 use frame_guard::ByteBudget;
-pub use intake::{IntakeConnection, IntakeConsumer, QueueCounts, Received};
+pub use intake::{IntakeConnection, IntakeConsumer, QueueCounts, Received, incoming, parked_copy};
 use publishing::connection::PublishingConnection;
 pub use publishing::{Confirmed, PublishError, Verdict, write_message};
 pub use topology::DeclaredEntity;

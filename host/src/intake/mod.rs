@@ -31,7 +31,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 use uuid::Uuid;
 
-use crate::broker::{Broker, BrokerError, IntakeConsumer, Received, Verdict};
+use crate::broker::{Broker, BrokerError, IntakeConsumer, Received, Verdict, parked_copy};
 use crate::model::backoff::jittered;
 use crate::model::clock::DatabaseClock;
 use crate::model::error_chain::error_chain;
@@ -240,8 +240,13 @@ impl IntakeTask {
             }
             telemetry::count_refused_by_intake(&self.status.intake().from);
             // One at a time: bodies may be large.
-            let message =
-                self.broker.parked_copy(Uuid::from_u128(fastrand::u128(..)), &received.message, queue, &reason);
+            let message = parked_copy(
+                self.broker.exchange(),
+                Uuid::from_u128(fastrand::u128(..)),
+                &received.message,
+                queue,
+                &reason,
+            );
             if !matches!(self.broker.publish(vec![message]).await[..], [Verdict::Confirmed(_)]) {
                 return Err(IntakeError::NotParked);
             }
