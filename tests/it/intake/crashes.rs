@@ -153,14 +153,14 @@ async fn large_bodies_wait_in_rabbitmq_and_not_in_the_memory_of_the_daemon() {
     launch(&world).start_ready().await.stop().await;
     let publisher = Publisher::new(&world).await;
     let body = vec![0xff; 1024 * 1024];
-    for number in 0..300 {
+    for number in 0..150 {
         let properties =
             headers([("x-delay", AMQPValue::LongInt(6_000_000))]).with_message_id(number.to_string().into());
         publisher.publish("k", properties, &body).await;
     }
     let daemon = start(&world).await;
     eventually_within(Duration::from_mins(2), "all rows", async || {
-        world.value::<bool>("SELECT count(*) = 300 FROM tidings.schedules").await.then_some(())
+        world.value::<bool>("SELECT count(*) = 150 FROM tidings.schedules").await.then_some(())
     })
     .await;
     let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).expect("it runs");

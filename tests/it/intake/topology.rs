@@ -1,5 +1,6 @@
 //! What the daemon declares for an intake, and what it uses as it is.
 
+use harness::servers::Servers;
 use harness::world::World;
 use lapin::options::{ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeleteOptions};
 use lapin::types::FieldTable;
@@ -52,6 +53,21 @@ async fn exchanges_of_other_types_are_used_as_they_are() {
     Publisher::new(&world).await.publish("exact", BasicProperties::default(), b"a").await;
     assert_eq!(inbox.next().await.text(), "a");
     assert_eq!(exchange(&world, FROM)["type"], "fanout");
+}
+
+#[tokio::test]
+async fn an_exchange_that_holds_messages_back_itself_is_a_start_up_error_that_says_what_to_do() {
+    let servers = Servers::start_private_async().await;
+    servers.add_exchange_type("x-delayed-message").expect("registered");
+    let world = World::on_servers(&servers, &[]).await;
+    declare(&world, FROM, ExchangeKind::Custom("x-delayed-message".into())).await;
+    let (code, log) = launch(&world).run_to_end().await;
+    assert_eq!(code, 1, "{log}");
+    let sentence =
+        "the exchange orders.delayed is of the type x-delayed-message, whose plugin holds messages back itself";
+    assert!(log.contains(sentence), "{log}");
+    let (code, report) = launch(&world).subcommand("doctor").run_to_end().await;
+    assert!(code == 1 && report.contains(sentence), "{report}");
 }
 
 #[tokio::test]

@@ -114,6 +114,33 @@ async fn a_claim_and_its_settlement_cost_the_same_however_many_rows_wait() {
 }
 
 #[tokio::test]
+async fn a_redelivered_message_finds_its_row_by_an_index_however_many_rows_there_are() {
+    let world = World::empty().await;
+    world.sql("INSERT INTO tidings.schedules (kind, due_at) SELECT 'message', now() + number * interval '1 minute' FROM generate_series(1, 50000) AS number").await;
+    world
+        .sql(
+            "INSERT INTO tidings.parked (id, kind, due_at, payload, headers, attempts, created_at, reason)
+             SELECT tidings.uuid_v7(), 'message', now(), '{}', '{}', 0, now(), 'x' FROM generate_series(1, 50000)",
+        )
+        .await;
+    world
+        .sql(
+            "INSERT INTO tidings.deliveries (id, kind, due_at, finished_at, outcome, attempts, payload, headers)
+             SELECT tidings.uuid_v7(), 'message', now(), now(), 'delivered', 0, '{}', '{}' FROM generate_series(1, 50000)",
+        )
+        .await;
+    world.sql("ANALYZE").await;
+    let types = "uuid[], bool[], text[], text[], text[], float8[], float8[], float8[], float8[], float8[], text[], text[], float8, bool";
+    let id: uuid::Uuid = world.value("SELECT id FROM tidings.deliveries LIMIT 1").await;
+    let nulls = "'{NULL}', '{NULL}', '{5}', '{NULL}', '{NULL}', '{NULL}'";
+    let arguments =
+        format!(r#"'{{{id}}}', '{{true}}', '{{relay}}', '{{key}}', {nulls}, '{{"{{}}"}}', '{{"{{}}"}}', 0, false"#);
+    let (pages, plan) = count_pages(&world, &find_checked_query("FROM kept UNION ALL"), types, &arguments).await;
+    assert!(pages < 40 && !plan.contains("Seq Scan"), "{pages}\n{plan}");
+    assert!(world.value::<bool>("SELECT NOT EXISTS (SELECT FROM tidings.schedules WHERE kind = 'relay')").await);
+}
+
+#[tokio::test]
 async fn the_queries_of_the_page_cost_the_same_however_many_rows_wait_or_are_parked() {
     let world = World::empty().await;
     world.sql("INSERT INTO tidings.schedules (kind, due_at) SELECT 'message', now() + number * interval '1 minute' FROM generate_series(1, 100000) AS number").await;

@@ -278,6 +278,16 @@ impl Servers {
         self.rabbitmqctl(&["eval", &set])
     }
 
+    /// Gives RabbitMQ another type of exchange, which routes as `topic` does. A plugin would bring such a type.
+    ///
+    /// # Errors
+    ///
+    /// When `rabbitmqctl` fails.
+    pub fn add_exchange_type(&self, name: &str) -> anyhow::Result<()> {
+        let module = "rabbit_exchange_type_topic";
+        self.rabbitmqctl(&["eval", &format!("rabbit_registry:register(exchange, <<\"{name}\">>, {module}).")])
+    }
+
     /// A shell script that runs `rabbitmqctl` for this RabbitMQ.
     ///
     /// # Errors

@@ -318,13 +318,16 @@ pub(super) async fn bind(
 }
 
 /// The type of the exchange of an intake, if it differs from the type that the daemon would declare, by RabbitMQ's answer to the
-/// declaration: `inequivalent arg 'type' for exchange 'a' in vhost '/': received 'topic' but current is 'fanout'`.
+/// declaration: `inequivalent arg 'type' for exchange 'a' in vhost '/': received 'topic' but current is 'fanout'`,
+/// or `current is ''x-delayed-message''`.
 pub(super) fn current_type(error: &BrokerError) -> Option<String> {
     let BrokerError::Mismatch { source, .. } = error else { return None };
     let text = source.to_string();
     let (_, rest) = text.split_once("inequivalent arg 'type'")?;
-    let (_, rest) = rest.split_once("current is '")?;
-    rest.split_once('\'').map(|(current, _)| current.to_owned())
+    let (_, rest) = rest.split_once("current is ")?;
+    // A name with a hyphen has two quotes on each side.
+    let quoted = rest.split_whitespace().next()?;
+    Some(quoted.trim_matches('\'').to_owned()).filter(|current| !current.is_empty())
 }
 
 fn exchange_kind(name: &str) -> ExchangeKind {
