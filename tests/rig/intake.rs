@@ -17,6 +17,7 @@ use sqlx::postgres::PgPool;
 use uuid::Uuid;
 
 use crate::consumer::ROUTING_KEY;
+use crate::nemesis::now_ms;
 use crate::random::Random;
 
 /// The setting of the daemons: what is published to `rig.delayed` goes to the exchange of all messages.
@@ -104,18 +105,23 @@ async fn publish_batch(
     }
     for (id, confirm) in confirms {
         if matches!(confirm.await?, Confirmation::Ack(None)) {
-            writeln!(file, "{id}")?;
+            writeln!(file, "{id} {}", now_ms())?;
         }
     }
     Ok(())
 }
 
-/// The confirmed messages that never became a row, and how many were confirmed.
-pub(crate) async fn judge(db: &PgPool, file: &Path) -> anyhow::Result<(usize, Vec<Uuid>)> {
+/// How many messages were confirmed, and those of them that never became a row, each with the time of its confirm in ms since the Unix
+/// epoch.
+pub(crate) async fn judge(db: &PgPool, file: &Path) -> anyhow::Result<(usize, Vec<(Uuid, i64)>)> {
     let text = std::fs::read_to_string(file).context("the file of confirmed messages")?;
-    let confirmed: Vec<Uuid> = text.lines().map(str::parse).collect::<Result<_, _>>()?;
+    let parse = |line: &str| {
+        let (id, at_ms) = line.split_once(' ').context("an id and a time")?;
+        Ok((id.parse()?, at_ms.parse()?))
+    };
+    let confirmed: Vec<(Uuid, i64)> = text.lines().map(parse).collect::<anyhow::Result<_>>()?;
     let written: Vec<Uuid> = sqlx::query_scalar("SELECT id FROM rig.scheduled").fetch_all(db).await?;
     let written: HashSet<Uuid> = written.into_iter().collect();
-    let lost = confirmed.iter().filter(|id| !written.contains(id)).copied().collect();
+    let lost = confirmed.iter().filter(|(id, _)| !written.contains(id)).copied().collect();
     Ok((confirmed.len(), lost))
 }

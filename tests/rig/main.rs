@@ -191,6 +191,11 @@ async fn run_rig(plan: &Plan) -> anyhow::Result<()> {
     report(&verdict, &nemesis);
     report_instants(&instants);
     println!("intake: {taken} messages were confirmed, {} of them never became a row", not_taken.len());
+    for (id, at_ms) in not_taken.iter().take(20) {
+        let fault = nemesis.faults.iter().rev().find(|fault| fault.from_ms <= *at_ms);
+        let since = fault.map(|fault| format!("{} ms after the beginning of: {}", at_ms - fault.from_ms, fault.name));
+        println!("  {id} was confirmed {}", since.unwrap_or_else(|| "before the first fault".into()));
+    }
     write_logs(&nemesis)?;
     if !verdict.is_clean() || !instants.are_right() || !not_taken.is_empty() {
         bail!(

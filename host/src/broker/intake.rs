@@ -56,6 +56,8 @@ pub struct IntakeConsumer {
     budget: Arc<ByteBudget>,
     /// So many of the next messages lay in the queue before this consumer was there.
     waiting: u32,
+    /// The number of the last message. RabbitMQ counts those of a channel from 1 on.
+    last_tag: u64,
 }
 
 /// A message that was taken and is not acknowledged yet. Its body counts as held until it is dropped.
@@ -136,7 +138,7 @@ impl Broker {
         let (options, no_arguments) = (BasicConsumeOptions::default(), FieldTable::default());
         let consumed = channel.basic_consume(queue.as_str().into(), "".into(), options, no_arguments);
         let consumer = with_deadline(&format!("deliver what is in the queue {queue}"), consumed).await?;
-        Ok((IntakeConnection(connection), IntakeConsumer { channel, consumer, budget, waiting }))
+        Ok((IntakeConnection(connection), IntakeConsumer { channel, consumer, budget, waiting, last_tag: 0 }))
     }
 }
 
@@ -187,18 +189,19 @@ impl IntakeConsumer {
     ///
     /// # Errors
     ///
-    /// When the connection is lost, or the queue is deleted.
+    /// When the connection is lost, or the queue is deleted; or when a message before one that arrived did not arrive. To acknowledge
+    /// what follows would acknowledge that as well.
     pub async fn next(&mut self, limit: usize) -> Result<Vec<Received>, BrokerError> {
         let lost = |source| BrokerError::Operation { doing: "deliver to an intake".into(), source };
         let closed = || lost(lapin::ErrorKind::InvalidConnectionState(lapin::ConnectionState::Closed).into());
         let first = self.consumer.next().await.ok_or_else(closed)?.map_err(lost)?;
-        let mut batch = vec![self.receive(first)];
+        let mut batch = vec![self.receive(first)?];
         let mut bytes = batch[0].message.body.len();
         while batch.len() < limit && bytes < BATCH_BYTES {
             match self.consumer.next().now_or_never() {
                 Some(Some(Ok(delivery))) => {
                     bytes += delivery.data.len();
-                    batch.push(self.receive(delivery));
+                    batch.push(self.receive(delivery)?);
                 }
                 // An error comes again at the next call.
                 _ => break,
@@ -207,14 +210,18 @@ impl IntakeConsumer {
         Ok(batch)
     }
 
-    fn receive(&mut self, delivery: Delivery) -> Received {
+    fn receive(&mut self, delivery: Delivery) -> Result<Received, BrokerError> {
         let Delivery { delivery_tag, exchange, routing_key, redelivered, properties, data, .. } = delivery;
+        if delivery_tag != self.last_tag + 1 {
+            return Err(BrokerError::Gap { last: self.last_tag, next: delivery_tag });
+        }
+        self.last_tag = delivery_tag;
         let waited = self.waiting > 0 || redelivered;
         self.waiting = self.waiting.saturating_sub(1);
         let held = Held { bytes: data.len(), budget: Arc::clone(&self.budget) };
         let message = incoming(&properties, exchange.as_str(), routing_key.as_str(), data);
         let message = Incoming { redelivered, waited, ..message };
-        Received { message, at: Instant::now(), tag: delivery_tag, _held: held }
+        Ok(Received { message, at: Instant::now(), tag: delivery_tag, _held: held })
     }
 
     /// Acknowledges single messages.

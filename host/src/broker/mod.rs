@@ -177,6 +177,16 @@ pub enum BrokerError {
         #[source]
         source: PublishError,
     },
+    /// A message that RabbitMQ delivered did not arrive, although the connection is there.
+    #[error(
+        "RabbitMQ delivered message {next} of a channel after message {last}: what was between them was lost on the way"
+    )]
+    Gap {
+        /// The number of the last message that arrived.
+        last: u64,
+        /// The number of the message that arrived after it.
+        next: u64,
+    },
     /// RabbitMQ did not answer a request in time.
     #[error("gave up after {} s waiting for RabbitMQ to {doing}", .after.as_secs())]
     Deadline {
