@@ -190,12 +190,7 @@ async fn run_rig(plan: &Plan) -> anyhow::Result<()> {
     let (taken, not_taken) = intake::judge(&nemesis.world.db, &confirmed).await?;
     report(&verdict, &nemesis);
     report_instants(&instants);
-    println!("intake: {taken} messages were confirmed, {} of them never became a row", not_taken.len());
-    for (id, at_ms) in not_taken.iter().take(20) {
-        let fault = nemesis.faults.iter().rev().find(|fault| fault.from_ms <= *at_ms);
-        let since = fault.map(|fault| format!("{} ms after the beginning of: {}", at_ms - fault.from_ms, fault.name));
-        println!("  {id} was confirmed {}", since.unwrap_or_else(|| "before the first fault".into()));
-    }
+    report_intake(taken, &not_taken, &nemesis.faults);
     write_logs(&nemesis)?;
     if !verdict.is_clean() || !instants.are_right() || !not_taken.is_empty() {
         bail!(
@@ -210,6 +205,16 @@ async fn run_rig(plan: &Plan) -> anyhow::Result<()> {
     }
     let _ = (std::fs::remove_dir_all(&dir), std::fs::remove_file(&confirmed));
     Ok(())
+}
+
+/// Prints how many messages an intake was given, and which of them never became a row.
+fn report_intake(taken: usize, not_taken: &[(uuid::Uuid, i64)], faults: &[ledger::Fault]) {
+    println!("intake: {taken} messages were confirmed, {} of them never became a row", not_taken.len());
+    for (id, at_ms) in not_taken.iter().take(20) {
+        let fault = faults.iter().rev().find(|fault| fault.from_ms <= *at_ms);
+        let since = fault.map(|fault| format!("{} ms after the beginning of: {}", at_ms - fault.from_ms, fault.name));
+        println!("  {id} was confirmed {}", since.unwrap_or_else(|| "before the first fault".into()));
+    }
 }
 
 /// Starts this program again with `arguments`.
