@@ -22,6 +22,7 @@ mod batch;
 pub mod request;
 pub mod status;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -192,12 +193,12 @@ impl IntakeTask {
             let last = batch.last().map_or(0, Received::tag);
             return Ok(consumer.acknowledge_all(last).await?);
         }
-        let is_refused = |place: usize| refused.iter().any(|(other, _)| *other == place);
+        let refused_places: HashSet<usize> = refused.iter().map(|(place, _)| *place).collect();
         let (refused_tags, other_tags): (Vec<_>, Vec<_>) = batch
             .iter()
             .enumerate()
             .map(|(place, received)| (place, received.tag()))
-            .partition(|(place, _)| is_refused(*place));
+            .partition(|(place, _)| refused_places.contains(place));
         let tags = |tags: Vec<(usize, u64)>| tags.into_iter().map(|(_, tag)| tag).collect::<Vec<_>>();
         // Before the others are parked, which may fail while RabbitMQ takes no messages.
         consumer.acknowledge_each(&tags(other_tags)).await?;
