@@ -69,7 +69,7 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// When the database cannot do it. Then nothing was done, unless the commit failed. [`StoreError::is_of_a_row`] says whether
+    /// When the database cannot do it. Then nothing was done, unless the commit failed. [`StoreError::fault_of_values`] says whether
     /// one of the requests is the cause.
     pub async fn take_in(&self, steps: &[Step<'_>], count: usize, age: Duration) -> Result<Vec<Taken>, StoreError> {
         let mut taken = vec![Taken::Kept; count];
@@ -186,7 +186,11 @@ async fn insert_carefully(session: &mut PgConnection, row: &NewRow, age: Duratio
             Some(_) => return Ok(Taken::Kept),
         }
     }
-    Ok(Taken::Kept)
+    let (kind, key) = (&row.kind, row.key.as_deref().unwrap_or_default());
+    Ok(Taken::Refused(format!(
+        "the row of key {key:?} of kind {kind:?} was not written: another row has its id, or its key was taken and set free {TRIES} \
+         times meanwhile; publish it again, with an id of its own"
+    )))
 }
 
 async fn cancel(session: &mut PgConnection, target: &Target) -> Result<u64, sqlx::Error> {
