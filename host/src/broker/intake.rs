@@ -3,7 +3,7 @@
 //! Must never have more than [`HELD_BYTES`] of bodies in memory, but for a single body that is larger, and never acknowledge a
 //! message by itself: the intake does, after the commit of its row.
 //!
-//! Messages that are not acknowledged are back in their queue as soon as the connection closes, for whatever reason it does.
+//! RabbitMQ puts messages that are not acknowledged back into their queue as soon as the connection closes.
 
 use std::sync::Arc;
 

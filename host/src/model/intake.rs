@@ -73,7 +73,7 @@ pub struct NewRow {
     pub payload: String,
     /// Its headers, as a JSON object of strings.
     pub headers: String,
-    /// What is done if its key is taken.
+    /// What the intake does if another pending row of its kind has its key.
     pub on_conflict: OnConflict,
 }
 

@@ -1,4 +1,4 @@
-//! Nothing is lost or doubled between the two servers, whatever is killed or away.
+//! No message is lost or doubled while the daemon, PostgreSQL or RabbitMQ is killed or away.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

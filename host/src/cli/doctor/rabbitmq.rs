@@ -147,7 +147,7 @@ async fn check_binding(report: &mut Report, broker: &Broker, management: &Manage
     true
 }
 
-/// Checks that the queue of each intake is bound, and that nobody else is bound to its exchange: whoever is gets the messages at
+/// Checks that the queue of each intake is bound to its exchange, and no other queue or exchange: another one gets the messages at
 /// once, and not when they are due. Returns whether the management API answered.
 async fn check_intakes(report: &mut Report, broker: &Broker, management: &Management) -> bool {
     for intake in broker.intakes() {
