@@ -127,12 +127,16 @@ async fn consume(connection: &Connection, db: &PgPool, stop: &Stop, pause: &mut 
             }
         }
     }
-    // Messages that RabbitMQ has sent and no handler has begun go back into the queue when the connection is closed.
+    // Messages that RabbitMQ has sent and no handler has begun go back into the queue when the channel is closed.
     let cancelled = channel.basic_cancel(messages.tag(), BasicCancelOptions::default());
     timeout(ANSWER_TIMEOUT, cancelled).await.context("RabbitMQ does not answer")??;
     while let Some(handled) = handlers.join_next().await {
         handled??;
     }
+    // lapin would close the channel when it is dropped, but without waiting: the connection could then not be closed in
+    // order, and the last acknowledgements could be lost.
+    let closed = channel.close(200, "the consumer stops".into());
+    timeout(ANSWER_TIMEOUT, closed).await.context("RabbitMQ did not answer when the channel was closed")??;
     Ok(())
 }
 

@@ -32,12 +32,11 @@ pub struct TopologyWatch {
 }
 
 /// What the watch remembers from one repair to the next.
-#[derive(Default)]
 struct WatchState {
     /// The trouble that lasts, and when it was last logged.
     logged: Option<(String, Instant)>,
     /// When `tidings.dead` was last bound.
-    last_bound: Option<Instant>,
+    last_bound: Instant,
     /// When the policies were last checked; `None` = check them at the next repair.
     policies_checked: Option<Instant>,
 }
@@ -45,7 +44,8 @@ struct WatchState {
 impl TopologyWatch {
     /// Runs until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) {
-        let mut state = WatchState::default();
+        // The daemon bound the queue when it connected, before this task began.
+        let mut state = WatchState { logged: None, last_bound: Instant::now(), policies_checked: None };
         loop {
             tokio::select! {
                 biased;
@@ -67,12 +67,12 @@ impl TopologyWatch {
         if unbound && trouble.is_none() {
             if self.is_unbound().await {
                 trouble = Some("messages that consumers reject are lost: the queue for dead letters is not bound, and the daemon's user may not bind it; `tidings topology` prints the binding".into());
-            } else if let Some(last_bound) = state.last_bound {
-                self.broker.record_lost_binding(last_bound.elapsed()).await;
+            } else {
+                self.broker.record_lost_binding(state.last_bound.elapsed()).await;
             }
         }
         if trouble.is_none() {
-            state.last_bound = Some(Instant::now());
+            state.last_bound = Instant::now();
         }
         state.log(trouble.as_deref());
         self.health.trouble("topology", trouble);
