@@ -91,6 +91,17 @@ pub enum Target {
     Subject(String),
 }
 
+impl Target {
+    /// The kind, the key and the subject, of which a row has the first two or the third.
+    #[must_use]
+    pub fn columns(&self) -> (Option<&str>, Option<&str>, Option<&str>) {
+        match self {
+            Self::Key { kind, key } => (Some(kind), Some(key), None),
+            Self::Subject(subject) => (None, None, Some(subject)),
+        }
+    }
+}
+
 /// An instant, by the database's clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum When {

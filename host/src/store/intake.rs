@@ -194,29 +194,17 @@ async fn insert_carefully(session: &mut PgConnection, row: &NewRow, age: Duratio
 }
 
 async fn cancel(session: &mut PgConnection, target: &Target) -> Result<u64, sqlx::Error> {
-    match target {
-        Target::Key { kind, key } => {
-            let cancelled = sqlx::query!(
-                r#"
-                WITH patience AS MATERIALIZED (SELECT set_config('lock_timeout', '18s', true))
-                DELETE FROM tidings.schedules USING patience WHERE kind = $1 AND key = $2
-                "#,
-                kind,
-                key,
-            );
-            cancelled.execute(session).await.map(|done| done.rows_affected())
-        }
-        Target::Subject(subject) => {
-            let cancelled = sqlx::query!(
-                r#"
-                WITH patience AS MATERIALIZED (SELECT set_config('lock_timeout', '18s', true))
-                DELETE FROM tidings.schedules USING patience WHERE subject = $1
-                "#,
-                subject,
-            );
-            cancelled.execute(session).await.map(|done| done.rows_affected())
-        }
-    }
+    let (kind, key, subject) = target.columns();
+    let cancelled = sqlx::query!(
+        r#"
+        WITH patience AS MATERIALIZED (SELECT set_config('lock_timeout', '18s', true))
+        DELETE FROM tidings.schedules USING patience WHERE kind = $1 AND key = $2 OR subject = $3
+        "#,
+        kind,
+        key,
+        subject,
+    );
+    cancelled.execute(session).await.map(|done| done.rows_affected())
 }
 
 async fn reschedule(
@@ -225,55 +213,29 @@ async fn reschedule(
     when: When,
     age: Duration,
 ) -> Result<u64, sqlx::Error> {
+    let (kind, key, subject) = target.columns();
     let Instants { at, delays, sent } = Instants::of(std::iter::once(when));
-    let (at, delay, sent, age) = (at[0], delays[0], sent[0], age.as_secs_f64());
-    match target {
-        Target::Key { kind, key } => {
-            let moved = sqlx::query!(
-                r#"
-                WITH settings AS MATERIALIZED (
-                    SELECT
-                        set_config('lock_timeout', '18s', true),
-                        set_config('tidings.notify', 'on', true),
-                        coalesce(
-                            to_timestamp($3),
-                            least(clock_timestamp() - make_interval(secs => $6), to_timestamp($5)) + make_interval(secs => $4)
-                        ) AS due_at
-                )
-                UPDATE tidings.schedules SET id = tidings.uuid_v7(), due_at = settings.due_at FROM settings
-                WHERE kind = $1 AND key = $2
-                "#,
-                kind,
-                key,
-                at,
-                delay,
-                sent,
-                age,
-            );
-            moved.execute(session).await.map(|done| done.rows_affected())
-        }
-        Target::Subject(subject) => {
-            let moved = sqlx::query!(
-                r#"
-                WITH settings AS MATERIALIZED (
-                    SELECT
-                        set_config('lock_timeout', '18s', true),
-                        set_config('tidings.notify', 'on', true),
-                        coalesce(
-                            to_timestamp($2),
-                            least(clock_timestamp() - make_interval(secs => $5), to_timestamp($4)) + make_interval(secs => $3)
-                        ) AS due_at
-                )
-                UPDATE tidings.schedules SET id = tidings.uuid_v7(), due_at = settings.due_at FROM settings
-                WHERE subject = $1
-                "#,
-                subject,
-                at,
-                delay,
-                sent,
-                age,
-            );
-            moved.execute(session).await.map(|done| done.rows_affected())
-        }
-    }
+    let moved = sqlx::query!(
+        r#"
+        WITH settings AS MATERIALIZED (
+            SELECT
+                set_config('lock_timeout', '18s', true),
+                set_config('tidings.notify', 'on', true),
+                coalesce(
+                    to_timestamp($4),
+                    least(clock_timestamp() - make_interval(secs => $7), to_timestamp($6)) + make_interval(secs => $5)
+                ) AS due_at
+        )
+        UPDATE tidings.schedules SET id = tidings.uuid_v7(), due_at = settings.due_at FROM settings
+        WHERE kind = $1 AND key = $2 OR subject = $3
+        "#,
+        kind,
+        key,
+        subject,
+        at[0],
+        delays[0],
+        sent[0],
+        age.as_secs_f64(),
+    );
+    moved.execute(session).await.map(|done| done.rows_affected())
 }

@@ -7,8 +7,9 @@ WITH settings AS MATERIALIZED (
         clock_timestamp() AS now
 ), incoming AS MATERIALIZED (
     SELECT
-        coalesce(id, tidings.uuid_v7()) AS id, kind, key, subject, payload, headers, now, due.due_at,
-        least(to_timestamp(expires), due_at + make_interval(secs => expires_after)) AS expires_at
+        coalesce(id, tidings.uuid_v7()) AS id, kind, key, subject, payload::jsonb, headers::jsonb, expires_at,
+        -- One whose deadline has passed is finished as expired at once.
+        CASE WHEN expires_at <= now THEN least(asked.due_at, expires_at - interval '1 ms') ELSE asked.due_at END AS due_at
     FROM unnest(
         $1::uuid[], $2::bool[], $3::text[], $4::text[], $5::text[], $6::float8[], $7::float8[], $8::float8[], $9::float8[],
         $10::float8[], $11::text[], $12::text[]
@@ -20,7 +21,10 @@ WITH settings AS MATERIALIZED (
             -- The smaller one that is not null.
             least(now - make_interval(secs => $13), to_timestamp(sent)) + make_interval(secs => delay)
         ) AS due_at
-    ) AS due
+    ) AS asked
+    CROSS JOIN LATERAL (
+        SELECT least(to_timestamp(expires), asked.due_at + make_interval(secs => expires_after)) AS expires_at
+    ) AS deadline
     -- Its row may be there, or may have been finished, if it was delivered before. As single values, which PostgreSQL looks up by
     -- their indexes; for EXISTS it would rather read the whole tables.
     WHERE NOT redelivered
@@ -29,23 +33,12 @@ WITH settings AS MATERIALIZED (
         AND (SELECT id FROM tidings.deliveries WHERE deliveries.id = message.id LIMIT 1) IS NULL
 ), kept AS (
     INSERT INTO tidings.schedules (id, kind, key, subject, due_at, expires_at, payload, headers)
-    SELECT
-        id, kind, key, subject,
-        -- One whose deadline has passed is finished as expired at once.
-        CASE WHEN expires_at <= now THEN least(due_at, expires_at - interval '1 ms') ELSE due_at END,
-        expires_at, payload::jsonb, headers::jsonb
-    FROM incoming
-    WHERE NOT $14
+    SELECT id, kind, key, subject, due_at, expires_at, payload, headers FROM incoming WHERE NOT $14
     ON CONFLICT DO NOTHING
     RETURNING id
 ), replaced AS (
     INSERT INTO tidings.schedules (id, kind, key, subject, due_at, expires_at, payload, headers)
-    SELECT
-        id, kind, key, subject,
-        CASE WHEN expires_at <= now THEN least(due_at, expires_at - interval '1 ms') ELSE due_at END,
-        expires_at, payload::jsonb, headers::jsonb
-    FROM incoming
-    WHERE $14
+    SELECT id, kind, key, subject, due_at, expires_at, payload, headers FROM incoming WHERE $14
     ON CONFLICT (kind, key) WHERE key IS NOT NULL DO UPDATE
     SET id = excluded.id,
         subject = excluded.subject,

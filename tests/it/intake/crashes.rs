@@ -221,7 +221,7 @@ fn number(name: &str, otherwise: u64) -> u64 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn messages_with_random_delays_come_once_or_with_one_id_whatever_is_killed() {
+async fn messages_with_random_delays_come_once_or_with_one_id_while_servers_and_daemons_are_killed() {
     let (count, seconds) = (number("HARNESS_MESSAGES", 1_500), number("HARNESS_SECONDS", 20));
     let mut servers = Servers::start_private_async().await;
     let world = World::on_servers(&servers, &[]).await;

@@ -1,5 +1,6 @@
 //! Tests of intakes: messages that are published to an exchange become rows, and arrive when they are due.
 
+pub(crate) mod clients;
 pub(crate) mod crashes;
 pub(crate) mod refusing;
 pub(crate) mod relaying;
@@ -107,4 +108,19 @@ pub(crate) fn number_of(received: &Received, name: &str) -> i64 {
 /// The header of a received message.
 pub(crate) fn header(received: &Received, name: &str) -> Option<AMQPValue> {
     received.properties().headers().as_ref().and_then(|headers| headers.inner().get(name).cloned())
+}
+
+/// The headers of a received message, without those that the daemon adds.
+pub(crate) fn own_headers(received: &Received) -> FieldTable {
+    let headers = received.properties().headers().clone().unwrap_or_default();
+    let own = headers.inner().iter().filter(|(name, _)| !name.as_str().starts_with("tidings-"));
+    own.fold(FieldTable::default(), |mut table, (name, value)| {
+        table.insert(name.clone(), value.clone());
+        table
+    })
+}
+
+/// These properties without headers.
+pub(crate) fn without_headers(properties: &BasicProperties) -> BasicProperties {
+    properties.clone().with_headers(FieldTable::default())
 }

@@ -209,7 +209,7 @@ async fn doctor_and_the_command_show_the_intake_and_who_else_is_bound_to_its_exc
     let _other = world.broker.inbox(FROM, "impatient", &["#"], FieldTable::default()).await;
     let (_, report) = doctor().run_to_end().await;
     assert!(
-        report.contains("impatient is bound to the exchange orders.delayed as well, and so gets its messages at once"),
+        report.contains("impatient is bound to the exchange orders.delayed as well, and gets each message when it is published: bind it to the exchange orders, where messages come when they are due"),
         "{report}"
     );
     let (code, line) =
