@@ -9,17 +9,16 @@ use std::sync::Arc;
 
 use futures_util::{FutureExt as _, StreamExt as _};
 use lapin::message::Delivery;
-use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions};
+use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions};
 use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel, Connection, Consumer};
 use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::broker::dead_letters::headers::{INTAKE_QUEUE, PARKED_REASON, ROUTING_KEY, truncate_reason};
-use crate::broker::dead_letters::message_count;
 use crate::broker::frame_guard::{Bodies, ByteBudget};
 use crate::broker::properties::Arrived;
-use crate::broker::{Broker, BrokerError, CLOSE_DEADLINE, DeclaredEntity, with_deadline};
+use crate::broker::{Broker, BrokerError, CLOSE_DEADLINE, DeclaredEntity, look_at_queue, with_deadline};
 use crate::model::intake::{Incoming, Intake};
 use crate::model::message::Message;
 use crate::model::properties::HeaderValue;
@@ -132,7 +131,7 @@ impl Broker {
         let budget = Arc::clone(&self.intake_budget);
         let connection = self.connect_guarded(&name, Bodies::Within(Arc::clone(&budget))).await?;
         let channel = with_deadline("open a channel", connection.create_channel()).await?;
-        let waiting = message_count(&channel, queue.as_str().into()).await?;
+        let waiting = look_at_queue(&channel, queue.as_str().into()).await?.message_count();
         let limited = channel.basic_qos(PREFETCH, BasicQosOptions::default());
         with_deadline("limit what it delivers at once", limited).await?;
         let (options, no_arguments) = (BasicConsumeOptions::default(), FieldTable::default());
@@ -260,9 +259,7 @@ impl Received {
 /// Counts on a channel of its own, because RabbitMQ closes it if there is no such queue.
 async fn count(connection: &Connection, queue: String) -> Result<QueueCounts, BrokerError> {
     let channel = with_deadline("open a channel", connection.create_channel()).await?;
-    let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-    let doing = format!("count the messages in the queue {queue}");
-    let declared = with_deadline(&doing, channel.queue_declare(queue.into(), passive, FieldTable::default())).await?;
+    let found = look_at_queue(&channel, queue.into()).await?;
     let _ = with_deadline("close a channel", channel.close(200, "counted".into())).await;
-    Ok(QueueCounts { messages: declared.message_count(), consumers: declared.consumer_count() })
+    Ok(QueueCounts { messages: found.message_count(), consumers: found.consumer_count() })
 }

@@ -43,8 +43,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use lapin::options::QueueDeclareOptions;
 use lapin::protocol::AMQPSoftError;
+use lapin::types::{FieldTable, ShortString};
 use lapin::uri::AMQPUri;
+use lapin::{Channel, Queue};
 use thiserror::Error;
 use tokio::sync::Mutex;
 
@@ -357,4 +360,11 @@ async fn with_deadline<T>(doing: &str, work: impl Future<Output = lapin::Result<
         Ok(Err(source)) => Err(BrokerError::Operation { doing: doing.to_owned(), source }),
         Err(_) => Err(BrokerError::Deadline { doing: doing.to_owned(), after: RPC_DEADLINE }),
     }
+}
+
+/// How many messages and consumers a queue has. If there is no such queue, RabbitMQ closes the channel.
+async fn look_at_queue(channel: &Channel, queue: ShortString) -> Result<Queue, BrokerError> {
+    let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+    let doing = format!("count the messages in the queue {queue}");
+    with_deadline(&doing, channel.queue_declare(queue, options, FieldTable::default())).await
 }

@@ -21,14 +21,14 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use lapin::message::Delivery;
-use lapin::options::{
-    BasicAckOptions, BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions,
-};
-use lapin::types::{FieldTable, ShortString};
+use lapin::options::{BasicAckOptions, BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions};
+use lapin::types::ShortString;
 use lapin::{Channel, Confirmation, Connection};
 
 use crate::broker::frame_guard::Bodies;
-use crate::broker::{Broker, BrokerError, CLOSE_DEADLINE, DeclaredEntity, QueueType, topology, with_deadline};
+use crate::broker::{
+    Broker, BrokerError, CLOSE_DEADLINE, DeclaredEntity, QueueType, look_at_queue, topology, with_deadline,
+};
 use crate::model::dead_letter::DeadLetter;
 use headers::Destination;
 
@@ -260,8 +260,6 @@ pub(super) fn queue_name(exchange: &str, queue: DeadLetterQueue) -> ShortString 
     queue.entity().name(exchange).into()
 }
 
-pub(super) async fn message_count(channel: &Channel, queue: ShortString) -> Result<u32, BrokerError> {
-    let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-    let doing = format!("count the messages in the queue {queue}");
-    Ok(with_deadline(&doing, channel.queue_declare(queue, options, FieldTable::default())).await?.message_count())
+async fn message_count(channel: &Channel, queue: ShortString) -> Result<u32, BrokerError> {
+    Ok(look_at_queue(channel, queue).await?.message_count())
 }

@@ -169,12 +169,10 @@ async fn check_intakes(report: &mut Report, broker: &Broker, management: &Manage
         }
         let others: Vec<String> = bound.into_iter().filter(|other| *other != queue).collect();
         if !others.is_empty() {
+            let (is, gets, it) = if others.len() == 1 { ("is", "gets", "it") } else { ("are", "get", "them") };
             report.warn(format_args!(
-                "{} bound to the exchange {} as well, and so gets its messages at once: what is to come when it is due is at the exchange {}",
-                match &others[..] {
-                    [one] => format!("{one} is"),
-                    several => format!("{} are", several.join(" and ")),
-                },
+                "{} {is} bound to the exchange {} as well, and {gets} each message when it is published: bind {it} to the exchange {}, where messages come when they are due",
+                others.join(" and "),
                 intake.from,
                 intake.to
             ));
