@@ -4,7 +4,7 @@
 use futures_util::StreamExt as _;
 use lapin::options::{BasicConsumeOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
-use lapin::{Connection, ConnectionProperties, Consumer};
+use lapin::{Connection, Consumer};
 use uuid::Uuid;
 
 use crate::broker::{Broker, BrokerError, with_deadline};
@@ -24,8 +24,7 @@ impl Broker {
     ///
     /// When no connection can be made, or RabbitMQ refuses a request.
     pub async fn canary_inbox(&self, routing_key: &str) -> Result<CanaryInbox, BrokerError> {
-        let properties = ConnectionProperties::default().with_connection_name("tidings canary".into());
-        let connection = self.await_connection(Connection::connect_uri(self.uri.clone(), properties)).await?;
+        let connection = self.connect_without_declaring("tidings canary").await?;
         let channel = with_deadline("open a channel for the canary", connection.create_channel()).await?;
         let (exclusive, no_arguments) =
             (QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() }, FieldTable::default());

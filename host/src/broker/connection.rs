@@ -18,10 +18,12 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::broker::frame_guard::{Bodies, FrameGuard, GuardingReactor};
+use crate::broker::nodes::place;
 use crate::broker::publishing::connection::PublishingConnection;
 use crate::broker::publishing::handshake;
 use crate::broker::{Broker, BrokerError, CLOSE_DEADLINE, CONNECT_DEADLINE, PUBLISHING};
 use crate::model::backoff::jittered;
+use crate::model::error_chain::error_chain;
 use crate::model::tls_error;
 
 impl Broker {
@@ -71,18 +73,53 @@ impl Broker {
         }
     }
 
+    /// Connects to the first node that can be used, and uses it from now on.
     async fn connect(&self) -> Result<(Connection, PublishingConnection), BrokerError> {
-        let connection = self.connect_guarded("tidings", Bodies::Pass).await?;
-        self.repair_topology_on(&connection, true).await?;
-        Ok((connection, self.connect_for_publishing().await?))
+        let connect = |uri: AMQPUri| async move {
+            let connection = self.connect_guarded_to(&uri, "tidings", Bodies::Pass).await?;
+            self.repair_topology_on(&connection, true).await?;
+            Ok((connection, self.connect_for_publishing(&uri).await?))
+        };
+        let (number, connections) = self.on_a_node(connect).await?;
+        self.nodes.use_node(number);
+        Ok(connections)
     }
 
-    async fn connect_for_publishing(&self) -> Result<PublishingConnection, BrokerError> {
-        let doing = || format!("accept a connection at {} to publish", self.place());
+    /// Tries `connect` with each node in turn, beginning with the one that is used, until one can be used. Returns its number
+    /// as well.
+    async fn on_a_node<T, F: Future<Output = Result<T, BrokerError>>>(
+        &self,
+        connect: impl Fn(AMQPUri) -> F,
+    ) -> Result<(usize, T), BrokerError> {
+        let mut failed = Vec::new();
+        for (number, uri) in self.nodes.in_turn() {
+            match connect(uri.clone()).await {
+                Ok(connected) => return Ok((number, connected)),
+                // Every node would say the same.
+                Err(
+                    error @ (BrokerError::Login { .. }
+                    | BrokerError::Mismatch { .. }
+                    | BrokerError::Delayed { .. }
+                    | BrokerError::Missing { .. }),
+                ) => return Err(error),
+                Err(error) => failed.push((place(uri), error)),
+            }
+        }
+        if failed.len() == 1
+            && let Some((_, error)) = failed.pop()
+        {
+            return Err(error);
+        }
+        let tried = failed.into_iter().map(|(place, error)| format!("{place}: {}", error_chain(&error)));
+        Err(BrokerError::NoNode { tried: tried.collect::<Vec<_>>().join("; ") })
+    }
+
+    async fn connect_for_publishing(&self, uri: &AMQPUri) -> Result<PublishingConnection, BrokerError> {
+        let doing = || format!("accept a connection at {} to publish", place(uri));
         let opening = async {
-            let connected = handshake::connect(&self.uri).await;
-            let stream = connected.map_err(|error| self.connect_error(lapin::Error::from(error)))?;
-            let opened = PublishingConnection::open(stream, &self.uri, "tidings publishing").await;
+            let connected = handshake::connect(uri).await;
+            let stream = connected.map_err(|error| connect_error(uri, lapin::Error::from(error)))?;
+            let opened = PublishingConnection::open(stream, uri, "tidings publishing").await;
             opened.map_err(|source| BrokerError::Publish { doing: doing(), source })
         };
         match tokio::time::timeout(CONNECT_DEADLINE, opening).await {
@@ -97,8 +134,11 @@ impl Broker {
 
     /// Opens a connection, and declares nothing on it.
     pub(super) async fn connect_without_declaring(&self, name: &str) -> Result<Connection, BrokerError> {
-        let properties = ConnectionProperties::default().with_connection_name(name.into());
-        self.await_connection(Connection::connect_uri(self.uri.clone(), properties)).await
+        let connect = |uri: AMQPUri| async move {
+            let properties = ConnectionProperties::default().with_connection_name(name.into());
+            await_connection(&uri, Connection::connect_uri(uri.clone(), properties)).await
+        };
+        self.on_a_node(connect).await.map(|(_, connection)| connection)
     }
 
     /// Opens a connection for dead letters.
@@ -109,6 +149,14 @@ impl Broker {
     /// Opens a connection behind the frame guard, because anyone who may publish can have written the headers of a dead
     /// letter, or of what is taken for an announcement.
     pub(super) async fn connect_guarded(&self, name: &str, bodies: Bodies) -> Result<Connection, BrokerError> {
+        let connect = |uri: AMQPUri| {
+            let bodies = bodies.clone();
+            async move { self.connect_guarded_to(&uri, name, bodies).await }
+        };
+        self.on_a_node(connect).await.map(|(_, connection)| connection)
+    }
+
+    async fn connect_guarded_to(&self, uri: &AMQPUri, name: &str, bodies: Bodies) -> Result<Connection, BrokerError> {
         let properties = ConnectionProperties::default().with_connection_name(name.into());
         let runtime = Runtime::new(RuntimeParts::new(Tokio::current(), GuardingReactor(Tokio::current())));
         let connect = async move |uri: AMQPUri, _| {
@@ -116,39 +164,7 @@ impl Broker {
             let stream = connected.map_err(lapin::Error::from)?;
             Ok(AsyncTcpStream::Plain(FrameGuard::new(stream, bodies.clone())))
         };
-        self.await_connection(Connection::connector(self.uri.clone(), runtime, connect, properties)).await
-    }
-
-    /// Waits for `connecting`, at most [`CONNECT_DEADLINE`], and tells what went wrong.
-    pub(super) async fn await_connection(
-        &self,
-        connecting: impl Future<Output = lapin::Result<Connection>>,
-    ) -> Result<Connection, BrokerError> {
-        match tokio::time::timeout(CONNECT_DEADLINE, connecting).await {
-            Ok(Ok(connection)) => Ok(connection),
-            Ok(Err(source)) => Err(self.connect_error(source)),
-            Err(_) => Err(BrokerError::Deadline {
-                doing: format!("accept a connection at {}", self.place()),
-                after: CONNECT_DEADLINE,
-            }),
-        }
-    }
-
-    fn connect_error(&self, source: lapin::Error) -> BrokerError {
-        let refused = matches!(source.kind(), lapin::ErrorKind::ProtocolError(error) if matches!(
-            error.kind(),
-            AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) | AMQPErrorKind::Hard(AMQPHardError::NOTALLOWED)
-        ));
-        if refused {
-            let user = &self.uri.authority.userinfo.username;
-            BrokerError::Login { place: format!("{} as {user}", self.place()), source }
-        } else if let lapin::ErrorKind::IOError(error) = source.kind()
-            && let Some(why) = tls_error::refusal(error)
-        {
-            BrokerError::Certificate { place: self.place(), why, source }
-        } else {
-            BrokerError::Connect { place: self.place(), source }
-        }
+        await_connection(uri, Connection::connector(uri.clone(), runtime, connect, properties)).await
     }
 
     /// Lets the daemon use the connections until one of them breaks or `shutdown` is cancelled, and returns whether it was
@@ -206,6 +222,7 @@ impl Broker {
             }
         };
         self.open.store(false, Ordering::Release);
+        self.nodes.leave();
         self.connection.lock().await.take();
         self.set_publishing(None);
         let closing = async { tokio::join!(publishing.close(), connection.close(200, "good-bye".into())) };
@@ -215,5 +232,37 @@ impl Broker {
 
     fn set_publishing(&self, connection: Option<PublishingConnection>) {
         *self.publishing.lock().expect("no code panics while it holds the lock") = connection;
+    }
+}
+
+/// Waits for `connecting`, at most [`CONNECT_DEADLINE`], and tells what went wrong.
+async fn await_connection(
+    uri: &AMQPUri,
+    connecting: impl Future<Output = lapin::Result<Connection>>,
+) -> Result<Connection, BrokerError> {
+    match tokio::time::timeout(CONNECT_DEADLINE, connecting).await {
+        Ok(Ok(connection)) => Ok(connection),
+        Ok(Err(source)) => Err(connect_error(uri, source)),
+        Err(_) => Err(BrokerError::Deadline {
+            doing: format!("accept a connection at {}", place(uri)),
+            after: CONNECT_DEADLINE,
+        }),
+    }
+}
+
+fn connect_error(uri: &AMQPUri, source: lapin::Error) -> BrokerError {
+    let refused = matches!(source.kind(), lapin::ErrorKind::ProtocolError(error) if matches!(
+        error.kind(),
+        AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) | AMQPErrorKind::Hard(AMQPHardError::NOTALLOWED)
+    ));
+    let place = place(uri);
+    if refused {
+        BrokerError::Login { place: format!("{place} as {}", uri.authority.userinfo.username), source }
+    } else if let lapin::ErrorKind::IOError(error) = source.kind()
+        && let Some(why) = tls_error::refusal(error)
+    {
+        BrokerError::Certificate { place, why, source }
+    } else {
+        BrokerError::Connect { place, source }
     }
 }

@@ -35,6 +35,7 @@ pub mod dead_letters;
 mod fleet;
 pub mod frame_guard;
 mod intake;
+mod nodes;
 mod properties;
 mod publishing;
 pub mod topology;
@@ -55,6 +56,7 @@ use crate::model::health::Notices;
 use crate::model::intake::Intake;
 use crate::model::secrets::SecretUrl;
 use crate::model::wake::Wake;
+use nodes::Nodes;
 
 pub use admin::doctor::{Found, TopologyInspection};
 pub use admin::management::{Management, ManagementError, QueueInfo};
@@ -112,6 +114,12 @@ pub enum BrokerError {
         /// The client library's error.
         #[source]
         source: lapin::Error,
+    },
+    /// Of several nodes, none can be used.
+    #[error("none of the nodes of RabbitMQ can be used: {tried}")]
+    NoNode {
+        /// Each node, and why not.
+        tried: String,
     },
     /// The server's certificate was refused: it may be another server.
     #[error("the certificate of RabbitMQ at {place} is refused: {why}")]
@@ -224,7 +232,7 @@ pub struct Link {
 /// The connection to RabbitMQ, and everything that the daemon does there.
 #[derive(Debug)]
 pub struct Broker {
-    uri: AMQPUri,
+    nodes: Nodes,
     exchange: String,
     queue_type: QueueType,
     intakes: Vec<Arc<Intake>>,
@@ -246,11 +254,7 @@ pub struct Broker {
 
 /// Checks that `url` is an AMQP URL. The error does not contain the password.
 pub(crate) fn check_url(url: &SecretUrl) -> Result<(), String> {
-    parse(url).map(drop)
-}
-
-fn parse(url: &SecretUrl) -> Result<AMQPUri, String> {
-    url.expose().parse()
+    Nodes::parse(url.expose()).map(drop)
 }
 
 impl Broker {
@@ -262,12 +266,9 @@ impl Broker {
     /// If the URL in `settings` is not an AMQP URL; the configuration checks it before.
     #[must_use]
     pub fn new(settings: &BrokerSettings, wake: Arc<Wake>) -> Self {
-        let mut uri = parse(&settings.url).expect("the configuration accepts only URLs that can be understood");
-        // With RabbitMQ's default of 60 s, a dead link would look alive for two minutes.
-        uri.query.heartbeat.get_or_insert(10);
-        uri.query.connection_timeout.get_or_insert(5_000);
+        let nodes = Nodes::parse(settings.url.expose());
         Self {
-            uri,
+            nodes: nodes.expect("the configuration accepts only URLs that can be understood"),
             exchange: settings.exchange.clone(),
             queue_type: settings.queue_type,
             intakes: settings.intakes.clone(),
@@ -345,11 +346,14 @@ impl Broker {
         }
     }
 
-    /// Host, port and virtual host, for logs and errors.
+    /// Host, port and virtual host of the node that is used, for logs and errors.
     #[must_use]
     pub fn place(&self) -> String {
-        let authority = &self.uri.authority;
-        format!("{}:{}/{}", authority.host, authority.port, self.uri.vhost.trim_start_matches('/'))
+        nodes::place(self.uri())
+    }
+
+    fn uri(&self) -> &AMQPUri {
+        self.nodes.current()
     }
 }
 

@@ -35,7 +35,7 @@ impl fmt::Display for ValidationErrors {
 
 impl std::error::Error for ValidationErrors {}
 
-/// Returns the URL in `value`. Adds an error if there is none, or `check` refuses it.
+/// Returns the URL, or the list of URLs, in `value`. Adds an error if there is none, or `check` refuses it.
 pub(super) fn check_url(
     name: &str,
     value: Option<String>,
@@ -52,7 +52,7 @@ pub(super) fn check_url(
         return None;
     }
     // A parser would read it as another URL, with a part of the password as the name of the database or virtual host.
-    if value.split_once("://").is_some_and(|(_, rest)| after_authority(rest).contains('@')) {
+    if value.split("://").skip(1).any(|rest| after_authority(rest).contains('@')) {
         errors.push(format!(
             "{name} has an @ after the first /, ? or #: in a user name or a password, write %2F, %3F, %23 and %40 for these characters"
         ));
@@ -115,7 +115,12 @@ mod tests {
             let error = check_postgres_url(&format!("postgres://user:{password}@host/database")).expect_err(password);
             assert!(error.contains("write %2F") && !error.contains("secret"), "{error}");
         }
-        for text in ["postgres://u:1%2F2@host/d?sslmode=disable", "postgres://u:a@b@host", "postgres:///d?host=/run"] {
+        for text in [
+            "postgres://u:1%2F2@host/d?sslmode=disable",
+            "postgres://u:a@b@host",
+            "postgres:///d?host=/run",
+            "postgres://u:p@a:1,b:2/d",
+        ] {
             assert_eq!(check_postgres_url(text).as_ref().map(SecretUrl::expose), Ok(text));
         }
     }

@@ -29,12 +29,12 @@ use crate::model::backoff::jittered;
 use crate::model::health::Health;
 use crate::model::wake::Wake;
 use crate::scheduler::notification_rate::NotificationRate;
-use crate::store::{Store, StoreError};
+use crate::store::{Heard, Store, StoreError};
 
-/// After this long without a notification, a statement tests the connection, since a half-open connection is silent for ever
-/// and sqlx sets no keepalive (source: transact-rs/sqlx issue 3062). With the deadline of that statement, a half-open connection is
-/// found within half a minute, for some two statements a minute. The sweep finds due rows meanwhile.
-const TEST_AFTER: Duration = Duration::from_secs(27);
+/// After this long without a notification or a sweep, a statement tests the connection, since a half-open connection is silent
+/// for ever and sqlx sets no keepalive (source: transact-rs/sqlx issue 3062). Sweeps run on this connection every few seconds, and
+/// test it as well.
+const TEST_AFTER: Duration = Duration::from_secs(7);
 
 /// The listener.
 #[derive(Debug)]
@@ -108,7 +108,7 @@ impl Listener {
         let mut notification_rate = NotificationRate::default();
         loop {
             self.health.listener.beat();
-            let received = tokio::select! {
+            let heard = tokio::select! {
                 biased;
                 Ok(()) = self.kinds.changed() => {
                     let kinds = self.kinds.borrow_and_update().clone();
@@ -120,16 +120,22 @@ impl Listener {
                     self.wake.wake(Reason::Plugins);
                     continue;
                 }
-                received = tokio::time::timeout(TEST_AFTER, session.receive()) => received,
+                heard = tokio::time::timeout(TEST_AFTER, session.hear()) => heard,
             };
-            let Ok(received) = received else {
-                session.test().await?;
-                continue;
-            };
-            if notification_rate.add(received?, Instant::now(), self.store.commit_time()) {
-                session.promise_to_poll().await?;
+            match heard {
+                Ok(heard) => match heard? {
+                    Heard::Notifications(count) => {
+                        if notification_rate.add(count, Instant::now(), self.store.commit_time()) {
+                            session.promise_to_poll().await?;
+                        }
+                        self.wake.wake(Reason::Notification);
+                    }
+                    // This connection may be as broken as the other.
+                    Heard::Doubt => session.test().await?,
+                    Heard::Sweep(request) => session.sweep(request).await?,
+                },
+                Err(_) => session.test().await?,
             }
-            self.wake.wake(Reason::Notification);
         }
     }
 }

@@ -35,12 +35,10 @@ mod queue;
 mod recurrences;
 mod schema;
 
-use std::str::FromStr as _;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use sqlx::ConnectOptions as _;
-use sqlx::postgres::{PgConnectOptions, PgDatabaseError, PgListener, PgPoolOptions, PgSeverity};
+use sqlx::postgres::{PgDatabaseError, PgListener, PgPoolOptions, PgSeverity};
 use thiserror::Error;
 use time::OffsetDateTime;
 use tokio::sync::Semaphore;
@@ -55,12 +53,14 @@ pub use admin::pauses::Until;
 pub use admin::produce::NewSchedule;
 pub use admin::upcoming::{Upcoming, UpcomingRow};
 use connection::pool::Pool;
-use connection::{Connection, Doubt, session_settings};
+use connection::{Backend, Connection, Doubt, Hosts, Servers};
 pub use dead_letter_pass::{Begun, Pass};
 pub use history::Delivered;
 pub use queue::claim::{Claim, Claimed, Wanted, parse_headers};
 use queue::commit_time::CommitTime;
 pub use queue::look::Seen;
+pub(crate) use queue::notifications::Heard;
+use queue::notifications::SweepRequests;
 pub use queue::settlement::{History, Outcome, Settlement, Settling};
 pub use recurrences::admin::{NewRecurrence, RecurrenceFilter};
 pub use recurrences::making::Making;
@@ -81,6 +81,23 @@ pub enum StoreError {
         /// Host, port and database.
         place: String,
         /// Why.
+        #[source]
+        source: sqlx::Error,
+    },
+    /// Of several servers, none can be used.
+    #[error("none of the servers of the database {database} can be used: {tried}")]
+    NoServer {
+        /// The database.
+        database: String,
+        /// Each server, and why not.
+        tried: String,
+    },
+    /// The server took writes before, and takes none any more.
+    #[error("PostgreSQL at {place} takes no writes any more: it has become read-only, or a standby")]
+    ReadOnly {
+        /// Host, port and database.
+        place: String,
+        /// The server's error.
         #[source]
         source: sqlx::Error,
     },
@@ -144,6 +161,22 @@ pub enum StoreError {
         /// Why.
         #[source]
         source: sqlx::Error,
+    },
+    /// The server answers on another connection, and does not work on the statement.
+    #[error("the connection to PostgreSQL at {place} on which it was to {doing} is dead: it answers on another one")]
+    Lost {
+        /// What was waited for.
+        doing: &'static str,
+        /// Host, port and database.
+        place: String,
+    },
+    /// The session is on another server than the one that the daemon works with now.
+    #[error("the connection for notifications is to PostgreSQL at {from}, and the database is at {to} now")]
+    Moved {
+        /// Where the session is.
+        from: String,
+        /// Where the database is.
+        to: String,
     },
     /// The server did not answer in time.
     #[error("gave up after {} s waiting for PostgreSQL to {doing}", .after.as_secs())]
@@ -231,7 +264,7 @@ impl StoreError {
 /// One PostgreSQL database. Clones share the pool.
 #[derive(Clone, Debug)]
 pub struct Store {
-    options: PgConnectOptions,
+    servers: Arc<Servers>,
     pool: Arc<Pool>,
     /// Permits one session besides those of the pool and the listener: for a pass over the dead letters or, before
     /// passes begin, for a check.
@@ -241,14 +274,17 @@ pub struct Store {
     settling: Settling,
     /// The low-water mark, for what reads the queue beside the scheduler.
     low_water_mark: Arc<Mutex<Option<OffsetDateTime>>>,
+    /// Sweeps run on the session for notifications.
+    sweep_requests: Arc<SweepRequests>,
 }
 
 /// Checks that `url` can be parsed. The error does not contain the password.
 pub(crate) fn check_url(url: &SecretUrl) -> Result<(), String> {
-    PgConnectOptions::from_str(url.expose()).map(drop).map_err(|error| match error {
-        sqlx::Error::Configuration(source) => source.to_string(),
-        error => error.to_string(),
-    })
+    parse(url).map(drop)
+}
+
+fn parse(url: &SecretUrl) -> Result<Hosts, String> {
+    Hosts::parse(url.expose(), &|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
 }
 
 impl Store {
@@ -270,15 +306,21 @@ impl Store {
     /// If `url` was not checked by the configuration.
     #[must_use]
     pub fn new(url: &SecretUrl, connections: usize) -> Self {
-        let options = PgConnectOptions::from_str(url.expose())
-            .expect("the configuration accepts only URLs that can be understood")
-            .application_name("tidings")
-            .options(session_settings::AT_LOGIN)
-            .disable_statement_logging();
+        let hosts = parse(url).expect("the configuration accepts only URLs that can be understood");
+        let servers = Arc::new(Servers::new(hosts));
         let (pool, extra_session) = (Pool::new(connections), Arc::new(Semaphore::new(1)));
         let (doubt, commit_time) = (Doubt::new(), CommitTime::default());
         let settling = Settling::default();
-        Self { options, pool, extra_session, doubt, commit_time, settling, low_water_mark: Arc::default() }
+        Self {
+            servers,
+            pool,
+            extra_session,
+            doubt,
+            commit_time,
+            settling,
+            low_water_mark: Arc::default(),
+            sweep_requests: Arc::default(),
+        }
     }
 
     /// The same store, which settles claims in another way than by default.
@@ -293,14 +335,10 @@ impl Store {
         self.commit_time.get()
     }
 
-    /// Host, port and database, for people.
+    /// Host, port and database of the server that was used last, or of all that may be used, for people.
     #[must_use]
     pub fn place(&self) -> String {
-        let host = self
-            .options
-            .get_socket()
-            .map_or_else(|| self.options.get_host().to_owned(), |path| path.display().to_string());
-        format!("{host}:{}/{}", self.options.get_port(), self.options.get_database().unwrap_or_default())
+        self.servers.place()
     }
 
     /// Opens a connection outside the pool and closes it, to find out whether the database can be reached.
@@ -315,8 +353,8 @@ impl Store {
         Ok(())
     }
 
-    /// Tells why a connection could not be opened, with what to do.
-    fn explain_connect_error(&self, source: sqlx::Error) -> StoreError {
+    /// Tells why a connection to the server at `place` could not be opened, with what to do.
+    fn explain_connect_error(&self, place: String, source: sqlx::Error) -> StoreError {
         // 28: invalid authorization; 3D: no such database; 42501: no right to connect.
         let is_login_refused = source
             .as_database_error()
@@ -326,43 +364,50 @@ impl Store {
         let is_setting_refused =
             source.as_database_error().is_some_and(|error| error.message().contains("startup parameter"));
         if connection::is_too_many_connections(&source) {
-            StoreError::Full { place: self.place(), source }
+            StoreError::Full { place, source }
         } else if is_setting_refused {
-            self.unfit(connection::server_check::SETTINGS_NOT_PASSED_ON)
+            StoreError::Unfit { place, why: connection::server_check::SETTINGS_NOT_PASSED_ON.to_owned() }
         } else if is_login_refused {
-            StoreError::Login { place: format!("{} as {}", self.place(), self.options.get_username()), source }
+            StoreError::Login { place: format!("{place} as {}", self.servers.user()), source }
         } else if let sqlx::Error::Io(error) = &source
             && let Some(why) = tls_error::refusal(error)
         {
-            StoreError::Certificate { place: self.place(), why, source }
+            StoreError::Certificate { place, why, source }
         } else {
-            StoreError::Connect { place: self.place(), source }
+            StoreError::Connect { place, source }
         }
     }
 
-    /// Opens a connection for LISTEN.
+    /// Opens a connection for LISTEN, on the server that takes writes.
     ///
     /// # Errors
     ///
     /// When none can be opened within `patience`.
-    async fn listener(&self, patience: Duration) -> Result<PgListener, StoreError> {
-        // A pool of one connection, which the listener keeps.
-        let pool = PgPoolOptions::new().max_connections(1).connect_lazy_with(self.options.clone());
-        match tokio::time::timeout(patience, PgListener::connect_with(&pool)).await {
-            Ok(Ok(mut listener)) => {
-                // If it reconnected by itself, notifications of the meantime would be lost, and the locks that announce
-                // our kinds as well.
-                listener.eager_reconnect(false);
-                Ok(listener)
-            }
-            Ok(Err(source)) => Err(self.explain_connect_error(source)),
-            // sqlx retries until our timeout and does not tell why. `connect` fails with the reason and, if the server
-            // has too many connections, closes an idle one of the pool.
-            Err(_) => {
-                let connection = self.connect().await?;
-                let _ = tokio::time::timeout(patience, sqlx::Connection::close(connection)).await;
-                Err(StoreError::Deadline { doing: "accept a connection for notifications", after: patience })
-            }
+    async fn listener(&self, patience: Duration) -> Result<(PgListener, Backend), StoreError> {
+        if let Ok(Ok(listener)) = tokio::time::timeout(patience, self.try_listener()).await {
+            return Ok(listener);
         }
+        // sqlx retries until our timeout and does not tell why, and the server may be a standby by now. `connect` finds the
+        // server that can be used or fails with the reason and, if the server has too many connections, closes an idle one of
+        // the pool.
+        let connection = self.connect().await?;
+        let _ = tokio::time::timeout(patience, sqlx::Connection::close(connection)).await;
+        let late = || StoreError::Deadline { doing: "accept a connection for notifications", after: patience };
+        let opened = tokio::time::timeout(patience, self.try_listener()).await.map_err(|_| late())?;
+        opened.map_err(|source| self.explain_connect_error(self.place(), source))
+    }
+
+    async fn try_listener(&self) -> Result<(PgListener, Backend), sqlx::Error> {
+        // A pool of one connection, which the listener keeps.
+        let pool = PgPoolOptions::new().max_connections(1).connect_lazy_with(self.servers.options());
+        let mut listener = PgListener::connect_with(&pool).await?;
+        // If it reconnected by itself, notifications of the meantime would be lost, and the locks that announce our kinds as
+        // well.
+        listener.eager_reconnect(false);
+        let (is_standby, backend) = connection::introduce(&mut listener).await?;
+        if self.servers.must_write() && is_standby {
+            return Err(sqlx::Error::Configuration(connection::STANDBY.into()));
+        }
+        Ok((listener, backend))
     }
 }

@@ -2,6 +2,7 @@
 
 pub(crate) mod copies;
 pub(crate) mod few_connections;
+pub(crate) mod hosts;
 pub(crate) mod imposed;
 pub(crate) mod locks;
 pub(crate) mod platforms;

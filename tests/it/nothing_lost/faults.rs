@@ -6,10 +6,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use harness::amqp_proxy::{AmqpProxy, Method, Verdict};
+use harness::consumer::Inbox;
 use harness::daemon::Daemon;
 use harness::eventually_within;
+use harness::pg_proxy::{Fate, PgProxy};
 use harness::proxy::Proxy;
-use harness::servers::Servers;
+use harness::servers::{Server, Servers};
 use harness::world::{World, amqp_url, database_url};
 use nix::sys::signal::Signal;
 use uuid::Uuid;
@@ -17,35 +19,104 @@ use uuid::Uuid;
 use crate::on_time::delivery::start_row_in_flight;
 use crate::operations::health::wait_until_ready;
 
-/// The daemon detects a silent connection after 30 s at the latest; a busy machine may take longer.
-const SILENCE_LIMIT: Duration = Duration::from_mins(1);
+/// The promised time within which the daemon is on time again after the packets of a connection vanish.
+const SILENCE_LIMIT: Duration = Duration::from_secs(10);
+/// PostgreSQL frees the rows of a frozen daemon after 30 s; a busy machine may take longer.
+const FREED_WITHIN: Duration = Duration::from_mins(1);
+/// How long an operator may look for a connection in the management API.
+const LISTED_WITHIN: Duration = Duration::from_mins(1);
 
 /// The statement that schedules a row that is due, and returns its id.
 const SCHEDULE_ROW: &str = r#"SELECT tidings.schedule('message', now(), '{"routing_key": "a", "body": 1}')"#;
 
-#[tokio::test]
-async fn silent_connections_to_postgresql_are_detected_and_replaced_without_a_sweep() {
-    let world = World::with_plugins(&["message"]).await;
-    let mut inbox = world.inbox(&["#"]).await;
-    let proxy = Proxy::start(0, world.ports().0).await;
-    let url = database_url(proxy.port, &world.name);
-    let mut daemon =
-        world.launch().with("TIDINGS_SWEEP_MS", 600_000).with("TIDINGS_DATABASE_URL", url).start_ready().await;
+/// Waits for the message of this row, for as long as a silent connection may delay it.
+async fn wait_for_row(inbox: &mut Inbox, id: Uuid) {
+    let next = async || inbox.next_within(Duration::from_secs(1)).await;
+    assert_eq!(eventually_within(SILENCE_LIMIT, "the message", next).await.id(), id);
+}
+
+/// A daemon without sweeps whose connections to PostgreSQL lead to this port, after it has delivered a row.
+async fn start_through(world: &World, port: u16, inbox: &mut Inbox) -> Daemon {
+    let launch = world.launch().with("TIDINGS_SWEEP_MS", 600_000);
+    let daemon = launch.with("TIDINGS_DATABASE_URL", database_url(port, &world.name)).start_ready().await;
     world.sql(SCHEDULE_ROW).await;
     inbox.next().await;
     world.wait_until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
+    daemon
+}
+
+#[tokio::test]
+async fn silent_connections_to_postgresql_are_replaced_within_ten_seconds_without_a_sweep() {
+    let world = World::with_plugins(&["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let proxy = Proxy::start(0, world.ports().0).await;
+    let mut daemon = start_through(&world, proxy.port, &mut inbox).await;
 
     proxy.swallow_open_connections();
     let id: Uuid = world.value(SCHEDULE_ROW).await;
 
-    let received =
-        eventually_within(SILENCE_LIMIT, "the message", async || inbox.next_within(Duration::from_secs(1)).await).await;
-    assert_eq!(received.id(), id);
+    wait_for_row(&mut inbox, id).await;
+    daemon.wait_for_line("its packets vanish").await;
     daemon.wait_for_line("lost the connection for notifications").await;
 }
 
 #[tokio::test]
-async fn a_silent_connection_to_rabbitmq_is_detected_and_replaced() {
+async fn a_claim_whose_answer_vanishes_keeps_its_rows_no_longer_than_ten_seconds() {
+    let world = World::with_plugins(&["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let claims = AtomicUsize::new(0);
+    let proxy = PgProxy::start(world.ports().0, move |statement| {
+        let is_claim = statement.contains("EXECUTE tidings_claim");
+        // The first claim is that of the row that shows that the daemon is ready.
+        if is_claim && claims.fetch_add(1, Ordering::Relaxed) == 1 { Fate::LoseReply } else { Fate::Pass }
+    })
+    .await;
+    let mut daemon = start_through(&world, proxy.port, &mut inbox).await;
+
+    let id: Uuid = world.value(SCHEDULE_ROW).await;
+
+    wait_for_row(&mut inbox, id).await;
+    daemon.wait_for_line("its packets vanish").await;
+    assert!(inbox.next_within(Duration::from_secs(2)).await.is_none(), "it comes once");
+}
+
+#[tokio::test]
+async fn a_statement_that_is_merely_slow_is_waited_for() {
+    let world = World::with_plugins(&["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let daemon = start_through(&world, world.ports().0, &mut inbox).await;
+    let sleep = "'BEGIN PERFORM pg_sleep(8); RETURN NULL; END'";
+    world.sql(&format!("CREATE FUNCTION be_slow() RETURNS trigger LANGUAGE plpgsql AS {sleep}")).await;
+    world
+        .sql("CREATE TRIGGER slow AFTER DELETE ON tidings.schedules FOR EACH STATEMENT EXECUTE FUNCTION be_slow()")
+        .await;
+
+    let id: Uuid = world.value(SCHEDULE_ROW).await;
+
+    assert_eq!(inbox.next().await.id(), id);
+    world.wait_until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
+    assert!(!daemon.log().contains("WARN"), "{}", daemon.log());
+}
+
+#[tokio::test]
+async fn a_server_that_stands_still_for_a_few_seconds_is_waited_for() {
+    let servers = Servers::start_private_async().await;
+    let world = World::on_servers(&servers, &["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let daemon = start_through(&world, world.ports().0, &mut inbox).await;
+    let due_soon = SCHEDULE_ROW.replace("now()", "now() + interval '1 second'");
+    let id: Uuid = world.value(&due_soon).await;
+
+    servers.signal(Server::Postgres, Signal::SIGSTOP).expect("stopped");
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    servers.signal(Server::Postgres, Signal::SIGCONT).expect("goes on");
+
+    assert_eq!(inbox.next().await.id(), id);
+    assert!(!daemon.log().contains("its packets vanish"), "{}", daemon.log());
+}
+
+#[tokio::test]
+async fn a_silent_connection_to_rabbitmq_is_replaced_within_ten_seconds() {
     let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
     let proxy = Proxy::start(0, world.ports().1).await;
@@ -55,9 +126,7 @@ async fn a_silent_connection_to_rabbitmq_is_detected_and_replaced() {
     proxy.swallow_open_connections();
     let id: Uuid = world.value(SCHEDULE_ROW).await;
 
-    let received =
-        eventually_within(SILENCE_LIMIT, "the message", async || inbox.next_within(Duration::from_secs(1)).await).await;
-    assert_eq!(received.id(), id);
+    wait_for_row(&mut inbox, id).await;
     daemon.wait_for_line("lost the connection to RabbitMQ").await;
     world.wait_until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
 }
@@ -71,7 +140,7 @@ async fn close_connection(world: &World, name: &str) {
             connections.clone().find(|connection| connection["client_properties"]["connection_name"] == name)?;
         Some(found["name"].as_str()?.replace(' ', "%20").replace('>', "%3E"))
     };
-    let path = eventually_within(SILENCE_LIMIT, &format!("the connection {name:?} in the list"), named).await;
+    let path = eventually_within(LISTED_WITHIN, &format!("the connection {name:?} in the list"), named).await;
     let _ = world.manage("DELETE", &format!("connections/{path}"), None);
 }
 
@@ -138,7 +207,7 @@ async fn a_daemon_frozen_until_another_has_delivered_its_row_publishes_nothing()
 
     // PostgreSQL ends the frozen daemon's session after 30 s in an idle transaction.
     let received =
-        eventually_within(SILENCE_LIMIT, "the message", async || inbox.next_within(Duration::from_secs(1)).await).await;
+        eventually_within(FREED_WITHIN, "the message", async || inbox.next_within(Duration::from_secs(1)).await).await;
     assert_eq!(received.id(), id);
     let delivered = format!("SELECT count(*) = 1 FROM tidings.deliveries WHERE id = '{id}'");
     world.wait_until(&delivered).await;

@@ -9,6 +9,7 @@ pub(crate) mod explain;
 pub(crate) mod health;
 pub(crate) mod loopback;
 pub(crate) mod metrics;
+pub(crate) mod nodes;
 pub(crate) mod page;
 pub(crate) mod page_api;
 pub(crate) mod page_intakes;

@@ -125,7 +125,7 @@ impl Management {
     ///
     /// When the API gives no usable answer.
     pub async fn queue(&self, broker: &Broker, entity: &DeclaredEntity) -> Result<Option<QueueInfo>, ManagementError> {
-        let path = format!("/api/queues/{}/{}", encoded(&broker.uri.vhost), encoded(&entity.name(&broker.exchange)));
+        let path = format!("/api/queues/{}/{}", encoded(&broker.uri().vhost), encoded(&entity.name(&broker.exchange)));
         match self.get(path).await? {
             (200, queue) => Ok(Some(QueueInfo::from_json(&queue))),
             (404, _) => Ok(None),
@@ -141,7 +141,7 @@ impl Management {
     pub async fn is_bound(&self, broker: &Broker) -> Result<bool, ManagementError> {
         let [source, queue] = [DeclaredEntity::DeadLetterExchange, DeclaredEntity::DeadQueue]
             .map(|entity| encoded(&entity.name(&broker.exchange)));
-        match self.get(format!("/api/bindings/{}/e/{source}/q/{queue}", encoded(&broker.uri.vhost))).await? {
+        match self.get(format!("/api/bindings/{}/e/{source}/q/{queue}", encoded(&broker.uri().vhost))).await? {
             (200, bindings) => Ok(bindings.as_array().is_some_and(|bindings| !bindings.is_empty())),
             (404, _) => Ok(false),
             (status, _) => Err(ManagementError::Status { place: self.place.clone(), status }),
@@ -154,7 +154,7 @@ impl Management {
     ///
     /// When the API gives no usable answer.
     pub async fn bound_to(&self, broker: &Broker, exchange: &str) -> Result<BTreeSet<String>, ManagementError> {
-        let path = format!("/api/exchanges/{}/{}/bindings/source", encoded(&broker.uri.vhost), encoded(exchange));
+        let path = format!("/api/exchanges/{}/{}/bindings/source", encoded(&broker.uri().vhost), encoded(exchange));
         let name = |binding: &Value| binding["destination"].as_str().map(str::to_owned);
         match self.get(path).await? {
             (200, bindings) => Ok(bindings.as_array().into_iter().flatten().filter_map(name).collect()),

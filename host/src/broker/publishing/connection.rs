@@ -38,6 +38,9 @@ struct Shared {
     task: AtomicWaker,
 }
 
+/// How long bytes may take to be read that arrived while this process stood still.
+const LAST_CHANCE: Duration = Duration::from_millis(250);
+
 /// The task's side.
 struct Driver {
     shared: Arc<Shared>,
@@ -135,17 +138,26 @@ impl Driver {
         let error = if heartbeat.is_zero() {
             std::future::poll_fn(|context| self.poll(context)).await
         } else {
-            // The protocol asks for a heartbeat twice in the time that was agreed on, and gives up after twice that time.
+            // RabbitMQ sends a heartbeat twice in the time that was agreed on. The protocol would wait for four of them; a
+            // row would then be late by more than ten seconds when packets vanish.
+            let silence = heartbeat * 3 / 2;
+            let (mut silent_at, mut is_last_chance) = (self.read_at + silence, false);
             let mut tick = tokio::time::interval(heartbeat / 2);
             tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
             loop {
                 tokio::select! {
                     biased;
                     error = std::future::poll_fn(|context| self.poll(context)) => break error,
-                    now = tick.tick() => {
-                        if now.saturating_duration_since(self.read_at) > heartbeat * 2 {
-                            break PublishError::Silent(heartbeat.as_secs() * 2);
+                    () = tokio::time::sleep_until(silent_at) => {
+                        let (now, limit) = (Instant::now(), self.read_at + silence);
+                        if now >= limit && is_last_chance {
+                            break PublishError::Silent(silence);
                         }
+                        // If this process stood still, bytes wait to be read.
+                        is_last_chance = now >= limit;
+                        silent_at = if is_last_chance { now + LAST_CHANCE } else { limit };
+                    }
+                    now = tick.tick() => {
                         if now.saturating_duration_since(self.wrote_at) >= heartbeat / 2 {
                             self.shared.session().send_heartbeat();
                         }

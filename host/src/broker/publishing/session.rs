@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Display;
 use std::sync::Arc;
+use std::time::Duration;
 
 use amq_protocol::frame::{AMQPContentHeader, AMQPFrame, gen_frame};
 use amq_protocol::protocol::constants::REPLY_SUCCESS;
@@ -50,8 +51,8 @@ pub enum PublishError {
     #[error("the connection broke")]
     Io(#[source] Arc<std::io::Error>),
     /// RabbitMQ sent nothing, not even a heartbeat.
-    #[error("RabbitMQ sent nothing for {0} s, not even a heartbeat")]
-    Silent(u64),
+    #[error("RabbitMQ sent nothing for {} s, not even a heartbeat", .0.as_secs_f32())]
+    Silent(Duration),
     /// RabbitMQ sent what AMQP 0-9-1 does not allow.
     #[error("what RabbitMQ sent is not AMQP 0-9-1: {0}")]
     Protocol(String),

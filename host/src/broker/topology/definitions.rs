@@ -15,7 +15,7 @@ impl Broker {
     /// the virtual host and the user exist.
     #[must_use]
     pub fn definitions(&self, declares: bool) -> Value {
-        let vhost = &self.uri.vhost;
+        let vhost = &self.uri().vhost;
         let definition = |entity: &DeclaredEntity| {
             let arguments = match entity.exchange_type() {
                 Some(_) => json!({}),
@@ -45,7 +45,7 @@ impl Broker {
         };
         let bindings: Vec<_> = Binding::all(&self.intakes).into_iter().map(binding).collect();
         let [configure, write, read] = permission_patterns(&self.exchange, &self.intakes, declares);
-        let user = &self.uri.authority.userinfo.username;
+        let user = &self.uri().authority.userinfo.username;
         json!({
             "exchanges": exchanges.into_iter().map(definition).collect::<Vec<_>>(),
             "queues": queues.into_iter().map(definition).collect::<Vec<_>>(),

@@ -20,10 +20,10 @@ const ADVICE: &str = "run the doctor again, and see what PostgreSQL says in its 
 
 pub(super) async fn check(report: &mut Report, config: &Config) {
     let store = Store::new(&config.servers.database_url, 1);
-    let place = store.place();
     if let Err(error) = store.probe().await {
         return report.fail(describe_failure(&error));
     }
+    let place = store.place();
     report.ok(format_args!("PostgreSQL answers at {place} and lets us in"));
     if let Err(error) = store.check_server().await {
         return report.fail(describe_failure(&error));

@@ -124,7 +124,7 @@ impl Store {
     ///
     /// When the database does not answer.
     pub async fn time_notification(&self) -> Result<Option<Duration>, StoreError> {
-        let mut listener = self.listener(NOTIFY_DEADLINE).await?;
+        let (mut listener, _) = self.listener(NOTIFY_DEADLINE).await?;
         run_bounded("listen for notifications", listener.listen(CHANNEL)).await?;
         // Tells our notification from that of another `tidings doctor`.
         let token = format!("{:016x}", fastrand::u64(..));

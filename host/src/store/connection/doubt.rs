@@ -1,8 +1,9 @@
 //! Remembers when a connection to PostgreSQL last broke, so that no connection that was open then is used again.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
 
 /// When a connection last broke. The same event (a restart, a failover, a dead link) has often broken the others as
 /// well, and finding out about each in turn would cost a failure and an ever longer pause.
@@ -10,17 +11,17 @@ use std::time::{Duration, Instant};
 pub(in crate::store) struct Doubt {
     created_at: Instant,
     /// When a connection last broke, in ms since `created_at`; 0 = never.
-    raised_at_ms: Arc<AtomicU64>,
+    raised_at_ms: Arc<watch::Sender<u64>>,
 }
 
 impl Doubt {
     pub(in crate::store) fn new() -> Self {
-        Self { created_at: Instant::now(), raised_at_ms: Arc::new(AtomicU64::new(0)) }
+        Self { created_at: Instant::now(), raised_at_ms: Arc::new(watch::Sender::new(0)) }
     }
 
     /// Records that a connection has just broken.
     pub(in crate::store) fn raise(&self) {
-        self.raised_at_ms.store(self.now_ms(), Ordering::Relaxed);
+        self.raised_at_ms.send_replace(self.now_ms());
     }
 
     /// Whether a connection of this age may be used: none has broken since it was opened.
@@ -30,7 +31,12 @@ impl Doubt {
 
     /// When a connection last broke. The number stays the same until the next one breaks.
     pub(in crate::store) fn last_ms(&self) -> u64 {
-        self.raised_at_ms.load(Ordering::Relaxed)
+        *self.raised_at_ms.borrow()
+    }
+
+    /// Tells when the next one breaks.
+    pub(in crate::store) fn subscribe(&self) -> watch::Receiver<u64> {
+        self.raised_at_ms.subscribe()
     }
 
     fn now_ms(&self) -> u64 {

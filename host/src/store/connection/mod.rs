@@ -11,19 +11,24 @@
 //! session beside the pool (of the listener, a pass, a check) makes the pool give one up.
 
 mod doubt;
+mod hosts;
+mod liveness;
+mod login;
 pub(super) mod pool;
 pub(super) mod server_check;
 pub(super) mod session_settings;
 
 use std::time::Duration;
 
-use sqlx::ConnectOptions as _;
-use tokio::time::timeout_at;
+use tokio::time::{timeout, timeout_at};
 
 use crate::model::backoff::CONNECT;
 use crate::model::error_chain::error_chain;
 use crate::store::{CONNECT_DEADLINE, STATEMENT_DEADLINE, Store, StoreError};
 pub(super) use doubt::Doubt;
+pub(super) use hosts::Hosts;
+pub(super) use liveness::Backend;
+pub(super) use login::{STANDBY, Servers, introduce};
 use pool::{Session, SessionPermit};
 
 /// The shortest pause before a server that refused a connection for its limit is asked again: for a moment it still
@@ -69,9 +74,9 @@ impl Store {
     /// none, the caller prepares them.
     pub(super) async fn borrow_connection(&self, warm: bool) -> Result<Connection, StoreError> {
         if self.pool.is_time_to_grow()
-            && let Ok(Ok(connection)) = tokio::time::timeout(CONNECT_DEADLINE, self.log_in()).await
+            && let Ok(Ok(opened)) = tokio::time::timeout(CONNECT_DEADLINE, self.log_in()).await
         {
-            self.pool.grow(Session::new(connection));
+            self.pool.grow(Session::new(opened));
         }
         let deadline = tokio::time::Instant::now() + CONNECT_DEADLINE;
         let mut refusal = None;
@@ -83,7 +88,7 @@ impl Store {
             let session = match permit.take_idle(warm, &self.doubt).await {
                 Some(session) => session,
                 None => match self.open(deadline, true).await {
-                    Ok(connection) => Session::new(connection),
+                    Ok(opened) => Session::new(opened),
                     Err(error @ StoreError::Full { .. }) if tokio::time::Instant::now() < deadline => {
                         // Wait for a session that is in use to come back.
                         refusal = Some(error);
@@ -96,39 +101,36 @@ impl Store {
                 session: Some(session),
                 permit: Some(permit),
                 must_close: false,
-                doubt: self.doubt.clone(),
+                store: self.clone(),
             });
         }
     }
 
-    /// Opens a session with the settings that our statements need.
-    async fn log_in(&self) -> Result<sqlx::PgConnection, sqlx::Error> {
-        let mut session = self.options.connect().await?;
-        sqlx::raw_sql(session_settings::AFTER_LOGIN).execute(&mut session).await?;
-        Ok(session)
-    }
-
     /// Opens a session outside the pool.
     pub(super) async fn connect(&self) -> Result<sqlx::PgConnection, StoreError> {
-        self.open(tokio::time::Instant::now() + CONNECT_DEADLINE, false).await
+        self.open(tokio::time::Instant::now() + CONNECT_DEADLINE, false).await.map(|(connection, _)| connection)
     }
 
     /// Opens a session. While the server is full, it is asked again until `deadline`. With `for_pool` it is also asked
     /// again while it starts; and if it is full and the pool has other sessions, the error is returned instead.
-    async fn open(&self, deadline: tokio::time::Instant, for_pool: bool) -> Result<sqlx::PgConnection, StoreError> {
+    async fn open(
+        &self,
+        deadline: tokio::time::Instant,
+        for_pool: bool,
+    ) -> Result<(sqlx::PgConnection, Backend), StoreError> {
         let mut failures = 0;
         loop {
-            let source = match timeout_at(deadline, self.log_in()).await {
-                Ok(Ok(connection)) => {
+            let failure = match timeout_at(deadline, self.log_in()).await {
+                Ok(Ok(opened)) => {
                     self.pool.set_last_error(None);
-                    return Ok(connection);
+                    return Ok(opened);
                 }
-                Ok(Err(source)) => source,
+                Ok(Err(failure)) => failure,
                 Err(_) => return Err(StoreError::Deadline { doing: "accept a connection", after: CONNECT_DEADLINE }),
             };
-            let is_full = is_too_many_connections(&source);
-            let can_retry = is_full || for_pool && is_temporary(&source);
-            let error = self.explain_connect_error(source);
+            let is_full = failure.is_full();
+            let can_retry = is_full || for_pool && failure.is_temporary();
+            let error = self.explain_login_failure(failure);
             let why = error_chain(&error);
             let pause =
                 if is_full { MIN_PAUSE_WHEN_FULL.max(CONNECT.delay(failures)) } else { CONNECT.delay(failures) };
@@ -159,7 +161,7 @@ pub(super) struct Connection {
     permit: Option<SessionPermit>,
     /// It must not go back to the pool: a statement has failed, or has begun and not ended.
     must_close: bool,
-    doubt: Doubt,
+    store: Store,
 }
 
 impl Drop for Connection {
@@ -182,27 +184,38 @@ impl Connection {
         doing: &'static str,
         statement: impl AsyncFnOnce(&mut sqlx::PgConnection) -> Result<T, sqlx::Error>,
     ) -> Result<T, StoreError> {
-        let session = self.session.as_mut().expect("taken only by drop");
+        let Session { connection, backend, .. } = self.session.as_mut().expect("taken only by drop");
         let must_close = std::mem::replace(&mut self.must_close, true);
-        match tokio::time::timeout(STATEMENT_DEADLINE, statement(&mut session.connection)).await {
+        let ended = tokio::select! {
+            biased;
+            ended = timeout(STATEMENT_DEADLINE, statement(connection)) => ended,
+            () = self.store.until_lost(backend, doing) => {
+                self.store.doubt.raise();
+                return Err(StoreError::Lost { doing, place: self.store.place() });
+            }
+        };
+        match ended {
             Ok(Ok(answer)) => {
                 self.must_close = must_close;
                 Ok(answer)
             }
             Ok(Err(source)) => {
-                if is_broken(&source) {
-                    self.doubt.raise();
+                let code = source.as_database_error().and_then(|error| error.code());
+                // read_only_sql_transaction: our statements take writes for granted.
+                let (is_forbidden, is_read_only) = (code.as_deref() == Some("42501"), code.as_deref() == Some("25006"));
+                if is_broken(&source) || is_read_only {
+                    self.store.doubt.raise();
                 }
-                let is_forbidden =
-                    source.as_database_error().is_some_and(|error| error.code().as_deref() == Some("42501"));
                 Err(if is_forbidden {
                     StoreError::Rights { doing, source }
+                } else if is_read_only {
+                    StoreError::ReadOnly { place: self.store.place(), source }
                 } else {
                     StoreError::Statement { doing, source }
                 })
             }
             Err(_) => {
-                self.doubt.raise();
+                self.store.doubt.raise();
                 Err(StoreError::Deadline { doing, after: STATEMENT_DEADLINE })
             }
         }

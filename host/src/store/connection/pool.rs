@@ -14,6 +14,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::warn;
 
 use crate::store::connection::doubt::Doubt;
+use crate::store::connection::liveness::Backend;
 
 /// How long a session may be used. The longer it lives, the more memory its process on the server takes.
 const MAX_LIFETIME: Duration = Duration::from_mins(30);
@@ -58,6 +59,8 @@ struct Sessions {
 #[derive(Debug)]
 pub(in crate::store) struct Session {
     pub(in crate::store) connection: PgConnection,
+    /// Which session of the server it is.
+    pub(in crate::store) backend: Backend,
     opened_at: Instant,
     used_at: Instant,
     /// The statements of looks and claims are prepared on it.
@@ -72,8 +75,8 @@ pub(in crate::store) struct SessionPermit {
 }
 
 impl Session {
-    pub(in crate::store) fn new(connection: PgConnection) -> Self {
-        Self { connection, opened_at: Instant::now(), used_at: Instant::now(), warm: false }
+    pub(in crate::store) fn new((connection, backend): (PgConnection, Backend)) -> Self {
+        Self { connection, backend, opened_at: Instant::now(), used_at: Instant::now(), warm: false }
     }
 
     fn is_usable(&self, doubt: &Doubt) -> bool {

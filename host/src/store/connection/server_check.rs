@@ -3,7 +3,7 @@
 
 use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection, Row as _};
 
-use crate::store::connection::run_bounded;
+use crate::store::connection::{STANDBY, run_bounded};
 use crate::store::{CONNECT_DEADLINE, SchemaError, Store, StoreError};
 
 /// The rights that the daemon needs on each table.
@@ -54,7 +54,7 @@ impl Store {
             })
             .await?;
         if standby {
-            return Err(self.unfit("it is a standby, which takes no writes; give the address of the primary"));
+            return Err(self.unfit(&format!("{STANDBY}; give the address of the primary")));
         }
         Ok(())
     }

@@ -42,6 +42,36 @@ pub struct Seen {
     pub catch_ups: Vec<(String, Duration)>,
 }
 
+/// What a look is for, in errors.
+pub(super) const LOOK: &str = "look at the queue";
+
+/// Looks at the queue; a `sweep` looks below the mark as well.
+pub(super) async fn read(
+    connection: impl sqlx::PgExecutor<'_>,
+    kinds: &[String],
+    mark: Option<OffsetDateTime>,
+    sweep: bool,
+) -> Result<Seen, sqlx::Error> {
+    let row =
+        sqlx::query_file!("src/store/queue/look.sql", kinds, mark, sweep, BACKLOG_ROWS).fetch_one(connection).await?;
+    let until = |at: OffsetDateTime| Duration::try_from(at - row.now).unwrap_or(Duration::ZERO);
+    let (next_in, make_in) = (row.next_at.map(until), row.make_at.map(until));
+    let missed_after =
+        row.missed_after.into_iter().map(|time| Duration::try_from_secs_f64(time).unwrap_or(Duration::MAX));
+    let look = Look {
+        at: row.now,
+        from: row.mark,
+        first: row.first_at,
+        oldest_xid: row.oldest_xid,
+        outlook: Outlook { due: row.due, next_in },
+        held_for_us: row.held_for_us,
+        paused_first: row.paused_first,
+        promise: Promise { until: row.polling_until, next_xid: row.next_xid },
+        below: row.below_first.map(|first| Below { first, rows: row.below_rows, go_back: true }),
+    };
+    Ok(Seen { look, make_in, catch_ups: row.missed_kinds.into_iter().zip(missed_after).collect() })
+}
+
 impl Store {
     /// Looks at the head of the queue, from the low-water mark on, in one statement without a transaction. It must
     /// begin after the wake was armed.
@@ -61,29 +91,8 @@ impl Store {
         sweep: bool,
         mut connection: Connection,
     ) -> Result<Seen, StoreError> {
-        let row = connection
-            .run("look at the queue", async |connection| {
-                sqlx::query_file!("src/store/queue/look.sql", kinds, mark, sweep, BACKLOG_ROWS,)
-                    .fetch_one(connection)
-                    .await
-            })
-            .await?;
-        let until = |at: OffsetDateTime| Duration::try_from(at - row.now).unwrap_or(Duration::ZERO);
-        let (next_in, make_in) = (row.next_at.map(until), row.make_at.map(until));
-        let missed_after =
-            row.missed_after.into_iter().map(|time| Duration::try_from_secs_f64(time).unwrap_or(Duration::MAX));
-        let look = Look {
-            at: row.now,
-            from: row.mark,
-            first: row.first_at,
-            oldest_xid: row.oldest_xid,
-            outlook: Outlook { due: row.due, next_in },
-            held_for_us: row.held_for_us,
-            paused_first: row.paused_first,
-            promise: Promise { until: row.polling_until, next_xid: row.next_xid },
-            below: row.below_first.map(|first| Below { first, rows: row.below_rows, go_back: true }),
-        };
-        Ok(Seen { look, make_in, catch_ups: row.missed_kinds.into_iter().zip(missed_after).collect() })
+        let read = async |connection: &mut sqlx::PgConnection| read(connection, kinds, mark, sweep).await;
+        connection.run(LOOK, read).await
     }
 
     /// For how long the first row of the queue, from the low-water mark on if there is one, has been due; 0 = no row is

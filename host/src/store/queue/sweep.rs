@@ -25,7 +25,12 @@ impl Store {
     /// When the database cannot do it.
     pub async fn sweep(&self, kinds: &[String], mark: Option<OffsetDateTime>) -> Result<Seen, StoreError> {
         let asked_at = Instant::now();
-        let mut seen = self.look_from(kinds, mark, true, self.connection().await?).await?;
+        // Where it can, on the session of the listener, which is thereby tested without a statement of its own.
+        let seen = self.sweep_by_listener(kinds, mark).await;
+        let mut seen = match seen {
+            Some(seen) => seen,
+            None => self.look_from(kinds, mark, true, self.connection().await?).await?,
+        };
         let from = seen.look.from;
         if let Some(below) = &mut seen.look.below {
             // A locked row cannot be moved, and must not be missed: then the mark goes back after all.
