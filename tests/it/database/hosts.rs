@@ -2,7 +2,8 @@
 //! another one after a failover, without a restart.
 
 use harness::daemon::Launch;
-use harness::servers::{Server, Servers, Standby};
+use harness::servers::{Server, Servers};
+use harness::standby::Standby;
 use harness::world::{World, database_url, execute};
 use nix::sys::signal::Signal;
 use uuid::Uuid;

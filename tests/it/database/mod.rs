@@ -1,6 +1,7 @@
 //! Tests of the SQL interface, and of the databases on which the daemon runs.
 
 pub(crate) mod copies;
+pub(crate) mod failover;
 pub(crate) mod few_connections;
 pub(crate) mod hosts;
 pub(crate) mod imposed;

@@ -1,6 +1,7 @@
 //! Tests that no row is lost when anything is killed, cut off, frozen or refused. A second copy of a message occurs
 //! only after a fault, and has the same id.
 
+pub(crate) mod cluster;
 pub(crate) mod crash;
 pub(crate) mod faults;
 pub(crate) mod outcomes;

@@ -3,6 +3,7 @@
 //! `cargo demo` compiles all of it.
 
 pub mod build;
+pub mod cluster;
 pub mod consumer;
 pub mod containers;
 pub mod daemon;
@@ -10,6 +11,7 @@ pub mod image;
 pub mod place;
 pub mod processes;
 pub mod servers;
+pub mod standby;
 pub mod setup;
 
 use std::path::PathBuf;

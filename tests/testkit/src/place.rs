@@ -240,6 +240,16 @@ impl Layout {
     }
 }
 
+impl Layout {
+    /// `rabbitmqctl` for this node.
+    pub(crate) fn rabbitmqctl(&self) -> Command {
+        let mut command = as_user("rabbitmq", &self.programs.rabbitmq.join("rabbitmqctl"));
+        command.args(["--node", &format!("t{}@localhost", self.rabbitmq_port)]);
+        command.env("HOME", self.dir.join("rabbitmq/home")).env("ERL_EPMD_PORT", self.epmd_port.to_string());
+        command
+    }
+}
+
 pub(crate) fn start_epmd(programs: &Programs, dir: &Path, port: u16) -> anyhow::Result<Child> {
     // RabbitMQ would start an epmd that outlives it. An epmd in the foreground is a child that can be stopped.
     let log = fs::File::create(dir.join("epmd.log"))?;

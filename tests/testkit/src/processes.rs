@@ -24,9 +24,9 @@ pub fn children_of(parent: u32) -> Vec<u32> {
 pub(crate) fn start_reaper(dir: &Path, children: &[Child]) -> anyhow::Result<Child> {
     const SCRIPT: &str = r#"
         cat >/dev/null
-        kill -INT "$1" 2>/dev/null; kill -TERM "$2" 2>/dev/null
-        for i in $(seq 100); do kill -0 "$1" 2>/dev/null || kill -0 "$2" 2>/dev/null || break; sleep 0.1; done
-        kill -KILL "$1" "$2" 2>/dev/null; kill -TERM "$3" 2>/dev/null
+        kill -INT "$1" 2>/dev/null; kill -TERM "${2:-$1}" 2>/dev/null
+        for i in $(seq 100); do kill -0 "$1" 2>/dev/null || kill -0 "${2:-$1}" 2>/dev/null || break; sleep 0.1; done
+        kill -KILL "$1" ${2:-} 2>/dev/null; kill -TERM ${3:-} 2>/dev/null
         rm -rf "$0"
     "#;
     let mut command = Command::new("sh");

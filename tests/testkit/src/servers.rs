@@ -13,14 +13,14 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 
-use crate::place::{Identity, Layout, as_user, logs, start_epmd};
+use crate::place::{Identity, Layout, logs, start_epmd};
 use crate::processes::{children_of, start_reaper};
 use crate::{command_line, eventually, setup};
 
 /// The environment variable that passes the ports of running servers on to child programs.
 const PORTS: &str = "HARNESS_PORTS";
 /// RabbitMQ takes ten seconds on a busy machine.
-const START_DEADLINE: Duration = Duration::from_mins(2);
+pub(crate) const START_DEADLINE: Duration = Duration::from_mins(2);
 
 /// The two servers.
 #[derive(Debug)]
@@ -133,7 +133,7 @@ impl Servers {
     ///
     /// When this program did not start the servers.
     pub fn set_clock(&self, ahead: i64) -> anyhow::Result<()> {
-        let Running { layout, .. } = self.running.as_ref().context("not this program's servers")?;
+        let layout = self.layout()?;
         // Renamed, so that nobody reads half of it.
         let aside = layout.dir.join("clock.new");
         fs::write(&aside, format!("{ahead:+}"))?;
@@ -214,7 +214,7 @@ impl Servers {
     /// When a server does not take the settings, or this program did not start it.
     pub fn offer_tls(&mut self, identity: &Identity) -> anyhow::Result<u16> {
         let [port] = free_ports()?;
-        let Running { layout, .. } = self.running.as_ref().context("not this program's servers")?;
+        let layout = self.layout()?;
         layout.write_identity(identity)?;
         layout.offer_tls(port)?;
         kill(self.pid(Server::Postgres)?, Signal::SIGHUP)?;
@@ -229,8 +229,7 @@ impl Servers {
     ///
     /// When a server cannot be told.
     pub fn replace_certificate(&self, identity: &Identity) -> anyhow::Result<()> {
-        let Running { layout, .. } = self.running.as_ref().context("not this program's servers")?;
-        layout.write_identity(identity)?;
+        self.layout()?.write_identity(identity)?;
         kill(self.pid(Server::Postgres)?, Signal::SIGHUP)?;
         self.rabbitmqctl(&["eval", "ssl:clear_pem_cache()."])
     }
@@ -238,22 +237,6 @@ impl Servers {
     fn pid(&self, server: Server) -> anyhow::Result<Pid> {
         let Running { children, .. } = self.running.as_ref().context("not this program's servers")?;
         Ok(Pid::from_raw(i32::try_from(children[server as usize].id())?))
-    }
-
-    /// Starts a standby that follows this PostgreSQL. Dropping the returned value stops it.
-    ///
-    /// # Errors
-    ///
-    /// When the standby cannot be made, or this program did not start the servers.
-    pub fn start_standby(&self) -> anyhow::Result<Standby> {
-        let Running { layout, .. } = self.running.as_ref().context("not this program's servers")?;
-        let [port] = free_ports()?;
-        let dir = layout.dir.join("standby");
-        let layout = Layout { dir: dir.clone(), postgres_port: port, programs: setup::find_servers()?, ..*layout };
-        layout.prepare_standby(self.postgres_port)?;
-        let standby = Standby { port, child: layout.start_postgres()? };
-        wait_for_port("the standby", port, Instant::now() + START_DEADLINE).with_context(|| logs(&dir))?;
-        Ok(standby)
     }
 
     /// Raises or clears RabbitMQ's memory alarm by setting a very low or a high memory limit.
@@ -304,12 +287,21 @@ impl Servers {
         Ok(())
     }
 
+    pub(crate) fn layout(&self) -> anyhow::Result<&Layout> {
+        self.running.as_ref().map(|running| &running.layout).context("not this program's servers")
+    }
+
     fn rabbitmqctl_command(&self) -> anyhow::Result<Command> {
-        let Running { layout, .. } = self.running.as_ref().context("not this program's servers")?;
-        let mut command = as_user("rabbitmq", &layout.programs.rabbitmq.join("rabbitmqctl"));
-        command.args(["--node", &format!("t{}@localhost", layout.rabbitmq_port)]);
-        command.env("HOME", layout.dir.join("rabbitmq/home")).env("ERL_EPMD_PORT", layout.epmd_port.to_string());
-        Ok(command)
+        Ok(self.layout()?.rabbitmqctl())
+    }
+
+    /// Runs an Erlang expression on the node of RabbitMQ.
+    ///
+    /// # Errors
+    ///
+    /// When `rabbitmqctl` fails.
+    pub fn eval_on_rabbitmq(&self, expression: &str) -> anyhow::Result<()> {
+        self.rabbitmqctl(&["eval", expression])
     }
 
     fn wait_for_both(&self) -> anyhow::Result<()> {
@@ -325,7 +317,7 @@ impl Servers {
     }
 }
 
-fn wait_for_port(name: &str, port: u16, deadline: Instant) -> anyhow::Result<()> {
+pub(crate) fn wait_for_port(name: &str, port: u16, deadline: Instant) -> anyhow::Result<()> {
     while TcpStream::connect(("127.0.0.1", port)).is_err() {
         if Instant::now() > deadline {
             bail!("{name} did not listen on port {port} within {} s", START_DEADLINE.as_secs());
@@ -333,24 +325,6 @@ fn wait_for_port(name: &str, port: u16, deadline: Instant) -> anyhow::Result<()>
         std::thread::sleep(Duration::from_millis(50));
     }
     Ok(())
-}
-
-/// A standby of another PostgreSQL. Dropping this value stops it.
-#[derive(Debug)]
-pub struct Standby {
-    /// The port on which it listens.
-    pub port: u16,
-    child: Child,
-}
-
-impl Drop for Standby {
-    fn drop(&mut self) {
-        // SIGQUIT ends PostgreSQL at once, with its children.
-        if let Ok(pid) = i32::try_from(self.child.id()) {
-            let _ = kill(Pid::from_raw(pid), Signal::SIGQUIT);
-        }
-        let _ = self.child.wait();
-    }
 }
 
 impl Drop for Servers {

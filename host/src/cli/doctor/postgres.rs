@@ -43,6 +43,7 @@ pub(super) async fn check(report: &mut Report, config: &Config) {
     };
     let rights_are_ok = schema_is_ok && check_rights(report, &store).await;
     check_version(report, &store).await;
+    check_replication(report, &store).await;
     check_notification(report, &store, config).await;
     if schema_is_ok {
         check_triggers_and_indexes(report, &store).await;
@@ -128,6 +129,22 @@ async fn check_version(report: &mut Report, store: &Store) {
         report.ok(format_args!("PostgreSQL {} is supported", version.text));
     } else {
         report.fail(format_args!("PostgreSQL {} is not supported: upgrade the server to 15 or later", version.text));
+    }
+}
+
+/// Says what a failover would cost, if there are standbys.
+async fn check_replication(report: &mut Report, store: &Store) {
+    let Some(replication) = report.answer_or_fail(store.replication().await, ADVICE) else { return };
+    if replication.standbys == 0 && !replication.has_several_hosts {
+        return;
+    }
+    if replication.is_synchronous {
+        report.ok("each commit waits for a standby, so a failover loses no row");
+    } else {
+        report.warn(format_args!(
+            "no commit waits for a standby (synchronous_standby_names is empty, or synchronous_commit is off or local): a failover may lose the rows that were written last, and deliver again what was delivered last; {} standbys stream now",
+            replication.standbys
+        ));
     }
 }
 

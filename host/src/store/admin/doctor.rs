@@ -73,6 +73,17 @@ pub struct VacuumHolder {
     pub behind: i32,
 }
 
+/// The standbys of the server.
+#[derive(Clone, Copy, Debug)]
+pub struct Replication {
+    /// How many stream from it now.
+    pub standbys: i64,
+    /// Whether a commit waits for one of them.
+    pub is_synchronous: bool,
+    /// Whether the URL names several servers, so that standbys are meant to be there.
+    pub has_several_hosts: bool,
+}
+
 impl ServerVersion {
     /// Whether Tidings works with this release.
     #[must_use]
@@ -232,6 +243,30 @@ impl Store {
             behind: row.behind,
         });
         Ok(holders.collect())
+    }
+
+    /// Tells about the server's standbys.
+    ///
+    /// # Errors
+    ///
+    /// When the database cannot be asked.
+    pub async fn replication(&self) -> Result<Replication, StoreError> {
+        let has_several_hosts = self.servers.has_several_hosts();
+        let mut connection = self.connection().await?;
+        connection
+            .run("tell about its standbys", async |connection| {
+                let row = sqlx::query!(
+                    r#"
+                    SELECT
+                        (SELECT count(*) FROM pg_stat_replication) AS "standbys!",
+                        current_setting('synchronous_standby_names') <> ''
+                            AND current_setting('synchronous_commit') NOT IN ('off', 'local') AS "is_synchronous!"
+                    "#
+                );
+                let row = row.fetch_one(connection).await?;
+                Ok(Replication { standbys: row.standbys, is_synchronous: row.is_synchronous, has_several_hosts })
+            })
+            .await
     }
 
     /// How full the server's queue of notifications is, from 0 to 1; and, if it is more than half full, the session

@@ -121,6 +121,11 @@ impl Servers {
         self.hosts.hosts[0].options.get_username()
     }
 
+    /// Whether the URL names several servers.
+    pub(in crate::store) fn has_several_hosts(&self) -> bool {
+        self.hosts.hosts.len() > 1
+    }
+
     /// Whether a session of a server in recovery cannot be used.
     pub(in crate::store) fn must_write(&self) -> bool {
         self.hosts.must_write
