@@ -26,7 +26,7 @@
 //! When RabbitMQ restarts, the event of the broken connection makes [`Broker::is_open`] false, so the scheduler claims
 //! nothing. Lanes that were publishing get errors or no confirms; they settle the messages whose fate they know, and
 //! leave the other rows due. `connection.rs` connects again with backoff, declares the topology, makes
-//! [`Broker::is_open`] true and wakes the scheduler.
+//! [`Broker::is_open`] true and wakes the scheduler. If the URL names several nodes (`nodes.rs`), it connects to the next one.
 
 mod admin;
 mod canary;

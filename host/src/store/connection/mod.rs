@@ -7,6 +7,12 @@
 //! When one breaks, the store records that moment, and uses no connection that was open then. So recovery costs one
 //! failure rather than one for each connection, and lanes that fail together count as one failure.
 //!
+//! **Silence.** When a statement takes long, `liveness.rs` asks the server on a new session whether it works on it. Without that, a
+//! dead link looks like a slow server until the statement's deadline.
+//!
+//! **Several servers.** The URL may name a primary and its standbys (`hosts.rs`). Each session is opened on the one that takes
+//! writes (`login.rs`).
+//!
 //! **A server that is full.** While the server refuses further sessions, the pool goes on with those that it has. A
 //! session beside the pool (of the listener, a pass, a check) makes the pool give one up.
 
