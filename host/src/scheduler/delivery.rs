@@ -190,8 +190,6 @@ impl Delivery {
                 return Err(error);
             }
         };
-        let settled = settlements.iter().map(|settlement| settlement.row.id);
-        self.sent_rows.forget(settled.filter(|id| !refused.contains_key(id)));
         if !refused.is_empty() {
             self.let_refused_rows_wait(&mut settlements, &refused);
             spans.settle(&settlements);
@@ -199,8 +197,14 @@ impl Delivery {
         Batch::of(&settlements, clock).count();
         spans.commit();
         let left = settlements.iter().filter(|settlement| settlement.outcome.leaves_queue()).count();
+        let has_settlements = !settlements.is_empty();
+        let finished = settlements.into_iter().filter(|settlement| !refused.contains_key(&settlement.row.id));
+        self.sent_rows.note_finished(finished.map(|Settlement { row, plugin, outcome }| {
+            let is_sent = matches!(outcome, Outcome::Delivered { .. });
+            (row.id, is_sent.then_some((plugin, outcome)))
+        }));
         Ok(match refused.into_values().next() {
-            _ if settlements.is_empty() => BatchOutcome::Unsettled,
+            _ if !has_settlements => BatchOutcome::Unsettled,
             Some(error) if left == 0 => BatchOutcome::Refused { error, sent },
             _ => BatchOutcome::Settled { some_left: left > 0, some_stay: left < claimed_rows },
         })

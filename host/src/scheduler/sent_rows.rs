@@ -1,7 +1,8 @@
-//! Remembers which rows the lanes are sending, and which rows were confirmed while PostgreSQL did not commit their end. Such
-//! a row is still due and is claimed again. It must then only be finished, never sent a second time, unless the producer has
-//! changed it: each row is remembered by its id and a digest of what the producer wrote. The memory ends with the process. No
-//! I/O.
+//! Remembers which rows the lanes are sending, which rows were confirmed while PostgreSQL did not commit their end, and which
+//! were finished last. A row whose end was not committed is still due and is claimed again; so is one whose end was lost, because
+//! the database failed over to a standby that had not received it. It must then only be finished, never sent a second time,
+//! unless the producer has changed it: each row is remembered by its id and a digest of what the producer wrote. The memory ends
+//! with the process. No I/O.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -14,6 +15,8 @@ use crate::model::schedule::Schedule;
 
 /// The most confirmed rows that are remembered, some 20 MiB. Beyond that the oldest are forgotten, and are sent again.
 const MAX_CONFIRMED: usize = 100_000;
+/// The most finished rows that are remembered, some 3 MiB: those of a second at full speed, and a standby lags less.
+const MAX_FINISHED: usize = 10_000;
 
 /// The memory, shared by all lanes. A `Receipt` is what finishing a confirmed row takes.
 #[derive(Debug)]
@@ -25,6 +28,8 @@ struct State<Receipt> {
     sending: HashMap<Uuid, Digest>,
     /// Rows that were confirmed and not finished, in the order of their confirms.
     confirmed: LinkedHashMap<Uuid, (Digest, Receipt)>,
+    /// Rows that were confirmed and finished last, in the order of their ends.
+    finished: LinkedHashMap<Uuid, (Digest, Receipt)>,
 }
 
 /// SHA-256 of what the producer wrote.
@@ -43,7 +48,8 @@ pub struct Taken<'memory, Receipt> {
 
 impl<Receipt> Default for SentRows<Receipt> {
     fn default() -> Self {
-        Self(Mutex::new(State { sending: HashMap::new(), confirmed: LinkedHashMap::new() }))
+        let (confirmed, finished) = (LinkedHashMap::new(), LinkedHashMap::new());
+        Self(Mutex::new(State { sending: HashMap::new(), confirmed, finished }))
     }
 }
 
@@ -57,14 +63,17 @@ impl<Receipt: Clone> SentRows<Receipt> {
         let (mut send, mut finish) = (Vec::with_capacity(rows.len()), Vec::new());
         let mut sending = Vec::with_capacity(rows.len());
         for (row, written) in rows.into_iter().zip(digests) {
-            match state.confirmed.get(&row.id) {
+            match state.confirmed.get(&row.id).or_else(|| state.finished.get(&row.id)) {
                 _ if state.sending.contains_key(&row.id) => continue,
                 Some((before, receipt)) if *before == written => {
                     finish.push((row, receipt.clone()));
                     continue;
                 }
                 // The producer has changed the row since, so its message is a different one.
-                Some(_) => drop(state.confirmed.remove(&row.id)),
+                Some(_) => {
+                    state.confirmed.remove(&row.id);
+                    state.finished.remove(&row.id);
+                }
                 None => {}
             }
             sending.push((row.id, written));
@@ -91,12 +100,18 @@ impl<Receipt: Clone> SentRows<Receipt> {
         }
     }
 
-    /// Forgets rows whose end is committed.
-    pub fn forget(&self, ids: impl Iterator<Item = Uuid>) {
+    /// Notes that the end of these rows is committed. Those with a receipt were confirmed, and are remembered for a while.
+    pub fn note_finished(&self, rows: impl Iterator<Item = (Uuid, Option<Receipt>)>) {
         let mut state = self.state();
-        // Nearly always there is no row to forget.
-        if !state.confirmed.is_empty() {
-            ids.for_each(|id| drop(state.confirmed.remove(&id)));
+        for (id, receipt) in rows {
+            let before = state.confirmed.remove(&id).map(|(written, _)| written);
+            let written = before.or_else(|| state.sending.get(&id).copied());
+            if let (Some(written), Some(receipt)) = (written, receipt) {
+                state.finished.insert(id, (written, receipt));
+                if state.finished.len() > MAX_FINISHED {
+                    state.finished.pop_front();
+                }
+            }
         }
     }
 }
@@ -184,13 +199,28 @@ mod tests {
     }
 
     #[test]
-    fn a_confirmed_row_is_only_finished_until_it_is_forgotten() {
+    fn a_confirmed_row_is_only_finished_even_if_its_end_was_committed_and_lost() {
         let memory = memory_with(1, "receipt");
-        let taken = memory.take(vec![row(1), row(2)], false);
-        assert_eq!((ids(&taken.send), taken.finish[0].1), (vec![2], "receipt"));
-        drop(taken);
-        memory.forget([Uuid::from_u128(1)].into_iter());
-        assert_eq!(ids(&memory.take(vec![row(1)], false).send), [1]);
+        for _ in 0..2 {
+            let taken = memory.take(vec![row(1), row(2)], false);
+            assert_eq!((ids(&taken.send), taken.finish[0].1), (vec![2], "receipt"));
+            memory.note_finished([(Uuid::from_u128(1), Some("receipt")), (Uuid::from_u128(9), None)].into_iter());
+        }
+        let expired = memory.take(vec![row(3)], false);
+        memory.note_finished([(Uuid::from_u128(3), None)].into_iter());
+        drop(expired);
+        assert_eq!(ids(&memory.take(vec![row(3)], false).send), [3], "nothing was sent for it");
+    }
+
+    #[test]
+    fn of_the_finished_rows_the_last_are_remembered() {
+        let memory = SentRows::default();
+        for number in 0..=MAX_FINISHED as u128 {
+            let _lane = memory.take(vec![row(number)], false);
+            memory.note_finished([(Uuid::from_u128(number), Some(()))].into_iter());
+        }
+        let taken = memory.take(vec![row(0), row(1)], false);
+        assert_eq!((ids(&taken.send), taken.finish.len()), (vec![0], 1));
     }
 
     #[test]
@@ -269,13 +299,13 @@ mod tests {
         fn no_row_is_sent_again_once_its_confirm_has_arrived(events in prop::collection::vec(event(), 1..200)) {
             let memory = SentRows::default();
             let mut lanes: Vec<Option<(Taken<'_, ()>, bool)>> = (0..4).map(|_| None).collect();
-            let (mut confirmed, mut finished) = (HashSet::new(), HashSet::new());
+            let mut confirmed = HashSet::new();
             for event in events {
                 match event {
                     Event::Claim(rows) => {
                         let Some(free) = lanes.iter().position(Option::is_none) else { continue };
-                        let due = rows.into_iter().filter(|number| !finished.contains(&Uuid::from_u128(*number)));
-                        let taken = memory.take(due.map(row).collect(), false);
+                        // A row whose end was committed may be due again, if the end was lost.
+                        let taken = memory.take(rows.into_iter().map(row).collect(), false);
                         for row in &taken.send {
                             prop_assert!(!confirmed.contains(&row.id), "{} is sent again", row.id);
                         }
@@ -291,9 +321,8 @@ mod tests {
                         let Some((taken, arrived)) = lanes[lane].take() else { continue };
                         let sent = taken.send.iter().filter(|_| arrived);
                         if committed {
-                            let ended: Vec<Uuid> = sent.chain(taken.finish.iter().map(|(row, ())| row)).map(|row| row.id).collect();
-                            finished.extend(ended.iter().copied());
-                            memory.forget(ended.into_iter());
+                            let ended = sent.chain(taken.finish.iter().map(|(row, ())| row));
+                            memory.note_finished(ended.map(|row| (row.id, Some(()))));
                         } else {
                             sent.for_each(|row| memory.remember(row.id, ()));
                         }
