@@ -13,6 +13,7 @@ use harness::pg_proxy::{Fate, PgProxy};
 use harness::proxy::Proxy;
 use harness::servers::{Server, Servers};
 use harness::world::{World, amqp_url, database_url};
+use lapin::options::BasicAckOptions;
 use nix::sys::signal::Signal;
 use uuid::Uuid;
 
@@ -341,4 +342,43 @@ async fn a_row_whose_confirm_never_arrives_is_published_again_with_the_same_id()
     // The confirm of the second copy was not mistaken for that of a later message.
     let next: Uuid = world.value(SCHEDULE_ROW).await;
     assert_eq!(inbox.next().await.id(), next);
+}
+
+#[tokio::test]
+async fn a_daemon_that_stands_still_in_a_backlog_causes_no_more_second_copies_than_its_lanes_had_claimed() {
+    const ROWS: usize = 6_000;
+    // Three lanes with 200 rows each.
+    const MOST_TWICE: usize = 600;
+    let world = World::with_plugins(&["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let first = world.start_daemon().await;
+    let other = world.launch().with("TIDINGS_STATE_DIR", world.state_dir().with_extension("other").display());
+    let _other = other.start_ready().await;
+    world
+        .sql(&format!(
+            r#"INSERT INTO tidings.schedules (kind, due_at, payload)
+               SELECT 'message', now(), '{{"routing_key": "a", "body": 1}}' FROM generate_series(1, {ROWS})"#
+        ))
+        .await;
+    world.wait_until("SELECT count(*) > 500 FROM tidings.deliveries").await;
+    first.signal(Signal::SIGSTOP);
+
+    let mut ids = HashSet::new();
+    let mut copies = 0;
+    let all = async || {
+        let received = inbox.next_within(Duration::from_secs(1)).await?;
+        received.delivery.ack(BasicAckOptions::default()).await.expect("acknowledged");
+        copies += usize::from(!ids.insert(received.id()));
+        (ids.len() == ROWS).then_some(())
+    };
+    eventually_within(2 * FREED_WITHIN, "all messages", all).await;
+    world.wait_until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
+    first.signal(Signal::SIGCONT);
+    while let Some(received) = inbox.next_within(Duration::from_secs(2)).await {
+        received.delivery.ack(BasicAckOptions::default()).await.expect("acknowledged");
+        copies += 1;
+    }
+
+    println!("{copies} second copies");
+    assert!(copies <= MOST_TWICE, "{copies} second copies");
 }
