@@ -16,6 +16,6 @@ pub mod raw;
 pub mod world;
 
 pub use testkit::{
-    EVENT_TIMEOUT, build, cluster, command_line, consumer, daemon, eventually, eventually_within, image, place, processes,
-    profile_dir, repository, servers, setup, standby, target,
+    EVENT_TIMEOUT, build, cluster, command_line, consumer, daemon, eventually, eventually_within, image, place,
+    processes, profile_dir, repository, servers, setup, standby, target,
 };

@@ -17,7 +17,8 @@ use uuid::Uuid;
 const ROWS: usize = 400;
 
 /// The statement that schedules a row, and returns its id.
-const SCHEDULE_ROW: &str = r#"SELECT tidings.schedule('message', now() + random() * interval '1 second', '{"routing_key": "a", "body": 1}')"#;
+const SCHEDULE_ROW: &str =
+    r#"SELECT tidings.schedule('message', now() + random() * interval '1 second', '{"routing_key": "a", "body": 1}')"#;
 
 async fn connect(world: &World, port: u16) -> PgPool {
     let options = sqlx::postgres::PgPoolOptions::new().max_connections(2).acquire_timeout(Duration::from_secs(2));

@@ -347,8 +347,8 @@ async fn a_row_whose_confirm_never_arrives_is_published_again_with_the_same_id()
 #[tokio::test]
 async fn a_daemon_that_stands_still_in_a_backlog_causes_no_more_second_copies_than_its_lanes_had_claimed() {
     const ROWS: usize = 6_000;
-    // Three lanes with 200 rows each.
-    const MOST_TWICE: usize = 600;
+    // Three lanes with 500 rows each.
+    const MOST_TWICE: usize = 1_500;
     let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
     let first = world.start_daemon().await;

@@ -1,6 +1,7 @@
 //! The nodes of RabbitMQ that the daemon's URL names: it goes on with another one when it loses one. Each node is a proxy
 //! here, which can be cut off alone.
 
+use harness::consumer::Inbox;
 use harness::proxy::{Mode, Proxy};
 use harness::world::World;
 use uuid::Uuid;
@@ -17,6 +18,13 @@ fn url_of(world: &World, ports: [u16; 2]) -> String {
     format!("amqp://guest:guest@{hosts}/{}", world.name)
 }
 
+/// Schedules a row and waits for its message. A second copy of an earlier one may come before it, if its confirm was lost with
+/// the connection.
+async fn deliver_row(world: &World, inbox: &mut Inbox) {
+    let id: Uuid = world.value(SCHEDULE_ROW).await;
+    while inbox.next().await.id() != id {}
+}
+
 #[tokio::test]
 async fn when_a_node_is_lost_the_daemon_goes_on_with_another_one() {
     let world = World::with_plugins(&["message"]).await;
@@ -28,8 +36,7 @@ async fn when_a_node_is_lost_the_daemon_goes_on_with_another_one() {
     for _ in 0..2 {
         for (lost, other) in [(0, 1), (1, 0)] {
             nodes[lost].set(Mode::Cut);
-            let id: Uuid = world.value(SCHEDULE_ROW).await;
-            assert_eq!(inbox.next().await.id(), id);
+            deliver_row(&world, &mut inbox).await;
             wait_until_ready(&mut daemon).await;
             nodes[lost].set(Mode::Pass);
             assert_eq!(get_json(&mut daemon, "/readyz").await.0, 200, "it is at the node {other}");
@@ -40,8 +47,7 @@ async fn when_a_node_is_lost_the_daemon_goes_on_with_another_one() {
     nodes.iter().for_each(|node| node.set(Mode::Cut));
     wait_until_unready(&mut daemon, "none of the nodes of RabbitMQ can be used: ").await;
     nodes[1].set(Mode::Pass);
-    let id: Uuid = world.value(SCHEDULE_ROW).await;
-    assert_eq!(inbox.next().await.id(), id);
+    deliver_row(&world, &mut inbox).await;
     wait_until_ready(&mut daemon).await;
 }
 

@@ -115,10 +115,8 @@ impl MoreNodes {
         let node = &mut self.nodes[number - 1];
         node.child.wait()?;
         node.child = node.layout.start_rabbitmq()?;
-        let mut old = std::mem::replace(
-            &mut node.reaper,
-            start_reaper(&node.layout.dir, std::slice::from_ref(&node.child))?,
-        );
+        let mut old =
+            std::mem::replace(&mut node.reaper, start_reaper(&node.layout.dir, std::slice::from_ref(&node.child))?);
         let (killed, ended) = (old.kill(), old.wait());
         killed.and(ended)?;
         self.wait_for(number)

@@ -11,8 +11,8 @@ pub mod image;
 pub mod place;
 pub mod processes;
 pub mod servers;
-pub mod standby;
 pub mod setup;
+pub mod standby;
 
 use std::path::PathBuf;
 use std::process::Command;
