@@ -359,10 +359,19 @@ impl Broker {
 
 /// Waits for `work`, at most [`RPC_DEADLINE`]. `doing` says what RabbitMQ is asked to do, for the error.
 async fn with_deadline<T>(doing: &str, work: impl Future<Output = lapin::Result<T>>) -> Result<T, BrokerError> {
-    match tokio::time::timeout(RPC_DEADLINE, work).await {
+    within(RPC_DEADLINE, doing, work).await
+}
+
+/// Waits for `work`, at most so long.
+async fn within<T>(
+    after: Duration,
+    doing: &str,
+    work: impl Future<Output = lapin::Result<T>>,
+) -> Result<T, BrokerError> {
+    match tokio::time::timeout(after, work).await {
         Ok(Ok(answer)) => Ok(answer),
         Ok(Err(source)) => Err(BrokerError::Operation { doing: doing.to_owned(), source }),
-        Err(_) => Err(BrokerError::Deadline { doing: doing.to_owned(), after: RPC_DEADLINE }),
+        Err(_) => Err(BrokerError::Deadline { doing: doing.to_owned(), after }),
     }
 }
 

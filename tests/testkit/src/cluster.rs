@@ -1,5 +1,5 @@
 //! More nodes for a private RabbitMQ, which then is a cluster: each has a name, ports and a directory of its own, and all use one
-//! epmd. A node may be killed, frozen, started again and cut off from the others.
+//! epmd. A node may be killed or frozen, and started again.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -120,24 +120,6 @@ impl MoreNodes {
         let (killed, ended) = (old.kill(), old.wait());
         killed.and(ended)?;
         self.wait_for(number)
-    }
-
-    /// Cuts a node off from these others, or lets it reach them again. Clients reach it all the while.
-    ///
-    /// # Errors
-    ///
-    /// When `rabbitmqctl` fails.
-    pub fn cut_off(&self, number: usize, others: &[String], cut: bool) -> anyhow::Result<()> {
-        for other in others {
-            // With a wrong cookie neither can connect to the other.
-            let step = if cut {
-                format!("erlang:set_cookie('{other}', wrong), erlang:disconnect_node('{other}').")
-            } else {
-                format!("erlang:set_cookie('{other}', erlang:get_cookie()), net_adm:ping('{other}').")
-            };
-            self.rabbitmqctl(number, &["eval", &step])?;
-        }
-        Ok(())
     }
 
     fn rabbitmqctl(&self, number: usize, arguments: &[&str]) -> anyhow::Result<()> {

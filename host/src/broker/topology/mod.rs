@@ -24,13 +24,14 @@ pub(super) mod repair;
 pub mod watch;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Connection, ExchangeKind};
 
-use crate::broker::{BrokerError, QueueType, with_deadline};
+use crate::broker::{BrokerError, QueueType, RPC_DEADLINE, with_deadline, within};
 use crate::model::intake::Intake;
 
 /// The type of exchange that the delayed-message plugin brings.
@@ -80,6 +81,9 @@ pub(super) enum DeclareResult {
     /// The daemon's user lacks the permission.
     NotPermitted(BrokerError),
 }
+
+/// How long RabbitMQ may take to make a binding that it had before.
+const BOUND_AGAIN_WITHIN: Duration = Duration::from_secs(1);
 
 impl QueueType {
     /// The value of `x-queue-type`.
@@ -297,18 +301,21 @@ pub(super) async fn ensure_messages_return(
     if has_other_type { Ok(()) } else { Err(error) }
 }
 
-/// Makes a binding. If it exists already, this changes nothing.
+/// Makes a binding. If it exists already, this changes nothing. `was_bound`: it existed before, and is not waited for long.
 pub(super) async fn bind(
     connection: &Connection,
     exchange: &str,
     binding: &Binding,
+    was_bound: bool,
 ) -> Result<DeclareResult, BrokerError> {
     let channel = with_deadline("open a channel", connection.create_channel()).await?;
     let (queue, source) = (binding.queue.name(exchange), binding.source.name(exchange));
     let (options, no_arguments) = (QueueBindOptions::default(), FieldTable::default());
     let bound =
         channel.queue_bind(queue.as_str().into(), source.as_str().into(), binding.key.into(), options, no_arguments);
-    match with_deadline(&format!("bind the queue {queue} to the exchange {source}"), bound).await {
+    let doing = format!("bind the queue {queue} to the exchange {source}");
+    let patience = if was_bound { BOUND_AGAIN_WITHIN } else { RPC_DEADLINE };
+    match within(patience, &doing, bound).await {
         Ok(()) => {
             let _ = with_deadline("close a channel", channel.close(200, "bound".into())).await;
             Ok(DeclareResult::Done)

@@ -51,6 +51,10 @@ struct BindingState {
     binding: Binding,
     /// The daemon's user may not bind.
     is_refused: bool,
+    /// It was made.
+    was_bound: bool,
+    /// RabbitMQ did not answer when it was to be made again.
+    is_unanswered: bool,
 }
 
 /// An exchange, a queue or the binding was missing for a time.
@@ -101,7 +105,7 @@ impl Broker {
             }
         }
         // Each time, since a binding may be lost alone, and AMQP has no request that shows whether it exists.
-        for BindingState { binding, is_refused } in bindings {
+        for BindingState { binding, is_refused, was_bound, is_unanswered } in bindings {
             *is_refused &= !fresh;
             let state_of = |entity: &DeclaredEntity| entities.iter().find(|state| state.entity == *entity);
             let (queue, source) = (state_of(&binding.queue), state_of(&binding.source));
@@ -111,8 +115,17 @@ impl Broker {
             if *is_refused || !can_bind {
                 continue;
             }
-            match topology::bind(connection, &self.exchange, binding).await {
-                Ok(DeclareResult::Done) => {}
+            let bound = topology::bind(connection, &self.exchange, binding, *was_bound).await;
+            let was_unanswered = std::mem::replace(is_unanswered, matches!(bound, Err(BrokerError::Deadline { .. })));
+            match bound {
+                Ok(DeclareResult::Done) => *was_bound = true,
+                // While a node of a cluster stands still, the others wait for it before they change their metadata. They have
+                // the binding, and take messages all the same.
+                Err(error @ BrokerError::Deadline { .. }) if *was_bound => {
+                    if !was_unanswered {
+                        info!("{error}; it was there before, and is asked for again every few seconds");
+                    }
+                }
                 // The operator who declared the queue has bound it as well.
                 Ok(DeclareResult::NotPermitted(_)) if queue.is_some_and(|queue| queue.declare_refused) => {
                     *is_refused = true;
@@ -238,7 +251,7 @@ impl TopologyState {
             entities: DeclaredEntity::all(exchange, intakes).into_iter().map(entity).collect(),
             bindings: Binding::all(intakes)
                 .into_iter()
-                .map(|binding| BindingState { binding, is_refused: false })
+                .map(|binding| BindingState { binding, is_refused: false, was_bound: false, is_unanswered: false })
                 .collect(),
             last_compared: None,
             losses: Vec::new(),
