@@ -44,7 +44,9 @@ async fn when_a_node_is_lost_the_daemon_goes_on_with_another_one() {
     }
     world.wait_until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
 
-    nodes.iter().for_each(|node| node.set(Mode::Cut));
+    for node in &nodes {
+        node.set(Mode::Cut);
+    }
     wait_until_unready(&mut daemon, "none of the nodes of RabbitMQ can be used: ").await;
     nodes[1].set(Mode::Pass);
     deliver_row(&world, &mut inbox).await;
@@ -58,12 +60,12 @@ async fn a_command_finds_a_node_that_answers() {
     let url = url_of(&world, [find_free_port(), world.ports().1]);
     // Each begins at a random node.
     for _ in 0..4 {
-        let list = world.launch().subcommand("dead").args(&["list"]).with("TIDINGS_AMQP_URL", &url);
+        let list = world.launch().subcommand("dead").args(["list"]).with("TIDINGS_AMQP_URL", &url);
         let (code, output) = list.run_to_end().await;
         assert_eq!(code, 0, "{output}");
     }
     let both_gone = url_of(&world, [find_free_port(), find_free_port()]);
-    let list = world.launch().subcommand("dead").args(&["list"]).with("TIDINGS_AMQP_URL", both_gone);
+    let list = world.launch().subcommand("dead").args(["list"]).with("TIDINGS_AMQP_URL", both_gone);
     let (code, output) = list.run_to_end().await;
     assert_eq!(code, 1, "{output}");
     assert!(output.contains("none of the nodes of RabbitMQ can be used: 127.0.0.1:"), "{output}");

@@ -199,7 +199,7 @@ impl Store {
                     failed.push((address.place, Refusal::Outdated));
                 }
                 Ok(Opened { session, timeline }) => {
-                    self.remember(address, timeline);
+                    self.remember(&address, timeline.as_ref());
                     return Ok(session);
                 }
                 Err(refusal) => failed.push((address.place, refusal)),
@@ -222,13 +222,12 @@ impl Store {
     }
 
     /// Remembers where a session was opened. If that is another server than before, older sessions are doubted.
-    fn remember(&self, address: Address, timeline: Option<Timeline>) {
-        let before = std::mem::replace(
-            &mut *self.servers.last(),
-            Last { address: Some(address.clone()), timeline: timeline.clone() },
-        );
+    fn remember(&self, address: &Address, timeline: Option<&Timeline>) {
+        let now = Last { address: Some(address.clone()), timeline: timeline.cloned() };
+        let before = std::mem::replace(&mut *self.servers.last(), now);
         let Some(last) = before.address else { return };
-        let is_other_server = last.place != address.place || (timeline.is_some() && timeline != before.timeline);
+        let is_other_server =
+            last.place != address.place || (timeline.is_some() && timeline != before.timeline.as_ref());
         if is_other_server {
             info!("PostgreSQL is used at {} from now on, no longer at {}", address.place, last.place);
             self.doubt.raise();

@@ -206,7 +206,7 @@ impl Connection {
                 Ok(answer)
             }
             Ok(Err(source)) => {
-                let code = source.as_database_error().and_then(|error| error.code());
+                let code = source.as_database_error().and_then(sqlx::error::DatabaseError::code);
                 // read_only_sql_transaction: our statements take writes for granted.
                 let (is_forbidden, is_read_only) = (code.as_deref() == Some("42501"), code.as_deref() == Some("25006"));
                 if is_broken(&source) || is_read_only {
