@@ -196,7 +196,7 @@ impl Store {
     /// # Errors
     ///
     /// When none can be opened within `patience`.
-    async fn listener(&self, patience: Duration) -> Result<(PgListener, Backend), StoreError> {
+    async fn listener(&self, patience: Duration) -> Result<(PgListener, Option<Backend>), StoreError> {
         if let Ok(Ok(listener)) = tokio::time::timeout(patience, self.try_listener()).await {
             return Ok(listener);
         }
@@ -210,7 +210,7 @@ impl Store {
         opened.map_err(|source| self.explain_connect_error(self.place(), source))
     }
 
-    async fn try_listener(&self) -> Result<(PgListener, Backend), sqlx::Error> {
+    async fn try_listener(&self) -> Result<(PgListener, Option<Backend>), sqlx::Error> {
         // A pool of one connection, which the listener keeps.
         let pool = PgPoolOptions::new().max_connections(1).connect_lazy_with(self.servers.options());
         let mut listener = PgListener::connect_with(&pool).await?;

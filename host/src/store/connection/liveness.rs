@@ -52,7 +52,8 @@ enum Doing {
 impl Store {
     /// Returns when the server is not working on the statement that `backend` was sent, so that its answer was lost; else never.
     /// Cancel-safe.
-    pub(in crate::store) async fn until_lost(&self, backend: &Backend, doing: &'static str) {
+    pub(in crate::store) async fn until_lost(&self, backend: Option<&Backend>, doing: &'static str) {
+        let Some(backend) = backend else { return std::future::pending().await };
         let mut pause = ASK_AFTER;
         loop {
             sleep(pause).await;

@@ -69,7 +69,7 @@ struct Timeline {
 
 /// A session that can be used, and where its server writes if it was asked and tells it.
 struct Opened {
-    session: (PgConnection, Backend),
+    session: (PgConnection, Option<Backend>),
     timeline: Option<Timeline>,
 }
 
@@ -174,7 +174,7 @@ impl Host {
 
 impl Store {
     /// Opens a session with the settings that our statements need, on a server that can be used.
-    pub(super) async fn log_in(&self) -> Result<(PgConnection, Backend), LoginFailure> {
+    pub(super) async fn log_in(&self) -> Result<(PgConnection, Option<Backend>), LoginFailure> {
         let addresses = self.servers.addresses().await;
         let has_choice = addresses.len() > 1;
         let (mut untried, mut attempts) = (addresses.into_iter(), FuturesUnordered::new());
@@ -267,12 +267,22 @@ async fn open(options: &PgConnectOptions, must_write: bool, has_choice: bool) ->
 }
 
 /// Asks a new session whether its server is in recovery, as standbys are, and which session it is. Uses the simple protocol,
-/// since behind a pooler that shares sessions prepared statements may fail, and `server_check.rs` says what to do about it.
-pub(in crate::store) async fn introduce(session: impl sqlx::PgExecutor<'_>) -> Result<(bool, Backend), sqlx::Error> {
+/// since behind a pooler that shares sessions prepared statements may fail, and `server_check.rs` says what to do about it. If our
+/// role may not see sessions, nobody can ask later what this one does.
+pub(in crate::store) async fn introduce<E>(session: &mut E) -> Result<(bool, Option<Backend>), sqlx::Error>
+where
+    for<'a> &'a mut E: sqlx::PgExecutor<'a>,
+{
     let query =
         "SELECT pg_is_in_recovery(), pid, backend_start::text FROM pg_stat_activity WHERE pid = pg_backend_pid()";
-    let row = sqlx::raw_sql(query).fetch_one(session).await?;
-    Ok((row.try_get(0)?, Backend { pid: row.try_get(1)?, began: row.try_get(2)? }))
+    let row = match sqlx::raw_sql(query).fetch_one(&mut *session).await {
+        Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("42501") => {
+            let row = sqlx::raw_sql("SELECT pg_is_in_recovery()").fetch_one(&mut *session).await?;
+            return Ok((row.try_get(0)?, None));
+        }
+        asked => asked?,
+    };
+    Ok((row.try_get(0)?, Some(Backend { pid: row.try_get(1)?, began: row.try_get(2)? })))
 }
 
 /// Asks a server where it writes. Some platforms do not tell.

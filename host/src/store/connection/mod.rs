@@ -123,7 +123,7 @@ impl Store {
         &self,
         deadline: tokio::time::Instant,
         for_pool: bool,
-    ) -> Result<(sqlx::PgConnection, Backend), StoreError> {
+    ) -> Result<(sqlx::PgConnection, Option<Backend>), StoreError> {
         let mut failures = 0;
         loop {
             let failure = match timeout_at(deadline, self.log_in()).await {
@@ -195,7 +195,7 @@ impl Connection {
         let ended = tokio::select! {
             biased;
             ended = timeout(STATEMENT_DEADLINE, statement(connection)) => ended,
-            () = self.store.until_lost(backend, doing) => {
+            () = self.store.until_lost(backend.as_ref(), doing) => {
                 self.store.doubt.raise();
                 return Err(StoreError::Lost { doing, place: self.store.place() });
             }

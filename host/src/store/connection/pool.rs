@@ -59,8 +59,8 @@ struct Sessions {
 #[derive(Debug)]
 pub(in crate::store) struct Session {
     pub(in crate::store) connection: PgConnection,
-    /// Which session of the server it is.
-    pub(in crate::store) backend: Backend,
+    /// Which session of the server it is; `None` = our role may not see sessions.
+    pub(in crate::store) backend: Option<Backend>,
     opened_at: Instant,
     used_at: Instant,
     /// The statements of looks and claims are prepared on it.
@@ -75,7 +75,7 @@ pub(in crate::store) struct SessionPermit {
 }
 
 impl Session {
-    pub(in crate::store) fn new((connection, backend): (PgConnection, Backend)) -> Self {
+    pub(in crate::store) fn new((connection, backend): (PgConnection, Option<Backend>)) -> Self {
         Self { connection, backend, opened_at: Instant::now(), used_at: Instant::now(), warm: false }
     }
 

@@ -23,7 +23,7 @@ const CHANNEL: &str = "tidings";
 #[derive(Debug)]
 pub(crate) struct NotificationSession {
     listener: PgListener,
-    backend: Backend,
+    backend: Option<Backend>,
     store: Store,
     /// The server on which it is.
     place: String,
@@ -166,7 +166,7 @@ impl NotificationSession {
                 Ok(done) => done.map_err(|source| StoreError::Statement { doing, source }),
                 Err(_) => Err(StoreError::Deadline { doing, after: STATEMENT_DEADLINE }),
             },
-            () = self.store.until_lost(&self.backend, doing) => Err(StoreError::Lost { doing, place: self.place.clone() }),
+            () = self.store.until_lost(self.backend.as_ref(), doing) => Err(StoreError::Lost { doing, place: self.place.clone() }),
         }
     }
 }
