@@ -363,3 +363,18 @@ async fn everything_works_with_a_publication_of_all_tables() {
     }
     wait_until_ready(&mut daemon).await;
 }
+
+#[tokio::test]
+async fn a_daemon_whose_role_may_not_see_sessions_delivers() {
+    let world = World::with_plugins(&["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    let role = format!("r{}", world.name);
+    world.sql(&format!("CREATE ROLE {role} LOGIN IN ROLE tidings_daemon")).await;
+    world.sql("REVOKE SELECT ON pg_catalog.pg_stat_activity FROM PUBLIC").await;
+    let url = database_url(world.ports().0, &world.name).replace("postgres@", &format!("{role}@"));
+    let mut daemon = world.launch().with("TIDINGS_DATABASE_URL", url).start_ready().await;
+
+    world.sql(r#"SELECT tidings.schedule('message', now(), '{"routing_key": "a", "body": 1}')"#).await;
+    inbox.next().await;
+    wait_until_ready(&mut daemon).await;
+}
