@@ -59,10 +59,13 @@ impl Store {
             sleep(pause).await;
             if self.ask(backend, false).await.is_lost() {
                 sleep(ON_ITS_WAY).await;
-                if self.ask(backend, true).await.is_lost() {
+                if self.ask(backend, false).await.is_lost() {
                     warn!(
                         "PostgreSQL answers, but not on the connection on which it was to {doing}: its packets vanish"
                     );
+                    // In a task of its own, since the end of the session may arrive as an answer.
+                    let (store, backend) = (self.clone(), backend.clone());
+                    tokio::spawn(async move { store.ask(&backend, true).await });
                     return;
                 }
             }
