@@ -12,13 +12,16 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
 use crate::model::clock::DatabaseClock;
-use crate::store::connection::run_bounded;
-use crate::store::{STATEMENT_DEADLINE, Store, StoreError};
+use crate::store::connection::Backend;
+use crate::store::{Store, StoreError};
 
 /// The right to work on the dead letters, for as long as its session lives.
 #[derive(Debug)]
 pub struct Pass {
     session: PgConnection,
+    /// Which session of the server it is, if our role may see sessions.
+    backend: Option<Backend>,
+    store: Store,
     /// Keeps the rest of this process out.
     _permit: OwnedSemaphorePermit,
 }
@@ -26,6 +29,9 @@ pub struct Pass {
 /// How long to wait for another pass of this process: as long as `lock_timeout` lets our sessions wait for one of
 /// another process.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long giving up the right may take. On a dead link it takes so long, and a daemon that stops waits for it.
+const END_DEADLINE: Duration = Duration::from_secs(2);
 
 /// The outcome of trying to begin a pass.
 #[derive(Debug)]
@@ -48,18 +54,19 @@ impl Store {
     pub async fn wait_for_dead_letters(&self, exchange: &str) -> Result<Option<Pass>, StoreError> {
         let permit = tokio::time::timeout(LOCK_TIMEOUT, Arc::clone(&self.extra_session).acquire_owned()).await;
         let Ok(Ok(permit)) = permit else { return Ok(None) };
-        let mut session = self.connect().await?;
-        let locked = run_bounded("lock the dead letters", async {
-            sqlx::query_scalar!(
-                r#"SELECT count(pg_advisory_lock(hashtextextended('tidings.dead ' || $1, 0))) AS "locked!""#,
-                exchange
-            )
-            .fetch_one(&mut session)
-            .await
-        })
-        .await;
+        let (mut session, backend) = self.connect_with_backend().await?;
+        let locked = self
+            .run_beside(backend.as_ref(), "lock the dead letters", async {
+                sqlx::query_scalar!(
+                    r#"SELECT count(pg_advisory_lock(hashtextextended('tidings.dead ' || $1, 0))) AS "locked!""#,
+                    exchange
+                )
+                .fetch_one(&mut session)
+                .await
+            })
+            .await;
         match locked {
-            Ok(_) => Ok(Some(Pass { session, _permit: permit })),
+            Ok(_) => Ok(Some(Pass { session, backend, store: self.clone(), _permit: permit })),
             // lock_not_available: the lock_timeout is over.
             Err(StoreError::Statement { source: sqlx::Error::Database(error), .. })
                 if error.code().as_deref() == Some("55P03") =>
@@ -73,17 +80,18 @@ impl Store {
     /// Gets the same right without waiting; `None` = another daemon or command has it.
     async fn try_lock_dead_letters(&self, exchange: &str) -> Result<Option<Pass>, StoreError> {
         let Ok(permit) = Arc::clone(&self.extra_session).try_acquire_owned() else { return Ok(None) };
-        let mut session = self.connect().await?;
-        let locked = run_bounded("lock the dead letters", async {
-            sqlx::query_scalar!(
-                r#"SELECT pg_try_advisory_lock(hashtextextended('tidings.dead ' || $1, 0)) AS "locked!""#,
-                exchange
-            )
-            .fetch_one(&mut session)
-            .await
-        })
-        .await?;
-        Ok(locked.then_some(Pass { session, _permit: permit }))
+        let (mut session, backend) = self.connect_with_backend().await?;
+        let locked = self
+            .run_beside(backend.as_ref(), "lock the dead letters", async {
+                sqlx::query_scalar!(
+                    r#"SELECT pg_try_advisory_lock(hashtextextended('tidings.dead ' || $1, 0)) AS "locked!""#,
+                    exchange
+                )
+                .fetch_one(&mut session)
+                .await
+            })
+            .await?;
+        Ok(locked.then_some(Pass { session, backend, store: self.clone(), _permit: permit }))
     }
 
     /// Begins a pass over the dead letters of `exchange`, unless one began within `gap`, and records when it began.
@@ -94,9 +102,10 @@ impl Store {
     /// When the database does not answer.
     pub async fn begin_pass(&self, exchange: &str, gap: Duration) -> Result<Begun<Pass>, StoreError> {
         let Some(mut pass) = self.try_lock_dead_letters(exchange).await? else { return Ok(Begun::Elsewhere) };
-        let left = run_bounded("record that a pass begins", async {
-            sqlx::query_scalar!(
-                r#"
+        let left = self
+            .run_beside(pass.backend.as_ref(), "record that a pass begins", async {
+                sqlx::query_scalar!(
+                    r#"
                 WITH last AS (
                     SELECT began_at + $2 * interval '1 second' - clock_timestamp() AS left
                     FROM tidings.passes
@@ -109,13 +118,13 @@ impl Store {
                 )
                 SELECT coalesce((SELECT extract(epoch FROM last.left)::float8 FROM last), 0) AS "left!"
                 "#,
-                exchange,
-                gap.as_secs_f64(),
-            )
-            .fetch_one(&mut pass.session)
-            .await
-        })
-        .await?;
+                    exchange,
+                    gap.as_secs_f64(),
+                )
+                .fetch_one(&mut pass.session)
+                .await
+            })
+            .await?;
         if left > 0.0 {
             pass.end().await;
             return Ok(Begun::NotYet(Duration::from_secs_f64(left)));
@@ -132,16 +141,18 @@ impl Pass {
     /// When the session is gone, and with it the right to go on.
     pub async fn clock(&mut self) -> Result<DatabaseClock, StoreError> {
         let asked_at = Instant::now();
-        let now = run_bounded("read the clock", async {
-            sqlx::query_scalar!(r#"SELECT clock_timestamp() AS "now!""#).fetch_one(&mut self.session).await
-        })
-        .await?;
+        let now = self
+            .store
+            .run_beside(self.backend.as_ref(), "read the clock", async {
+                sqlx::query_scalar!(r#"SELECT clock_timestamp() AS "now!""#).fetch_one(&mut self.session).await
+            })
+            .await?;
         Ok(DatabaseClock::new(now, asked_at))
     }
 
     /// Gives up the right.
     pub async fn end(mut self) {
-        let _ = tokio::time::timeout(STATEMENT_DEADLINE, async {
+        let _ = tokio::time::timeout(END_DEADLINE, async {
             // The server ends a session some time after we have closed the connection. Without this, the next to ask
             // for the lock could find it taken still.
             let _ = sqlx::query("SELECT pg_advisory_unlock_all()").execute(&mut self.session).await;

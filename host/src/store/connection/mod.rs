@@ -114,7 +114,26 @@ impl Store {
 
     /// Opens a session outside the pool.
     pub(super) async fn connect(&self) -> Result<sqlx::PgConnection, StoreError> {
-        self.open(tokio::time::Instant::now() + CONNECT_DEADLINE, false).await.map(|(connection, _)| connection)
+        self.connect_with_backend().await.map(|(connection, _)| connection)
+    }
+
+    /// Opens a session outside the pool, and tells which session of the server it is.
+    pub(super) async fn connect_with_backend(&self) -> Result<(sqlx::PgConnection, Option<Backend>), StoreError> {
+        self.open(tokio::time::Instant::now() + CONNECT_DEADLINE, false).await
+    }
+
+    /// As [`run_bounded`], and gives up as well when the server is not working on the statement.
+    pub(super) async fn run_beside<T>(
+        &self,
+        backend: Option<&Backend>,
+        doing: &'static str,
+        work: impl Future<Output = Result<T, sqlx::Error>>,
+    ) -> Result<T, StoreError> {
+        tokio::select! {
+            biased;
+            done = run_bounded(doing, work) => done,
+            () = self.until_lost(backend, doing) => Err(StoreError::Lost { doing, place: self.place() }),
+        }
     }
 
     /// Opens a session. While the server is full, it is asked again until `deadline`. With `for_pool` it is also asked
