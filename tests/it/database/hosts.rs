@@ -52,6 +52,9 @@ async fn of_several_servers_the_one_that_takes_writes_is_used_in_either_order() 
         daemon.wait_for_line(&format!("connected to PostgreSQL database=\"127.0.0.1:{primary}/")).await;
         let id = schedule_on(&world, primary).await;
         assert_eq!(inbox.next().await.id(), id);
+        let doctor = launch_on(&world, ports).subcommand("doctor").with("TIDINGS_HTTP_ADDR", daemon.http_addr().await);
+        let (_, report) = doctor.run_to_end().await;
+        assert!(report.contains("no commit waits for a standby"), "{report}");
         assert!(daemon.stop().await.success());
     }
 }

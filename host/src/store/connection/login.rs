@@ -49,6 +49,8 @@ struct Last {
     address: Option<Address>,
     /// Where its server writes; `None` = it was not asked, or does not say.
     timeline: Option<Timeline>,
+    /// How often another server was used than before.
+    moves: u64,
 }
 
 /// An address at which a session can be opened.
@@ -110,6 +112,12 @@ impl Servers {
         let last = self.last().address.as_ref().map(|address| address.place.clone());
         let all = || self.hosts.hosts.iter().map(|host| &*host.place).collect::<Vec<_>>().join(",");
         format!("{}/{}", last.unwrap_or_else(all), self.database())
+    }
+
+    /// How often another server was used than before: the number stays the same as long as the server does, whichever of its
+    /// addresses is used.
+    pub(in crate::store) fn moves(&self) -> u64 {
+        self.last().moves
     }
 
     fn database(&self) -> &str {
@@ -223,13 +231,19 @@ impl Store {
 
     /// Remembers where a session was opened. If that is another server than before, older sessions are doubted.
     fn remember(&self, address: &Address, timeline: Option<&Timeline>) {
-        let now = Last { address: Some(address.clone()), timeline: timeline.cloned() };
-        let before = std::mem::replace(&mut *self.servers.last(), now);
-        let Some(last) = before.address else { return };
-        let is_other_server =
-            last.place != address.place || (timeline.is_some() && timeline != before.timeline.as_ref());
+        let mut last = self.servers.last();
+        let before = last.address.replace(address.clone());
+        let timeline_before = std::mem::replace(&mut last.timeline, timeline.cloned());
+        let Some(before) = before else { return };
+        // A name may have several addresses that lead to one server, and only one server writes on a timeline.
+        let is_other_server = match (timeline, &timeline_before) {
+            (Some(now), Some(before)) if now.system.is_some() => now != before,
+            _ => before.place != address.place,
+        };
         if is_other_server {
-            info!("PostgreSQL is used at {} from now on, no longer at {}", address.place, last.place);
+            last.moves += 1;
+            drop(last);
+            info!("PostgreSQL is used at {} from now on, no longer at {}", address.place, before.place);
             self.doubt.raise();
         }
     }

@@ -27,6 +27,8 @@ pub(crate) struct NotificationSession {
     store: Store,
     /// The server on which it is.
     place: String,
+    /// How often the server had moved when the session was opened.
+    moves: u64,
     /// Tells when another connection breaks.
     doubts: watch::Receiver<u64>,
     sweeps: mpsc::Receiver<SweepRequest>,
@@ -65,8 +67,9 @@ impl Store {
         let (listener, backend) = self.listener(CONNECT_DEADLINE).await?;
         let (sender, sweeps) = mpsc::channel(1);
         self.sweep_requests.set(Some(sender));
-        let (place, doubts, store) = (self.place(), self.doubt.subscribe(), self.clone());
-        Ok(NotificationSession { listener, backend, store, place, doubts, sweeps })
+        let (place, moves) = (self.place(), self.servers.moves());
+        let (doubts, store) = (self.doubt.subscribe(), self.clone());
+        Ok(NotificationSession { listener, backend, store, place, moves, doubts, sweeps })
     }
 
     /// Sweeps on the session for notifications; `None` = there is none, or it broke.
@@ -126,8 +129,10 @@ impl NotificationSession {
     pub(crate) async fn test(&mut self) -> Result<(), StoreError> {
         let doing = "test the connection for notifications";
         self.run(doing, async |listener| sqlx::query("SELECT 1").execute(listener).await.map(drop)).await?;
-        let place = self.store.place();
-        if place == self.place { Ok(()) } else { Err(StoreError::Moved { from: self.place.clone(), to: place }) }
+        if self.store.servers.moves() == self.moves {
+            return Ok(());
+        }
+        Err(StoreError::Moved { from: self.place.clone(), to: self.store.place() })
     }
 
     /// Sweeps, and answers who asked for it.
