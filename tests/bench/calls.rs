@@ -106,5 +106,7 @@ fn row(kind: &str, payload: &str) -> Schedule {
         untried_since: None,
         recurrence: None,
         nominal_at: None,
+        line: None,
+        priority: 4,
     }
 }

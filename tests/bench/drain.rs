@@ -1,9 +1,6 @@
 //! Measures how fast rows are delivered that are all due at once: by one daemon, by two, by a daemon that is killed in
 //! the middle and restarted, and while an open transaction keeps PostgreSQL from removing dead rows.
 
-use std::time::Duration;
-
-use futures_util::future::join;
 use harness::world::{World, database_url};
 use nix::sys::signal::Signal;
 use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection};
@@ -15,15 +12,12 @@ use crate::probe::{ServerPids, cpu_seconds, thread_cpu_seconds};
 use crate::raw;
 use crate::report::Figure;
 use crate::rounds::median;
+use crate::statements::{count_statements, windows_of_looks};
 
 /// The number of rows in a drain.
 const ROWS: u32 = 100_000;
 /// The number of rows that are delivered while a reader's transaction is open.
 const UNDER_READER: u32 = 500_000;
-/// Looks are counted in windows of `LOOKS` looks, `APART` from each other.
-const WINDOWS: usize = 7;
-const LOOKS: u32 = 30;
-const APART: Duration = Duration::from_millis(30);
 
 /// Delivers due rows through a plugin to a quorum queue.
 pub(crate) async fn drain(bench: &Bench) -> Vec<Figure> {
@@ -140,13 +134,7 @@ pub(crate) async fn recovery(bench: &Bench) -> Vec<Figure> {
 pub(crate) async fn with_reader(bench: &Bench) -> Vec<Figure> {
     let (stage, rows) = (Stage::with_plugins(&["message"]).await, bench.rows(UNDER_READER));
     let url = database_url(stage.world.ports().0, &stage.world.name);
-    let database = &stage.world.name;
-    for sql in [
-        "CREATE EXTENSION pg_stat_statements".to_owned(),
-        format!("ALTER DATABASE {database} SET pg_stat_statements.track = 'top'"),
-    ] {
-        stage.world.sql(&sql).await;
-    }
+    count_statements(&stage.world).await;
     let (mut clean, mut held, mut clean_pages, mut held_pages, mut unbounded) =
         (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for _ in 0..bench.rounds() {
@@ -177,39 +165,7 @@ pub(crate) async fn with_reader(bench: &Bench) -> Vec<Figure> {
 
 /// The number of pages of tables and indexes that one look reads when no row is due.
 async fn count_pages_of_look(world: &World) -> f64 {
-    // The daemon needs a moment to see that no row is due any more.
-    tokio::time::sleep(Duration::from_secs(2)).await;
-    let mut windows = Vec::new();
-    for _ in 0..WINDOWS {
-        world.sql("SELECT pg_stat_statements_reset()").await;
-        for _ in 0..LOOKS {
-            world.sql("NOTIFY tidings").await;
-            tokio::time::sleep(APART).await;
-        }
-        windows.push(count_pages_by_statistics(world).await);
-    }
-    // One or two windows contain a sweep, which reads the index from its beginning; the median ignores them.
-    median(windows)
-}
-
-/// The number of pages for each look since the statistics were reset.
-async fn count_pages_by_statistics(world: &World) -> f64 {
-    let looks = "FROM pg_stat_statements
-                 WHERE dbid = (SELECT oid FROM pg_database WHERE datname = current_database())
-                     AND query LIKE '%tidings.schedules%' AND query LIKE '%slot_at%'
-                 ORDER BY calls DESC LIMIT 1";
-    let (calls, pages) = join(
-        world.value::<Option<i64>>(&format!("SELECT (SELECT calls {looks})")),
-        world.value::<Option<f64>>(&format!(
-            "SELECT (SELECT (shared_blks_hit + shared_blks_read) / calls::float8 {looks})"
-        )),
-    )
-    .await;
-    assert!(
-        calls.is_some_and(|calls| calls >= i64::from(LOOKS / 2)),
-        "the daemon did not look often enough: {calls:?} times"
-    );
-    pages.expect("it was called")
+    median(windows_of_looks(world).await.iter().map(|cost| cost.pages))
 }
 
 /// The number of pages that a statement reads.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use time::OffsetDateTime;
 
-use crate::load::{Stage, insert_due_rows_sql, per_second, schedule_now_sql};
+use crate::load::{Stage, insert_due_rows_sql, insert_reminders_sql, insert_trickle_sql, per_second, schedule_now_sql};
 use crate::raw::{self, Receiver, millis, now_us};
 use crate::report::{Figure, Times};
 use crate::{Bench, MILLION};
@@ -19,7 +19,9 @@ const LEAD: &str = "interval '6 s'";
 /// The number of rows in a spike.
 const SPIKE: u32 = 50_000;
 /// How many rows of other kinds fall due in a second during the spike.
-const TRICKLE: u32 = 100;
+pub(crate) const TRICKLE: u32 = 100;
+/// How many rows of another kind are due in the same millisecond as the spike, and were written after it.
+const SAME_MOMENT: u32 = 100;
 /// How many single rows are written in a second: so few that the daemon is idle between two of them.
 const SINGLES: u32 = 40;
 const SECONDS_OF_SINGLES: u32 = 8;
@@ -92,7 +94,7 @@ pub(crate) async fn spike(bench: &Bench) -> Vec<Figure> {
     let stage = bench.take_pending_stage(MILLION).await;
     let daemon = stage.start_daemon().await;
     let rows = bench.rows(SPIKE);
-    let (mut rates, mut drains, mut trickles) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut rates, mut drains, mut trickles, mut same) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for _ in 0..bench.rounds() {
         let drain = stage.drain(rows).await;
         stage.tidy().await;
@@ -103,15 +105,18 @@ pub(crate) async fn spike(bench: &Bench) -> Vec<Figure> {
         let trickle = TRICKLE * 5 + expected_seconds(rows, drain) * TRICKLE;
         stage.world.sql(&insert_due_rows_sql(&format!("'{due}'::timestamptz"), rows)).await;
         stage.world.sql(&insert_trickle_sql(due, trickle)).await;
+        let same_moment = format!("'{due}'::timestamptz");
+        stage.world.sql(&insert_reminders_sql(&same_moment, SAME_MOMENT)).await;
         assert!(stage.world.now().await < due - Duration::from_secs(2), "it took too long to write the rows");
-        stage.wait_until_queued(rows + trickle).await;
-        stage.wait_until_finished(rows + trickle).await;
+        stage.wait_until_queued(rows + trickle + SAME_MOMENT).await;
+        stage.wait_until_finished(rows + trickle + SAME_MOMENT).await;
         let ended: OffsetDateTime =
             stage.world.value("SELECT max(finished_at) FROM tidings.deliveries WHERE kind = 'message'").await;
         drains.push(drain);
         rates.push(per_second(rows, ended - due));
-        let beside = format!("kind <> 'message' AND due_at BETWEEN '{due}' AND '{ended}'");
+        let beside = format!("kind <> 'message' AND due_at > '{due}' AND due_at <= '{ended}'");
         trickles.push(stage.lateness(&beside).await);
+        same.push(stage.lateness(&format!("kind <> 'message' AND due_at = '{due}'")).await);
         stage.tidy().await;
     }
     assert!(daemon.stop().await.success());
@@ -122,6 +127,12 @@ pub(crate) async fn spike(bench: &Bench) -> Vec<Figure> {
             .at_least_share(0.9),
         Figure::new("other kinds meanwhile, p50", "ms", trickles.iter().map(|times| times.percentile(50))),
         Figure::new("other kinds meanwhile, p99", "ms", trickles.iter().map(|times| times.percentile(99))).under(250.0),
+        Figure::new(
+            format!("{SAME_MOMENT} rows of another kind in the same millisecond, the last"),
+            "ms",
+            same.iter().map(|times| times.percentile(100)),
+        )
+        .under(250.0),
     ]
 }
 
@@ -129,22 +140,6 @@ pub(crate) async fn spike(bench: &Bench) -> Vec<Figure> {
 fn expected_seconds(rows: u32, rate: f64) -> u32 {
     let whole = (1..600).find(|seconds| f64::from(*seconds) * rate >= f64::from(rows));
     whole.expect("it takes less than ten minutes")
-}
-
-/// The statement that writes rows of two other kinds, 100 a second, from two seconds before `around` on.
-fn insert_trickle_sql(around: OffsetDateTime, rows: u32) -> String {
-    const GAME: &str = r#""game_id":"6f0f5e2e-6a2b-4b0e-9d0b-3a4f0a6b1c2d""#;
-    format!(
-        r#"INSERT INTO tidings.schedules (kind, due_at, payload)
-           SELECT CASE n % 2 WHEN 0 THEN 'game-status' ELSE 'game-reminder' END,
-                  '{around}'::timestamptz - interval '2 s' + n * interval '{} ms',
-                  CASE n % 2
-                      WHEN 0 THEN '{{{GAME},"target_status":"OPEN","transition_time":"2030-01-01T00:00:00Z"}}'::jsonb
-                      ELSE '{{{GAME},"title":"chess","starts_at":"2030-01-01T00:00:00Z","reminder_minutes":15}}'::jsonb
-                  END
-           FROM generate_series(1, {rows}) AS n"#,
-        1000 / TRICKLE
-    )
 }
 
 /// Single rows that are due when they are written.

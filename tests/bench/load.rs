@@ -12,6 +12,7 @@ use lapin::{Channel, ExchangeKind};
 use sqlx::{AssertSqlSafe, Row as _};
 use time::OffsetDateTime;
 
+use crate::lateness::TRICKLE;
 use crate::report::Times;
 
 /// The size of every message's body.
@@ -22,6 +23,8 @@ pub(crate) const QUEUE: &str = "measured";
 const STEP_TIMEOUT: Duration = Duration::from_mins(15);
 /// The number of rows after which connections, plans and code are warm.
 pub(crate) const WARM: u32 = 2_000;
+/// A part of the payload of games.
+const GAME: &str = r#""game_id":"6f0f5e2e-6a2b-4b0e-9d0b-3a4f0a6b1c2d""#;
 /// How many pending rows one statement writes.
 const CHUNK: u32 = 1_000_000;
 
@@ -106,7 +109,8 @@ impl Stage {
         self.write(insert_due_rows_sql("now()", rows)).await
     }
 
-    async fn write(&self, insert: String) -> OffsetDateTime {
+    /// Runs a statement in a transaction of its own, and returns the database's time right before the commit.
+    pub(crate) async fn write(&self, insert: String) -> OffsetDateTime {
         let mut transaction = self.world.db.begin().await.expect("a transaction");
         sqlx::query(AssertSqlSafe(insert)).execute(&mut *transaction).await.expect("inserted");
         let now = sqlx::query("SELECT clock_timestamp()").fetch_one(&mut *transaction).await.expect("the time").get(0);
@@ -183,6 +187,30 @@ pub(crate) fn insert_due_rows_sql(due: &str, rows: u32) -> String {
         "INSERT INTO tidings.schedules (kind, due_at, payload)
          SELECT 'message', {due}, '{}' FROM generate_series(1, {rows}) AS n",
         payload()
+    )
+}
+
+/// The statement that writes rows of two other kinds, 100 a second, from two seconds before `around` on.
+pub(crate) fn insert_trickle_sql(around: OffsetDateTime, rows: u32) -> String {
+    format!(
+        r#"INSERT INTO tidings.schedules (kind, due_at, payload)
+           SELECT CASE n % 2 WHEN 0 THEN 'game-status' ELSE 'game-reminder' END,
+                  '{around}'::timestamptz - interval '2 s' + n * interval '{} ms',
+                  CASE n % 2
+                      WHEN 0 THEN '{{{GAME},"target_status":"OPEN","transition_time":"2030-01-01T00:00:00Z"}}'::jsonb
+                      ELSE '{{{GAME},"title":"chess","starts_at":"2030-01-01T00:00:00Z","reminder_minutes":15}}'::jsonb
+                  END
+           FROM generate_series(1, {rows}) AS n"#,
+        1000 / TRICKLE
+    )
+}
+
+/// The statement that writes so many rows of the kind `game-reminder`, all due at the same time, an SQL expression.
+pub(crate) fn insert_reminders_sql(due_at: &str, rows: u32) -> String {
+    format!(
+        r#"INSERT INTO tidings.schedules (kind, due_at, payload)
+           SELECT 'game-reminder', {due_at}, '{{{GAME},"title":"chess","starts_at":"2030-01-01T00:00:00Z","reminder_minutes":15}}'
+           FROM generate_series(1, {rows})"#
     )
 }
 

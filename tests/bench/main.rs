@@ -6,8 +6,11 @@ mod calls;
 mod compare;
 mod drain;
 mod enqueue;
+mod failover;
+mod grow;
 mod intake;
 mod lateness;
+mod limits;
 mod load;
 mod plugins;
 mod probe;
@@ -20,6 +23,7 @@ mod rounds;
 mod scenarios;
 mod settings;
 mod sizes;
+mod statements;
 mod trouble;
 
 use std::any::Any;
@@ -74,7 +78,8 @@ struct Arguments {
     /// turns
     #[arg(long, value_name = "BASE")]
     compare: Option<String>,
-    /// Also measure with ten million pending rows and with ten million dead ones; takes half an hour more
+    /// Also measure with ten million pending rows, with ten million dead ones, and what more daemons and partitions do; takes an
+    /// hour and a half more
     #[arg(long)]
     big: bool,
     /// For how many minutes memory is watched
@@ -109,6 +114,11 @@ impl Bench {
     /// `seconds` multiplied by the scale, and at least 2.
     pub(crate) fn seconds(&self, seconds: u32) -> u32 {
         scaled(seconds, self.arguments.scale).max(2)
+    }
+
+    /// `times` multiplied by the scale, and at least 2.
+    pub(crate) fn times(&self, times: u32) -> u32 {
+        scaled(times, self.arguments.scale).max(2)
     }
 
     /// Whether `--big` was given.

@@ -32,6 +32,8 @@ enum Target {
     AtLeast(f64),
     /// At least this share of the figure beside it.
     Share(f64),
+    /// At most this multiple of the figure beside it.
+    Multiple(f64),
 }
 
 impl Figure {
@@ -70,6 +72,12 @@ impl Figure {
         self
     }
 
+    /// Sets the target to at most this multiple of the figure beside it.
+    pub(crate) fn at_most_share(mut self, multiple: f64) -> Self {
+        self.target = Some(Target::Multiple(multiple));
+        self
+    }
+
     /// The label of the figure with which this one is compared.
     pub(crate) fn beside_label(&self) -> Option<&str> {
         self.beside.as_ref().map(|beside| &*beside.label)
@@ -98,6 +106,7 @@ impl Figure {
             Target::AtLeast(least) => self.value() >= least,
             Target::Under(limit) => self.value() < limit,
             Target::Share(share) => self.share().is_some_and(|reached| reached >= share),
+            Target::Multiple(multiple) => self.share().is_some_and(|reached| reached <= multiple),
         })
     }
 
@@ -112,6 +121,7 @@ impl Figure {
             Some(Target::AtLeast(least)) => format!("at least {}", number(least)),
             Some(Target::Under(limit)) => format!("under {}", number(limit)),
             Some(Target::Share(share)) => format!("at least {}", percent(share)),
+            Some(Target::Multiple(multiple)) => format!("at most {}", percent(multiple)),
         };
         let reached = match self.reached() {
             None => "",
@@ -134,6 +144,7 @@ impl Figure {
             Target::AtLeast(least) => json!({ "at_least": least }),
             Target::Under(limit) => json!({ "under": limit }),
             Target::Share(share) => json!({ "at_least_share": share }),
+            Target::Multiple(multiple) => json!({ "at_most_share": multiple }),
         });
         let beside = self.beside.as_ref().map(|beside| {
             let value = median(beside.rounds.iter().copied());

@@ -5,7 +5,8 @@ use futures_util::future::LocalBoxFuture;
 
 use crate::report::Figure;
 use crate::{
-    Bench, calls, drain, enqueue, intake, lateness, plugins, recurrences, replay, resources, settings, sizes, trouble,
+    Bench, calls, drain, enqueue, failover, grow, intake, lateness, limits, plugins, recurrences, replay, resources,
+    settings, sizes, trouble,
 };
 
 /// A scenario, which measures one or more figures.
@@ -28,7 +29,7 @@ pub(crate) enum Part {
 }
 
 /// The scenarios, in the order in which they run: those that share the pending rows need more and more of them.
-pub(crate) const SCENARIOS: [Scenario; 27] = [
+pub(crate) const SCENARIOS: [Scenario; 30] = [
     Scenario {
         name: "drain",
         description: "100,000 rows already due, through a wasm plugin, to a quorum queue",
@@ -82,6 +83,12 @@ pub(crate) const SCENARIOS: [Scenario; 27] = [
         description: "50,000 rows due in the same millisecond, a million pending, other kinds trickling",
         part: Part::Targets,
         run: |bench| lateness::spike(bench).boxed_local(),
+    },
+    Scenario {
+        name: "limits",
+        description: "20,000 rows at 500 a second, 200 subjects with limits of their own, and other kinds beside a million limited rows",
+        part: Part::Targets,
+        run: |bench| limits::limits(bench).boxed_local(),
     },
     Scenario {
         name: "recurrences",
@@ -142,6 +149,18 @@ pub(crate) const SCENARIOS: [Scenario; 27] = [
         description: "rows of two kinds beside a daemon that is frozen, thawed and killed, and leaves rows that nobody serves",
         part: Part::Targets,
         run: |bench| trouble::freeze(bench).boxed_local(),
+    },
+    Scenario {
+        name: "failover",
+        description: "20 failovers of PostgreSQL to a standby, and 20 of RabbitMQ to other nodes, while rows fall due",
+        part: Part::Targets,
+        run: |bench| failover::failover(bench).boxed_local(),
+    },
+    Scenario {
+        name: "grow",
+        description: "drains by one to eight daemons, with one to sixteen partitions and ten million pending",
+        part: Part::Big,
+        run: |bench| grow::grow(bench).boxed_local(),
     },
     Scenario {
         name: "wasm",

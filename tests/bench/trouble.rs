@@ -10,6 +10,7 @@ use sqlx::{Connection as _, Executor as _, PgConnection};
 
 use crate::load::Stage;
 use crate::report::{Figure, Times};
+use crate::statements::count_statements;
 use crate::{Bench, MILLION};
 
 /// For how many seconds rows fall due for each million dead rows, so that more than one sweep happens.
@@ -43,10 +44,8 @@ pub(crate) async fn held_xmin(bench: &Bench) -> Vec<Figure> {
 
 async fn over_dead_rows(bench: &Bench, dead: u32, name: &str) -> Vec<Figure> {
     let stage = Stage::with_plugins(&["message"]).await;
-    let database = &stage.world.name;
-    stage.world.sql("CREATE EXTENSION pg_stat_statements").await;
-    stage.world.sql(&format!("ALTER DATABASE {database} SET pg_stat_statements.track = 'top'")).await;
-    let url = database_url(stage.world.ports().0, database);
+    count_statements(&stage.world).await;
+    let url = database_url(stage.world.ports().0, &stage.world.name);
     let mut reader = PgConnection::connect(&url).await.expect("a connection");
     reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ").await.expect("begun");
     reader.execute("SELECT count(*) FROM tidings.passes").await.expect("a snapshot");

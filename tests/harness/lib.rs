@@ -13,6 +13,7 @@ pub mod pg_proxy;
 pub mod pooler;
 pub mod proxy;
 pub mod raw;
+pub mod windows;
 pub mod world;
 
 pub use testkit::{

@@ -79,8 +79,12 @@ fn create_template(servers: &Servers, daemon: &Path) {
     let create = || async {
         execute(servers.postgres_port, &format!("DROP DATABASE IF EXISTS {TEMPLATE}")).await;
         execute(servers.postgres_port, &format!("CREATE DATABASE {TEMPLATE}")).await;
-        let launch =
+        let mut launch =
             Launch::new(daemon, "migrate").with("TIDINGS_DATABASE_URL", database_url(servers.postgres_port, TEMPLATE));
+        // For a run of all tests on a table of partitions.
+        if let Ok(partitions) = std::env::var("HARNESS_PARTITIONS") {
+            launch = launch.args(["--partitions", &partitions]);
+        }
         let (code, output) = launch.run_to_end().await;
         assert_eq!(code, 0, "{output}");
     };

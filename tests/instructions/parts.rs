@@ -69,7 +69,7 @@ fn write_messages(repetitions: u64) {
 fn run_core(repetitions: u64) {
     let environment = Environment { broker_open: true, connections: 4, doubt: 0, knows_kinds: true };
     let epoch = OffsetDateTime::UNIX_EPOCH;
-    let mut core = Core::new(Duration::from_secs(5));
+    let mut core = Core::new(Duration::from_secs(5), None);
     let mut now = Duration::ZERO;
     for number in 0..repetitions {
         now += Duration::from_millis(10);
@@ -84,7 +84,7 @@ fn run_core(repetitions: u64) {
                 Action::Sweep => CoreEvent::Swept(Some((now, look(epoch + now, rows > 0, xid)))),
                 Action::Look => CoreEvent::Looked(now, look(epoch + now, rows > 0, xid)),
                 Action::Claim(request) => {
-                    let batch = (rows > 0).then_some(Batch { xid, large: false });
+                    let batch = (rows > 0).then_some(Batch { xid, large: false, rows });
                     rows = 0;
                     let outlook = Outlook { due: false, next_in: None };
                     let range = request.range;
@@ -120,7 +120,9 @@ fn look(at: OffsetDateTime, due: bool, next_xid: i64) -> Look {
         oldest_xid: next_xid,
         outlook: Outlook { due, next_in: None },
         held_for_us: Vec::new(),
-        paused_first: false,
+        not_claimable_first: false,
+        turn_in: None,
+        has_limits: false,
         promise: Promise { until: OffsetDateTime::UNIX_EPOCH, next_xid },
         below: None,
     }
@@ -160,5 +162,7 @@ fn row() -> Schedule {
         untried_since: None,
         recurrence: None,
         nominal_at: None,
+        line: None,
+        priority: 4,
     }
 }

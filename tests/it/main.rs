@@ -5,6 +5,7 @@ mod database;
 mod dead_letters;
 mod documentation;
 mod intake;
+mod limits;
 mod nothing_lost;
 mod on_time;
 mod operations;

@@ -14,8 +14,9 @@ use lapin::options::{
     QueueDeclareOptions,
 };
 use lapin::types::{AMQPValue, FieldTable};
-use lapin::{Connection, ConnectionProperties, ExchangeKind};
+use lapin::{Connection, ExchangeKind};
 
+use crate::addresses::Nodes;
 use crate::ledger::Arrival;
 use crate::random::Random;
 
@@ -30,31 +31,46 @@ pub(crate) async fn consume(url: &str, seed: u64, number: u64, dir: &Path) -> an
     let file = dir.join(format!("{number}"));
     let mut file = OpenOptions::new().create(true).append(true).open(&file).context("the file of arrivals")?;
     let mut pace = tokio::time::interval(Duration::from_millis(200));
+    let nodes = Nodes::of(url, number);
     loop {
         pace.tick().await;
-        if let Err(error) = run_session(url, &mut random, &mut file).await {
+        if let Err(error) = run_session(&nodes, &mut random, &mut file).await {
             eprintln!("consumer {number}: {error:#}");
         }
     }
 }
 
 /// Declares the exchange, the queue and the binding that the consumers need.
-pub(crate) async fn declare(connection: &Connection) -> lapin::Result<()> {
+///
+/// In a cluster the queue is a quorum queue that keeps a rejected message until the queue of dead letters has confirmed it.
+/// By default RabbitMQ would not wait for that, and lose messages that are rejected while that queue has no leader, so that
+/// nobody could tell whether the daemon loses dead letters.
+pub(crate) async fn declare(connection: &Connection, is_cluster: bool) -> lapin::Result<()> {
     let channel = connection.create_channel().await?;
     let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
     channel.exchange_declare("tidings".into(), ExchangeKind::Topic, durable, FieldTable::default()).await?;
     let mut arguments = FieldTable::default();
     arguments.insert("x-dead-letter-exchange".into(), AMQPValue::LongString("tidings.dlx".into()));
+    if is_cluster {
+        for (name, value) in [
+            ("x-queue-type", "quorum"),
+            ("x-dead-letter-strategy", "at-least-once"),
+            // Without it RabbitMQ ignores the strategy. The queue has no limit, so nothing is refused.
+            ("x-overflow", "reject-publish"),
+        ] {
+            arguments.insert(name.into(), AMQPValue::LongString(value.into()));
+        }
+    }
     channel.queue_declare(QUEUE.into(), QueueDeclareOptions::durable(), arguments).await?;
     let (options, none) = (QueueBindOptions::default(), FieldTable::default());
     channel.queue_bind(QUEUE.into(), "tidings".into(), ROUTING_KEY.into(), options, none).await?;
     channel.close(200, "declared".into()).await
 }
 
-async fn run_session(url: &str, random: &mut Random, file: &mut File) -> anyhow::Result<()> {
-    let connecting = Connection::connect(url, ConnectionProperties::default());
-    let connection = tokio::time::timeout(Duration::from_secs(10), connecting).await.context("connecting")??;
-    tokio::time::timeout(Duration::from_secs(10), declare(&connection)).await.context("declaring")??;
+async fn run_session(nodes: &Nodes, random: &mut Random, file: &mut File) -> anyhow::Result<()> {
+    let connection = tokio::time::timeout(Duration::from_secs(10), nodes.connect()).await.context("connecting")??;
+    let declared = declare(&connection, nodes.are_several());
+    tokio::time::timeout(Duration::from_secs(10), declared).await.context("declaring")??;
     let channel = connection.create_channel().await?;
     channel.basic_qos(200, BasicQosOptions::default()).await?;
     let (options, none) = (BasicConsumeOptions::default(), FieldTable::default());

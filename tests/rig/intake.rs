@@ -11,11 +11,12 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::{AMQPValue, FieldTable};
-use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties};
+use lapin::{BasicProperties, Channel, Confirmation};
 use sqlx::Executor as _;
 use sqlx::postgres::PgPool;
 use uuid::Uuid;
 
+use crate::addresses::Nodes;
 use crate::consumer::ROUTING_KEY;
 use crate::nemesis::now_ms;
 use crate::random::Random;
@@ -50,7 +51,7 @@ pub(crate) async fn publish(url: &str, seed: u64, seconds: u64, rate: u64, file:
     let mut random = Random::new(seed ^ 0x6963);
     let mut file = OpenOptions::new().create(true).append(true).open(file).context("the file of confirmed messages")?;
     let begun = Instant::now();
-    let (mut channel, mut published) = (None, 0_u64);
+    let (nodes, mut channel, mut published) = (Nodes::of(url, seed), None, 0_u64);
     let mut pace = tokio::time::interval(Duration::from_millis(20));
     while begun.elapsed() < Duration::from_secs(seconds) {
         pace.tick().await;
@@ -62,7 +63,7 @@ pub(crate) async fn publish(url: &str, seed: u64, seconds: u64, rate: u64, file:
         }
         let batch = tokio::time::timeout(
             Duration::from_secs(10),
-            publish_batch(&mut channel, url, &mut random, count, &mut file),
+            publish_batch(&mut channel, &nodes, &mut random, count, &mut file),
         );
         if !matches!(batch.await, Ok(Ok(()))) {
             channel = None;
@@ -74,14 +75,13 @@ pub(crate) async fn publish(url: &str, seed: u64, seconds: u64, rate: u64, file:
 /// Publishes so many messages, and writes the ids of those that are confirmed.
 async fn publish_batch(
     channel: &mut Option<Channel>,
-    url: &str,
+    nodes: &Nodes,
     random: &mut Random,
     count: u64,
     file: &mut File,
 ) -> anyhow::Result<()> {
     if channel.is_none() {
-        let connection = Connection::connect(url, ConnectionProperties::default()).await?;
-        let opened = connection.create_channel().await?;
+        let opened = nodes.connect().await?.create_channel().await?;
         opened.confirm_select(ConfirmSelectOptions::default()).await?;
         *channel = Some(opened);
     }

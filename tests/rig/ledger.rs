@@ -97,6 +97,9 @@ pub(crate) struct Verdict {
     pub(crate) never_committed: Vec<Uuid>,
     /// Rows that were cancelled and arrived, although there was no fault between their due time and the cancellation.
     pub(crate) cancelled_and_seen: Vec<Uuid>,
+    /// Rows without a deadline that has passed, which the consumers have only rejected. A lone RabbitMQ may lose a dead letter,
+    /// so that this is a broken promise only in a cluster.
+    pub(crate) only_rejected: Vec<Uuid>,
     /// The number of second copies of messages, by the fault that explains them.
     pub(crate) duplicates: BTreeMap<&'static str, usize>,
     pub(crate) unexplained_duplicates: Vec<Uuid>,
@@ -166,6 +169,10 @@ pub(crate) async fn judge(
             row.cancelled_ms.is_some() || row.expired || row.expires_ms.is_some_and(|expires_ms| expires_ms <= now_ms);
         if seen.is_empty() && !may_be_gone {
             verdict.lost.push(row.id);
+        }
+        let is_rejected = !seen.is_empty() && !seen.iter().any(|arrival| arrival.handled);
+        if is_rejected && row.expires_ms.is_none_or(|expires_ms| expires_ms > now_ms) {
+            verdict.only_rejected.push(row.id);
         }
         if let Some(cancelled_ms) = row.cancelled_ms.filter(|_| !seen.is_empty())
             && find_duplicating_fault(faults, row.due_ms, cancelled_ms).is_none()

@@ -1,8 +1,11 @@
 //! `cargo rig` runs producers, daemons and consumers as separate processes, while a nemesis injects faults into them,
 //! the servers and the connections. At the end every committed row must have arrived, been cancelled or expired. Usage:
 //! `cargo rig -- --seconds 1800`. `--seed` repeats the faults of a run, `--daemons` and `--rate` (rows a second) set
-//! its size, and `--only killed` uses only faults with that word in their names.
+//! its size, `--limit` lets at most so many rows a second go, and `--only killed` uses only faults with that word in their names. With `--cluster`, PostgreSQL has two standbys
+//! and RabbitMQ three nodes: primaries are replaced and nodes go away, while all other faults go on.
 
+mod addresses;
+mod cluster;
 mod consumer;
 mod intake;
 mod ledger;
@@ -10,8 +13,8 @@ mod nemesis;
 mod producer;
 mod random;
 mod recurrences;
+mod report;
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::Arc;
@@ -23,19 +26,24 @@ use harness::servers::Servers;
 use harness::world::{World, amqp_url, database_url};
 use lapin::options::QueueDeclareOptions;
 use lapin::types::FieldTable;
-use lapin::{Connection, ConnectionProperties};
-use sqlx::Executor as _;
+use sqlx::{AssertSqlSafe, Executor as _};
 
-use ledger::Verdict;
+use addresses::{Nodes, with_ports};
+use cluster::Cluster;
 use nemesis::{Nemesis, Victim};
 use random::Random;
+use report::{report, report_confirmed, report_instants, report_intake, report_limit};
 
 /// How long the delivery of all remaining rows may take after the last fault.
 const DRAIN: Duration = Duration::from_mins(5);
+/// The same in a cluster, where RabbitMQ may send a dead letter a second time before it arrives.
+const CLUSTER_DRAIN: Duration = Duration::from_mins(8);
 
 /// The parameters of a run.
 #[derive(Clone)]
 struct Plan {
+    /// PostgreSQL has standbys, and RabbitMQ several nodes.
+    cluster: bool,
     seed: u64,
     seconds: u64,
     daemons: u64,
@@ -43,6 +51,8 @@ struct Plan {
     consumers: u64,
     /// Rows a second, of all producers together.
     rate: u64,
+    /// How many rows a second may go; 0 = no limit.
+    limit: u32,
     /// Use only faults whose names contain this text.
     only: String,
 }
@@ -72,8 +82,9 @@ async fn main() -> ExitCode {
 async fn run(arguments: &[String]) -> anyhow::Result<()> {
     let texts: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match texts.as_slice() {
-        ["produce", url, seed, number, seconds, rate] => {
-            producer::produce(url, seed.parse()?, number.parse()?, seconds.parse()?, rate.parse()?).await
+        ["produce", url, seed, number, seconds, rate, file] => {
+            let pace = (seconds.parse()?, rate.parse()?);
+            producer::produce(url, seed.parse()?, number.parse()?, pace, Path::new(file)).await
         }
         ["consume", url, seed, number, dir] => {
             consumer::consume(url, seed.parse()?, number.parse()?, Path::new(dir)).await
@@ -87,8 +98,11 @@ async fn run(arguments: &[String]) -> anyhow::Result<()> {
 
 fn parse_plan(settings: &[&str]) -> anyhow::Result<Plan> {
     let seed = u64::try_from(nemesis::now_ms())?;
-    let mut plan = Plan { seed, seconds: 60, daemons: 2, producers: 2, consumers: 2, rate: 400, only: String::new() };
-    for setting in settings.chunks(2) {
+    let (seconds, daemons, producers, consumers, rate) = (60, 2, 2, 2, 400);
+    let cluster = settings.contains(&"--cluster");
+    let mut plan = Plan { cluster, seed, seconds, daemons, producers, consumers, rate, limit: 0, only: String::new() };
+    let others: Vec<&str> = settings.iter().copied().filter(|setting| *setting != "--cluster").collect();
+    for setting in others.chunks(2) {
         let [name, value] = setting else { bail!("{} has no value", setting[0]) };
         if *name == "--only" {
             (*value).clone_into(&mut plan.only);
@@ -100,7 +114,12 @@ fn parse_plan(settings: &[&str]) -> anyhow::Result<Plan> {
             "--seconds" => plan.seconds = value,
             "--daemons" => plan.daemons = value,
             "--rate" => plan.rate = value,
-            other => bail!("unknown argument {other}; there are --seed, --seconds, --daemons, --rate and --only"),
+            "--limit" => plan.limit = u32::try_from(value)?,
+            other => {
+                bail!(
+                    "unknown argument {other}; there are --cluster, --seed, --seconds, --daemons, --rate, --limit and --only"
+                )
+            }
         }
     }
     Ok(plan)
@@ -108,11 +127,17 @@ fn parse_plan(settings: &[&str]) -> anyhow::Result<Plan> {
 
 async fn run_rig(plan: &Plan) -> anyhow::Result<()> {
     println!("seed {}, {} s, {} daemons, {} rows/s", plan.seed, plan.seconds, plan.daemons, plan.rate);
-    let servers = tokio::task::spawn_blocking(Servers::start_private).await??;
+    let start = if plan.cluster { cluster::start_servers } else { Servers::start_private };
+    let servers = tokio::task::spawn_blocking(start).await??;
     let world = World::on_servers(&servers, &["message"]).await;
-    let (postgres_port, rabbitmq_port) = world.ports();
-    let (database, broker) = (database_url(postgres_port, &world.name), amqp_url(rabbitmq_port, &world.name));
+    let servers = Arc::new(std::sync::Mutex::new(servers));
+    let cluster = if plan.cluster { Some(Cluster::start(&servers).await?) } else { None };
+    let stage = Stage::of(&world, cluster.as_ref());
     world.db.execute(ledger::TABLES).await?;
+    if plan.limit > 0 {
+        let limit = format!("SELECT tidings.limit('message', {}, burst => {})", plan.limit, burst(plan.limit));
+        world.db.execute(AssertSqlSafe(limit)).await?;
+    }
     recurrences::start(&world.db, plan.seconds).await?;
     intake::start(&world.db).await?;
     let dir = harness::target().join("rig").join(&world.name);
@@ -120,51 +145,17 @@ async fn run_rig(plan: &Plan) -> anyhow::Result<()> {
 
     let mut daemons = Vec::new();
     for number in 0..plan.daemons {
-        let (postgres, rabbitmq) = (Proxy::start(0, postgres_port).await, Proxy::start(0, rabbitmq_port).await);
-        let launch = world
-            .launch()
-            .with("TIDINGS_DATABASE_URL", database_url(postgres.port, &world.name))
-            .with("TIDINGS_AMQP_URL", amqp_url(rabbitmq.port, &world.name))
-            .with("TIDINGS_STATE_DIR", world.state_dir().with_extension(format!("state{number}")).display())
-            .with("TIDINGS_REPLAY_INTERVAL_MS", 2_000)
-            .with("TIDINGS_INTAKE", intake::SETTING)
-            .with("RUST_LOG", "info,lapin=off,sqlx=off");
-        daemons.push(Victim {
-            daemon: launch.start_ready().await,
-            earlier_logs: String::new(),
-            launch,
-            postgres,
-            rabbitmq,
-        });
+        daemons.push(stage.start_daemon(&world, number).await);
     }
-    let consumers: Vec<ChildProcess> = (0..plan.consumers)
-        .map(|number| {
-            spawn_self(&["consume", &broker, &plan.seed.to_string(), &number.to_string(), &dir.to_string_lossy()])
-        })
-        .collect::<Result<_, _>>()?;
-    let reader = tokio::spawn(producer::hold_snapshot(database.clone()));
-    let rate = (plan.rate / plan.producers).to_string();
-    let mut producers: Vec<ChildProcess> = (0..plan.producers)
-        .map(|number| {
-            spawn_self(&[
-                "produce",
-                &database,
-                &plan.seed.to_string(),
-                &number.to_string(),
-                &plan.seconds.to_string(),
-                &rate,
-            ])
-        })
-        .collect::<Result<_, _>>()?;
-    let confirmed = dir.with_extension("confirmed");
-    let (seed, seconds) = (plan.seed.to_string(), plan.seconds.to_string());
-    producers.push(spawn_self(&["publish", &broker, &seed, &seconds, &rate, &confirmed.to_string_lossy()])?);
+    let Processes { consumers, mut producers, written, published } = start_processes(plan, &stage, &dir)?;
+    let reader = tokio::spawn(producer::hold_snapshot(stage.database.clone()));
 
     let mut nemesis = Nemesis {
         random: Random::new(plan.seed),
-        servers: Arc::new(std::sync::Mutex::new(servers)),
+        servers,
         world,
-        amqp_url: broker.clone(),
+        nodes: Nodes::of(&stage.broker, plan.seed),
+        cluster,
         daemons,
         faults: Vec::new(),
         generation: 0,
@@ -182,17 +173,30 @@ async fn run_rig(plan: &Plan) -> anyhow::Result<()> {
         anyhow::ensure!(producer.0.wait()?.success(), "a producer failed");
     }
     reader.abort();
-    wait_until_drained(&nemesis, &broker).await?;
+    wait_until_drained(&nemesis, &dir).await?;
     drop(consumers);
 
-    let verdict = ledger::judge(&nemesis.world.db, &ledger::read_arrivals(&dir)?, &nemesis.faults).await?;
-    let instants = recurrences::judge(&nemesis.world.db).await?;
-    let (taken, not_taken) = intake::judge(&nemesis.world.db, &confirmed).await?;
+    let db = &nemesis.world.db;
+    let verdict = ledger::judge(db, &ledger::read_arrivals(&dir)?, &nemesis.faults).await?;
+    let instants = recurrences::judge(db).await?;
+    let (taken, not_taken) = intake::judge(db, &published).await?;
+    let (confirmed, not_written) = producer::judge(db, &written).await?;
     report(&verdict, &nemesis);
+    report_confirmed(confirmed, &not_written);
     report_instants(&instants);
     report_intake(taken, &not_taken, &nemesis.faults);
+    if plan.limit > 0 {
+        report_limit(&sent_seconds(db).await?, plan.limit, burst(plan.limit));
+    }
     write_logs(&nemesis)?;
-    if !verdict.is_clean() || !instants.are_right() || !not_taken.is_empty() {
+    // A lone RabbitMQ may lose dead letters.
+    let has_lost_letters = plan.cluster && !verdict.only_rejected.is_empty();
+    if !verdict.is_clean()
+        || !instants.are_right()
+        || !not_taken.is_empty()
+        || !not_written.is_empty()
+        || has_lost_letters
+    {
         bail!(
             "a promise was broken; --seed {} repeats the faults; the consumers' files are in {}",
             plan.seed,
@@ -203,18 +207,94 @@ async fn run_rig(plan: &Plan) -> anyhow::Result<()> {
         let status = victim.daemon.stop().await;
         anyhow::ensure!(status.success(), "a daemon did not stop cleanly");
     }
-    let _ = (std::fs::remove_dir_all(&dir), std::fs::remove_file(&confirmed));
+    let _ = std::fs::remove_dir_all(&dir);
+    for file in written.iter().chain([&published]) {
+        let _ = std::fs::remove_file(file);
+    }
     Ok(())
 }
 
-/// Prints how many messages an intake was given, and which of them never became a row.
-fn report_intake(taken: usize, not_taken: &[(uuid::Uuid, i64)], faults: &[ledger::Fault]) {
-    println!("intake: {taken} messages were confirmed, {} of them never became a row", not_taken.len());
-    for (id, at_ms) in not_taken.iter().take(20) {
-        let fault = faults.iter().rev().find(|fault| fault.from_ms <= *at_ms);
-        let since = fault.map(|fault| format!("{} ms after the beginning of: {}", at_ms - fault.from_ms, fault.name));
-        println!("  {id} was confirmed {}", since.unwrap_or_else(|| "before the first fault".into()));
+/// How many rows may go at once: what a tenth of a second brings.
+fn burst(limit: u32) -> u32 {
+    (limit / 10).max(1)
+}
+
+/// When the rows of the limited kind were confirmed, in seconds, in order.
+async fn sent_seconds(db: &sqlx::PgPool) -> sqlx::Result<Vec<f64>> {
+    let sent = "SELECT extract(epoch FROM finished_at)::float8 FROM tidings.deliveries
+        WHERE outcome = 'delivered' AND kind = 'message' ORDER BY finished_at";
+    sqlx::query_scalar(sent).fetch_all(db).await
+}
+
+/// Where the servers are: each URL names one server, or all of a cluster.
+struct Stage {
+    database: String,
+    broker: String,
+    postgres: Vec<u16>,
+    rabbitmq: Vec<u16>,
+}
+
+impl Stage {
+    fn of(world: &World, cluster: Option<&Cluster>) -> Self {
+        let (postgres_port, rabbitmq_port) = world.ports();
+        let (database, broker) = (database_url(postgres_port, &world.name), amqp_url(rabbitmq_port, &world.name));
+        let Some(Cluster { postgres, rabbitmq, .. }) = cluster else {
+            return Self { database, broker, postgres: vec![postgres_port], rabbitmq: vec![rabbitmq_port] };
+        };
+        // So that the rig's own processes leave a node that is frozen.
+        let broker = with_ports(&broker, rabbitmq) + "?heartbeat=5";
+        Self { database: with_ports(&database, postgres), broker, postgres: postgres.into(), rabbitmq: rabbitmq.into() }
     }
+
+    /// Starts a daemon that reaches each server through a proxy of its own.
+    async fn start_daemon(&self, world: &World, number: u64) -> Victim {
+        let (mut postgres, mut rabbitmq) = (Vec::new(), Vec::new());
+        for port in &self.postgres {
+            postgres.push(Proxy::start(0, *port).await);
+        }
+        for port in &self.rabbitmq {
+            rabbitmq.push(Proxy::start(0, *port).await);
+        }
+        let ports = |proxies: &[Proxy]| proxies.iter().map(|proxy| proxy.port).collect::<Vec<u16>>();
+        let queue_type = if self.rabbitmq.len() > 1 { "quorum" } else { "classic" };
+        let launch = world
+            .launch()
+            .with("TIDINGS_DATABASE_URL", with_ports(&database_url(0, &world.name), &ports(&postgres)))
+            .with("TIDINGS_AMQP_URL", with_ports(&amqp_url(0, &world.name), &ports(&rabbitmq)))
+            .with("TIDINGS_STATE_DIR", world.state_dir().with_extension(format!("state{number}")).display())
+            .with("TIDINGS_REPLAY_INTERVAL_MS", 2_000)
+            .with("TIDINGS_INTAKE", intake::SETTING)
+            .with("TIDINGS_QUEUE_TYPE", queue_type)
+            .with("RUST_LOG", "info,lapin=off,sqlx=off");
+        Victim { daemon: launch.start_ready().await, earlier_logs: String::new(), launch, postgres, rabbitmq }
+    }
+}
+
+/// The consumers and producers, and the files in which the latter note what was confirmed to them.
+struct Processes {
+    consumers: Vec<ChildProcess>,
+    producers: Vec<ChildProcess>,
+    written: Vec<PathBuf>,
+    published: PathBuf,
+}
+
+fn start_processes(plan: &Plan, stage: &Stage, dir: &Path) -> anyhow::Result<Processes> {
+    let (seed, seconds, rate) = (plan.seed.to_string(), plan.seconds.to_string(), plan.rate / plan.producers);
+    let rate = rate.to_string();
+    let consumers = (0..plan.consumers)
+        .map(|number| spawn_self(&["consume", &stage.broker, &seed, &number.to_string(), &dir.to_string_lossy()]))
+        .collect::<Result<_, _>>()?;
+    let (mut producers, mut written) = (Vec::new(), Vec::new());
+    for number in 0..plan.producers {
+        let (file, number) = (dir.with_extension(format!("written{number}")), number.to_string());
+        let path = file.to_string_lossy();
+        producers.push(spawn_self(&["produce", &stage.database, &seed, &number, &seconds, &rate, &path])?);
+        written.push(file);
+    }
+    let published = dir.with_extension("published");
+    let path = published.to_string_lossy();
+    producers.push(spawn_self(&["publish", &stage.broker, &seed, &seconds, &rate, &path])?);
+    Ok(Processes { consumers, producers, written, published })
 }
 
 /// Starts this program again with `arguments`.
@@ -230,10 +310,12 @@ fn spawn_self(arguments: &[&str]) -> anyhow::Result<ChildProcess> {
     ))
 }
 
-/// Waits until no row is pending, all recurrences have ended, and the queues of the consumers, of dead letters and for parking are empty.
-async fn wait_until_drained(nemesis: &Nemesis, broker: &str) -> anyhow::Result<()> {
-    let deadline = Instant::now() + DRAIN;
-    let connection = Connection::connect(broker, ConnectionProperties::default()).await?;
+/// Waits until no row is pending, all recurrences have ended, and the queues of the consumers, of dead letters and for parking are
+/// empty. In a cluster it also waits until rejected messages have come again, since RabbitMQ may hold dead letters back.
+async fn wait_until_drained(nemesis: &Nemesis, dir: &Path) -> anyhow::Result<()> {
+    let is_cluster = nemesis.cluster.is_some();
+    let deadline = Instant::now() + if is_cluster { CLUSTER_DRAIN } else { DRAIN };
+    let connection = nemesis.nodes.connect().await?;
     loop {
         let pending: i64 = nemesis.world.value("SELECT (SELECT count(*) FROM tidings.schedules) + (SELECT count(*) FROM tidings.recurrences WHERE NOT ended)").await;
         let mut letters = Vec::new();
@@ -244,10 +326,14 @@ async fn wait_until_drained(nemesis: &Nemesis, broker: &str) -> anyhow::Result<(
             let declared = channel.queue_declare(queue.into(), options, FieldTable::default()).await;
             letters.push(declared.map_or(1, |queue| queue.message_count()));
         }
+        let is_late = Instant::now() > deadline;
         if pending == 0 && letters.iter().all(|letters| *letters == 0) {
-            return Ok(());
+            // What is still missing at the end is in the report.
+            if !is_cluster || is_late || have_all_come_again(nemesis, dir).await? {
+                return Ok(());
+            }
         }
-        if Instant::now() > deadline {
+        if is_late {
             write_logs(nemesis)?;
             let [rig, dead, parking, intake] = letters[..] else { unreachable!("four queues") };
             bail!(
@@ -258,66 +344,18 @@ async fn wait_until_drained(nemesis: &Nemesis, broker: &str) -> anyhow::Result<(
     }
 }
 
+/// Whether each message that was rejected has been handled since.
+async fn have_all_come_again(nemesis: &Nemesis, dir: &Path) -> anyhow::Result<bool> {
+    // A consumer may be writing a line at this moment.
+    let Ok(arrivals) = ledger::read_arrivals(dir) else { return Ok(false) };
+    let verdict = ledger::judge(&nemesis.world.db, &arrivals, &nemesis.faults).await?;
+    Ok(verdict.only_rejected.is_empty())
+}
+
 /// Writes the daemons' logs to `target/rig/daemon0.log` and so on, over those of the previous run.
 fn write_logs(nemesis: &Nemesis) -> anyhow::Result<()> {
     for (number, victim) in nemesis.daemons.iter().enumerate() {
         std::fs::write(harness::target().join("rig").join(format!("daemon{number}.log")), victim.log())?;
     }
     Ok(())
-}
-
-fn report_instants(recurrences::Instants { expected, missing, wrong }: &recurrences::Instants) {
-    println!("\n{expected:>8}  instants of recurrences");
-    for (name, instants) in [("not made", missing), ("made twice, or that no rule says", wrong)] {
-        let example = instants.first().map_or(String::new(), |first| format!(", for example {first}"));
-        println!("{:>8}  {name}{example}", instants.len());
-    }
-}
-
-fn report(verdict: &Verdict, nemesis: &Nemesis) {
-    let mut kinds: BTreeMap<&str, usize> = BTreeMap::new();
-    for fault in &nemesis.faults {
-        *kinds.entry(fault.name).or_default() += 1;
-    }
-    let Verdict { committed, cancelled, arrived, expired, replayed, stale, duplicates, .. } = verdict;
-    println!(
-        "\n{} faults, each with the second copies that it caused, and the time until lateness was below 1 s again:",
-        nemesis.faults.len()
-    );
-    for (name, count) in kinds {
-        let doubled = duplicates.get(name).copied().unwrap_or_default();
-        let mut normal = verdict.normal_after.get(name).cloned().unwrap_or_default();
-        normal.sort_unstable();
-        let (median, most) = (normal.get(normal.len() / 2).copied().unwrap_or(0), normal.last().copied().unwrap_or(0));
-        println!("{count:>8}  {name:<32} {doubled:>6}   median {median:>6} ms   most {most:>6} ms");
-    }
-    let duplicates: usize = duplicates.values().sum();
-    let lines: usize = nemesis.daemons.iter().map(|victim| victim.log().lines().count()).sum();
-    println!("{lines:>8}  lines in the daemons' logs");
-    println!("\n{committed:>8}  rows committed");
-    println!("{arrived:>8}  arrived, {replayed} replays on top");
-    println!("{cancelled:>8}  cancelled or moved");
-    println!("{expired:>8}  expired before they arrived");
-    println!("{stale:>8}  arrived after their deadline, and were not handled");
-    let rate = f64::from(u32::try_from(duplicates).unwrap_or(u32::MAX))
-        / f64::from(u32::try_from(*committed).unwrap_or(1))
-        * 100.0;
-    println!("{duplicates:>8}  second copies with the same id, each explained by a fault ({rate:.3} % of rows)");
-    for (name, ids) in [
-        ("lost", &verdict.lost),
-        ("early", &verdict.early),
-        ("handled after the deadline", &verdict.after_deadline),
-        ("arrived, but were never committed", &verdict.never_committed),
-        ("were cancelled, and arrived without a fault", &verdict.cancelled_and_seen),
-        ("second copies without a fault", &verdict.unexplained_duplicates),
-    ] {
-        println!("{:>8}  {name}{}", ids.len(), ids.first().map_or(String::new(), |id| format!(", for example {id}")));
-    }
-    println!("\nlateness at the consumer after due time and commit, by the fault at that time or up to 10 s before:");
-    for (name, late) in &verdict.lateness {
-        let mut late = late.clone();
-        late.sort_unstable();
-        let at = |percent: usize| late[(late.len() - 1) * percent / 100];
-        println!("{:>8}  p50 {:>6} ms   p99 {:>6} ms   most {:>6} ms   {name}", late.len(), at(50), at(99), at(100));
-    }
 }

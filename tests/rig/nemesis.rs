@@ -10,12 +10,14 @@ use harness::guests::with_custom_section;
 use harness::proxy::{Mode, Proxy};
 use harness::servers::{Server, Servers};
 use harness::world::World;
+use lapin::Connection;
 use lapin::options::{ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::FieldTable;
-use lapin::{Connection, ConnectionProperties};
 use nix::sys::signal::Signal;
 use sqlx::AssertSqlSafe;
 
+use crate::addresses::Nodes;
+use crate::cluster::{self, Cluster};
 use crate::consumer::{QUEUE, ROUTING_KEY, declare};
 use crate::ledger::Fault;
 use crate::random::Random;
@@ -25,7 +27,9 @@ pub(crate) struct Nemesis {
     pub(crate) random: Random,
     pub(crate) servers: Arc<std::sync::Mutex<Servers>>,
     pub(crate) world: World,
-    pub(crate) amqp_url: String,
+    pub(crate) nodes: Nodes,
+    /// The further servers, if there are clusters.
+    pub(crate) cluster: Option<Cluster>,
     pub(crate) daemons: Vec<Victim>,
     pub(crate) faults: Vec<Fault>,
     pub(crate) generation: u64,
@@ -41,8 +45,9 @@ pub(crate) struct Victim {
     pub(crate) daemon: Daemon,
     /// The logs of the earlier daemons in this place.
     pub(crate) earlier_logs: String,
-    pub(crate) postgres: Proxy,
-    pub(crate) rabbitmq: Proxy,
+    /// One for each server.
+    pub(crate) postgres: Vec<Proxy>,
+    pub(crate) rabbitmq: Vec<Proxy>,
 }
 
 /// The faults, each with whether a message may arrive twice because of it.
@@ -72,6 +77,11 @@ const FAULTS: [(&str, bool); 23] = [
     ("plugin replaced", false),
 ];
 
+/// Whether a fault concerns a server that has no others beside it.
+fn is_of_a_lone_server(name: &str) -> bool {
+    name.starts_with("PostgreSQL") || name.starts_with("RabbitMQ") || name == "memory alarm"
+}
+
 pub(crate) fn now_ms() -> i64 {
     i64::try_from(time::OffsetDateTime::now_utc().unix_timestamp_nanos() / 1_000_000).expect("a time")
 }
@@ -80,7 +90,12 @@ impl Nemesis {
     /// Injects the next fault and ends it.
     pub(crate) async fn strike(&mut self) -> anyhow::Result<()> {
         if self.remaining_faults.is_empty() {
-            self.remaining_faults = FAULTS.into_iter().filter(|(name, _)| name.contains(&self.only)).collect();
+            let here: Vec<_> = if self.cluster.is_some() {
+                FAULTS.into_iter().filter(|(name, _)| !is_of_a_lone_server(name)).chain(cluster::FAULTS).collect()
+            } else {
+                FAULTS.into()
+            };
+            self.remaining_faults = here.into_iter().filter(|(name, _)| name.contains(&self.only)).collect();
         }
         anyhow::ensure!(!self.remaining_faults.is_empty(), "no fault has {:?} in its name", self.only);
         let (name, may_duplicate) =
@@ -101,6 +116,9 @@ impl Nemesis {
         let victim = usize::try_from(self.random.below(self.daemons.len() as u64))?;
         let duration = Duration::from_millis(500 + self.random.below(5_000));
         match name {
+            name if cluster::FAULTS.iter().any(|(fault, _)| *fault == name) => {
+                self.break_cluster(name, duration).await?;
+            }
             "daemon killed" => {
                 let victim = &mut self.daemons[victim];
                 victim.daemon.signal(Signal::SIGKILL);
@@ -143,14 +161,14 @@ impl Nemesis {
                 let channel = connection.create_channel().await?;
                 channel.exchange_delete("tidings".into(), ExchangeDeleteOptions::default()).await?;
                 tokio::time::sleep(duration).await;
-                declare(&connection).await?;
+                declare(&connection, self.cluster.is_some()).await?;
             }
             "queue unbound" => {
                 let connection = self.connect_broker().await?;
                 let channel = connection.create_channel().await?;
                 channel.queue_unbind(QUEUE.into(), "tidings".into(), ROUTING_KEY.into(), FieldTable::default()).await?;
                 tokio::time::sleep(duration).await;
-                declare(&connection).await?;
+                declare(&connection, self.cluster.is_some()).await?;
             }
             // Deleting the second queue deletes its messages too. The first queue has its own copies.
             "one of two bound queues deleted" => {
@@ -186,12 +204,16 @@ impl Nemesis {
             "link slow" => Mode::Delay(Duration::from_millis(20 + self.random.below(200))),
             _ => Mode::CutAfter(i64::try_from(self.random.below(20_000)).expect("few")),
         };
-        let links = &self.daemons[victim];
-        let link = if self.random.below(2) == 0 { &links.postgres } else { &links.rabbitmq };
-        link.set(mode);
+        let daemon = &self.daemons[victim];
+        let links = if self.random.below(2) == 0 { &daemon.postgres } else { &daemon.rabbitmq };
+        for link in links {
+            link.set(mode);
+        }
         tokio::time::sleep(duration).await;
-        link.set(Mode::Cut);
-        link.set(Mode::Pass);
+        for link in links {
+            link.set(Mode::Cut);
+            link.set(Mode::Pass);
+        }
     }
 
     async fn terminate(&self, which: &str) {
@@ -219,7 +241,7 @@ impl Nemesis {
     }
 
     async fn connect_broker(&self) -> anyhow::Result<Connection> {
-        Ok(Connection::connect(&self.amqp_url, ConnectionProperties::default()).await?)
+        self.nodes.connect().await
     }
 }
 

@@ -1,6 +1,6 @@
-//! `cargo verify` sets up what the tests need, runs the model and 90 seconds of the rig, and then runs the tests on
-//! servers that all of them share. Arguments after `--` are passed to the tests, for example a part of a name; the
-//! model and the rig are then left out.
+//! `cargo verify` sets up what the tests need, runs the model, 90 seconds of the rig and 60 of the rig with clusters, and
+//! then runs the tests on servers that all of them share. Arguments after `--` are passed to the tests, for example a
+//! part of a name; the model and the rig are then left out.
 //!
 //! `cargo verify -- model` runs only the model of the scheduler's core (`host/core/README.md`), which needs no server.
 //! With `--seed N --steps M` it runs M steps of large worlds; with `--mutants` it checks that the model finds
@@ -67,14 +67,13 @@ fn verify() -> anyhow::Result<bool> {
             return Ok(false);
         }
         eprintln!("running the rig: faults at random for 90 s ...");
-        let rig = Command::new(&cargo)
-            .args(["run", "--package", "tidings-tests", "--bin", "rig", "--"])
-            // The seed fixes the faults; only their timing relative to the daemons' work varies.
-            .args(["--seconds", "90", "--seed", "5", "--daemons", "2", "--rate", "200"])
-            .current_dir(repository())
-            .status()
-            .context("could not run the rig")?;
-        if !rig.success() {
+        // The seed fixes the faults; only their timing relative to the daemons' work varies.
+        if !run_rig(&["--seconds", "90", "--seed", "5", "--daemons", "2", "--rate", "200"])? {
+            return Ok(false);
+        }
+        eprintln!("running the rig with clusters: failovers and nodes that go away, for 60 s ...");
+        // With this seed the primary is killed, then a node of RabbitMQ, and then the next primary is frozen.
+        if !run_rig(&["--cluster", "--seconds", "60", "--seed", "4256", "--daemons", "2", "--rate", "200"])? {
             return Ok(false);
         }
     }
@@ -84,6 +83,18 @@ fn verify() -> anyhow::Result<bool> {
     // With the model, serde would have another feature, and nearly every dependency would be compiled once more.
     tests.args(["--workspace", "--exclude", "tidings-model", "--"]).args(words).env(name, ports);
     Ok(tests.status().context("could not run cargo test")?.success())
+}
+
+/// Runs the rig, and returns whether every promise was kept.
+fn run_rig(arguments: &[&str]) -> anyhow::Result<bool> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let rig = Command::new(cargo)
+        .args(["run", "--package", "tidings-tests", "--bin", "rig", "--"])
+        .args(arguments)
+        .current_dir(repository())
+        .status()
+        .context("could not run the rig")?;
+    Ok(rig.success())
 }
 
 /// Runs the model of the scheduler's core, and returns whether it found no violation.

@@ -11,6 +11,9 @@ pub struct Backoff {
 
 /// For a server that is away: soon at first, and never more than a few seconds apart, since rows wait for its return.
 pub const RECONNECT: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+/// For a database that is away. A failover ends when one of its servers takes writes, which no connection announces, and every
+/// row that is due by then is late until the next attempt.
+pub const DATABASE: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(1));
 /// For rows that PostgreSQL refuses to finish: almost at once the first time, since a single row may be the cause.
 pub(crate) const FINISH: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(30));
 /// For due rows that other sessions have locked.
@@ -45,7 +48,7 @@ mod tests {
     proptest! {
         #[test]
         fn the_delay_never_decreases_exceeds_the_cap_or_overflows(failures in any::<u32>()) {
-            for backoff in [RECONNECT, FINISH, LOCKED] {
+            for backoff in [RECONNECT, DATABASE, FINISH, LOCKED] {
                 prop_assert!(backoff.delay(failures) <= backoff.delay(failures.saturating_add(1)));
                 prop_assert!((backoff.first..=backoff.cap).contains(&backoff.delay(failures)));
             }

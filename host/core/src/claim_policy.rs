@@ -1,7 +1,7 @@
 //! Which rows the next claim takes, and which lanes are busy. No I/O.
 //!
-//! As a rule a claim takes the rows that have been due for longest. During a backlog, such as a spike of one kind, every now
-//! and then a claim takes only the rows that have just become due, or these would wait until the backlog is gone.
+//! As a rule a claim takes the rows that have been due for longest. During a backlog, such as a spike of one kind, the kinds take
+//! turns, and every now and then a claim takes only the rows that have just become due, or these would wait until the backlog is gone.
 //!
 //! A spike: 50,000 rows of one kind are due in the same millisecond, and rows of other kinds go on becoming due behind them.
 //! Once full claims are 50 ms late, each of them is followed by a claim of the rows that became due after the spike, in a
@@ -10,6 +10,8 @@
 use std::time::Duration;
 
 use time::OffsetDateTime;
+
+use super::drain::LATE;
 
 /// Rows of a claim as long as there is no backlog. Few, since the messages in flight are sent again if the daemon is killed.
 const SMALL_CLAIM: i64 = 200;
@@ -20,15 +22,29 @@ const BEHIND: Duration = Duration::from_millis(50);
 /// Rows that became due within this time of the oldest row belong to the same spike.
 const SPIKE: Duration = Duration::from_millis(1);
 /// A backlog that is older than this is more than one spike: of its rows, only those of this last time count as new.
-const RECENT: Duration = Duration::from_secs(1);
+const RECENT: Duration = LATE;
 
 /// Which of the due rows a claim takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ClaimRange {
     /// The rows that have been due for longest.
     Oldest,
+    /// Equally many rows of each kind: of each the rows that have been due for longest, a step of priority counting like a minute.
+    ByKind,
     /// Only rows that became due at this time or later.
     Newest(OffsetDateTime),
+    /// Rows of limited kinds whose turn has come.
+    Turns,
+}
+
+impl ClaimRange {
+    /// The largest number of rows for a claim.
+    pub(super) fn limit(self) -> i64 {
+        match self {
+            Self::ByKind | Self::Turns => LARGE_CLAIM,
+            Self::Oldest | Self::Newest(_) => SMALL_CLAIM,
+        }
+    }
 }
 
 /// A busy lane, by the batch that it delivers.
@@ -59,15 +75,32 @@ enum Backlog {
 pub(super) struct ClaimPolicy {
     busy_lanes: Vec<Lane>,
     backlog: Backlog,
+    /// The first row of the queue is due, and no claim may take it. There may be a million such rows, which are moved out of the queue
+    /// within a minute. Meanwhile the claims go by kind, which does not step over them.
+    is_head_blocked: bool,
 }
 
 impl ClaimPolicy {
-    /// Which rows the next claim takes.
-    pub(super) fn next_range(&self) -> ClaimRange {
+    /// Which rows the next claim takes. `pausing`: rows that are late may not be claimed yet.
+    pub(super) fn next_range(&self, pausing: bool) -> ClaimRange {
         match self.backlog {
+            Backlog::Long { since, .. } if pausing => ClaimRange::Newest(since),
             Backlog::Long { since, newest_next: true } if !self.is_newest_lane_busy() => ClaimRange::Newest(since),
-            _ => ClaimRange::Oldest,
+            Backlog::None if !self.is_head_blocked => ClaimRange::Oldest,
+            _ => ClaimRange::ByKind,
         }
+    }
+
+    /// Notes that by a look at `at` late rows wait, which are paced.
+    pub(super) fn begin_backlog(&mut self, at: OffsetDateTime) {
+        if let Backlog::None | Backlog::More = self.backlog {
+            self.backlog = Backlog::Long { since: at - RECENT, newest_next: true };
+        }
+    }
+
+    /// Notes whether the first row of the queue is due and may be taken by no claim.
+    pub(super) fn note_head(&mut self, is_blocked: bool) {
+        self.is_head_blocked = is_blocked;
     }
 
     /// How many lanes are busy.
@@ -77,7 +110,13 @@ impl ClaimPolicy {
 
     /// Whether the lane for the newest rows is busy. There is one such lane.
     pub(super) fn is_newest_lane_busy(&self) -> bool {
-        self.busy_lanes.iter().any(|lane| lane.range != ClaimRange::Oldest)
+        self.busy_lanes.iter().any(|lane| matches!(lane.range, ClaimRange::Newest(_)))
+    }
+
+    /// Whether the lane for rows whose turn has come is busy. There is one such lane: while it is, nobody knows what its lines allow
+    /// next.
+    pub(super) fn is_turns_lane_busy(&self) -> bool {
+        self.busy_lanes.iter().any(|lane| lane.range == ClaimRange::Turns)
     }
 
     /// Whether a large row is being delivered. There is memory for one, so the other lanes take only rows that are not large.
@@ -97,29 +136,24 @@ impl ClaimPolicy {
         }
     }
 
-    /// The largest number of rows for a claim.
-    pub(super) fn limit(&self, range: ClaimRange) -> i64 {
-        if range == ClaimRange::Oldest && self.has_backlog() { LARGE_CLAIM } else { SMALL_CLAIM }
-    }
-
-    /// Whether more rows are due than were claimed.
-    pub(super) fn has_backlog(&self) -> bool {
-        self.backlog != Backlog::None
-    }
-
     /// Notes a claim at `at`, by the database's clock. `behind`: for how long the first row had been due; `None` = no more
-    /// rows are due.
-    pub(super) fn note_claim(&mut self, range: ClaimRange, at: OffsetDateTime, behind: Option<Duration>) {
+    /// rows are due. `paced`: late rows wait, which are paced.
+    pub(super) fn note_claim(&mut self, range: ClaimRange, at: OffsetDateTime, behind: Option<Duration>, paced: bool) {
         self.backlog = match (range, behind, self.backlog) {
             // A row that was written before `at` may be committed a little later, so `since` is earlier than `at`. If the
             // claim was full, the rest of the newest rows belongs to the backlog from now on.
-            (ClaimRange::Newest(_), ..) => Backlog::Long { since: at - BEHIND, newest_next: false },
-            (ClaimRange::Oldest, None, _) => Backlog::None,
-            (ClaimRange::Oldest, Some(_), Backlog::Long { since, .. }) => Backlog::Long { since, newest_next: true },
-            (ClaimRange::Oldest, Some(behind), _) if behind > BEHIND => {
+            (ClaimRange::Turns, _, backlog) => backlog,
+            (ClaimRange::Newest(_), ..) => {
+                // A row that is on time may wait for its commit. If it were counted among those of a paced backlog, it would wait
+                // for long.
+                Backlog::Long { since: at - if paced { RECENT } else { BEHIND }, newest_next: false }
+            }
+            (ClaimRange::Oldest | ClaimRange::ByKind, None, _) => Backlog::None,
+            (_, Some(_), Backlog::Long { since, .. }) => Backlog::Long { since, newest_next: true },
+            (_, Some(behind), _) if behind > BEHIND => {
                 Backlog::Long { since: at - behind.min(RECENT) + SPIKE, newest_next: true }
             }
-            (ClaimRange::Oldest, Some(_), _) => Backlog::More,
+            (_, Some(_), _) => Backlog::More,
         };
     }
 }
@@ -137,69 +171,73 @@ mod tests {
     }
 
     fn claim(claim_policy: &mut ClaimPolicy, range: ClaimRange, ms: i64, full: bool, behind_ms: u64) {
-        claim_policy.note_claim(range, at(ms), full.then_some(Duration::from_millis(behind_ms)));
+        claim_policy.note_claim(range, at(ms), full.then_some(Duration::from_millis(behind_ms)), false);
     }
 
     #[test]
     fn without_a_backlog_claims_are_small_and_take_the_oldest_rows() {
         let mut claim_policy = ClaimPolicy::default();
         for ms in 0..100 {
-            assert_eq!(claim_policy.next_range(), ClaimRange::Oldest);
-            assert_eq!(claim_policy.limit(ClaimRange::Oldest), SMALL_CLAIM);
+            assert_eq!(claim_policy.next_range(false), ClaimRange::Oldest);
+            assert_eq!(ClaimRange::Oldest.limit(), SMALL_CLAIM);
             claim(&mut claim_policy, ClaimRange::Oldest, ms, false, 3);
         }
     }
 
     #[test]
-    fn after_a_full_claim_the_next_is_larger_but_still_takes_the_oldest_rows() {
+    fn after_a_full_claim_the_next_is_larger_and_the_kinds_take_turns() {
         let mut claim_policy = ClaimPolicy::default();
         claim(&mut claim_policy, ClaimRange::Oldest, 1_000, true, 50);
-        assert_eq!(
-            (claim_policy.next_range(), claim_policy.limit(ClaimRange::Oldest), claim_policy.has_backlog()),
-            (ClaimRange::Oldest, LARGE_CLAIM, true)
-        );
+        assert_eq!(claim_policy.next_range(false), ClaimRange::ByKind);
+        assert_eq!(ClaimRange::ByKind.limit(), LARGE_CLAIM);
+        claim(&mut claim_policy, ClaimRange::ByKind, 1_010, false, 60);
+        assert_eq!(claim_policy.next_range(false), ClaimRange::Oldest, "the backlog is gone");
     }
 
     #[test]
-    fn in_a_long_backlog_claims_of_the_newest_rows_alternate_with_claims_of_the_oldest() {
+    fn while_no_claim_may_take_the_first_row_claims_go_by_kind_which_does_not_step_over_it() {
+        let mut claim_policy = ClaimPolicy::default();
+        claim_policy.note_head(true);
+        for full in [false, true, false] {
+            assert_eq!(claim_policy.next_range(false), ClaimRange::ByKind);
+            claim(&mut claim_policy, ClaimRange::ByKind, 1_000, full, 3);
+        }
+        claim_policy.note_head(false);
+        assert_eq!(claim_policy.next_range(false), ClaimRange::Oldest);
+    }
+
+    #[test]
+    fn in_a_long_backlog_claims_of_the_newest_rows_alternate_with_claims_by_kind() {
         let mut claim_policy = ClaimPolicy::default();
         claim(&mut claim_policy, ClaimRange::Oldest, 1_000, true, 70);
         claim_policy.start_lane(lane(ClaimRange::Newest(at(0))));
-        claim_policy.start_lane(lane(ClaimRange::Oldest));
-        assert_eq!(claim_policy.next_range(), ClaimRange::Oldest, "the lane of the newest rows is busy");
-        claim_policy.end_lane(lane(ClaimRange::Oldest));
-        assert_eq!(claim_policy.next_range(), ClaimRange::Oldest);
+        claim_policy.start_lane(lane(ClaimRange::ByKind));
+        assert_eq!(claim_policy.next_range(false), ClaimRange::ByKind, "the lane of the newest rows is busy");
+        claim_policy.end_lane(lane(ClaimRange::ByKind));
+        assert_eq!(claim_policy.next_range(false), ClaimRange::ByKind);
         claim_policy.end_lane(lane(ClaimRange::Newest(at(0))));
-        let newest = claim_policy.next_range();
-        assert_eq!(
-            (newest, claim_policy.limit(newest)),
-            (ClaimRange::Newest(at(931)), SMALL_CLAIM),
-            "1 ms after the spike"
-        );
+        let newest = claim_policy.next_range(false);
+        assert_eq!((newest, newest.limit()), (ClaimRange::Newest(at(931)), SMALL_CLAIM), "1 ms after the spike");
         claim(&mut claim_policy, newest, 1_010, false, 20);
-        assert_eq!(claim_policy.next_range(), ClaimRange::Oldest);
-        claim(&mut claim_policy, ClaimRange::Oldest, 1_020, true, 90);
-        assert_eq!(claim_policy.next_range(), ClaimRange::Newest(at(960)));
+        assert_eq!(claim_policy.next_range(false), ClaimRange::ByKind);
+        claim(&mut claim_policy, ClaimRange::ByKind, 1_020, true, 90);
+        assert_eq!(claim_policy.next_range(false), ClaimRange::Newest(at(960)));
         claim(&mut claim_policy, ClaimRange::Newest(at(960)), 1_030, true, 40);
-        claim(&mut claim_policy, ClaimRange::Oldest, 1_040, true, 110);
+        claim(&mut claim_policy, ClaimRange::ByKind, 1_040, true, 110);
         assert_eq!(
-            claim_policy.next_range(),
+            claim_policy.next_range(false),
             ClaimRange::Newest(at(980)),
             "the last claim was full, and its remaining rows belong to the backlog now"
         );
-        claim(&mut claim_policy, ClaimRange::Oldest, 1_050, false, 0);
-        assert_eq!(
-            (claim_policy.next_range(), claim_policy.limit(ClaimRange::Oldest)),
-            (ClaimRange::Oldest, SMALL_CLAIM),
-            "the backlog is gone"
-        );
+        claim(&mut claim_policy, ClaimRange::ByKind, 1_050, false, 0);
+        assert_eq!(claim_policy.next_range(false), ClaimRange::Oldest, "the backlog is gone");
     }
 
     #[test]
     fn in_a_backlog_that_is_hours_old_the_rows_of_the_last_second_are_new() {
         let mut claim_policy = ClaimPolicy::default();
         claim(&mut claim_policy, ClaimRange::Oldest, 9_000_000, true, 7_200_000);
-        assert_eq!(claim_policy.next_range(), ClaimRange::Newest(at(8_999_001)));
+        assert_eq!(claim_policy.next_range(false), ClaimRange::Newest(at(8_999_001)));
     }
 
     #[test]

@@ -71,7 +71,9 @@ mod tests {
             oldest_xid,
             outlook: Outlook::default(),
             held_for_us: Vec::new(),
-            paused_first: false,
+            not_claimable_first: false,
+            turn_in: None,
+            has_limits: false,
             promise: Promise { until: at(until), next_xid },
             below: None,
         }

@@ -45,12 +45,14 @@ pub enum Action {
 /// Which rows to claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ClaimRequest {
-    /// The oldest due rows, or only the newest of a backlog.
+    /// The oldest due rows, only the newest of a backlog, or rows whose turn has come.
     pub range: ClaimRange,
     /// The largest number of rows.
     pub limit: i64,
     /// Only rows whose slot is at this time or later; `None` = only those of the last minute.
     pub since: Option<OffsetDateTime>,
+    /// Look at the first due rows only, because there are limits.
+    pub bounded: bool,
     /// No row that would have to go alone.
     pub no_large: bool,
     /// PostgreSQL refuses to finish rows: one message is sent to try, and only if no sent row is there to be finished.
@@ -98,7 +100,7 @@ pub struct ClaimResult {
     pub asked_at: Moment,
     /// The database's time, read before the transaction took its number.
     pub at: OffsetDateTime,
-    /// Whether more rows are due than were claimed, and when the next row is due.
+    /// Whether more rows are due than were claimed, and when the next row is due, or another line has its turn.
     pub outlook: Outlook,
     /// For how long the first row had been due.
     pub behind: Duration,
@@ -113,6 +115,8 @@ pub struct Batch {
     pub xid: i64,
     /// The batch is a single row that is larger than a claim of several rows may be.
     pub large: bool,
+    /// How many rows.
+    pub rows: u32,
 }
 
 /// How a delivery ended.

@@ -41,8 +41,13 @@ pub struct Look {
     pub outlook: Outlook,
     /// Kinds that this daemon serves, that are not paused and that have held rows: the daemon must release these.
     pub held_for_us: Vec<String>,
-    /// The first row is of a paused kind that this daemon serves, so claims would step over it.
-    pub paused_first: bool,
+    /// The first row is due and of a kind that this daemon serves, and no claim of due rows may take it, because its kind is paused
+    /// or limited; so each claim would step over it.
+    pub not_claimable_first: bool,
+    /// There are limits, so that many rows may stand at the head of the queue that no claim of due rows takes.
+    pub has_limits: bool,
+    /// Time until a line has its turn; `None` = no row waits for one.
+    pub turn_in: Option<Duration>,
     /// Whether, and until when, triggers are silent.
     pub promise: Promise,
     /// Rows below `from`; only a sweep sees them.

@@ -19,6 +19,10 @@ pub enum Reason {
     Held,
     /// The next row is due.
     Due,
+    /// A line has its turn.
+    Turn,
+    /// Late rows may be claimed again.
+    Drain,
     /// Triggers are silent, so the queue is polled.
     Polling,
     /// Due rows were locked by other sessions, or a server failed: it is time to try again.
@@ -29,7 +33,7 @@ pub enum Reason {
 
 impl Reason {
     /// All reasons, each at the index of its number.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 13] = [
         Self::Notification,
         Self::Doubt,
         Self::Plugins,
@@ -38,6 +42,8 @@ impl Reason {
         Self::Lane,
         Self::Held,
         Self::Due,
+        Self::Turn,
+        Self::Drain,
         Self::Polling,
         Self::Again,
         Self::Sweep,
@@ -62,6 +68,8 @@ impl Reason {
             Self::Lane => "lane",
             Self::Held => "held",
             Self::Due => "due",
+            Self::Turn => "turn",
+            Self::Drain => "drain",
             Self::Polling => "polling",
             Self::Again => "again",
             Self::Sweep => "sweep",

@@ -13,8 +13,10 @@ impl Core {
     /// The next moment to act without an event, and the reason. If several have passed, the row's due time comes first.
     pub(super) fn next_timer(&self, now: Moment) -> (Moment, Reason) {
         let due = self.next_due_at.map(|next_due_at| (next_due_at, Reason::Due));
+        let turn = self.turns.next().map(|at| (at, Reason::Turn));
+        let drain = self.drain.next().map(|at| (at, Reason::Drain));
         let sweep = (now.saturating_add(self.time_until_sweep(now)), Reason::Sweep);
-        [due, Some(self.next_look), Some(sweep)]
+        [due, turn, drain, Some(self.next_look), Some(sweep)]
             .into_iter()
             .flatten()
             .min_by_key(|(at, _)| (*at).max(now))

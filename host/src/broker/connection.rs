@@ -4,10 +4,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use async_rs::util::RuntimeParts;
 use async_rs::{Runtime, Tokio};
 use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
 use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
 use lapin::tcp::{AMQPUriTcpExt as _, AsyncTcpStream};
 use lapin::uri::AMQPUri;
@@ -25,6 +27,9 @@ use crate::broker::{Broker, BrokerError, CLOSE_DEADLINE, CONNECT_DEADLINE, PUBLI
 use crate::model::backoff::jittered;
 use crate::model::error_chain::error_chain;
 use crate::model::tls_error;
+
+/// How long a node may take to be connected before the next one is tried as well.
+const HEAD_START: Duration = Duration::from_secs(2);
 
 impl Broker {
     /// Connects, and connects again whenever the connection breaks, until `shutdown`. Calls `ready` after the first
@@ -86,24 +91,42 @@ impl Broker {
     }
 
     /// Tries `connect` with each node in turn, beginning with the one that is used, until one can be used. Returns its number
-    /// as well.
+    /// as well. One that does not answer (it is frozen, or packets vanish) holds up the next one for [`HEAD_START`] only.
     async fn on_a_node<T, F: Future<Output = Result<T, BrokerError>>>(
         &self,
         connect: impl Fn(AMQPUri) -> F,
     ) -> Result<(usize, T), BrokerError> {
-        let mut failed = Vec::new();
-        for (number, uri) in self.nodes.in_turn() {
-            match connect(uri.clone()).await {
-                Ok(connected) => return Ok((number, connected)),
+        let mut left = self.nodes.in_turn().map(|(number, uri)| {
+            let connecting = connect(uri.clone());
+            async move { (number, place(uri), connecting.await) }
+        });
+        let (mut attempts, mut failed) = (FuturesUnordered::new(), Vec::new());
+        attempts.extend(left.next());
+        loop {
+            let ended = tokio::select! {
+                biased;
+                ended = attempts.next() => ended,
+                () = tokio::time::sleep(HEAD_START) => {
+                    attempts.extend(left.next());
+                    continue;
+                }
+            };
+            match ended {
+                None => break,
+                Some((number, _, Ok(connected))) => return Ok((number, connected)),
                 // Every node would say the same.
-                Err(
-                    error @ (BrokerError::Login { .. }
-                    | BrokerError::Mismatch { .. }
-                    | BrokerError::Delayed { .. }
-                    | BrokerError::Missing { .. }),
-                ) => return Err(error),
-                Err(error) => failed.push((place(uri), error)),
+                Some((
+                    ..,
+                    Err(
+                        error @ (BrokerError::Login { .. }
+                        | BrokerError::Mismatch { .. }
+                        | BrokerError::Delayed { .. }
+                        | BrokerError::Missing { .. }),
+                    ),
+                )) => return Err(error),
+                Some((_, place, Err(error))) => failed.push((place, error)),
             }
+            attempts.extend(left.next());
         }
         if failed.len() == 1
             && let Some((_, error)) = failed.pop()
@@ -177,6 +200,9 @@ impl Broker {
     ) -> bool {
         let mut events = connection.events_listener();
         self.refusals.say(PUBLISHING, None);
+        // Batches that were given to another node and get no answer say nothing about this one.
+        let connected = self.started.elapsed();
+        self.node_health.lock().expect("no code panics while it holds the lock").connected(connected);
         let connection = Arc::new(connection);
         *self.connection.lock().await = Some(Arc::clone(&connection));
         self.set_publishing(Some(publishing.clone()));
@@ -207,6 +233,10 @@ impl Broker {
                 biased;
                 () = shutdown.cancelled() => break true,
                 () = publishing.changed() => continue,
+                () = self.leaving.notified() => {
+                    warn!(broker = self.place(), "RabbitMQ takes no message at this node, going on with another one");
+                    break false;
+                }
                 event = events.next() => event,
             };
             match event {

@@ -50,7 +50,9 @@ use lapin::types::{FieldTable, ShortString};
 use lapin::uri::AMQPUri;
 use lapin::{Channel, Queue};
 use thiserror::Error;
-use tokio::sync::Mutex;
+use tidings_core::node_health::NodeHealth;
+use tokio::sync::{Mutex, Notify};
+use tokio::time::Instant;
 
 use crate::model::health::Notices;
 use crate::model::intake::Intake;
@@ -242,6 +244,12 @@ pub struct Broker {
     connection: Mutex<Option<Arc<lapin::Connection>>>,
     /// The connection that publishes, while there is one.
     publishing: std::sync::Mutex<Option<PublishingConnection>>,
+    /// Whether the node that publishes takes messages.
+    node_health: std::sync::Mutex<NodeHealth>,
+    /// The moments of `node_health` count from here.
+    started: Instant,
+    /// Is notified when another node is to be used.
+    leaving: Notify,
     /// See [`Broker::is_open`].
     open: AtomicBool,
     /// Why RabbitMQ takes no messages although the connection is open.
@@ -275,6 +283,9 @@ impl Broker {
             intake_budget: Arc::new(ByteBudget::new(intake::HELD_BYTES)),
             connection: Mutex::new(None),
             publishing: std::sync::Mutex::default(),
+            node_health: std::sync::Mutex::default(),
+            started: Instant::now(),
+            leaving: Notify::new(),
             open: AtomicBool::new(false),
             refusals: Notices::default(),
             failure: std::sync::Mutex::default(),

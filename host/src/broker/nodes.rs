@@ -63,6 +63,11 @@ impl Nodes {
         self.current.store(number, Ordering::Relaxed);
     }
 
+    /// Whether there is another node than the one that is used.
+    pub(super) fn has_others(&self) -> bool {
+        self.uris.len() > 1
+    }
+
     /// Begins at the next node when it connects again.
     pub(super) fn leave(&self) {
         self.use_node((self.current.load(Ordering::Relaxed) + 1) % self.uris.len());

@@ -118,8 +118,9 @@ enum Command {
     #[command(subcommand)]
     Plugin(plugin::Command),
     /// Creates or updates the schema `tidings` in the database
-    #[command(after_help = "Example:\n  tidings migrate --database-url postgres://owner:secret@db/shop")]
-    Migrate(DatabaseArgs),
+    #[command(after_help = "Examples:\n  tidings migrate --database-url postgres://owner:secret@db/shop\n  \
+                            tidings migrate --partitions 8")]
+    Migrate(migrate::MigrateArgs),
     /// Prints what the daemon needs in RabbitMQ, as definitions to import: exchanges, queues, the binding, and the
     /// fewest permissions of its user
     Topology(topology::TopologyArgs),
@@ -172,10 +173,7 @@ pub fn main() -> ExitCode {
         Command::Resume(args) => runtime.block_on(pause::resume(args, output)),
         Command::Topology(args) => topology::topology(args),
         Command::Completions(args) => completions::completions(&args, Cli::command()),
-        Command::Migrate(args) => match args.check() {
-            Ok(url) => runtime.block_on(migrate::migrate(&url, output)),
-            Err(errors) => fail_usage(&errors),
-        },
+        Command::Migrate(args) => runtime.block_on(migrate::migrate(args, output)),
     };
     // Tasks that still run in the background must not delay the exit.
     runtime.shutdown_background();
@@ -235,6 +233,7 @@ fn name_argument(rule: &str) -> String {
         "expires_after" => "--expires-after",
         "catch_up_within" => "--catch-up-within",
         "spread" => "--spread",
+        "priority" => "--priority",
         "starts_at" => "--starts-at",
         "ends_at" => "--ends-at",
         "max_count" => "--max-count",

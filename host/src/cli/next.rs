@@ -1,4 +1,4 @@
-//! `tidings next`: the rows that are due next, the coming occurrences of recurrences, and what is held or paused.
+//! `tidings next`: the rows that are due next, the coming occurrences of recurrences, and what is held, paused or limited.
 
 use std::fmt;
 use std::process::ExitCode;
@@ -14,7 +14,7 @@ use crate::config::DatabaseArgs;
 use crate::model::row_status::Pause;
 use crate::recurrences::coming;
 use crate::recurrences::coming::Occurrence;
-use crate::store::{COUNT_LIMIT, Store, StoreError, Upcoming, UpcomingRow};
+use crate::store::{COUNT_LIMIT, LimitStatus, MAX_COUNTED, Store, StoreError, Upcoming, UpcomingRow};
 
 /// What to show.
 #[derive(Args, Debug)]
@@ -46,6 +46,7 @@ struct Next {
     occurrences: Vec<Occurrence>,
     held: Vec<Held>,
     paused: Vec<Pause>,
+    limits: Vec<LimitStatus>,
 }
 
 /// Rows of one kind that are held.
@@ -73,6 +74,7 @@ pub(super) async fn next(args: NextArgs, output: Output) -> ExitCode {
             occurrences,
             held: held.collect(),
             paused: store.pauses().await?.into_iter().filter(|pause| is_wanted(&pause.kind)).collect(),
+            limits: store.limits().await?.into_iter().filter(|status| is_wanted(&status.limit.kind)).collect(),
         });
         Ok(ExitCode::SUCCESS)
     })
@@ -144,6 +146,10 @@ impl fmt::Display for Next {
         }
         for pause in &self.paused {
             write!(formatter, "\npaused: {}", pause_sentence(pause))?;
+        }
+        for LimitStatus { limit, waiting, .. } in &self.limits {
+            let rows = if *waiting > MAX_COUNTED { format!("more than {MAX_COUNTED}") } else { waiting.to_string() };
+            write!(formatter, "\nlimited: {limit}; {rows} rows wait for their turn")?;
         }
         Ok(())
     }

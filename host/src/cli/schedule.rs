@@ -49,6 +49,9 @@ pub(super) struct ScheduleArgs {
     /// It is due later by a part of this, which follows from its key
     #[arg(long, value_name = "SPAN", default_value = "0s", allow_hyphen_values = true, value_parser = times::parse_span)]
     spread: Duration,
+    /// Which of the rows that are due goes first, from 0, the last, to 9; also the priority of the message
+    #[arg(long, value_name = "0..9", default_value_t = 4, value_parser = clap::value_parser!(i32).range(0..=9), allow_negative_numbers = true)]
+    priority: i32,
     /// What to do if the key is taken: replace that row, keep it (and print its id), or fail
     #[arg(long, value_enum, default_value = "replace")]
     on_conflict: OnConflict,
@@ -144,6 +147,7 @@ pub(super) async fn schedule(args: ScheduleArgs, output: Output) -> ExitCode {
         headers,
         on_conflict: args.on_conflict.word(),
         spread: args.spread,
+        priority: args.priority,
     };
     with_store(args.database, async |store: Store| {
         let id = store.schedule(&new).await?;

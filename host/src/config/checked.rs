@@ -52,6 +52,8 @@ pub struct Config {
     pub replay_interval: Duration,
     /// `TIDINGS_MAX_ATTEMPTS`, at least 1; default 20. A row whose plugin has failed so often is parked.
     pub max_attempts: u32,
+    /// `TIDINGS_DRAIN_RATE`, late rows a second, at most a million; `None`, the default = as many as RabbitMQ takes.
+    pub drain_rate: Option<u32>,
     /// `TIDINGS_NOTIFY`
     pub notify: bool,
     /// `TIDINGS_CANARY_MS`, at most a day; `None`, the default = no canary.

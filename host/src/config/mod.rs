@@ -133,6 +133,9 @@ pub struct RunArgs {
     /// How often a row may make its plugin fail before it is parked
     #[arg(long, env = "TIDINGS_MAX_ATTEMPTS", value_name = "N", default_value = "20")]
     max_attempts: String,
+    /// How many late rows a second are delivered at most, after an outage for instance; 0 = as many as RabbitMQ takes
+    #[arg(long, env = "TIDINGS_DRAIN_RATE", value_name = "N", default_value = "0")]
+    drain_rate: String,
     /// Listen for notifications (on), or only look every sweep (off)
     #[arg(long, env = "TIDINGS_NOTIFY", value_name = "on|off", default_value = "on")]
     notify: String,
@@ -334,6 +337,7 @@ impl RunArgs {
         let interval = &self.replay_interval_ms;
         let replay_interval_ms = parse_number("TIDINGS_REPLAY_INTERVAL_MS", interval, 1_000, 86_400_000, errors);
         let max_attempts = parse_number("TIDINGS_MAX_ATTEMPTS", &self.max_attempts, 1, 1_000_000, errors);
+        let drain_rate = parse_number("TIDINGS_DRAIN_RATE", &self.drain_rate, 0, 1_000_000, errors);
         let canary_ms = parse_number("TIDINGS_CANARY_MS", &self.canary_ms, 0, 86_400_000, errors);
         let adopt = parse_word("TIDINGS_ADOPT", &self.adopt, [("0", false), ("1", true)], errors);
         let formats = [("text", LogFormat::Text), ("json", LogFormat::Json)];
@@ -356,6 +360,7 @@ impl RunArgs {
             sweep: Duration::from_millis(sweep_ms?.into()),
             replay_interval: Duration::from_millis(replay_interval_ms?.into()),
             max_attempts: max_attempts?,
+            drain_rate: Some(drain_rate?).filter(|rate| *rate > 0),
             notify: notify?,
             canary: Some(Duration::from_millis(canary_ms?.into())).filter(|interval| !interval.is_zero()),
             adopt: adopt?,

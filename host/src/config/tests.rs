@@ -17,7 +17,17 @@ fn run_args(values: &[&str; VARIABLES.len()]) -> RunArgs {
     let [database_url, amqp_url, exchange, queue_type, replay_max, plugin_dir, http_addr, rest @ ..] =
         values.map(str::to_owned);
     let [sweep_ms, replay_interval_ms, max_attempts, notify, canary_ms, log, rest @ ..] = rest;
-    let [history_days, http_token, history, synchronous_commit, adopt, intake, intake_max_body, intake_rate] = rest;
+    let [
+        history_days,
+        http_token,
+        history,
+        synchronous_commit,
+        adopt,
+        intake,
+        intake_max_body,
+        intake_rate,
+        drain_rate,
+    ] = rest;
     RunArgs {
         servers: ServerArgs {
             database: DatabaseArgs { database_url: Some(database_url) },
@@ -36,6 +46,7 @@ fn run_args(values: &[&str; VARIABLES.len()]) -> RunArgs {
         sweep_ms,
         replay_interval_ms,
         max_attempts,
+        drain_rate,
         notify,
         canary_ms,
         log,
@@ -47,7 +58,7 @@ fn run_args(values: &[&str; VARIABLES.len()]) -> RunArgs {
 }
 
 /// The variables that can be wrong, each with a good value.
-const VARIABLES: [(&str, &str); 21] = [
+const VARIABLES: [(&str, &str); 22] = [
     ("TIDINGS_DATABASE_URL", DATABASE_URL),
     ("TIDINGS_AMQP_URL", AMQP_URL),
     ("TIDINGS_EXCHANGE", "tidings"),
@@ -69,6 +80,7 @@ const VARIABLES: [(&str, &str); 21] = [
     ("TIDINGS_INTAKE", "orders.delayed=orders"),
     ("TIDINGS_INTAKE_MAX_BODY", "8388608"),
     ("TIDINGS_INTAKE_RATE", "1000000"),
+    ("TIDINGS_DRAIN_RATE", "1000000"),
 ];
 
 #[test]
@@ -77,6 +89,14 @@ fn all_errors_are_reported_at_once_each_with_its_variable() {
     for (name, _) in VARIABLES {
         assert!(errors.iter().any(|sentence| sentence.starts_with(&format!("{name} "))), "{name}: {errors}");
     }
+}
+
+#[test]
+fn a_state_directory_inside_the_directory_of_plugins_is_refused() {
+    let values = VARIABLES.map(|(name, good)| if name == "TIDINGS_PLUGIN_DIR" { "/" } else { good });
+    let errors = run_args(&values).check().expect_err("every directory is inside the root");
+    let refused = |sentence: &str| sentence.contains("inside TIDINGS_PLUGIN_DIR");
+    assert!(errors.iter().any(refused), "{errors}");
 }
 
 proptest! {
@@ -103,9 +123,13 @@ proptest! {
             Err(ValidationErrors(sentences)) => {
                 prop_assert!(unknown > 0 || odd.iter().any(|(at, value)| values[*at] == value));
                 for sentence in &sentences[unknown..] {
-                    let named = sentence.split(' ').next().unwrap_or_default();
-                    let at = VARIABLES.iter().position(|(name, _)| *name == named);
-                    prop_assert!(at.is_some_and(|at| values[at] != VARIABLES[at].1), "{}", sentence);
+                    // The first variable named may be another one: `TIDINGS_STATE_DIR` is not inside a
+                    // directory of plugins until that is `/`.
+                    let names_an_odd_one = VARIABLES
+                        .iter()
+                        .zip(values)
+                        .any(|((name, good), value)| value != *good && sentence.split([' ', ',']).any(|word| word == *name));
+                    prop_assert!(names_an_odd_one, "{}", sentence);
                 }
             }
         }

@@ -52,7 +52,7 @@ pub(super) fn check_url(
         return None;
     }
     // A parser would read it as another URL, with a part of the password as the name of the database or virtual host.
-    if value.split("://").skip(1).any(|rest| after_authority(rest).contains('@')) {
+    if split_urls(&value, schemes).any(|rest| after_authority(rest).contains('@')) {
         errors.push(format!(
             "{name} has an @ after the first /, ? or #: in a user name or a password, write %2F, %3F, %23 and %40 for these characters"
         ));
@@ -90,6 +90,17 @@ pub(super) fn parse_word<T>(name: &str, value: &str, words: [(&str, T); 2], erro
     }
 }
 
+/// What follows the scheme of each URL of a list: one begins at the beginning, and after a comma.
+fn split_urls<'a>(value: &'a str, schemes: &'a [&str]) -> impl Iterator<Item = &'a str> {
+    let is_start = |at: usize| at == 0 || value[..at].trim_end().ends_with(',');
+    let after_scheme =
+        |at: usize| schemes.iter().find_map(|scheme| value[at..].strip_prefix(scheme)).map(|rest| (at, rest));
+    let urls: Vec<(usize, &str)> =
+        value.char_indices().filter(|(at, _)| is_start(*at)).filter_map(|(at, _)| after_scheme(at)).collect();
+    let ends: Vec<usize> = urls.iter().skip(1).map(|(at, _)| *at).chain([value.len()]).collect();
+    urls.into_iter().zip(ends).map(move |((_, rest), end)| &rest[..end - (value.len() - rest.len())])
+}
+
 /// The part of a URL after user, password, host and port.
 fn after_authority(rest: &str) -> &str {
     rest.find(['/', '?', '#']).map_or("", |end| &rest[end..])
@@ -111,7 +122,7 @@ mod tests {
 
     #[test]
     fn a_url_with_a_separator_in_its_password_is_refused() {
-        for password in ["12/secret", "12?secret", "12#secret", "/"] {
+        for password in ["12/secret", "12?secret", "12#secret", "/", "//secret", "://secret"] {
             let error = check_postgres_url(&format!("postgres://user:{password}@host/database")).expect_err(password);
             assert!(error.contains("write %2F") && !error.contains("secret"), "{error}");
         }

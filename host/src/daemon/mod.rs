@@ -18,7 +18,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use tidings_core::backoff::RECONNECT;
+use tidings_core::backoff::DATABASE;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -152,6 +152,7 @@ pub async fn run(config: Config, hangups: Signals, shutdown: CancellationToken) 
         plugins: Arc::clone(&registry),
         sweep: config.sweep,
         max_attempts: config.max_attempts,
+        drain_rate: config.drain_rate,
         health: Arc::clone(&health),
         timer: PreciseTimer::new().context("could not make a timer")?,
         notes: Arc::new(LookNotes::new(look_tells)),
@@ -248,7 +249,7 @@ async fn wait_for_database(store: &Store) -> Result<(), SchemaError> {
             Ok(()) => break,
         };
         warn!(error = &error as &dyn std::error::Error, "PostgreSQL cannot be used, trying again");
-        tokio::time::sleep(jittered(&RECONNECT, failures)).await;
+        tokio::time::sleep(jittered(&DATABASE, failures)).await;
         failures = failures.saturating_add(1);
     }
     info!(database = store.place(), "connected to PostgreSQL");

@@ -15,7 +15,7 @@ use crate::http::recurrences::{Found, NextRow, Recurrences, merge};
 use crate::http::{AppState, SERVER_TIMEOUT, readiness};
 use crate::model::row_status::Pause;
 use crate::plugins::PluginStatus;
-use crate::store::{Backlog, COUNT_LIMIT, ParkedRow, Store, StoreError};
+use crate::store::{Backlog, COUNT_LIMIT, LimitStatus, ParkedRow, Store, StoreError};
 use crate::telemetry::{LastHour, last_hour};
 
 /// How long an answer is reused for further requests.
@@ -62,6 +62,7 @@ struct DatabaseOverview {
     next: Vec<NextRow>,
     held: Vec<Held>,
     paused: Vec<Pause>,
+    limits: Vec<LimitStatus>,
     parked: Parked,
     /// `None` = this daemon could not compute their instants; its log says why.
     recurrences: Option<Recurrences>,
@@ -170,7 +171,7 @@ async fn read_database(store: &Store) -> Result<DatabaseOverview, StoreError> {
     let enough = COUNT_LIMIT.unsigned_abs();
     let newest = if parked == 0 { Vec::new() } else { store.newest_parked(PARKED_ROWS).await? };
     let parked = Parked { rows: parked.min(enough), or_more: parked > enough, newest };
-    let paused = store.pauses().await?;
+    let (paused, limits) = (store.pauses().await?, store.limits().await?);
     let late_seconds = overdue.as_secs_f64();
-    Ok(DatabaseOverview { now, late_seconds, pending, next, held, paused, parked, recurrences })
+    Ok(DatabaseOverview { now, late_seconds, pending, next, held, paused, limits, parked, recurrences })
 }

@@ -16,7 +16,7 @@ use crate::plugins::{BreakerState, GenerationStatus, Registry};
 use crate::store::StoreError;
 use crate::telemetry::{
     Server, Serving, look_at_process, set_backlog, set_blocked, set_connected, set_intake_waiting, set_letters,
-    set_listening, set_recurrences, set_serving,
+    set_limits, set_listening, set_recurrences, set_serving,
 };
 
 /// `GET /metrics`.
@@ -29,7 +29,10 @@ pub(super) async fn show_metrics(State(sources): State<Sources>) -> Response {
     set_connected(Server::Rabbitmq, link.connected);
     set_blocked(link.blocked);
     // Tasks of their own, so that a question that was asked is finished even if the request is dropped.
-    let backlog = tokio::spawn(async move { Ok((store.backlog().await?, store.count_recurrences().await?)) });
+    let backlog =
+        tokio::spawn(
+            async move { Ok((store.backlog().await?, store.count_recurrences().await?, store.limits().await?)) },
+        );
     let counts = tokio::spawn(async move { (broker.count_dead_letters().await, broker.count_intakes().await) });
     let (backlog, counts) = tokio::join!(timeout(SERVER_TIMEOUT, backlog), timeout(SERVER_TIMEOUT, counts));
     let backlog = match backlog {
@@ -41,8 +44,9 @@ pub(super) async fn show_metrics(State(sources): State<Sources>) -> Response {
         _ => None,
     };
     set_connected(Server::Postgresql, backlog.is_some());
-    if let Some((backlog, recurrences)) = backlog {
+    if let Some((backlog, recurrences, limits)) = backlog {
         set_backlog(&backlog);
+        set_limits(&limits);
         set_recurrences(recurrences);
     }
     if let Ok(Ok((letters, intakes))) = counts {

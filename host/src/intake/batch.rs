@@ -100,6 +100,7 @@ mod tests {
                     due: When::After(0),
                     expires_ms: None,
                     expires_after_ms: None,
+                    priority: 4,
                     payload: "{}".into(),
                     headers: "{}".into(),
                     on_conflict,

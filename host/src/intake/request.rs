@@ -18,6 +18,7 @@ use crate::model::intake::{Incoming, Intake, NewRow, OnConflict, Request, Target
 use crate::model::properties::{HeaderValue, Headers, headers_to_json};
 use crate::model::relay;
 use crate::model::relay::{OWN_HEADERS, Relayed};
+use crate::model::schedule::{DEFAULT_PRIORITY, HIGHEST_PRIORITY};
 
 /// The header with a delay, as clients of the delayed-message plugin send it.
 const DELAY: &str = "x-delay";
@@ -102,6 +103,7 @@ pub fn read(message: &Incoming, intake: &Intake, queue: &str, rules: &Rules, now
         due,
         expires_ms,
         expires_after_ms,
+        priority: message.properties.priority.map_or(DEFAULT_PRIORITY, |priority| priority.min(HIGHEST_PRIORITY)),
         payload,
         headers,
         on_conflict,

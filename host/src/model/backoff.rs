@@ -9,7 +9,7 @@ pub const BUILD: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_m
 /// After RabbitMQ refused a message or could not route it.
 pub const REFUSED: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
 /// After PostgreSQL refused a connection for now, while a statement waits for it.
-pub const CONNECT: Backoff = Backoff::new(Duration::from_millis(10), Duration::from_secs(2));
+pub const CONNECT: Backoff = Backoff::new(Duration::from_millis(10), Duration::from_millis(500));
 
 /// [`Backoff::delay`], ±20 %, so that attempts that failed at the same time are not repeated at the same time.
 #[must_use]

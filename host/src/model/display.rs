@@ -4,6 +4,7 @@ use serde::Serialize;
 use time::format_description::well_known::Rfc3339;
 use time::{OffsetDateTime, UtcOffset};
 
+use crate::model::limit::{Place, clock_time};
 use crate::model::recurrence::Recurrence;
 use crate::model::row_status::{FoundRow, Pause, RowRef, RowStatus};
 
@@ -126,6 +127,12 @@ pub fn row_status(found: &FoundRow) -> String {
         RowStatus::Held { .. } => {
             format!("held, since no daemon served the kind {kind}; now one does, and is about to release it")
         }
+        RowStatus::WaitsForTurn { place: Place { limit, before, before_or_more, in_seconds } } => format!(
+            "due, and waits for its turn: {limit}; {} others go before it, so about {}{} from now",
+            if *before_or_more { format!("more than {before}") } else { before.to_string() },
+            if *before_or_more { "more than " } else { "" },
+            clock_time(*in_seconds)
+        ),
         RowStatus::Paused { pause } => format!("due, and held: {}", pause_sentence(pause)),
         RowStatus::Parked { parked_at, reason, plugin } => format!(
             "parked at {} after {attempts} attempts{}: {reason}; put it back with `tidings parked retry {}`",

@@ -69,6 +69,8 @@ pub struct NewRow {
     pub expires_ms: Option<i64>,
     /// Its deadline, in milliseconds after it is due. The earlier deadline counts.
     pub expires_after_ms: Option<i64>,
+    /// Which of the rows that are due goes first, from 0 to 9.
+    pub priority: u8,
     /// Its payload, as JSON text.
     pub payload: String,
     /// Its headers, as a JSON object of strings.

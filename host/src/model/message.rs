@@ -46,6 +46,8 @@ pub enum MessageProperties {
         content_type: Option<String>,
         /// When it is published, in seconds since the Unix epoch, by the database's clock.
         timestamp: u64,
+        /// That of the row.
+        priority: u8,
     },
     /// Those that a relayed message came with.
     Own(Box<Properties>),
@@ -74,6 +76,7 @@ impl Message {
         let properties = MessageProperties::Event {
             content_type: Some(content_type).filter(|content_type| !content_type.is_empty()),
             timestamp: u64::try_from(now_ms / 1000).unwrap_or(0),
+            priority: schedule.priority,
         };
         let (id, kind) = (schedule.id, schedule.kind.clone());
         Ok(Self { id, kind, exchange: None, routing_key, properties, expiration_ms, headers, body })
@@ -195,6 +198,8 @@ mod tests {
             untried_since: None,
             recurrence: None,
             nominal_at: None,
+            line: None,
+            priority: 4,
         }
     }
 

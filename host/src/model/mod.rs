@@ -16,6 +16,7 @@ pub mod event;
 pub mod health;
 pub mod installation;
 pub mod intake;
+pub mod limit;
 pub mod message;
 pub mod properties;
 pub mod recurrence;

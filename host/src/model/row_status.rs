@@ -7,6 +7,8 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
+use crate::model::limit::Place;
+
 /// Which row a command or a request is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RowRef {
@@ -132,6 +134,12 @@ pub enum RowStatus {
         /// How many daemons serve its kind now. They are about to release it.
         daemons: i64,
     },
+    /// The row is due, and its kind is limited: it waits for its turn.
+    WaitsForTurn {
+        /// Where it stands.
+        #[serde(flatten)]
+        place: Place,
+    },
     /// The row is due, and its kind is paused.
     Paused {
         /// The pause.
@@ -198,14 +206,16 @@ pub struct Pending {
     pub daemons: i64,
     /// The pause of its kind, if the kind is paused.
     pub pause: Option<Pause>,
+    /// Where it stands in its line, if its kind is limited and it is in one.
+    pub place: Option<Place>,
 }
 
 impl Pending {
     /// The status of the row. If several causes delay it, the status names only one: first the due time, then a lock, a
-    /// deadline that has passed, a pause, a missing plugin, a backoff.
+    /// deadline that has passed, a pause, a missing plugin, a limit, a backoff.
     #[must_use]
     pub fn row_status(self) -> RowStatus {
-        let Self { now, due_at, expires_at, not_before, held, last_error, locked_by, daemons, pause } = self;
+        let Self { now, due_at, expires_at, not_before, held, last_error, locked_by, daemons, pause, place } = self;
         let late_seconds = seconds(now - due_at);
         let past_deadline = expires_at.is_some_and(|deadline| deadline <= now);
         match (locked_by, pause) {
@@ -214,6 +224,10 @@ impl Pending {
             // The next claim finishes it, also if it is held or paused.
             _ if past_deadline => RowStatus::Due { late_seconds, daemons, past_deadline },
             (None, Some(pause)) => RowStatus::Paused { pause },
+            (None, None) if place.is_some() && daemons > 0 => {
+                let place = place.expect("it was just seen");
+                RowStatus::WaitsForTurn { place }
+            }
             (None, None) if held => RowStatus::Held { daemons },
             (None, None) if not_before > now => RowStatus::BackingOff { until: not_before, last_error },
             (None, None) => RowStatus::Due { late_seconds, daemons, past_deadline },
@@ -248,6 +262,7 @@ mod tests {
             locked_by: None,
             daemons: 1,
             pause: None,
+            place: None,
         }
     }
 

@@ -5,6 +5,11 @@ use uuid::Uuid;
 
 use crate::model::clock::unix_ms;
 
+/// The priority of a row for which none was given.
+pub const DEFAULT_PRIORITY: u8 = 4;
+/// The priority of a row that goes before all others that have waited as long.
+pub const HIGHEST_PRIORITY: u8 = 9;
+
 /// One due row of `tidings.schedules`, locked by a claim.
 #[derive(Clone, Debug)]
 pub struct Schedule {
@@ -36,6 +41,10 @@ pub struct Schedule {
     pub recurrence: Option<String>,
     /// The instant that the rule of its recurrence says.
     pub nominal_at: Option<OffsetDateTime>,
+    /// The subject of its line, if its kind is limited and it waited for its turn.
+    pub line: Option<String>,
+    /// Which of the rows that are due goes first, from 0, the last, to 9; also the property of the message.
+    pub priority: u8,
 }
 
 impl Schedule {

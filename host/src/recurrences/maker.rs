@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
-use tidings_core::backoff::RECONNECT;
+use tidings_core::backoff::DATABASE;
 use time::OffsetDateTime;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -58,7 +58,7 @@ impl Maker {
                 }
                 Err(error) => report(&error),
             }
-            if shutdown.run_until_cancelled(tokio::time::sleep(jittered(&RECONNECT, failures))).await.is_none() {
+            if shutdown.run_until_cancelled(tokio::time::sleep(jittered(&DATABASE, failures))).await.is_none() {
                 return;
             }
             failures = failures.saturating_add(1);
@@ -89,7 +89,7 @@ impl Maker {
             let Some(made) = shutdown.run_until_cancelled(made).await else { return };
             if let Err(error) = made {
                 report(&error);
-                if shutdown.run_until_cancelled(tokio::time::sleep(jittered(&RECONNECT, failures))).await.is_none() {
+                if shutdown.run_until_cancelled(tokio::time::sleep(jittered(&DATABASE, failures))).await.is_none() {
                     return;
                 }
                 failures = failures.saturating_add(1);

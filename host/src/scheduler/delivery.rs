@@ -351,7 +351,8 @@ fn settlement_by_verdict(sent: InFlight, verdict: Verdict) -> Option<Settlement>
 /// The settlement of a row whose deadline passed before its plugin was called.
 fn expired_row(row: Schedule, now_ms: i64) -> Settlement {
     let late_ms = row.expires_ms().map_or(0, |deadline| now_ms - deadline);
-    let detail = format!("its deadline had passed {late_ms} ms before it could be built");
+    let why = if row.line.is_some() { ", because it waited for its turn (tidings.limit)" } else { "" };
+    let detail = format!("its deadline had passed {late_ms} ms before it could be built{why}");
     settlement_of(row, None, Outcome::Expired(detail))
 }
 
@@ -399,6 +400,8 @@ mod tests {
                 untried_since: None,
                 recurrence: None,
                 nominal_at: None,
+                line: None,
+                priority: 4,
             };
             match refused_for(&schedule, "no queue".into()) {
                 Outcome::Refused { after, .. } => after,

@@ -9,10 +9,13 @@
 //! releases them.
 //!
 //! **A paused kind.** `tidings pause` writes a row into `tidings.paused` and notifies. From that commit on, no claim takes a
-//! row of the kind. A daemon that serves the kind finds a due row of it at the head of the queue (`paused_first` of its
-//! look), or its claim gets nothing; then it holds the due rows of the kind, a few thousand at a time, beside the loop.
+//! row of the kind. A daemon that serves the kind finds a due row of it at the head of the queue (`not_claimable_first` of
+//! its look), or its claim gets nothing; then it holds the due rows of the kind, a few thousand at a time, beside the loop.
 //! A row whose deadline has passed may be claimed by any daemon. After `tidings resume`, or when the pause has ended, a look
 //! finds the held rows, and they are released as above. The end of a pause is one of the moments that each look reports.
+//!
+//! **A limited kind.** `tidings.limit` says how many rows of a kind may go in a time. Its due rows are moved into lines in the same way,
+//! and leave them by claims of turns (`store/queue/turns.rs`).
 
 use std::collections::BTreeMap;
 
@@ -28,9 +31,11 @@ pub struct Held {
     unserved: BTreeMap<String, i64>,
     /// Rows of paused kinds.
     paused: BTreeMap<String, i64>,
+    /// Rows of limited kinds.
+    limited: BTreeMap<String, i64>,
 }
 
-/// Holds due rows of kinds that are paused or that no daemon serves, batch by batch.
+/// Holds due rows of kinds that are paused or that no daemon serves, and moves those of limited kinds into their lines, batch by batch.
 ///
 /// # Errors
 ///
@@ -38,6 +43,7 @@ pub struct Held {
 pub async fn hold(store: &Store, our_kinds: &[String]) -> Result<Held, StoreError> {
     let mut held = Held::default();
     while add(&mut held.paused, store.hold_paused(our_kinds).await?) {}
+    while add(&mut held.limited, store.line_up(our_kinds).await?) {}
     while add(&mut held.unserved, store.hold_unserved(our_kinds).await?) {}
     Ok(held)
 }
@@ -55,7 +61,7 @@ impl Held {
     /// Counts the held rows in the metrics and logs them. Returns whether there are any.
     #[must_use]
     pub fn report(&self) -> bool {
-        let Self { unserved, paused } = self;
+        let Self { unserved, paused, limited } = self;
         for (kind, rows) in unserved.iter().chain(paused) {
             count_held(kind, rows.unsigned_abs());
         }
@@ -65,6 +71,9 @@ impl Held {
         for (kind, rows) in paused {
             debug!(schedule.kind = kind, rows, "held rows of the kind {kind:?}: it is paused");
         }
-        !unserved.is_empty() || !paused.is_empty()
+        for (kind, rows) in limited {
+            debug!(schedule.kind = kind, rows, "rows of the kind {kind:?} wait for their turn: it is limited");
+        }
+        !unserved.is_empty() || !paused.is_empty() || !limited.is_empty()
     }
 }

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tidings_core::backoff::RECONNECT;
+use tidings_core::backoff::DATABASE;
 use tidings_core::reason::Reason;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -74,7 +74,7 @@ impl Listener {
             warn!(error = &error as &dyn std::error::Error, "lost the connection for notifications, connecting again");
             self.store.doubt();
             self.wake.wake(Reason::Doubt);
-            let delay = jittered(&RECONNECT, failures);
+            let delay = jittered(&DATABASE, failures);
             failures = failures.saturating_add(1);
             tokio::select! {
                 biased;

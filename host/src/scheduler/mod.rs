@@ -43,7 +43,8 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use tidings_core::reason::Reason;
 use tidings_core::{
-    Action, Batch, ClaimRequest, ClaimResult, Core, DeliveryEnd, Environment, Event, Lane, Moment, Operation,
+    Action, Batch, ClaimRange, ClaimRequest, ClaimResult, Core, DeliveryEnd, Environment, Event, Lane, Moment,
+    Operation,
 };
 use time::OffsetDateTime;
 use tokio::task::JoinSet;
@@ -88,6 +89,8 @@ pub struct Scheduler {
     pub sweep: Duration,
     /// A row is parked after this many failures of its plugin.
     pub max_attempts: u32,
+    /// How many late rows a second are claimed; `None` = as many as can be delivered.
+    pub drain_rate: Option<u32>,
     /// Gets a heartbeat each time the loop goes round.
     pub health: Arc<Health>,
     /// For the due times of rows.
@@ -113,7 +116,7 @@ struct SchedulerLoop {
 impl Scheduler {
     /// Runs until `shutdown`, and then until all deliveries have ended.
     pub async fn run(self, shutdown: CancellationToken) {
-        let mut core = Core::new(self.sweep);
+        let mut core = Core::new(self.sweep, self.drain_rate);
         let mut running = SchedulerLoop::new(self);
         loop {
             running.parts.health.dispatcher.beat();
@@ -193,15 +196,26 @@ impl SchedulerLoop {
     }
 
     async fn claim(&mut self, request: ClaimRequest) -> Event {
-        let ClaimRequest { range, limit, since, no_large, careful } = request;
+        let ClaimRequest { range, limit, since, bounded, no_large, careful } = request;
         let plugins = self.parts.plugins.current();
-        let wanted = store::Wanted { limit, since, no_large };
+        let rows = match range {
+            ClaimRange::Turns => store::Rows::Turns,
+            ClaimRange::ByKind => store::Rows::Due { since, order: store::Order::Kind },
+            ClaimRange::Oldest | ClaimRange::Newest(_) if bounded => {
+                store::Rows::Due { since, order: store::Order::BoundedSlot }
+            }
+            ClaimRange::Oldest | ClaimRange::Newest(_) => store::Rows::Due { since, order: store::Order::Slot },
+        };
+        let wanted = store::Wanted { rows, limit, no_large };
         let claimed = match self.parts.store.claim(plugins.kinds(), wanted).await {
             Ok(claimed) => claimed,
             Err(error) => return report_failure(Operation::LookOrClaim, &error),
         };
         let store::Claimed { claim, outlook, behind, at, asked_at } = claimed;
-        let batch = claim.as_ref().map(|claim| Batch { xid: claim.xid, large: claim.large });
+        let batch = claim.as_ref().map(|claim| {
+            let rows = u32::try_from(claim.rows.len()).unwrap_or(u32::MAX);
+            Batch { xid: claim.xid, large: claim.large, rows }
+        });
         if let Some(claim) = claim {
             let lane = Lane { range, large: claim.large };
             let (delivery, catch_ups) = (Arc::clone(&self.delivery), self.parts.notes.catch_ups());

@@ -179,6 +179,8 @@ mod tests {
             untried_since: None,
             recurrence: None,
             nominal_at: None,
+            line: None,
+            priority: 4,
         }
     }
 

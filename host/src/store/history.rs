@@ -137,6 +137,8 @@ impl Store {
                     untried_since: None,
                     recurrence: None,
                     nominal_at: None,
+                    line: None,
+                    priority: 4,
                 },
                 finished_ms: unix_ms(row.finished_at),
                 built_ms: row.built_ms,

@@ -137,6 +137,7 @@ async fn insert(
     let Instants { at, delays, sent } = Instants::of(rows.clone().map(|row| row.due));
     let expires: Vec<Option<f64>> = rows.clone().map(|row| row.expires_ms.map(seconds)).collect();
     let expires_after: Vec<Option<f64>> = rows.clone().map(|row| row.expires_after_ms.map(seconds)).collect();
+    let priorities: Vec<i16> = rows.clone().map(|row| row.priority.into()).collect();
     let payloads: Vec<&str> = rows.clone().map(|row| &*row.payload).collect();
     let headers: Vec<&str> = rows.map(|row| &*row.headers).collect();
     let written = sqlx::query_file_scalar!(
@@ -155,6 +156,7 @@ async fn insert(
         &headers as &[&str],
         age.as_secs_f64(),
         replace,
+        &priorities,
     );
     written.fetch_all(session).await.map(|written| written.into_iter().collect())
 }

@@ -7,13 +7,13 @@ WITH settings AS MATERIALIZED (
         clock_timestamp() AS now
 ), incoming AS MATERIALIZED (
     SELECT
-        coalesce(id, tidings.uuid_v7()) AS id, kind, key, subject, payload::jsonb, headers::jsonb, expires_at,
+        coalesce(id, tidings.uuid_v7()) AS id, kind, key, subject, payload::jsonb, headers::jsonb, expires_at, priority,
         -- One whose deadline has passed is finished as expired at once.
         CASE WHEN expires_at <= now THEN least(asked.due_at, expires_at - interval '1 ms') ELSE asked.due_at END AS due_at
     FROM unnest(
         $1::uuid[], $2::bool[], $3::text[], $4::text[], $5::text[], $6::float8[], $7::float8[], $8::float8[], $9::float8[],
-        $10::float8[], $11::text[], $12::text[]
-    ) AS message (id, redelivered, kind, key, subject, at, delay, sent, expires, expires_after, payload, headers)
+        $10::float8[], $11::text[], $12::text[], $15::smallint[]
+    ) AS message (id, redelivered, kind, key, subject, at, delay, sent, expires, expires_after, payload, headers, priority)
     CROSS JOIN settings
     CROSS JOIN LATERAL (
         SELECT coalesce(
@@ -32,13 +32,13 @@ WITH settings AS MATERIALIZED (
         AND (SELECT id FROM tidings.parked WHERE parked.id = message.id) IS NULL
         AND (SELECT id FROM tidings.deliveries WHERE deliveries.id = message.id LIMIT 1) IS NULL
 ), kept AS (
-    INSERT INTO tidings.schedules (id, kind, key, subject, due_at, expires_at, payload, headers)
-    SELECT id, kind, key, subject, due_at, expires_at, payload, headers FROM incoming WHERE NOT $14
+    INSERT INTO tidings.schedules (id, kind, key, subject, due_at, expires_at, payload, headers, priority)
+    SELECT id, kind, key, subject, due_at, expires_at, payload, headers, priority FROM incoming WHERE NOT $14
     ON CONFLICT DO NOTHING
     RETURNING id
 ), replaced AS (
-    INSERT INTO tidings.schedules (id, kind, key, subject, due_at, expires_at, payload, headers)
-    SELECT id, kind, key, subject, due_at, expires_at, payload, headers FROM incoming WHERE $14
+    INSERT INTO tidings.schedules (id, kind, key, subject, due_at, expires_at, payload, headers, priority)
+    SELECT id, kind, key, subject, due_at, expires_at, payload, headers, priority FROM incoming WHERE $14
     ON CONFLICT (kind, key) WHERE key IS NOT NULL DO UPDATE
     SET id = excluded.id,
         subject = excluded.subject,
@@ -46,6 +46,7 @@ WITH settings AS MATERIALIZED (
         expires_at = excluded.expires_at,
         payload = excluded.payload,
         headers = excluded.headers,
+        priority = excluded.priority,
         created_at = excluded.created_at
     RETURNING id
 )

@@ -5,7 +5,7 @@
 //! - `admin/`: what people ask, through commands, the page and the metrics;
 //! - `connection/`: the servers that may be used, the pool of sessions, and whether a server can be used at all;
 //! - `error.rs`: what goes wrong;
-//! - `schema/`: the migrations, and whether the database has had them;
+//! - `schema/`: the migrations, whether the database has had them, and the partitions of the table of rows;
 //! - `dead_letter_pass.rs`: the lock under which one daemon at a time works on dead letters;
 //! - `history.rs`: `tidings.deliveries`, and its retention.
 //! - `recurrences/`: rules that make rows: what makes occurrences, and what people ask;
@@ -49,6 +49,7 @@ use crate::model::tls_error;
 
 pub use admin::backlog::{Backlog, COUNT_LIMIT, Late};
 pub use admin::doctor::{HolderKind, MAX_HOLD_AGE, Replication, ServerVersion, Skew, VacuumHolder};
+pub use admin::limits::{LimitStatus, MAX_COUNTED};
 pub use admin::parked::ParkedRow;
 pub use admin::pauses::Until;
 pub use admin::produce::NewSchedule;
@@ -58,7 +59,7 @@ use connection::{Backend, Connection, Doubt, Hosts, Servers};
 pub use dead_letter_pass::{Begun, Pass};
 pub use error::StoreError;
 pub use history::Delivered;
-pub use queue::claim::{Claim, Claimed, Wanted, parse_headers};
+pub use queue::claim::{Claim, Claimed, Order, Rows, Wanted, parse_headers};
 use queue::commit_time::CommitTime;
 pub use queue::look::Seen;
 pub(crate) use queue::notifications::Heard;
@@ -66,7 +67,7 @@ use queue::notifications::SweepRequests;
 pub use queue::settlement::{History, Outcome, Settlement, Settling};
 pub use recurrences::admin::{NewRecurrence, RecurrenceFilter};
 pub use recurrences::making::Making;
-pub use schema::SchemaError;
+pub use schema::{Partitioned, SchemaError};
 
 /// How long a statement may take. It usually takes milliseconds; after this long the server is frozen or the link is
 /// dead.

@@ -26,7 +26,7 @@ pub use metrics::counts::{
     set_backlog, set_blocked, set_connected, set_intake_waiting, set_letters, set_listening, set_oldest_dead_letter,
     set_recurrences,
 };
-pub use metrics::kinds::{Batch, CallResult, Calls, count_held, serve};
+pub use metrics::kinds::{Batch, CallResult, Calls, count_held, serve, set_limits};
 pub use metrics::last_hour::{LastHour, Minute, last_hour};
 pub use metrics::serving::{Serving, set_serving};
 pub use metrics::{start_metrics, upkeep};

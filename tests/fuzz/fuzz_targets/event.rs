@@ -82,5 +82,7 @@ fn schedule() -> Schedule {
         untried_since: None,
         recurrence: None,
         nominal_at: None,
+        line: None,
+        priority: 4,
     }
 }

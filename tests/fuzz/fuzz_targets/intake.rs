@@ -63,6 +63,8 @@ fn try_message(bytes: &[u8]) {
                 untried_since: None,
                 recurrence: None,
                 nominal_at: None,
+                line: None,
+                priority: 4,
             };
             check(&Message::relayed(&schedule, relayed, NOW_MS).expect("it has no deadline"));
         }

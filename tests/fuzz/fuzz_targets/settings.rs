@@ -10,7 +10,7 @@ use tidings::plugins::Settings;
 /// The middle of each password, by which a leak is noticed.
 const SECRET: &str = "S3CRET";
 /// The flags that get lines of the input as their values.
-const FLAGS: [&str; 10] = [
+const FLAGS: [&str; 11] = [
     "exchange",
     "queue-type",
     "replay-max",
@@ -19,6 +19,7 @@ const FLAGS: [&str; 10] = [
     "sweep-ms",
     "replay-interval-ms",
     "max-attempts",
+    "drain-rate",
     "notify",
     "history-days",
 ];

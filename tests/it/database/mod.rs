@@ -6,6 +6,7 @@ pub(crate) mod few_connections;
 pub(crate) mod hosts;
 pub(crate) mod imposed;
 pub(crate) mod locks;
+pub(crate) mod partitions;
 pub(crate) mod platforms;
 pub(crate) mod sql;
 pub(crate) mod unfit;

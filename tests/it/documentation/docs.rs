@@ -13,7 +13,7 @@ use lapin::types::{AMQPValue, FieldTable};
 use tokio::sync::{Mutex, MutexGuard};
 
 /// The pages whose blocks are run.
-pub(crate) const PAGES: [&str; 10] = [
+pub(crate) const PAGES: [&str; 12] = [
     "README.md",
     "host/docs/first-steps.md",
     "host/docs/reference.md",
@@ -22,6 +22,8 @@ pub(crate) const PAGES: [&str; 10] = [
     "plugins/README.md",
     "migrations/README.md",
     "host/docs/operations.md",
+    "host/docs/growing.md",
+    "host/docs/limits.md",
     "host/docs/security.md",
     "host/docs/moving-here.md",
 ];
@@ -167,6 +169,23 @@ async fn an_operator_who_follows_the_page_on_operations_sees_what_it_shows() {
     inbox.next().await;
     world.wait_until("SELECT count(*) = 1 FROM tidings.deliveries").await;
     reader.follow(&Page::read("host/docs/operations.md")).await;
+}
+
+#[tokio::test]
+async fn an_operator_who_follows_the_page_on_growing_sees_what_it_shows() {
+    let (servers, _guard) = lock_servers().await;
+    let world = World::on_servers(servers, &[]).await;
+    Reader::new(&world, servers, EXTERNAL_COMMANDS).follow(&Page::read("host/docs/growing.md")).await;
+}
+
+#[tokio::test]
+async fn a_user_who_follows_the_page_on_limits_sees_what_it_shows() {
+    let (servers, _guard) = lock_servers().await;
+    let world = World::on_servers(servers, &["message"]).await;
+    let _inbox = world.inbox(&["#"]).await;
+    let mut reader = Reader::new(&world, servers, EXTERNAL_COMMANDS);
+    reader.start_daemon().await;
+    reader.follow(&Page::read("host/docs/limits.md")).await;
 }
 
 #[tokio::test]

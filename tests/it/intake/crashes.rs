@@ -159,7 +159,7 @@ async fn large_bodies_wait_in_rabbitmq_and_not_in_the_memory_of_the_daemon() {
         publisher.publish("k", properties, &body).await;
     }
     let daemon = start(&world).await;
-    eventually_within(Duration::from_mins(2), "all rows", async || {
+    eventually_within(Duration::from_mins(4), "all rows", async || {
         world.value::<bool>("SELECT count(*) = 150 FROM tidings.schedules").await.then_some(())
     })
     .await;

@@ -82,7 +82,8 @@ async fn a_message_with_a_kind_becomes_a_row_of_that_kind_for_its_plugin() {
         ("tenant", text("a")),
         ("number", AMQPValue::LongInt(7)),
         ("x-ignored", text("b")),
-    ]);
+    ])
+    .with_priority(8);
     publisher.publish("any", properties, br#"{"routing_key": "k", "body": {"a": 1}}"#).await;
     let received = inbox.next().await;
     assert_eq!(received.json(), serde_json::json!({"a": 1}));
@@ -91,6 +92,7 @@ async fn a_message_with_a_kind_becomes_a_row_of_that_kind_for_its_plugin() {
     let expected = ["message", "the key", "the subject", "a", "7"].map(|value| Some(text(value)));
     assert_eq!(values[..5], expected);
     assert_eq!(values[5], None);
+    assert_eq!(*received.properties().priority(), Some(8));
 }
 
 #[tokio::test]

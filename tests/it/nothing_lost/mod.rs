@@ -4,6 +4,7 @@
 pub(crate) mod cluster;
 pub(crate) mod crash;
 pub(crate) mod faults;
+pub(crate) mod nodes;
 pub(crate) mod outcomes;
 pub(crate) mod scenario;
 pub(crate) mod sent_rows;

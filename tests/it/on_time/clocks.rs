@@ -101,7 +101,7 @@ async fn a_server_that_is_back_with_a_clock_three_seconds_behind_delivers_what_w
         return;
     }
     let (servers, world, mut inbox, _daemon) = start().await;
-    let waiting = schedule(&world, "6 seconds").await;
+    let waiting = schedule(&world, "12 seconds").await;
     servers.lock().expect("whole").set_clock(-3).expect("set");
     let restarting = Arc::clone(&servers);
     let restarted = tokio::task::spawn_blocking(move || {

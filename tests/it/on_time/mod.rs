@@ -2,6 +2,7 @@
 //! not grow with the number of rows.
 
 pub(crate) mod assumptions;
+pub(crate) mod backlog;
 pub(crate) mod clocks;
 pub(crate) mod delivery;
 pub(crate) mod low_water;

@@ -31,7 +31,14 @@ pub(crate) fn find_checked_query(part: &str) -> String {
     let checked = files.map(|text| {
         serde_json::from_str::<serde_json::Value>(&text).expect("JSON")["query"].as_str().expect("a query").to_owned()
     });
-    let mut texts = checked.chain([include_str!("../../../host/src/store/queue/claim.sql").to_owned()]);
+    let claim = concat!(
+        include_str!("../../../host/src/store/queue/claim/rows.sql"),
+        include_str!("../../../host/src/store/queue/claim/due.sql"),
+        include_str!("../../../host/src/store/queue/claim/summary.sql"),
+        include_str!("../../../host/src/store/queue/claim/due_outlook.sql"),
+        ", NULL",
+    );
+    let mut texts = checked.chain([claim.to_owned()]);
     texts.find(|text| text.contains(part)).unwrap_or_else(|| panic!("no query with {part}"))
 }
 
@@ -40,12 +47,18 @@ pub(crate) const CLAIM: &str = "generate_series(1, units)";
 
 /// The number of pages that a prepared query with a generic plan reads, and its plan.
 pub(crate) async fn count_pages(world: &World, query: &str, types: &str, arguments: &str) -> (u64, String) {
+    count_pages_after(world, "SELECT", query, types, arguments).await
+}
+
+/// The same after another statement of the session.
+async fn count_pages_after(world: &World, before: &str, query: &str, types: &str, arguments: &str) -> (u64, String) {
     let mut connection = world.db.acquire().await.expect("a connection");
     let mut run =
         async |sql: String| sqlx::query(AssertSqlSafe(sql)).fetch_all(&mut *connection).await.expect("it runs");
     // The same planner settings as in the daemon's sessions.
     run("SET plan_cache_mode = force_generic_plan".into()).await;
     run("SET enable_sort = off".into()).await;
+    run(before.into()).await;
     run(format!("PREPARE asked({types}) AS {query}")).await;
     let plan = run(format!("EXPLAIN (ANALYZE, BUFFERS, COSTS OFF) EXECUTE asked({arguments})")).await;
     run("DEALLOCATE asked".into()).await;
@@ -114,6 +127,52 @@ async fn a_claim_and_its_settlement_cost_the_same_however_many_rows_wait() {
 }
 
 #[tokio::test]
+async fn turns_cost_the_same_however_many_rows_wait_for_them() {
+    let world = World::empty().await;
+    world.sql("SELECT tidings.limit('message', 100, burst => 20, by => 'subject'), tidings.limit('other', 1)").await;
+    world
+        .sql(
+            "INSERT INTO tidings.schedules (kind, subject, due_at, held, line)
+             SELECT CASE WHEN number % 2 = 0 THEN 'message' ELSE 'other' END, number % 1000, now() - number * interval '1 ms', true,
+                 CASE WHEN number % 2 = 0 THEN (number % 1000)::text ELSE '' END
+             FROM generate_series(1, 100000) AS number",
+        )
+        .await;
+    world.sql("INSERT INTO tidings.lines (kind, subject) SELECT DISTINCT kind, line FROM tidings.schedules").await;
+    world.sql("ANALYZE").await;
+
+    let types = "text[], timestamptz, boolean, bigint";
+    let look = find_checked_query("held_for_us");
+    let (pages, plan) = count_pages(&world, &look, types, "'{message,other}', NULL, false, 1000").await;
+    assert!(pages < 40 && !plan.contains("Seq Scan on schedules"), "{pages}\n{plan}");
+
+    let lock = include_str!("../../../host/src/store/queue/claim/lock_lines.sql");
+    let (pages, plan) = count_pages(&world, lock, "text[], bigint", "'{message,other}', 50").await;
+    assert!(pages < 60, "{pages}\n{plan}");
+
+    let claim = concat!(
+        include_str!("../../../host/src/store/queue/claim/turns.sql"),
+        include_str!("../../../host/src/store/queue/claim/rows.sql"),
+        include_str!("../../../host/src/store/queue/claim/turn_rows.sql"),
+        include_str!("../../../host/src/store/queue/claim/summary.sql"),
+        include_str!("../../../host/src/store/queue/claim/turns_outlook.sql"),
+        ", NULL",
+    );
+    let types = "text[], bigint, bigint, timestamptz, boolean";
+    let locked = r#"SET tidings.locked_lines = '[["message", "2"], ["message", "4"], ["other", ""]]'"#;
+    let arguments = "'{message,other}', 500, 2097152, NULL, false";
+    let (pages, plan) = count_pages_after(&world, locked, claim, types, arguments).await;
+    // Each row is on a page of its own.
+    assert!(pages < 250 && !plan.contains("Seq Scan on schedules"), "{pages}\n{plan}");
+
+    let turn = include_str!("../../../host/src/store/queue/turn.sql");
+    let types = "text[], text[], bigint[], bigint[], timestamptz[]";
+    let arguments = "'{message,other}', '{2,\"\"}', '{1,1}', '{20,1}', '{now,now}'";
+    let (pages, plan) = count_pages(&world, turn, types, arguments).await;
+    assert!(pages < 80 && !plan.contains("Seq Scan on schedules"), "{pages}\n{plan}");
+}
+
+#[tokio::test]
 async fn a_redelivered_message_finds_its_row_by_an_index_however_many_rows_there_are() {
     let world = World::empty().await;
     world.sql("INSERT INTO tidings.schedules (kind, due_at) SELECT 'message', now() + number * interval '1 minute' FROM generate_series(1, 50000) AS number").await;
@@ -130,11 +189,12 @@ async fn a_redelivered_message_finds_its_row_by_an_index_however_many_rows_there
         )
         .await;
     world.sql("ANALYZE").await;
-    let types = "uuid[], bool[], text[], text[], text[], float8[], float8[], float8[], float8[], float8[], text[], text[], float8, bool";
+    let types = "uuid[], bool[], text[], text[], text[], float8[], float8[], float8[], float8[], float8[], text[], text[], float8, bool, smallint[]";
     let id: uuid::Uuid = world.value("SELECT id FROM tidings.deliveries LIMIT 1").await;
     let nulls = "'{NULL}', '{NULL}', '{5}', '{NULL}', '{NULL}', '{NULL}'";
-    let arguments =
-        format!(r#"'{{{id}}}', '{{true}}', '{{relay}}', '{{key}}', {nulls}, '{{"{{}}"}}', '{{"{{}}"}}', 0, false"#);
+    let arguments = format!(
+        r#"'{{{id}}}', '{{true}}', '{{relay}}', '{{key}}', {nulls}, '{{"{{}}"}}', '{{"{{}}"}}', 0, false, '{{4}}'"#
+    );
     let (pages, plan) = count_pages(&world, &find_checked_query("FROM kept UNION ALL"), types, &arguments).await;
     assert!(pages < 40 && !plan.contains("Seq Scan"), "{pages}\n{plan}");
     assert!(world.value::<bool>("SELECT NOT EXISTS (SELECT FROM tidings.schedules WHERE kind = 'relay')").await);

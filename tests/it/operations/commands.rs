@@ -197,7 +197,10 @@ async fn next_shows_the_next_due_rows_and_an_estimate_of_how_many_more_there_are
 
     let (code, answer) = run_json(&world, &["next"]).await;
     assert_eq!(code, 0, "{answer}");
-    assert_eq!(field_names(&answer), ["held", "more", "more_is_estimate", "now", "occurrences", "paused", "rows"]);
+    assert_eq!(
+        field_names(&answer),
+        ["held", "limits", "more", "more_is_estimate", "now", "occurrences", "paused", "rows"]
+    );
     assert_eq!((&answer["more"], &answer["more_is_estimate"]), (&json!(11), &json!(false)));
     let rows = answer["rows"].as_array().expect("a list");
     assert_eq!(rows.len(), 20);

@@ -10,7 +10,7 @@ use super::process::{BackgroundTask, ClaimStage, NotCompared, Process, Stage, Ta
 use super::row::Place;
 use super::server::Server;
 use super::step::Ending;
-use super::times::SWEEP;
+use super::times::{DRAIN_RATE, SWEEP};
 
 /// A daemon that serves some kinds, while its process runs.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -30,7 +30,8 @@ impl Daemon {
 
     pub(super) fn start(&mut self, now: u64) {
         self.process.get_or_insert_with(|| Process {
-            core: Core::new(Moment::from_millis(SWEEP)),
+            // Every other daemon paces late rows.
+            core: Core::new(Moment::from_millis(SWEEP), (self.number % 2 == 1).then_some(DRAIN_RATE)),
             started_at: now,
             stage: Stage::Deciding,
             background: Vec::new(),

@@ -252,7 +252,10 @@ impl Server {
                 .filter(held)
                 .map(ToString::to_string)
                 .collect(),
-            paused_first: is_due && head.is_some_and(|head| kinds.contains(&head.kind) && self.is_paused(head.kind)),
+            turn_in: None,
+            has_limits: false,
+            not_claimable_first: is_due
+                && head.is_some_and(|head| kinds.contains(&head.kind) && self.is_paused(head.kind)),
             promise: Promise { until: at(self.polling_until), next_xid: self.next_xid },
             below: below.first().map(|first| Below {
                 first: at(*first),
@@ -279,7 +282,7 @@ impl Server {
                 && !self.is_paused(row.kind)
                 && !(row.large && request.no_large)
         });
-        let limit = if request.range == ClaimRange::Oldest { 2 } else { 1 };
+        let limit = if let ClaimRange::Newest(_) = request.range { 1 } else { 2 };
         let due_rows = indexes.len();
         let large = indexes.first().is_some_and(|first| self.rows[*first].large);
         if large {
@@ -289,7 +292,11 @@ impl Server {
         }
         indexes.truncate(limit);
         let behind = indexes.first().map_or(0, |index| clock - self.rows[*index].slot);
-        let batch = (!indexes.is_empty()).then(|| Batch { xid: self.take_xid(), large });
+        let batch = (!indexes.is_empty()).then(|| Batch {
+            xid: self.take_xid(),
+            large,
+            rows: u32::try_from(indexes.len()).expect("few"),
+        });
         for index in &indexes {
             let row = &mut self.rows[*index];
             (row.place, row.was_locked) = (Place::Locked(batch.expect("some").xid), true);

@@ -8,3 +8,7 @@ pub(super) const SWEEP: u64 = 5_000;
 pub(super) const MAX_ACTIONS: u32 = 16;
 /// Rows of a transaction that is open for longer than this, in ms, may be below the mark.
 pub(super) const OPEN_FOR_LONG: u64 = 60_000;
+/// Late rows a second, in daemons that pace them.
+pub(super) const DRAIN_RATE: u32 = 20;
+/// The longest time between two claims of late rows, in ms: that of the two rows of a claim.
+pub(super) const PACED_WITHIN: u64 = 100;

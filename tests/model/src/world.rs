@@ -9,7 +9,7 @@ use super::invariant::{Invariant, Violation};
 use super::row::{FoundBy, Place, Row};
 use super::server::{self, Server};
 use super::step::{Ending, Step};
-use super::times::{OPEN_FOR_LONG, START, SWEEP};
+use super::times::{OPEN_FOR_LONG, PACED_WITHIN, START, SWEEP};
 
 /// A row that another session had locked is found within this many ms after it is free.
 const RETRY_WITHIN: u64 = 1_000;
@@ -184,6 +184,8 @@ impl World {
             // of that delivery.
             let retry = if daemon.lanes().next().is_some() { SWEEP } else { RETRY_WITHIN };
             let bound = if row.clock_behind { bound.max(self.now + SWEEP) } else { bound };
+            let is_late = self.server.clock(self.now) - row.slot > 1_000;
+            let bound = if is_late && number % 2 == 1 { bound.max(self.now + PACED_WITHIN) } else { bound };
             let bound = if row.was_locked { bound.max(self.now + retry) } else { bound };
             // Rows whose due time the clock jumped over are found by the next look.
             bound.max(self.server.set_forward_at.map_or(0, |at| at + SWEEP + RETRY_WITHIN))

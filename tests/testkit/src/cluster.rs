@@ -7,11 +7,10 @@ use std::process::{Child, Stdio};
 use std::time::Instant;
 
 use anyhow::Context as _;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 
 use crate::place::{Layout, change_owner, logs};
-use crate::processes::{children_of, start_reaper};
+use crate::processes::{replace_reaper, signal_with_children, start_reaper};
 use crate::servers::{START_DEADLINE, Servers, free_ports, wait_for_port};
 use crate::setup;
 
@@ -56,12 +55,59 @@ impl Servers {
         for number in 1..=count {
             nodes.wait_for(number)?;
             let join = format!("t{}@localhost", self.rabbitmq_port);
-            for arguments in [&["stop_app"][..], &["reset"], &["join_cluster", &join], &["start_app"]] {
+            for arguments in [&["stop_app"][..], &["reset"], &["join_cluster", &join]] {
                 nodes.rabbitmqctl(number, arguments)?;
+            }
+            // On a busy machine it may give up waiting for the others.
+            let mut tries = 0;
+            while let Err(error) = nodes.rabbitmqctl(number, &["start_app"]) {
+                tries += 1;
+                anyhow::ensure!(tries < 3, error);
             }
         }
         Ok(nodes)
     }
+
+    /// Runs an Erlang expression on the first node of RabbitMQ, and returns the value that it prints.
+    ///
+    /// # Errors
+    ///
+    /// When the node does not answer or the expression fails.
+    pub fn ask_rabbitmq(&self, expression: &str) -> anyhow::Result<String> {
+        ask(self.layout()?, expression)
+    }
+
+    /// Waits for some seconds until all nodes with these names run and see each other, and every quorum queue has a leader, and a
+    /// member on each node. Returns whether it is so.
+    #[must_use]
+    pub fn are_nodes_whole(&self, names: &[String]) -> bool {
+        let names: Vec<String> = names.iter().map(|name| format!("'{name}'")).collect();
+        // Asked within the node, since starting rabbitmqctl takes longer than most waits.
+        let question = format!(
+            "Nodes = [{}],
+            Runs = fun(N) -> rpc:call(N, rabbit, is_running, []) =:= true andalso length(rpc:call(N, erlang, nodes, [])) >= 2 end,
+            Queues = fun() -> [Q || Q <- rabbit_amqqueue:list(), amqqueue:get_type(Q) =:= rabbit_quorum_queue] end,
+            IsWhole = fun(Q) ->
+                {{Name, _}} = amqqueue:get_pid(Q),
+                lists:all(fun(N) -> is_pid(rpc:call(N, erlang, whereis, [Name])) end, Nodes)
+                    andalso element(1, ra:members({{Name, node()}}, 2000)) =:= ok
+            end,
+            Wait = fun Wait(Times) ->
+                Is = lists:all(Runs, Nodes) andalso lists:all(IsWhole, Queues()),
+                case Is orelse Times =:= 0 of true -> Is; false -> timer:sleep(200), Wait(Times - 1) end
+            end,
+            Wait(25).",
+            names.join(", ")
+        );
+        self.ask_rabbitmq(&question).is_ok_and(|told| told == "true")
+    }
+}
+
+fn ask(layout: &Layout, expression: &str) -> anyhow::Result<String> {
+    let asked = layout.rabbitmqctl().args(["eval", expression]).output().context("could not run rabbitmqctl")?;
+    let told = String::from_utf8_lossy(&asked.stdout).trim().to_owned();
+    anyhow::ensure!(asked.status.success(), "{expression} failed: {told} {}", String::from_utf8_lossy(&asked.stderr));
+    Ok(told)
 }
 
 impl MoreNodes {
@@ -97,12 +143,16 @@ impl MoreNodes {
     ///
     /// When it has no process.
     pub fn signal(&self, number: usize, signal: Signal) -> anyhow::Result<()> {
-        let pid = self.node(number).child.id();
-        for pid in std::iter::once(pid).chain(children_of(pid)) {
-            // The error is ignored: a child may have ended in the meantime.
-            let _ = kill(Pid::from_raw(i32::try_from(pid)?), signal);
-        }
-        Ok(())
+        signal_with_children(&self.node(number).child, signal)
+    }
+
+    /// Runs an Erlang expression on a node, and returns the value that it prints.
+    ///
+    /// # Errors
+    ///
+    /// When the node does not answer or the expression fails.
+    pub fn ask(&self, number: usize, expression: &str) -> anyhow::Result<String> {
+        ask(&self.node(number).layout, expression)
     }
 
     /// Stops a node with `signal`, and starts it again. Blocks until it listens.
@@ -115,10 +165,7 @@ impl MoreNodes {
         let node = &mut self.nodes[number - 1];
         node.child.wait()?;
         node.child = node.layout.start_rabbitmq()?;
-        let mut old =
-            std::mem::replace(&mut node.reaper, start_reaper(&node.layout.dir, std::slice::from_ref(&node.child))?);
-        let (killed, ended) = (old.kill(), old.wait());
-        killed.and(ended)?;
+        replace_reaper(&mut node.reaper, &node.layout.dir, std::slice::from_ref(&node.child))?;
         self.wait_for(number)
     }
 

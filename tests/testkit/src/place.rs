@@ -24,6 +24,15 @@ pub struct Identity {
     pub key: String,
 }
 
+/// What a private RabbitMQ is set to beside the usual.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RabbitMqSettings {
+    /// Lines of `rabbitmq.conf`.
+    pub lines: &'static str,
+    /// Arguments of Erlang, for what has no name in `rabbitmq.conf`.
+    pub erlang_arguments: &'static str,
+}
+
 /// Everything that is needed to start the servers, and to start them again: programs, directory and ports.
 #[derive(Debug)]
 pub(crate) struct Layout {
@@ -34,6 +43,7 @@ pub(crate) struct Layout {
     pub(crate) distribution_port: u16,
     pub(crate) epmd_port: u16,
     pub(crate) management_port: u16,
+    pub(crate) rabbitmq: RabbitMqSettings,
 }
 
 /// A command that runs `program` as `user` if the current user is root (PostgreSQL refuses to run as root, and RabbitMQ
@@ -156,8 +166,13 @@ impl Layout {
         Ok(())
     }
 
+    /// Removes the data of PostgreSQL, which must have ended.
+    pub(crate) fn remove_postgres(&self) -> anyhow::Result<()> {
+        Ok(fs::remove_dir_all(self.dir.join("postgres/data"))?)
+    }
+
     pub(crate) fn prepare_rabbitmq(&self) -> anyhow::Result<()> {
-        let Self { programs, dir, management_port, .. } = self;
+        let Self { programs, dir, management_port, rabbitmq: RabbitMqSettings { lines, .. }, .. } = self;
         let home = dir.join("rabbitmq");
         for part in ["home", "mnesia", "log", "schema", "config"] {
             fs::create_dir_all(home.join(part))?;
@@ -168,7 +183,7 @@ impl Layout {
             home.join("rabbitmq.conf"),
             format!(
                 "loopback_users = none\nmanagement.tcp.port = {management_port}\nmanagement.tcp.ip = 127.0.0.1\n\
-             disk_free_limit.absolute = 50MB\nmax_message_size = 134217728\n"
+             disk_free_limit.absolute = 50MB\nmax_message_size = 134217728\n{lines}\n"
             ),
         )?;
         change_owner("rabbitmq", &programs.rabbitmq, &home)
@@ -231,7 +246,10 @@ impl Layout {
             .env("RABBITMQ_ALLOW_INPUT", "1")
             .env(
                 "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", // The port of Erlang's distribution would be open to the network.
-                "+S 2:2 +sbwt none -kernel inet_dist_use_interface {127,0,0,1}",
+                format!(
+                    "+S 2:2 +sbwt none -kernel inet_dist_use_interface {{127,0,0,1}} {}",
+                    self.rabbitmq.erlang_arguments
+                ),
             )
             .stdout(log.try_clone()?)
             .stderr(log)

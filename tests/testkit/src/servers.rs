@@ -13,8 +13,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 
-use crate::place::{Identity, Layout, logs, start_epmd};
-use crate::processes::{children_of, start_reaper};
+use crate::place::{Identity, Layout, RabbitMqSettings, logs, start_epmd};
+use crate::processes::{children_of, replace_reaper, start_reaper};
 use crate::{command_line, eventually, setup};
 
 /// The environment variable that passes the ports of running servers on to child programs.
@@ -43,11 +43,12 @@ pub enum Server {
     RabbitMq = 1,
 }
 
+/// What this program has started.
 #[derive(Debug)]
-struct Running {
-    children: Vec<Child>,
-    reaper: Child,
-    layout: Layout,
+pub(crate) struct Running {
+    pub(crate) children: Vec<Child>,
+    pub(crate) reaper: Child,
+    pub(crate) layout: Layout,
 }
 
 impl Servers {
@@ -87,6 +88,15 @@ impl Servers {
     ///
     /// As [`Servers::start_private`].
     pub fn start_private_with(settings: &str) -> anyhow::Result<Self> {
+        Self::start_private_with_settings(settings, RabbitMqSettings::default())
+    }
+
+    /// [`Self::start_private_with`] with settings of RabbitMQ as well, which further nodes get too.
+    ///
+    /// # Errors
+    ///
+    /// As [`Servers::start_private`].
+    pub fn start_private_with_settings(settings: &str, rabbitmq: RabbitMqSettings) -> anyhow::Result<Self> {
         static STARTED: AtomicUsize = AtomicUsize::new(0);
         let number = STARTED.fetch_add(1, Ordering::Relaxed);
         let programs = setup::find_servers()?;
@@ -103,6 +113,7 @@ impl Servers {
             distribution_port,
             epmd_port,
             management_port,
+            rabbitmq,
         };
         layout.prepare_postgres(settings)?;
         layout.prepare_rabbitmq()?;
@@ -176,7 +187,7 @@ impl Servers {
         } else {
             kill(parent, signal)?;
         }
-        let Running { children, reaper, layout } = self.running.as_mut().context("not this program's servers")?;
+        let Running { children, reaper, layout } = self.running_mut()?;
         children[server as usize].wait()?;
         let port = match server {
             Server::Postgres => layout.postgres_port,
@@ -199,10 +210,7 @@ impl Servers {
             anyhow::ensure!(Instant::now() < deadline, "{server:?} ends at its start:\n{}", logs(&layout.dir));
             std::thread::sleep(Duration::from_millis(200));
         }
-        // The old reaper holds the pid of the old process, which another process may get.
-        let mut old = std::mem::replace(reaper, start_reaper(&layout.dir, children)?);
-        let (killed, ended) = (old.kill(), old.wait());
-        killed.and(ended)?;
+        replace_reaper(reaper, &layout.dir, children)?;
         self.wait_for_both()
     }
 
@@ -285,6 +293,10 @@ impl Servers {
         let status = command.args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).status()?;
         anyhow::ensure!(status.success(), "rabbitmqctl failed");
         Ok(())
+    }
+
+    pub(crate) fn running_mut(&mut self) -> anyhow::Result<&mut Running> {
+        self.running.as_mut().context("not this program's servers")
     }
 
     pub(crate) fn layout(&self) -> anyhow::Result<&Layout> {

@@ -29,7 +29,9 @@ impl Scene {
             oldest_xid,
             outlook: Outlook::default(),
             held_for_us: Vec::new(),
-            paused_first: false,
+            not_claimable_first: false,
+            turn_in: None,
+            has_limits: false,
             promise: Promise { until: at(0), next_xid: 0 },
             below: None,
         };

@@ -13,9 +13,9 @@ fn random_event() -> impl Strategy<Value = (u64, u8, bool, bool, Option<u64>)> {
 proptest! {
     #[test]
     fn the_loop_never_spins_and_never_sleeps_for_longer_than_a_sweep_interval(
-        events in prop::collection::vec(random_event(), 1..60),
+        rate in proptest::option::of(1..5_000_u32), events in prop::collection::vec(random_event(), 1..60),
     ) {
-        let mut scene = Scene { core: Core::new(SWEEP), now: START };
+        let mut scene = Scene { core: Core::new(SWEEP, rate), now: START };
         let (mut lanes, mut hold, mut release, mut sweep) = (0, false, false, false);
         for (pass, event, first, second, next_in) in events {
             let (mut actions, begun) = (0, scene.now);

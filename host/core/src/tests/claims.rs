@@ -3,6 +3,7 @@
 use super::super::*;
 use super::ALL_LEFT;
 use super::scene::{OPEN, SWEEP, Scene, look, ms};
+use crate::events::ALMOST_DUE;
 
 #[test]
 fn a_row_that_is_not_quite_due_by_the_clock_of_the_database_is_claimed_again_when_it_is() {

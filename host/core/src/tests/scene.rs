@@ -25,7 +25,9 @@ pub(super) fn look(now: Moment, due: bool, next_in: Option<Duration>) -> Look {
         oldest_xid: 100,
         outlook: Outlook { due, next_in },
         held_for_us: Vec::new(),
-        paused_first: false,
+        not_claimable_first: false,
+        turn_in: None,
+        has_limits: false,
         promise: Promise { until: at(Moment::ZERO), next_xid: 100 },
         below: None,
     }
@@ -41,7 +43,7 @@ pub(super) struct Scene {
 impl Scene {
     /// A core that has looked and swept, and found nothing.
     pub(super) fn quiet() -> Self {
-        let mut scene = Self { core: Core::new(SWEEP), now: START };
+        let mut scene = Self { core: Core::new(SWEEP, None), now: START };
         assert_eq!(scene.next(), Action::Look);
         scene.looked(false, None);
         assert_eq!(scene.next(), Action::Sweep);
@@ -79,7 +81,7 @@ impl Scene {
 
     /// Reports the result of a claim of the oldest rows.
     pub(super) fn claimed(&mut self, rows: bool, more: bool, next_in: Option<Duration>) {
-        let batch = rows.then_some(Batch { xid: 1, large: false });
+        let batch = rows.then_some(Batch { xid: 1, large: false, rows: 1 });
         self.handle(Event::Claimed(ClaimResult {
             range: ClaimRange::Oldest,
             asked_at: self.now,

@@ -8,6 +8,9 @@ use uuid::Uuid;
 
 use crate::broker::{Confirmed, Verdict};
 
+/// Why a message with a nack was refused: a queue is full, or has no leader that this node knows.
+pub(super) const NACKED: &str = "a queue refused the message (nack)";
+
 /// The confirms of one batch on one channel.
 #[derive(Debug)]
 pub(in crate::broker) struct Confirms {
@@ -73,12 +76,17 @@ impl Confirms {
         self.open == 0
     }
 
+    /// Whether RabbitMQ has refused a message.
+    pub(super) fn has_nack(&self) -> bool {
+        self.answers.iter().any(|answer| answer.kind == AnswerKind::Nack)
+    }
+
     /// The verdicts on the messages, in their order.
     pub(super) fn into_verdicts(self) -> Vec<Verdict> {
         let verdict = |answer: Answer| match (answer.returned, answer.kind) {
             (Some(why), _) => Verdict::Refused(why),
             (None, AnswerKind::Ack(at)) => Verdict::Confirmed(Confirmed { at }),
-            (None, AnswerKind::Nack) => Verdict::Refused("a queue refused the message (nack)".into()),
+            (None, AnswerKind::Nack) => Verdict::Refused(NACKED.into()),
             (None, AnswerKind::None) => Verdict::Unknown,
         };
         self.answers.into_iter().map(verdict).collect()

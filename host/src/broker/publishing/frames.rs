@@ -66,16 +66,27 @@ pub fn write_message(frames: &mut Vec<u8>, channel: u16, exchange: &str, message
 
 fn write_properties(frames: &mut Vec<u8>, message: &Message) {
     match &message.properties {
-        MessageProperties::Event { content_type, timestamp } => {
-            write_event_properties(frames, message, content_type.as_deref(), *timestamp);
+        MessageProperties::Event { content_type, timestamp, priority } => {
+            write_event_properties(frames, message, content_type.as_deref(), *timestamp, *priority);
         }
         MessageProperties::Own(properties) => write_own_properties(frames, message, properties),
     }
 }
 
-fn write_event_properties(frames: &mut Vec<u8>, message: &Message, content_type: Option<&str>, timestamp: u64) {
-    let mut flags =
-        flag::HEADERS | flag::DELIVERY_MODE | flag::MESSAGE_ID | flag::TIMESTAMP | flag::TYPE | flag::APP_ID;
+fn write_event_properties(
+    frames: &mut Vec<u8>,
+    message: &Message,
+    content_type: Option<&str>,
+    timestamp: u64,
+    priority: u8,
+) {
+    let mut flags = flag::HEADERS
+        | flag::DELIVERY_MODE
+        | flag::PRIORITY
+        | flag::MESSAGE_ID
+        | flag::TIMESTAMP
+        | flag::TYPE
+        | flag::APP_ID;
     if content_type.is_some() {
         flags |= flag::CONTENT_TYPE;
     }
@@ -88,6 +99,7 @@ fn write_event_properties(frames: &mut Vec<u8>, message: &Message, content_type:
     }
     write_headers(frames, message);
     frames.push(PERSISTENT);
+    frames.push(priority);
     if let Some(expiration_ms) = message.expiration_ms {
         write_short(frames, &expiration_ms.to_string());
     }
@@ -247,8 +259,10 @@ mod tests {
     }
 
     fn message_properties() -> impl Strategy<Value = MessageProperties> {
-        let event = (prop::option::of(text(40)), any::<u64>())
-            .prop_map(|(content_type, timestamp)| MessageProperties::Event { content_type, timestamp });
+        let event =
+            (prop::option::of(text(40)), any::<u64>(), 0..=9_u8).prop_map(|(content_type, timestamp, priority)| {
+                MessageProperties::Event { content_type, timestamp, priority }
+            });
         prop_oneof![event, properties().prop_map(|properties| MessageProperties::Own(Box::new(properties)))]
     }
 
@@ -268,9 +282,10 @@ mod tests {
     fn expected_properties(message: &Message) -> Properties {
         match &message.properties {
             MessageProperties::Own(properties) => Properties { user_id: None, ..(**properties).clone() },
-            MessageProperties::Event { content_type, timestamp } => Properties {
+            MessageProperties::Event { content_type, timestamp, priority } => Properties {
                 content_type: content_type.clone(),
                 delivery_mode: Some(2),
+                priority: Some(*priority),
                 message_id: Some(message.id.to_string()),
                 timestamp: Some(*timestamp),
                 kind: Some(message.kind.clone()),
@@ -355,6 +370,8 @@ mod tests {
                 untried_since: None,
                 recurrence: None,
                 nominal_at: None,
+                line: None,
+                priority: 4,
             };
             let built = BuiltEvent { event, built_ms: 0, expires_ms: Some(i64::MAX), plugin: "p".repeat(210).into() };
             let message = Message::new(&schedule, built, &"e".repeat(200), 1).expect("in time");

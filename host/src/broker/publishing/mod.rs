@@ -33,11 +33,13 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use futures_util::future::join_all;
+use tidings_core::node_health::Answers;
 use tokio::time::Instant;
 use tracing::warn;
 
 use crate::broker::{Broker, BrokerError, PUBLISHING};
 use crate::model::message::Message;
+use confirms::NACKED;
 use connection::PublishingConnection;
 
 pub use frames::write_message;
@@ -197,7 +199,28 @@ impl Broker {
             None if confirms.is_complete() => None,
             None => Some(BrokerError::Deadline { doing: doing(), after: CONFIRM_DEADLINE }),
         };
-        (confirms.into_verdicts(), failure)
+        let verdicts = confirms.into_verdicts();
+        self.note_answers(&verdicts, failure.as_ref());
+        (verdicts, failure)
+    }
+
+    /// Leaves the node if it takes no message and there is another one.
+    fn note_answers(&self, verdicts: &[Verdict], failure: Option<&BrokerError>) {
+        let is_nacked = |verdict: &Verdict| matches!(verdict, Verdict::Refused(why) if why == NACKED);
+        let answers = if !verdicts.iter().all(|verdict| is_unknown(verdict) || is_nacked(verdict)) {
+            Answers::Taken
+        } else if matches!(failure, Some(BrokerError::Deadline { .. })) {
+            Answers::Missing
+        } else if verdicts.iter().any(is_nacked) {
+            Answers::Refused
+        } else {
+            return;
+        };
+        let mut health = self.node_health.lock().expect("no code panics while it holds the lock");
+        let leaves = health.answered(self.started.elapsed(), answers);
+        if leaves && self.nodes.has_others() {
+            self.leaving.notify_waiters();
+        }
     }
 
     fn publishing_connection(&self) -> Option<PublishingConnection> {

@@ -1,8 +1,9 @@
 //! The state of the connection that publishes: its channels, the batches on them, and the bytes that wait to be written.
 //! Takes frames that arrived and batches to publish, and says what to write and how each batch ended. No I/O.
 //!
-//! Must never let two batches share a channel at a time, nor use a channel again on which a message has no answer: a late
-//! answer could be taken for that of another message.
+//! Must never let two batches share a channel at a time, nor use a channel again on which a message has no answer (a late answer
+//! could be taken for that of another message) or a nack: while a queue elects a leader, RabbitMQ 3.10 refuses what a new channel
+//! publishes to it, and goes on refusing on that channel when there is a leader.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Display;
@@ -301,7 +302,12 @@ impl Session {
         if is_complete == Some(true)
             && let Some(ChannelState::Busy(batch)) = self.channels.remove(&channel)
         {
-            self.channels.insert(channel, ChannelState::Idle { next_number: batch.next_number });
+            if batch.confirms.has_nack() {
+                self.send(channel, AMQPClass::Channel(channel::AMQPMethod::Close(channel_close())));
+                self.channels.insert(channel, ChannelState::Closing);
+            } else {
+                self.channels.insert(channel, ChannelState::Idle { next_number: batch.next_number });
+            }
             // If nobody waits any more, the rows stay due.
             let _ = batch.done.send((batch.confirms, None));
         }
@@ -375,7 +381,7 @@ fn row_id(properties: &BasicProperties) -> Option<Uuid> {
 }
 
 fn channel_close() -> channel::Close {
-    channel::Close { reply_code: REPLY_SUCCESS, reply_text: "given up".into(), class_id: 0, method_id: 0 }
+    channel::Close { reply_code: REPLY_SUCCESS, reply_text: "not used again".into(), class_id: 0, method_id: 0 }
 }
 
 /// The error of a connection that RabbitMQ closes.

@@ -82,6 +82,8 @@ impl Fixture {
             untried_since: None,
             recurrence: None,
             nominal_at: None,
+            line: None,
+            priority: 4,
         };
         Ok((schedule, now_ms))
     }

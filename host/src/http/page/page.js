@@ -46,7 +46,7 @@ const kinds = new Table("kinds", [
       : make("div", "", userText("span", "", kind.plugin), make("div", "soft", `generation ${kind.generation}, `, userText("span", "", kind.file))),
   ),
   (cell, kind) => {
-    if (!hasChanged(cell, kind.breaker, kind.pause, kind.error, kind.errorAt)) return;
+    if (!hasChanged(cell, kind.breaker, kind.pause, kind.limit, kind.error, kind.errorAt)) return;
     const [style, text] = {
       closed: ["good-text", "well"],
       open: ["bad-text", "fails: rows wait until one succeeds"],
@@ -58,6 +58,13 @@ const kinds = new Table("kinds", [
       const until = kind.pause.until === null ? "until somebody resumes it" : `until ${formatLocal(new Date(kind.pause.until))}`;
       const reason = kind.pause.reason === null ? "" : `: ${kind.pause.reason}`;
       cell.append(userText("div", "warn-text", `paused by ${kind.pause.by} since ${formatLocal(new Date(kind.pause.since))}, ${until}${reason}`));
+    }
+    if (kind.limit) {
+      const { count, per_seconds: per, burst, by_subject: bySubject, waiting, lines } = kind.limit;
+      const limit = `at most ${formatCount(count)} in ${per} s${bySubject ? " of each subject" : ""}${burst > 1 ? `, ${formatCount(burst)} at once` : ""}`;
+      const end = bySubject || waiting === 0 ? "" : `, until ${formatLocal(new Date(Date.now() + (waiting * per * 1000) / count))}${waiting > 100000 ? " or later" : ""}`;
+      const rows = waiting === 0 ? "none waits for its turn" : `${formatCount(waiting)}${waiting > 100000 ? " or more" : ""} wait for their turn${bySubject ? ` in ${formatCount(lines)} lines` : ""}${end}`;
+      cell.append(make("div", waiting ? "warn-text" : "soft", `${limit}; ${rows}`));
     }
     if (kind.error !== null) cell.append(longUserText("soft", `last error, at ${kind.errorAt}: ${kind.error}`));
   },
@@ -199,6 +206,7 @@ function showKinds({ plugins, database }) {
   }
   const held = new Map((database?.held ?? []).map((entry) => [entry.kind, entry]));
   const pauses = new Map((database?.paused ?? []).map((entry) => [entry.kind, entry]));
+  const limits = new Map((database?.limits ?? []).map((entry) => [entry.kind, entry]));
   const rows = plugins.flatMap(({ file, active }) => (active?.kinds ?? []).map((kind) => ({
     ...kind,
     file,
@@ -207,7 +215,7 @@ function showKinds({ plugins, database }) {
     error: kind.last_error,
     errorAt: kind.last_error === null ? null : errorClock(active.generation, kind),
   })));
-  for (const kind of [...held.keys(), ...pauses.keys()]) {
+  for (const kind of [...held.keys(), ...pauses.keys(), ...limits.keys()]) {
     if (rows.some((row) => row.kind === kind)) continue;
     rows.push({ kind, summary: "", plugin: null, breaker: "none", error: null });
   }
@@ -215,7 +223,7 @@ function showKinds({ plugins, database }) {
   kinds.show(rows.map((row) => {
     const { kind, summary, plugin, generation, file, breaker, answered, failed, error, errorAt } = row;
     const item = { kind, summary, plugin, generation, file, breaker, answered, failed, error, errorAt };
-    return [kind, { ...item, held: held.get(kind)?.rows ?? 0, heldMore: held.get(kind)?.or_more ?? false, pause: pauses.get(kind) ?? null }];
+    return [kind, { ...item, held: held.get(kind)?.rows ?? 0, heldMore: held.get(kind)?.or_more ?? false, pause: pauses.get(kind) ?? null, limit: limits.get(kind) ?? null }];
   }));
 }
 

@@ -46,6 +46,14 @@ fn a_delay_counts_before_the_due_time_of_the_message_that_a_consumer_got() {
 }
 
 #[test]
+fn the_priority_of_a_message_is_that_of_its_row() {
+    for (priority, expected) in [(None, 4), (Some(0), 0), (Some(9), 9), (Some(255), 9)] {
+        let properties = Properties { priority, ..Properties::default() };
+        assert_eq!(row(&Incoming { properties, ..Incoming::default() }).priority, expected, "{priority:?}");
+    }
+}
+
+#[test]
 fn only_a_message_that_waited_is_delayed_from_when_it_was_published() {
     let sent = |seconds, waited| {
         let properties = Properties { timestamp: Some(seconds), ..Properties::default() };

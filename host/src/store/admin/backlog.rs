@@ -55,7 +55,20 @@ impl Store {
             .run("count the rows that wait", async |connection| {
                 sqlx::query!(
                     r#"
-                    WITH head AS MATERIALIZED (
+                    WITH RECURSIVE kinds AS (
+                        -- From one kind to the next by the index, since a kind may have millions.
+                        (SELECT kind FROM tidings.schedules WHERE held ORDER BY kind LIMIT 1)
+                        UNION ALL
+                        SELECT (
+                            SELECT next.kind
+                            FROM tidings.schedules AS next
+                            WHERE next.held AND next.kind > kinds.kind
+                            ORDER BY next.kind
+                            LIMIT 1
+                        )
+                        FROM kinds
+                        WHERE kinds.kind IS NOT NULL
+                    ), head AS MATERIALIZED (
                         SELECT slot_at
                         FROM tidings.schedules
                         WHERE slot_at >= coalesce($2, '-infinity'::timestamptz)
@@ -67,14 +80,23 @@ impl Store {
                             WHEN (SELECT count(*) FROM head) < $1 THEN (SELECT count(*) FROM head)
                             -- The count of the statistics follows within seconds, and is never far off. A crash of the
                             -- server sets it to zero; then what the last vacuum found has to do.
-                            WHEN pg_stat_get_live_tuples(class.oid) > 0
-                                THEN greatest(pg_stat_get_live_tuples(class.oid), $1)
-                            ELSE greatest(class.reltuples, $1)::bigint
+                            WHEN live > 0 THEN greatest(live, $1)
+                            ELSE greatest(found, $1)
                         END AS "pending!",
-                        -- In the order of its index, or the planner may take it into its head to read the table.
                         (
                             SELECT count(*)
-                            FROM (SELECT FROM tidings.schedules WHERE held ORDER BY kind LIMIT $1) AS counted
+                            FROM (
+                                SELECT FROM kinds
+                                CROSS JOIN LATERAL (
+                                    SELECT FROM tidings.schedules AS waiting
+                                    WHERE waiting.held AND waiting.kind >= kinds.kind AND waiting.kind <= kinds.kind
+                                        AND waiting.line IS NULL
+                                    -- In the order of its index, or the planner may take it into its head to read the table.
+                                    ORDER BY waiting.kind
+                                    LIMIT $1
+                                ) AS held
+                                LIMIT $1
+                            ) AS counted
                         ) AS "held!",
                         (SELECT count(*) FROM (SELECT FROM tidings.parked LIMIT $1) AS counted) AS "parked!",
                         coalesce(
@@ -85,8 +107,15 @@ impl Store {
                             ),
                             0
                         ) AS "overdue!"
-                    FROM pg_class AS class
-                    WHERE class.oid = 'tidings.schedules'::regclass
+                    FROM (
+                        -- The table, or its partitions.
+                        SELECT
+                            sum(pg_stat_get_live_tuples(oid))::bigint AS live,
+                            sum(greatest(reltuples, 0))::bigint AS found
+                        FROM pg_class
+                        WHERE oid = 'tidings.schedules'::regclass
+                            OR oid IN (SELECT inhrelid FROM pg_inherits WHERE inhparent = 'tidings.schedules'::regclass)
+                    ) AS counted
                     "#,
                     COUNT_LIMIT + 1,
                     mark,
@@ -174,16 +203,19 @@ impl Store {
                         FROM kinds
                         WHERE kinds.kind IS NOT NULL
                     )
-                    SELECT kinds.kind AS "kind!", (
-                        SELECT count(*)
+                    SELECT kinds.kind AS "kind!", rows AS "rows!"
+                    FROM kinds
+                    CROSS JOIN LATERAL (
+                        SELECT count(*) AS rows
                         FROM (
                             SELECT FROM tidings.schedules AS waiting
-                            WHERE waiting.held AND waiting.kind = kinds.kind
+                            WHERE waiting.held AND waiting.kind >= kinds.kind AND waiting.kind <= kinds.kind
+                                AND waiting.line IS NULL
+                            ORDER BY waiting.kind
                             LIMIT $1
                         ) AS counted
-                    ) AS "rows!"
-                    FROM kinds
-                    WHERE kinds.kind IS NOT NULL
+                    ) AS held
+                    WHERE rows > 0
                     LIMIT $2
                     "#,
                     COUNT_LIMIT + 1,

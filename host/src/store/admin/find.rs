@@ -58,7 +58,7 @@ impl Store {
                     r#"
                     SELECT
                         statement_timestamp() AS "now!",
-                        id, kind, key, subject, due_at, expires_at, attempts, not_before, held, last_error,
+                        id, kind, key, subject, due_at, expires_at, attempts, not_before, held, last_error, line,
                         (
                             -- A row's lock is in the row: the transaction that has it, or had it. To ask by locking would keep
                             -- a claim from it.
@@ -86,6 +86,7 @@ impl Store {
         drop(connection);
         let daemons = self.count_daemons(&row.kind).await?;
         let pause = self.pauses().await?.into_iter().find(|pause| pause.kind == row.kind);
+        let place = if row.line.is_some() { self.find_place(row.id).await? } else { None };
         let pending = Pending {
             now: row.now,
             due_at: row.due_at,
@@ -96,6 +97,7 @@ impl Store {
             locked_by: row.locked_by,
             daemons,
             pause,
+            place,
         };
         Ok(Some(FoundRow {
             id: row.id,

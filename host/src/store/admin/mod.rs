@@ -12,13 +12,15 @@
 //! - which session has locked it. The row itself holds the number of the transaction that locked it; testing the lock
 //!   by taking it would keep a claim from the row;
 //! - how many daemons serve its kind, which is the number of sessions with the advisory lock of the kind;
-//! - whether its kind is paused.
+//! - whether its kind is paused;
+//! - where it stands in its line, if its kind is limited.
 //!
 //! `Pending::row_status` (`model/row_status.rs`) then decides which of these keeps the row longest.
 
 pub(super) mod backlog;
 pub(super) mod doctor;
 pub(super) mod find;
+pub(super) mod limits;
 pub(super) mod parked;
 pub(super) mod pauses;
 pub(super) mod produce;

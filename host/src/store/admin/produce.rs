@@ -29,6 +29,8 @@ pub struct NewSchedule {
     pub on_conflict: &'static str,
     /// It is due later by a part of this, which follows from its key.
     pub spread: Duration,
+    /// Which of the rows that are due goes first, from 0 to 9.
+    pub priority: i32,
 }
 
 impl Store {
@@ -63,7 +65,8 @@ impl Store {
                         expires_at => coalesce($7, due_at + $8::float8 * interval '1 second'),
                         headers => ($9::text)::jsonb,
                         on_conflict => $10,
-                        spread => $11::float8 * interval '1 second'
+                        spread => $11::float8 * interval '1 second',
+                        priority => $12
                     ) AS "id!"
                     FROM settings
                     "#,
@@ -78,6 +81,7 @@ impl Store {
                     new.headers,
                     new.on_conflict,
                     new.spread.as_secs_f64(),
+                    new.priority,
                 )
                 .fetch_one(connection)
                 .await

@@ -233,7 +233,11 @@ impl Store {
     fn remember(&self, address: &Address, timeline: Option<&Timeline>) {
         let mut last = self.servers.last();
         let before = last.address.replace(address.clone());
-        let timeline_before = std::mem::replace(&mut last.timeline, timeline.cloned());
+        let timeline_before = last.timeline.clone();
+        // A server that does not tell its timeline does not make us forget which one is the latest.
+        if timeline.is_some() {
+            last.timeline = timeline.cloned();
+        }
         let Some(before) = before else { return };
         // A name may have several addresses that lead to one server, and only one server writes on a timeline.
         let is_other_server = match (timeline, &timeline_before) {
@@ -276,7 +280,7 @@ async fn open(options: &PgConnectOptions, must_write: bool, has_choice: bool) ->
         return Err(Refusal::Standby);
     }
     sqlx::raw_sql(session_settings::AFTER_LOGIN).execute(&mut session).await.map_err(Refusal::Server)?;
-    let timeline = if has_choice { read_timeline(&mut session).await } else { None };
+    let timeline = if has_choice { read_timeline(&mut session).await.map_err(Refusal::Server)? } else { None };
     Ok(Opened { session: (session, backend), timeline })
 }
 
@@ -299,15 +303,24 @@ where
     Ok((row.try_get(0)?, Some(Backend { pid: row.try_get(1)?, began: row.try_get(2)? })))
 }
 
-/// Asks a server where it writes. Some platforms do not tell.
-async fn read_timeline(session: &mut PgConnection) -> Option<Timeline> {
+/// Asks a server where it writes. Some platforms do not tell (`None`). An error that ends the session is no such answer.
+async fn read_timeline(session: &mut PgConnection) -> Result<Option<Timeline>, sqlx::Error> {
     // The control file has the timeline of the last checkpoint, which may be minutes before the promotion.
-    let query = "SELECT pg_walfile_name(pg_current_wal_lsn())";
-    let file: String = sqlx::raw_sql(query).fetch_one(&mut *session).await.ok()?.try_get(0).ok()?;
-    let number = u32::from_str_radix(file.get(..8)?, 16).ok()?;
-    let query = "SELECT system_identifier::text FROM pg_control_system()";
-    let system = sqlx::raw_sql(query).fetch_one(session).await.ok().and_then(|row| row.try_get(0).ok());
-    Some(Timeline { system, number })
+    let file = read_text(session, "SELECT pg_walfile_name(pg_current_wal_lsn())").await?;
+    let number = file.as_deref().and_then(|file| u32::from_str_radix(file.get(..8)?, 16).ok());
+    let Some(number) = number else { return Ok(None) };
+    let system = read_text(session, "SELECT system_identifier::text FROM pg_control_system()").await?;
+    Ok(Some(Timeline { system, number }))
+}
+
+/// Reads a text; `None` = the server refuses the question.
+async fn read_text(session: &mut PgConnection, query: &'static str) -> Result<Option<String>, sqlx::Error> {
+    match sqlx::raw_sql(query).fetch_one(session).await {
+        Ok(row) => row.try_get(0).map(Some),
+        // Class 57, operator intervention: the session is ended.
+        Err(sqlx::Error::Database(error)) if !error.code().is_some_and(|code| code.starts_with("57")) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 impl LoginFailure {

@@ -7,7 +7,7 @@ use crate::store::connection::{STANDBY, run_bounded};
 use crate::store::{CONNECT_DEADLINE, SchemaError, Store, StoreError};
 
 /// The rights that the daemon needs on each table.
-pub(in crate::store) const RIGHTS: [(&str, &[&str]); 9] = [
+pub(in crate::store) const RIGHTS: [(&str, &[&str]); 12] = [
     ("_sqlx_migrations", &["SELECT"]),
     ("schedules", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     ("deliveries", &["SELECT", "INSERT", "DELETE"]),
@@ -17,6 +17,10 @@ pub(in crate::store) const RIGHTS: [(&str, &[&str]); 9] = [
     ("installation", &["SELECT", "INSERT", "UPDATE"]),
     ("recurrences", &["SELECT", "UPDATE"]),
     ("catch_ups", &["SELECT"]),
+    // UPDATE, because rows that are moved into lines lock their limit.
+    ("limits", &["SELECT", "UPDATE"]),
+    ("lines", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
+    ("lifted", &["SELECT", "DELETE"]),
 ];
 
 /// A pooler gives each transaction another session.

@@ -12,6 +12,8 @@
 //! **Age.** PostgreSQL ends a transaction in which nothing has happened for 30 s, and then another daemon may deliver
 //! its rows. So before a delivery publishes the rows of a claim that is older than 5 s, it checks that the transaction
 //! still lives ([`Claim::confirm_held`]): a daemon that was frozen must not publish what another may have published.
+//!
+//! **Turns.** A claim of rows whose turn has come locks their lines as well (`turns.rs`), so no other claim takes of them meanwhile.
 
 use std::time::Duration;
 
@@ -23,10 +25,11 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::model::clock::DatabaseClock;
-use crate::model::schedule::Schedule;
+use crate::model::schedule::{DEFAULT_PRIORITY, Schedule};
 use crate::store::queue::commit_time::CommitTime;
 use crate::store::queue::prepared::Message;
 use crate::store::queue::settlement::{History, Settling};
+use crate::store::queue::turns::{Line, Turns};
 use crate::store::{Connection, Store, StoreError};
 
 /// The most bytes of JSON text that the payloads of one claim have together, unless it is a single row. Several claims
@@ -36,12 +39,39 @@ pub(crate) const CLAIM_BYTES: i64 = 2 * 1024 * 1024;
 /// Which rows to claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wanted {
+    /// Where they wait.
+    pub rows: Rows,
     /// At most this many rows.
     pub limit: i64,
-    /// Only rows whose slot is at this time or later; `None` = only those of the last minute.
-    pub since: Option<OffsetDateTime>,
     /// No row that is so large that it would have to go alone.
     pub no_large: bool,
+}
+
+/// Where rows wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rows {
+    /// In the queue, due now.
+    Due {
+        /// Only rows whose slot is at this time or later; `None` = only those of the last minute.
+        since: Option<OffsetDateTime>,
+        /// Which of them come first.
+        order: Order,
+    },
+    /// In lines whose turn has come.
+    Turns,
+}
+
+/// Which of the due rows a claim takes first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Those that have been due for longest.
+    Slot,
+    /// Those that have been due for longest, among the first 20,000: many of them may be of limited kinds, which this claim does not
+    /// take.
+    BoundedSlot,
+    /// Equally many of each kind, and of each kind those that have been due for longest, a step of priority counting like a minute. No
+    /// row of another kind is read, so none whose deadline has passed.
+    Kind,
 }
 
 /// The result of a claim.
@@ -49,9 +79,9 @@ pub struct Wanted {
 pub struct Claimed {
     /// The rows; `None` = no wanted row was free.
     pub claim: Option<Claim>,
-    /// Whether more rows are due than were claimed, and when the next row becomes due.
+    /// Whether more rows are due than were claimed, and when the next row becomes due; for turns, when another line has one.
     pub outlook: Outlook,
-    /// For how long the first row had been due.
+    /// For how long the row had been due that was due first.
     pub behind: Duration,
     /// The database's time.
     pub at: OffsetDateTime,
@@ -67,15 +97,17 @@ pub struct Claim {
     pub(in crate::store) commit_time: CommitTime,
     /// Which of its rows are written into the history.
     pub(in crate::store) history: History,
-    /// The rows, earliest first. The delivery takes them out.
+    /// The rows, in the order of [`Order`]. The delivery takes them out.
     pub rows: Vec<Schedule>,
     /// The number of the transaction, assigned after the database read the time of the claim.
     pub xid: i64,
+    /// The lines that its rows come from, locked by us. A line may have no row here, because it is empty.
+    pub(in crate::store) lines: Vec<Line>,
     /// It is a single row whose payload is larger than all payloads of a claim may be together.
     pub large: bool,
 }
 
-/// One row of the answer to a claim, or its last line, which has only the last three columns.
+/// One row of the answer to a claim, or its last line, which has only the columns from `now` on.
 #[derive(FromRow)]
 struct ClaimedRow {
     id: Option<Uuid>,
@@ -95,9 +127,13 @@ struct ClaimedRow {
     recurrence: Option<String>,
     nominal_at: Option<BinaryTime>,
     units: Option<i64>,
+    line: Option<String>,
+    priority: Option<i16>,
     now: Option<BinaryTime>,
     xid: Option<i64>,
     next_at: Option<BinaryTime>,
+    lines: Option<String>,
+    shares: Option<String>,
 }
 
 /// A time as PostgreSQL sends it in binary form.
@@ -120,9 +156,9 @@ pub(in crate::store) struct Transaction {
 }
 
 impl Store {
-    /// Locks due rows, those that have been due for longest first, as many as are `wanted` and fit into
-    /// [`CLAIM_BYTES`]: rows of `kinds` that are not paused, and rows of any kind whose deadline has passed. No other
-    /// row is read or locked, except the first that does not fit. The transaction begins with the claim.
+    /// Locks due rows, in the order that is `wanted`, as many as are `wanted` and fit into [`CLAIM_BYTES`]: rows of `kinds` that
+    /// are not paused, and, unless the order is [`Order::Kind`], rows of any kind whose deadline has passed. No other row is
+    /// locked, except the first that does not fit. The transaction begins with the claim.
     ///
     /// # Errors
     ///
@@ -137,14 +173,14 @@ impl Store {
     }
 
     async fn try_claim(&self, kinds: &[String], wanted: Wanted) -> Result<Claimed, StoreError> {
-        let Wanted { limit, since, no_large } = wanted;
         let Settling { history, synchronous_commit } = self.settling;
-        let message = Message::claim(kinds, limit, CLAIM_BYTES, since, no_large, synchronous_commit).into_sql();
+        let message = Message::claim(kinds, wanted, synchronous_commit).into_sql();
         let mut connection = self.warm_connection().await?;
         let asked_at = Instant::now();
         let claim = async |session: &mut PgConnection| {
             let rows = sqlx::raw_sql(message).fetch_all(session).await?;
-            rows.iter().map(ClaimedRow::from_row).collect::<Result<Vec<_>, _>>()
+            let rows = rows.iter().skip(usize::from(wanted.rows == Rows::Turns));
+            rows.map(ClaimedRow::from_row).collect::<Result<Vec<_>, _>>()
         };
         let mut rows = connection.run("claim due rows", claim).await?;
         let mut transaction = Transaction { connection, open: true };
@@ -152,8 +188,9 @@ impl Store {
         let summary = rows.pop().expect("the statement ends with a row without an id");
         let at = summary.now.expect("the clock is never null").get();
         let next_in = summary.next_at.map(|next_at| Duration::try_from(next_at.get() - at).unwrap_or(Duration::ZERO));
-        let first_slot = rows.first().and_then(|row| row.slot_at);
-        let behind = first_slot.map(|slot_at| Duration::try_from(at - slot_at.get()).unwrap_or(Duration::ZERO));
+        let lines = summary.lines.map_or_else(Vec::new, |lines| Line::read(&lines));
+        let first_slot = rows.iter().filter_map(|row| row.slot_at).map(BinaryTime::get).min();
+        let behind = first_slot.map(|slot_at| Duration::try_from(at - slot_at).unwrap_or(Duration::ZERO));
         let is_cut = rows.last().is_some_and(|row| row.fits == Some(false));
         let units: i64 = rows.iter().filter(|row| row.fits == Some(true)).filter_map(|row| row.units).sum();
         let large = rows.iter().find(|row| row.fits == Some(true) && row.payload.is_none()).and_then(|row| row.id);
@@ -184,18 +221,24 @@ impl Store {
                     untried_since: row.untried_since.map(BinaryTime::get),
                     recurrence: row.recurrence,
                     nominal_at: row.nominal_at.map(BinaryTime::get),
+                    line: row.line,
+                    priority: u8::try_from(row.priority?).unwrap_or(DEFAULT_PRIORITY),
                 })
             })
             .collect();
-        let due = is_cut || units == limit;
+        let due = is_cut || units == wanted.limit || has_full_share(&rows, summary.shares.as_deref());
         let (outlook, behind) = (Outlook { due, next_in }, behind.unwrap_or_default());
         let (Some(xid), false) = (summary.xid, rows.is_empty()) else {
-            // Without rows there is nothing to commit, unless a row was parked.
-            transaction.end(if large.is_some() { "COMMIT" } else { "ROLLBACK" }).await?;
+            // Without rows there is nothing to commit, unless a row was parked, or a line is empty.
+            if let Some(turn) = Turns::of(&lines, &[], DatabaseClock::new(at, asked_at)).message() {
+                transaction.end_with(turn.and_commit(None)).await?;
+            } else {
+                transaction.end(if large.is_some() { "COMMIT" } else { "ROLLBACK" }).await?;
+            }
             return Ok(Claimed { claim: None, outlook, behind, at, asked_at });
         };
         let (clock, commit_time) = (DatabaseClock::new(at, asked_at), self.commit_time.clone());
-        let claim = Claim { transaction, clock, commit_time, history, rows, xid, large: large.is_some() };
+        let claim = Claim { transaction, clock, commit_time, history, rows, xid, lines, large: large.is_some() };
         Ok(Claimed { claim: Some(claim), outlook, behind, at, asked_at })
     }
 }
@@ -232,7 +275,7 @@ impl Transaction {
         Ok(())
     }
 
-    /// Sends a message that finishes rows and commits.
+    /// Sends a message that ends with the commit.
     pub(in crate::store) async fn end_with(mut self, finish: Message) -> Result<(), StoreError> {
         let finish = finish.into_sql();
         self.connection.run("finish rows", async |connection| sqlx::raw_sql(finish).execute(connection).await).await?;
@@ -258,6 +301,16 @@ pub fn parse_headers(json: &str) -> Vec<(String, String)> {
     let object: std::collections::BTreeMap<String, String> =
         serde_json::from_str(json).expect("a CHECK of tidings.schedules admits only objects of strings");
     object.into_iter().collect()
+}
+
+/// Whether a claim got as many rows of a kind and priority as it wanted, or wanted none although there were some, so there may be
+/// more. `shares` is from its answer: of each kind and priority that has rows, how many it wanted.
+fn has_full_share(rows: &[Schedule], shares: Option<&str>) -> bool {
+    let Some(shares) = shares else { return false };
+    let shares: Vec<(String, u8, usize)> = serde_json::from_str(shares).expect("the statement of the claim makes it");
+    shares.iter().any(|(kind, priority, share)| {
+        rows.iter().filter(|row| row.kind == *kind && row.priority == *priority).count() >= *share
+    })
 }
 
 fn to_u32(number: i32) -> u32 {

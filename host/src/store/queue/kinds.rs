@@ -20,7 +20,7 @@
 //! `tidings pause` writes a row into `tidings.pauses` and notifies. Every claim reads that table itself, so the pause
 //! holds from its commit on, whatever a daemon knew and whenever it started. Its due rows are held, since otherwise
 //! each claim would step over them. A daemon that serves the kind holds them, a few thousand at a time beside the loop,
-//! when a look finds one of them at the head of the queue (`paused_first`) or a claim gets nothing. No other daemon
+//! when a look finds one of them at the head of the queue (`not_claimable_first`) or a claim gets nothing. No other daemon
 //! holds them, since only a daemon that serves the kind releases them.
 //!
 //! `tidings resume` removes the row and notifies; the end of a pause with a time limit is one of the instants at which
@@ -30,7 +30,7 @@
 use crate::store::{Store, StoreError};
 
 /// The most rows that one statement holds or releases: few enough that no other statement waits for it.
-const BATCH: i64 = 5_000;
+pub(super) const BATCH: i64 = 5_000;
 
 /// Announces `kinds` for as long as `connection` lives.
 ///
@@ -180,7 +180,7 @@ impl Store {
                     r#"
                     SELECT kind AS "kind!", count(*) AS "rows!"
                     FROM tidings.schedules
-                    WHERE held AND kind <> ALL(ARRAY(SELECT kind FROM tidings.paused))
+                    WHERE held AND line IS NULL AND kind <> ALL(ARRAY(SELECT kind FROM tidings.paused))
                     GROUP BY kind
                     ORDER BY kind
                     "#
@@ -202,6 +202,14 @@ impl Store {
         let mut released = 0;
         for kind in kinds {
             loop {
+                let left = self.leave_lines(kind).await?;
+                released += left;
+                after_batch();
+                if left < BATCH.unsigned_abs() {
+                    break;
+                }
+            }
+            loop {
                 let mut connection = self.connection().await?;
                 let answer = connection
                     .run("release held rows", async |connection| {
@@ -213,6 +221,7 @@ impl Store {
                                 SELECT id
                                 FROM tidings.schedules
                                 WHERE held
+                                    AND line IS NULL
                                     -- In the order of its index, or the planner would rather read the whole table if
                                     -- most rows are held.
                                     AND kind >= $1 AND kind <= $1

@@ -65,7 +65,9 @@ pub(super) async fn read(
         oldest_xid: row.oldest_xid,
         outlook: Outlook { due: row.due, next_in },
         held_for_us: row.held_for_us,
-        paused_first: row.paused_first,
+        not_claimable_first: row.not_claimable_first,
+        has_limits: row.has_limits,
+        turn_in: row.turn_at.map(until),
         promise: Promise { until: row.polling_until, next_xid: row.next_xid },
         below: row.below_first.map(|first| Below { first, rows: row.below_rows, go_back: true }),
     };

@@ -33,11 +33,12 @@ SELECT
                 slot_at <= statement_timestamp()
                 AND (expires_at <= statement_timestamp()) IS NOT TRUE
                 AND kind = ANY($1)
-                AND kind IN (SELECT kind FROM tidings.paused)
+                AND (kind IN (SELECT kind FROM tidings.paused) OR kind IN (SELECT kind FROM tidings.limits))
             FROM head
         ),
         false
-    ) AS "paused_first!",
+    ) AS "not_claimable_first!",
+    EXISTS (SELECT FROM tidings.limits) AS "has_limits!",
     least(
         -- Only if the head is due is there a reason to go down the index once more.
         CASE
@@ -57,14 +58,35 @@ SELECT
     ARRAY(
         SELECT kind
         FROM ours
-        WHERE kind = (
-            SELECT waiting.kind
-            FROM tidings.schedules AS waiting
-            WHERE waiting.held AND waiting.kind >= ours.kind
-            ORDER BY waiting.kind
-            LIMIT 1
+        WHERE EXISTS (
+            SELECT FROM (
+                SELECT waiting.line
+                FROM tidings.schedules AS waiting
+                WHERE waiting.held AND waiting.kind >= ours.kind AND waiting.kind <= ours.kind AND waiting.line IS NULL
+                ORDER BY waiting.kind
+                LIMIT 1
+            ) AS held
         )
+        UNION
+        SELECT kind FROM tidings.lifted WHERE kind = ANY($1)
     ) AS "held_for_us!",
+    (
+        SELECT greatest(turn_at, statement_timestamp())
+        FROM (
+            SELECT free_at - (burst - 1) * step * interval '1 second' AS turn_at
+            FROM tidings.limits
+            CROSS JOIN LATERAL (
+                SELECT free_at
+                FROM tidings.lines
+                WHERE lines.kind = limits.kind AND waiting AND (by = 'subject' OR subject = '')
+                ORDER BY free_at
+                LIMIT 1
+            ) AS head
+            WHERE kind IN (SELECT kind FROM ours)
+            ORDER BY turn_at
+            LIMIT 1
+        ) AS next_turn
+    ) AS turn_at,
     (
         SELECT greatest(make_at, statement_timestamp())
         FROM tidings.recurrences

@@ -1,4 +1,4 @@
-//! What the scheduler asks of the queue of due rows: look, claim, settle, sweep, hold and release.
+//! What the scheduler asks of the queue of due rows: look, claim, settle, sweep, hold, release and line up.
 //!
 //! Must never:
 //!
@@ -22,6 +22,17 @@
 //! checks it by looking below it, beside the loop (`sweep.rs`). At any doubt the core gives it up. Without a mark,
 //! looks and claims begin at the slots of a minute ago, and a sweep is due at once.
 //!
+//! # A backlog
+//!
+//! In a backlog a claim goes by kind (`claim/shares.sql`): by another index, in which each kind and priority has its rows in the
+//! order of `slot_at`. The claim gives each kind a share, and within a kind takes each priority's rows in proportion to how many of
+//! them are among the first by due time and priority.
+//!
+//! # Limits
+//!
+//! Rows of a kind in `tidings.limits` are not claimed from the queue. Once they are due they are moved into lines, and the claim of
+//! turns takes as many of each line as its limit allows (`turns.rs`).
+//!
 //! # A row that is due in a month
 //!
 //! Its INSERT notifies no daemon: the triggers notify only about rows that are due within 30 s. Until then every look
@@ -40,3 +51,4 @@ pub(super) mod prepared;
 pub(super) mod settle;
 pub(super) mod settlement;
 pub(super) mod sweep;
+pub(super) mod turns;

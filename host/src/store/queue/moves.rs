@@ -53,7 +53,7 @@ impl<'a> Moves<'a> {
         Self { finished, parked, postponed }
     }
 
-    /// The message that makes all moves and commits, if the rows are few and all of them are finished.
+    /// The message that makes all moves, if the rows are few and all of them are finished.
     pub(super) fn message(&self) -> Option<Message> {
         let others = self.parked.ids.len() + self.postponed.ids.len();
         let is_small = others == 0 && (1..=MAX_ROWS_IN_MESSAGE).contains(&self.finished.ids.len());
@@ -101,7 +101,7 @@ impl<'a> Finished<'a> {
         self.built_ms.push(built_ms);
     }
 
-    /// The message that finishes them and commits.
+    /// The message that finishes them.
     fn message(&self) -> Message {
         let ids: Vec<String> = self.ids.iter().map(Uuid::to_string).collect();
         let finished_at: Vec<String> = self.finished_at.iter().map(|at| prepared::time(*at)).collect();
@@ -172,15 +172,15 @@ impl Parked {
             ), gone AS (
                 DELETE FROM tidings.schedules WHERE id = ANY($1)
                 RETURNING id, kind, key, subject, due_at, expires_at, payload, headers, attempts, last_error, created_at,
-                    recurrence, nominal_at
+                    recurrence, nominal_at, priority
             )
             INSERT INTO tidings.parked (
                 id, kind, key, subject, due_at, expires_at, payload, headers, attempts, last_error, created_at, recurrence,
-                nominal_at, reason, plugin
+                nominal_at, priority, reason, plugin
             )
             SELECT
                 gone.id, gone.kind, gone.key, gone.subject, gone.due_at, gone.expires_at, gone.payload, gone.headers,
-                gone.attempts, gone.last_error, gone.created_at, gone.recurrence, gone.nominal_at, settled.reason, settled.plugin
+                gone.attempts, gone.last_error, gone.created_at, gone.recurrence, gone.nominal_at, gone.priority, settled.reason, settled.plugin
             FROM gone
             JOIN settled USING (id)
             "#,
@@ -226,7 +226,9 @@ impl Postponed {
         sqlx::query!(
             r#"
             UPDATE tidings.schedules AS waiting
-            SET attempts = waiting.attempts + settled.attempts,
+            SET held = false,
+                line = NULL,
+                attempts = waiting.attempts + settled.attempts,
                 failures = waiting.failures + settled.failures,
                 -- In a row: another outcome begins the count again.
                 refusals = CASE WHEN settled.refusals = 0 THEN 0 ELSE waiting.refusals + settled.refusals END,

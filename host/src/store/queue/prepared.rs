@@ -11,15 +11,43 @@ use time::OffsetDateTime;
 use time::format_description::BorrowedFormatItem;
 use time::macros::format_description;
 
+use crate::store::queue::claim::{CLAIM_BYTES, Order, Rows, Wanted};
 use crate::store::{Connection, Store, StoreError};
 
 /// What each session prepares before its first look or claim.
 const PREPARE: &str = concat!(
     "PREPARE tidings_claim (text[], bigint, bigint, timestamptz, boolean) AS ",
-    include_str!("claim.sql"),
-    ";PREPARE tidings_finish (uuid[], text[], timestamptz[], text[], text[], text[], bigint[], text[]) AS ",
+    include_str!("claim/rows.sql"),
+    include_str!("claim/due.sql"),
+    include_str!("claim/summary.sql"),
+    include_str!("claim/due_outlook.sql"),
+    ", NULL;PREPARE tidings_claim_by_kind (text[], bigint, bigint, timestamptz, boolean) AS ",
+    include_str!("claim/shares.sql"),
+    include_str!("claim/rows.sql"),
+    include_str!("claim/due_by_kind.sql"),
+    include_str!("claim/summary.sql"),
+    include_str!("claim/due_outlook.sql"),
+    include_str!("claim/shares_wanted.sql"),
+    ";PREPARE tidings_claim_bounded (text[], bigint, bigint, timestamptz, boolean) AS ",
+    include_str!("claim/rows.sql"),
+    include_str!("claim/due_bounded.sql"),
+    include_str!("claim/summary.sql"),
+    include_str!("claim/due_outlook.sql"),
+    ", NULL;PREPARE tidings_lock_lines (text[], bigint) AS ",
+    include_str!("claim/lock_lines.sql"),
+    ";PREPARE tidings_claim_turns (text[], bigint, bigint, timestamptz, boolean) AS ",
+    include_str!("claim/turns.sql"),
+    include_str!("claim/rows.sql"),
+    include_str!("claim/turn_rows.sql"),
+    include_str!("claim/summary.sql"),
+    include_str!("claim/turns_outlook.sql"),
+    ", NULL;PREPARE tidings_finish (uuid[], text[], timestamptz[], text[], text[], text[], bigint[], text[]) AS ",
     include_str!("finish.sql"),
+    ";PREPARE tidings_turn (text[], text[], bigint[], bigint[], timestamptz[]) AS ",
+    include_str!("turn.sql"),
 );
+/// The most lines that one claim takes turns of. Each has a lock in PostgreSQL's table of locks until the claim is settled.
+const MAX_LINES: u32 = 50;
 /// A time as PostgreSQL reads and writes it, to the microsecond.
 const TIME: &[BorrowedFormatItem<'_>] =
     format_description!("[year]-[month]-[day] [hour]:[minute]:[second].[subsecond digits:6]+00");
@@ -43,24 +71,36 @@ impl Store {
 pub(in crate::store) struct Message(String);
 
 impl Message {
-    /// Begins a transaction and claims in it. `synchronous_commit` is that of the transaction.
-    pub(super) fn claim(
-        kinds: &[String],
-        limit: i64,
-        bytes: i64,
-        since: Option<OffsetDateTime>,
-        no_large: bool,
-        synchronous_commit: bool,
-    ) -> Self {
+    /// Begins a transaction and claims the `wanted` rows. `synchronous_commit` is that of the transaction. If the claim takes turns,
+    /// PostgreSQL answers the locking of the lines first, with one row.
+    pub(super) fn claim(kinds: &[String], wanted: Wanted, synchronous_commit: bool) -> Self {
+        let Wanted { rows, limit, no_large } = wanted;
         let kinds = array(kinds.iter().map(|kind| Some(&**kind)));
-        let since = since.map_or("NULL".to_owned(), |since| format!("'{}'", time(since)));
         let set = if synchronous_commit { "" } else { "SET LOCAL synchronous_commit TO off; " };
-        Self(format!("BEGIN; {set}EXECUTE tidings_claim({kinds}, {limit}, {bytes}, {since}, {no_large})"))
+        let (lock, name, since) = match rows {
+            Rows::Due { since, order: Order::Slot } => (String::new(), "tidings_claim", since),
+            Rows::Due { since, order: Order::BoundedSlot } => (String::new(), "tidings_claim_bounded", since),
+            Rows::Due { since, order: Order::Kind } => (String::new(), "tidings_claim_by_kind", since),
+            Rows::Turns => (format!("EXECUTE tidings_lock_lines({kinds}, {MAX_LINES}); "), "tidings_claim_turns", None),
+        };
+        let since = since.map_or("NULL".to_owned(), |since| format!("'{}'", time(since)));
+        Self(format!("BEGIN; {set}{lock}EXECUTE {name}({kinds}, {limit}, {CLAIM_BYTES}, {since}, {no_large})"))
     }
 
-    /// Finishes rows, with the literals of the arrays in the order of the statement, and commits.
+    /// Finishes rows, with the literals of the arrays in the order of the statement.
     pub(super) fn finish(arrays: &[String; 8]) -> Self {
-        Self(format!("EXECUTE tidings_finish({}); COMMIT", arrays.join(", ")))
+        Self(format!("EXECUTE tidings_finish({})", arrays.join(", ")))
+    }
+
+    /// Takes turns, with the literals of the arrays in the order of the statement.
+    pub(super) fn turn(arrays: &[String; 5]) -> Self {
+        Self(format!("EXECUTE tidings_turn({})", arrays.join(", ")))
+    }
+
+    /// Runs this message, then `next` if there is one, and commits.
+    pub(super) fn and_commit(self, next: Option<Self>) -> Self {
+        let next = next.map_or(String::new(), |next| format!("; {}", next.0));
+        Self(format!("{}{next}; COMMIT", self.0))
     }
 
     pub(super) fn into_sql(self) -> AssertSqlSafe<String> {

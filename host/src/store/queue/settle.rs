@@ -13,7 +13,9 @@ use crate::model::backoff::{REFUSED, jittered};
 use crate::store::StoreError;
 use crate::store::queue::claim::{Claim, Transaction};
 use crate::store::queue::moves::{Moves, Parked, Postponed};
+use crate::store::queue::prepared::Message;
 use crate::store::queue::settlement::Settlement;
+use crate::store::queue::turns::Turns;
 
 /// If PostgreSQL refuses this many single rows before it finishes any, the others are not tried.
 const MAX_REFUSED_ROWS: usize = 4;
@@ -26,14 +28,15 @@ impl Claim {
     /// When the database does not answer. Then it is unknown whether the rows moved; the next claim will show.
     pub async fn settle(mut self, settlements: &[Settlement]) -> Result<(), StoreError> {
         let moves = Moves::of(settlements, self.clock(), self.history);
+        let turn = Turns::of(&self.lines, settlements, self.clock()).message();
         if let Some(message) = moves.message() {
             let begun = Instant::now();
-            self.transaction.end_with(message).await?;
+            self.transaction.end_with(message.and_commit(turn)).await?;
             self.commit_time.set(begun.elapsed());
             return Ok(());
         }
         moves.execute(&mut self.transaction.connection).await?;
-        self.transaction.end("COMMIT").await
+        self.commit(turn).await
     }
 
     /// Moves the rows as [`Claim::settle`] does, except those that PostgreSQL refuses to move. It postpones these, so
@@ -85,8 +88,17 @@ impl Claim {
             }
             result => result,
         };
-        self.transaction.end("COMMIT").await?;
+        let turn = Turns::of(&self.lines, settlements, self.clock()).message();
+        self.commit(turn).await?;
         result.map(|()| refused)
+    }
+
+    /// Takes turns, if there are any, and commits.
+    async fn commit(self, turn: Option<Message>) -> Result<(), StoreError> {
+        match turn {
+            Some(turn) => self.transaction.end_with(turn.and_commit(None)).await,
+            None => self.transaction.end("COMMIT").await,
+        }
     }
 
     /// Runs a statement that has no parameters and returns no rows.

@@ -58,7 +58,7 @@ impl Store {
                         FOR UPDATE SKIP LOCKED
                     ), moved AS (
                         UPDATE tidings.schedules
-                        SET held = false, not_before = tidings.arrival()
+                        SET held = false, line = NULL, not_before = tidings.arrival()
                         WHERE id = ANY (ARRAY(SELECT id FROM below))
                         RETURNING id
                     )

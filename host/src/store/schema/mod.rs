@@ -7,6 +7,7 @@
 pub(super) mod inspection;
 mod migrations;
 pub(super) mod objects;
+mod partitions;
 pub(super) mod row_security;
 
 use sqlx::Connection as _;
@@ -18,8 +19,12 @@ use crate::store::{Store, StoreError};
 use inspection::Inspection;
 use migrations::MIGRATOR;
 pub use migrations::SchemaError;
+pub use partitions::Partitioned;
 use row_security::MAKE_POLICIES;
 
+/// The limits of the daemon's sessions are too tight for creating an index on a large table.
+const LIMITS_TO_MIGRATE: &str =
+    "SET statement_timeout = 0; SET lock_timeout = '60s'; SET idle_in_transaction_session_timeout = 0";
 /// The table that records which migrations ran.
 const MIGRATIONS_TABLE: &str = "tidings._sqlx_migrations";
 
@@ -33,9 +38,7 @@ impl Store {
     /// changed.
     pub async fn migrate(&self) -> Result<usize, SchemaError> {
         let mut connection = self.connect().await?;
-        // The limits of the daemon's sessions are too tight for creating an index on a large table.
-        let limits = "SET statement_timeout = 0; SET lock_timeout = '60s'; SET idle_in_transaction_session_timeout = 0";
-        let prepared = sqlx::raw_sql(limits).execute(&mut connection).await;
+        let prepared = sqlx::raw_sql(LIMITS_TO_MIGRATE).execute(&mut connection).await;
         prepared.map_err(|source| StoreError::Statement { doing: "prepare to migrate", source })?;
         // The lock that sqlx itself takes, so that no two releases migrate at once. It is released with the session.
         connection.lock().await.map_err(|source| self.migrate_error(source))?;

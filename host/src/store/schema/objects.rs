@@ -16,12 +16,16 @@ const TRIGGERS: [(&str, &str); 6] = [
     ("recurrences", "set_make_at"),
 ];
 /// The indexes of the schema, as the migrations make them.
-const INDEXES: [&str; 17] = [
+const INDEXES: [&str; 23] = [
     "_sqlx_migrations_pkey",
     "catch_ups_pkey",
     "deliveries_finished_at",
     "deliveries_id",
     "installation_pkey",
+    "lifted_pkey",
+    "limits_pkey",
+    "lines_free_at",
+    "lines_pkey",
     "parked_pkey",
     "passes_pkey",
     "pauses_pkey",
@@ -30,11 +34,28 @@ const INDEXES: [&str; 17] = [
     "recurrences_problem",
     "schedules_held",
     "schedules_kind_key",
+    "schedules_line",
     "schedules_pkey",
     "schedules_recurrence",
     "schedules_slot_at",
     "schedules_subject",
+    "schedules_turn",
 ];
+
+/// Where `tidings.schedules` has partitions, this index is in the place of the primary key, which would have to contain what the
+/// partitions are made by.
+const INSTEAD_OF_PRIMARY_KEY: &str = "schedules_id";
+
+/// The triggers that the migrations make, each after its table.
+pub(super) fn list_triggers() -> impl Iterator<Item = (&'static str, &'static str)> {
+    TRIGGERS.into_iter()
+}
+
+/// The indexes of the schema, where `tidings.schedules` has partitions or not.
+pub(super) fn list_indexes(has_partitions: bool) -> impl Iterator<Item = &'static str> {
+    let name = move |name| if has_partitions && name == "schedules_pkey" { INSTEAD_OF_PRIMARY_KEY } else { name };
+    INDEXES.into_iter().map(name)
+}
 
 impl Store {
     /// Tells what is wrong with the triggers of the schema, each with what to do, and how many triggers there
@@ -73,7 +94,10 @@ impl Store {
             .run("list the indexes", async |connection| {
                 sqlx::query!(
                     r#"
-                    SELECT relname::text AS "name!", indisvalid AND indisready AS "valid!"
+                    SELECT
+                        relname::text AS "name!",
+                        indisvalid AND indisready AS "valid!",
+                        indrelid = 'tidings.schedules'::regclass AND relkind = 'I' AS "of_partitions!"
                     FROM pg_index
                     JOIN pg_class ON pg_class.oid = indexrelid
                     WHERE relnamespace = 'tidings'::regnamespace
@@ -83,8 +107,9 @@ impl Store {
                 .await
             })
             .await?;
+        let has_partitions = rows.iter().any(|row| row.of_partitions);
         let found = rows.into_iter().map(|row| (row.name, row.valid)).collect();
-        Ok((find_index_flaws(&found), INDEXES.len()))
+        Ok((find_index_flaws(&found, has_partitions), INDEXES.len()))
     }
 }
 
@@ -100,17 +125,20 @@ fn find_trigger_flaws(found: &BTreeMap<String, bool>) -> Vec<String> {
 
 /// `found` has the existing indexes by name, and whether each is valid. Indexes that an administrator added are not
 /// checked.
-fn find_index_flaws(found: &BTreeMap<String, bool>) -> Vec<String> {
+fn find_index_flaws(found: &BTreeMap<String, bool>, has_partitions: bool) -> Vec<String> {
     let flaw = |name: &&str| match found.get(*name) {
         Some(true) => None,
         Some(false) => Some(format!("{name} is not valid (REINDEX INDEX CONCURRENTLY tidings.{name})")),
         None => Some(describe_missing(name)),
     };
-    INDEXES.iter().filter_map(flaw).collect()
+    list_indexes(has_partitions).filter_map(|name| flaw(&name)).collect()
 }
 
 fn describe_missing(name: &str) -> String {
     match find_statement(name) {
+        None if name == INSTEAD_OF_PRIMARY_KEY => {
+            format!("{name} is missing (CREATE INDEX {name} ON tidings.schedules (id))")
+        }
         Some(statement) => format!("{name} is missing ({statement})"),
         None => format!("{name} is missing (make the primary key of its table again)"),
     }
@@ -118,7 +146,7 @@ fn describe_missing(name: &str) -> String {
 
 /// Finds the statement of the migrations that makes a trigger or an index, on one line; `None` = it is a primary key,
 /// which comes with its table.
-fn find_statement(name: &str) -> Option<String> {
+pub(super) fn find_statement(name: &str) -> Option<String> {
     MIGRATOR.iter().find_map(|migration| {
         let sql = migration.sql.as_str();
         let begins = ["CREATE INDEX", "CREATE UNIQUE INDEX", "CREATE TRIGGER"];
@@ -164,7 +192,7 @@ mod tests {
         let mut indexes: BTreeMap<String, bool> = INDEXES.map(|name| (name.to_owned(), true)).into();
         indexes.insert("schedules_slot_at".into(), false);
         indexes.remove("parked_pkey");
-        let flaws = find_index_flaws(&indexes);
+        let flaws = find_index_flaws(&indexes, false);
         assert!(flaws[0].contains("parked_pkey is missing (make the primary key"), "{flaws:?}");
         assert!(flaws[1].contains("REINDEX INDEX CONCURRENTLY tidings.schedules_slot_at"), "{flaws:?}");
     }

@@ -37,7 +37,7 @@ BEGIN
         FROM pg_class AS c
         WHERE c.relnamespace = to_regnamespace('tidings')
             AND c.relname IN ('_sqlx_migrations', 'schedules', 'deliveries', 'parked', 'passes', 'pauses', 'installation',
-                'recurrences', 'catch_ups')
+                'recurrences', 'catch_ups', 'limits', 'lines', 'lifted')
             AND c.relrowsecurity
             AND pg_has_role(c.relowner, 'USAGE')
     LOOP
@@ -54,7 +54,7 @@ BEGIN
             EXECUTE format('CREATE POLICY tidings_daemon ON %s TO tidings_daemon USING (true) WITH CHECK (true)', place.name);
         END IF;
         IF to_regrole('tidings_producer') IS NOT NULL
-            AND place.relname IN ('schedules', 'deliveries', 'parked', 'pauses', 'recurrences', 'catch_ups')
+            AND place.relname IN ('schedules', 'deliveries', 'parked', 'pauses', 'recurrences', 'catch_ups', 'limits', 'lines')
             AND NOT EXISTS (
                 SELECT FROM pg_policy
                 WHERE polrelid = place.oid AND polname NOT IN ('tidings_owner', 'tidings_daemon')

@@ -15,10 +15,12 @@ use metrics::{Counter, Histogram, counter, gauge, histogram};
 use crate::model::clock::DatabaseClock;
 use crate::model::event::BuildError;
 use crate::model::schedule::Schedule;
-use crate::store::{Outcome, Settlement};
-use crate::telemetry::metrics::counts::{Expired, count_expired};
+use crate::store::{LimitStatus, Outcome, Settlement};
+use crate::telemetry::metrics::counts::{Expired, count_expired, to_f64};
 use crate::telemetry::metrics::last_hour;
-use crate::telemetry::metrics::names::{BREAKER, CALL_SECONDS, CALLS, DELIVERIES, LATENESS};
+use crate::telemetry::metrics::names::{
+    BREAKER, CALL_SECONDS, CALLS, DELIVERIES, LATENESS, LIMITED, LIMITED_OLDEST, LIMITED_WAIT,
+};
 
 /// The label of every kind that no loaded plugin serves.
 const UNSERVED: &str = "(unserved)";
@@ -43,6 +45,7 @@ struct Meters {
 /// The handles of one kind.
 struct Meter {
     lateness: Histogram,
+    limited_wait: Histogram,
     outcomes: [Counter; OUTCOMES.len()],
 }
 
@@ -51,6 +54,7 @@ impl Meter {
     fn of(kind: &str) -> Self {
         Self {
             lateness: histogram!(LATENESS, "kind" => kind.to_owned()),
+            limited_wait: histogram!(LIMITED_WAIT, "kind" => kind.to_owned()),
             outcomes: OUTCOMES.map(|outcome| counter!(DELIVERIES, "kind" => kind.to_owned(), "outcome" => outcome)),
         }
     }
@@ -81,9 +85,24 @@ pub fn serve(kinds: &[String]) {
     for kind in kinds {
         // Makes the series exist; the next scrape sets its value.
         gauge!(BREAKER, "kind" => kind.clone()).increment(0);
+        gauge!(LIMITED, "kind" => kind.clone()).increment(0);
+        gauge!(LIMITED_OLDEST, "kind" => kind.clone()).increment(0);
     }
     for gone in before.iter().flat_map(|before| before.served.keys()).filter(|kind| !kinds.contains(kind)) {
         gauge!(BREAKER, "kind" => gone.clone()).set(0);
+        gauge!(LIMITED, "kind" => gone.clone()).set(0);
+        gauge!(LIMITED_OLDEST, "kind" => gone.clone()).set(0);
+    }
+}
+
+/// Sets how many rows of each kind that is served wait for their turn.
+pub fn set_limits(limits: &[LimitStatus]) {
+    let Some(meters) = &*METERS.load() else { return };
+    for kind in meters.served.keys() {
+        let status = limits.iter().find(|status| status.limit.kind == *kind);
+        let (rows, oldest) = status.map_or((0, 0.0), |status| (status.waiting, status.oldest_seconds));
+        gauge!(LIMITED, "kind" => kind.clone()).set(to_f64(rows.unsigned_abs()));
+        gauge!(LIMITED_OLDEST, "kind" => kind.clone()).set(oldest);
     }
 }
 
@@ -112,6 +131,8 @@ struct Sums {
     outcomes: [u64; OUTCOMES.len()],
     /// The lateness of each delivered row, in seconds.
     lateness: Vec<f64>,
+    /// The same for rows that waited for their turn.
+    limited_wait: Vec<f64>,
 }
 
 impl Batch {
@@ -119,14 +140,15 @@ impl Batch {
     #[must_use]
     pub fn of(settlements: &[Settlement], clock: DatabaseClock) -> Self {
         let mut batch = Self::default();
-        for Settlement { row: Schedule { kind, due_at, .. }, plugin, outcome } in settlements {
+        for Settlement { row: Schedule { kind, due_at, line, .. }, plugin, outcome } in settlements {
             if !batch.by_kind.contains_key(kind) {
                 batch.by_kind.insert(kind.clone(), Sums::default());
             }
             let sums = batch.by_kind.get_mut(kind).expect("it was just put there");
             match outcome {
                 Outcome::Delivered { confirmed, .. } => {
-                    sums.lateness.push((clock.at(confirmed.at()) - *due_at).as_seconds_f64().max(0.0));
+                    let times = if line.is_some() { &mut sums.limited_wait } else { &mut sums.lateness };
+                    times.push((clock.at(confirmed.at()) - *due_at).as_seconds_f64().max(0.0));
                 }
                 // Without a plugin the row expired before its plugin was called.
                 Outcome::Expired(_) if plugin.is_none() => batch.expired_rows += 1,
@@ -146,6 +168,7 @@ impl Batch {
             last_hour::count(sums.outcomes, &sums.lateness);
             let meter = meters.served.get(&kind).unwrap_or(&meters.unserved);
             sums.lateness.into_iter().for_each(|seconds| meter.lateness.record(seconds));
+            sums.limited_wait.into_iter().for_each(|seconds| meter.limited_wait.record(seconds));
             for (counter, rows) in meter.outcomes.iter().zip(sums.outcomes).filter(|(_, rows)| *rows > 0) {
                 counter.increment(rows);
             }
@@ -232,6 +255,8 @@ mod tests {
                 untried_since: None,
                 recurrence: None,
                 nominal_at: None,
+                line: None,
+                priority: 4,
             },
             plugin: plugin.map(str::to_owned),
             outcome,

@@ -14,6 +14,9 @@ pub(in crate::telemetry) const NEXT_DUE: &str = "tidings_next_due_seconds";
 pub(in crate::telemetry) const PENDING: &str = "tidings_pending";
 pub(in crate::telemetry) const OLDEST_DUE: &str = "tidings_oldest_due_age_seconds";
 pub(in crate::telemetry) const HELD: &str = "tidings_held";
+pub(in crate::telemetry) const LIMITED: &str = "tidings_limited_rows";
+pub(in crate::telemetry) const LIMITED_OLDEST: &str = "tidings_limited_oldest_age_seconds";
+pub(in crate::telemetry) const LIMITED_WAIT: &str = "tidings_limited_wait_seconds";
 pub(in crate::telemetry) const PARKED: &str = "tidings_parked";
 pub(in crate::telemetry) const GENERATION: &str = "tidings_plugin_generation";
 pub(in crate::telemetry) const PLUGIN_MEMORY: &str = "tidings_plugin_memory_bytes";
@@ -40,8 +43,13 @@ pub(in crate::telemetry) const INTAKE_WAITING: &str = "tidings_intake_waiting";
 pub(in crate::telemetry) const DROPPED_SPANS: &str = "tidings_spans_dropped_total";
 pub(in crate::telemetry) const DROPPED_LINES: &str = "tidings_log_lines_dropped_total";
 
-pub(in crate::telemetry) const HISTOGRAMS: [(&str, &str, &[f64]); 5] = [
-    (LATENESS, "From the due time of delivered rows to the confirm, by the database clock.", &LATENESS_BUCKETS),
+pub(in crate::telemetry) const HISTOGRAMS: [(&str, &str, &[f64]); 6] = [
+    (
+        LATENESS,
+        "From the due time of delivered rows to the confirm, by the database clock; without rows that waited for their turn.",
+        &LATENESS_BUCKETS,
+    ),
+    (LIMITED_WAIT, "The same for rows that waited for their turn, because their kind is limited.", &LATENESS_BUCKETS),
     (CANARY, "How late canaries came, from their due time to a consumer.", &LATENESS_BUCKETS),
     (
         MAKING_LAG,
@@ -76,12 +84,17 @@ pub(in crate::telemetry) const COUNTERS: [(&str, &str); 14] = [
     (DROPPED_LINES, "Lines of the log that could not be written to standard error."),
 ];
 
-pub(in crate::telemetry) const GAUGES: [(&str, &str); 19] = [
+pub(in crate::telemetry) const GAUGES: [(&str, &str); 21] = [
     (PENDING, "Rows that wait: counted up to 1000, above that estimated from PostgreSQL's statistics."),
     (INTAKE_WAITING, "Messages that wait in the queue of an intake."),
     (NEXT_DUE, "Time from the last look until the next row that was not yet due; +Inf = there is none."),
     (OLDEST_DUE, "How long the oldest row has been due that nothing holds back; 0 = there is none."),
     (HELD, "Rows that wait for a plugin of their kind or for the end of a pause; 1001 = more than a thousand."),
+    (LIMITED, "Rows of a limited kind that wait for their turn; 100001 = more than a hundred thousand."),
+    (
+        LIMITED_OLDEST,
+        "How long the first row of a limited kind has been due that waits for its turn; 0 = there is none.",
+    ),
     (PARKED, "Rows that were set aside for a person; 1001 = more than a thousand."),
     (RECURRENCES, "Recurrences; 1001 = more than a thousand."),
     (RECURRENCE_PROBLEMS, "Recurrences that can make no occurrence; 1001 = more than a thousand."),

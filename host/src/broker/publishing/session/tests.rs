@@ -17,7 +17,7 @@ fn messages(ids: std::ops::Range<u128>) -> Vec<Message> {
         kind: "k".into(),
         exchange: None,
         routing_key: "r".into(),
-        properties: MessageProperties::Event { content_type: None, timestamp: 0 },
+        properties: MessageProperties::Event { content_type: None, timestamp: 0, priority: 4 },
         expiration_ms: None,
         headers: Vec::new(),
         body: b"{}".to_vec(),
@@ -27,6 +27,11 @@ fn messages(ids: std::ops::Range<u128>) -> Vec<Message> {
 
 fn ack(channel: u16, delivery_tag: u64, multiple: bool) -> AMQPFrame {
     AMQPFrame::Method(channel, AMQPClass::Basic(basic::AMQPMethod::Ack(basic::Ack { delivery_tag, multiple })))
+}
+
+fn nack(channel: u16, delivery_tag: u64) -> AMQPFrame {
+    let nack = basic::Nack { delivery_tag, multiple: false, requeue: false };
+    AMQPFrame::Method(channel, AMQPClass::Basic(basic::AMQPMethod::Nack(nack)))
 }
 
 fn close_channel(channel: u16, code: u16) -> AMQPFrame {
@@ -76,6 +81,24 @@ fn letters(confirms: Confirms) -> String {
 
 fn handle(session: &mut Session, frame: AMQPFrame) -> Result<(), PublishError> {
     session.handle(frame, Instant::now())
+}
+
+#[test]
+fn a_channel_on_which_a_message_was_refused_is_closed_and_not_used_again() {
+    let mut session = session();
+    let (first, mut end) = session.publish("e", &messages(0..2)).expect("open");
+    handle(&mut session, nack(first, 1)).expect("it goes on");
+    written(&mut session);
+    handle(&mut session, ack(first, 2, false)).expect("it goes on");
+    assert_eq!(ended(&mut end), Some(("rc".into(), None)));
+    assert_eq!(written(&mut session), [format!("close {first}")]);
+
+    let (second, _end) = session.publish("e", &messages(2..3)).expect("open");
+    assert_ne!(second, first);
+    handle(&mut session, close_ok(first)).expect("it goes on");
+    handle(&mut session, ack(second, 1, false)).expect("it goes on");
+    let (third, _end) = session.publish("e", &messages(3..4)).expect("open");
+    assert_eq!(third, second);
 }
 
 #[test]
