@@ -23,6 +23,8 @@ const SUBJECT_RATE: u32 = 10;
 const SUBJECT_BURST: u32 = 5;
 /// Subjects with at most so many rows are small.
 const SMALL: u32 = 20;
+/// How many rows a second of the limited kind go while rows of other kinds are measured.
+const FEW: u32 = 10;
 /// For how many seconds rows of other kinds fall due.
 const SECONDS: u32 = 20;
 
@@ -90,13 +92,23 @@ async fn measure_subjects(stage: &Stage) -> Vec<Figure> {
     ]
 }
 
-/// Rows of other kinds, without a backlog of a limited kind, while its rows become due, and while they wait.
+/// Rows of other kinds: without a backlog of a limited kind, beside as many rows of that kind of which equally many are delivered
+/// without a limit, while its rows become due, and while they wait.
 async fn measure_beside(bench: &Bench, stage: &Stage) -> Vec<Figure> {
-    let (mut without, mut meanwhile, mut waiting, mut took) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut without, mut unlimited) = (Vec::new(), Vec::new());
+    let (mut meanwhile, mut waiting, mut took) = (Vec::new(), Vec::new(), Vec::new());
     let backlog = bench.rows(MILLION);
     for _ in 0..bench.rounds() {
         without.push(measure_trickle(bench, stage).await);
-        stage.world.sql("SELECT tidings.limit('message', 10)").await;
+        stage.write(insert_rows_sql("'everybody'", "now() + interval '30 d'", backlog)).await;
+        settle(stage).await;
+        let now = stage.world.now().await;
+        let one_by_one = format!("'{now}'::timestamptz + interval '2 s' + n * interval '1 s' / {FEW}");
+        stage.write(insert_rows_sql("'everybody'", &one_by_one, bench.seconds(SECONDS) * FEW)).await;
+        unlimited.push(measure_trickle_from(bench, stage, now).await);
+        stage.world.sql("TRUNCATE tidings.schedules").await;
+        stage.tidy().await;
+        stage.world.sql(&format!("SELECT tidings.limit('message', {FEW})")).await;
         let (written, begun) = (stage.write(insert_sql("'everybody'", backlog)).await, Instant::now());
         meanwhile.push(measure_trickle_from(bench, stage, written).await);
         let moved = "SELECT count(*) < 1000 FROM tidings.schedules WHERE kind = 'message' AND line IS NULL";
@@ -104,26 +116,38 @@ async fn measure_beside(bench: &Bench, stage: &Stage) -> Vec<Figure> {
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
         took.push(begun.elapsed().as_secs_f64());
-        stage.world.sql("VACUUM ANALYZE tidings.schedules").await;
-        stage.world.sql("CHECKPOINT").await;
+        settle(stage).await;
         waiting.push(measure_trickle(bench, stage).await);
         stage.world.sql("TRUNCATE tidings.schedules, tidings.lines").await;
         stage.world.sql("SELECT tidings.unlimit('message')").await;
         stage.tidy().await;
     }
-    let figure = |name: &str, times: &[Times], percent| {
+    let figure = |name: &str, times: &[Times], percent, (beside, others): (&str, &[Times])| {
         let at = |times: &[Times]| times.iter().map(|times| times.percentile(percent)).collect::<Vec<f64>>();
-        Figure::new(format!("{name}, p{percent}"), "ms", at(times)).beside("without limited rows", at(&without))
+        Figure::new(format!("{name}, p{percent}"), "ms", at(times)).beside(beside, at(others))
     };
+    let alone: (&str, &[Times]) = ("without these rows", &without);
+    let as_many: (&str, &[Times]) = ("as many rows without a limit", &unlimited);
     let while_due = format!("other kinds while {backlog} rows of a limited kind become due");
     let while_waiting = format!("other kinds while {backlog} rows wait for their turn");
+    let beside_others = format!("other kinds beside {backlog} rows without a limit, {FEW} a second due");
     vec![
         Figure::new(format!("{backlog} rows, until they are in their line"), "s", took),
-        figure(&while_due, &meanwhile, 50),
-        figure(&while_due, &meanwhile, 99),
-        figure(&while_waiting, &waiting, 50).at_most_share(1.2),
-        figure(&while_waiting, &waiting, 99).at_most_share(1.2),
+        figure(&while_due, &meanwhile, 50, alone),
+        figure(&while_due, &meanwhile, 99, alone),
+        figure(&beside_others, &unlimited, 50, alone),
+        figure(&beside_others, &unlimited, 99, alone),
+        figure(&while_waiting, &waiting, 50, alone).at_most_share(1.2),
+        figure(&while_waiting, &waiting, 99, alone).at_most_share(1.2),
+        figure(&while_waiting, &waiting, 50, as_many),
+        figure(&while_waiting, &waiting, 99, as_many),
     ]
+}
+
+/// Leaves nothing to vacuum and to write that would disturb a measurement.
+async fn settle(stage: &Stage) {
+    stage.world.sql("VACUUM ANALYZE tidings.schedules").await;
+    stage.world.sql("CHECKPOINT").await;
 }
 
 async fn measure_trickle(bench: &Bench, stage: &Stage) -> Times {
@@ -145,9 +169,14 @@ async fn measure_trickle_from(bench: &Bench, stage: &Stage, from: OffsetDateTime
 
 /// The statement that writes rows of the limited kind, one microsecond after the other, all due by now.
 fn insert_sql(subject: &str, rows: u32) -> String {
+    insert_rows_sql(subject, "now() - interval '2 s' + n * interval '1 us'", rows)
+}
+
+/// The statement that writes rows of that kind; `n` counts from 1.
+fn insert_rows_sql(subject: &str, due: &str, rows: u32) -> String {
     format!(
         "INSERT INTO tidings.schedules (kind, subject, due_at, payload)
-         SELECT 'message', {subject}, now() - interval '2 s' + n * interval '1 us', '{}' FROM generate_series(1, {rows}) AS n",
+         SELECT 'message', {subject}, {due}, '{}' FROM generate_series(1, {rows}) AS n",
         payload()
     )
 }
