@@ -80,6 +80,10 @@ BEGIN
                     CONSTRAINT "priority must be from 0 to 9" CHECK (priority BETWEEN 0 AND 9);
             ALTER TABLE tidings.parked ADD COLUMN priority smallint NOT NULL DEFAULT 4;
             CREATE INDEX schedules_line ON tidings.schedules (kind, line, (due_at AT TIME ZONE 'UTC' - priority * interval '1 minute')) WHERE held;
+            -- A row that gets another subject belongs into another line.
+            CREATE OR REPLACE TRIGGER look_afresh_before_update
+                BEFORE UPDATE OF id, kind, subject, due_at, expires_at, payload, headers ON tidings.schedules
+                FOR EACH ROW EXECUTE FUNCTION tidings.look_afresh();
             EXIT;
         EXCEPTION
             WHEN lock_not_available THEN

@@ -163,6 +163,21 @@ async fn what_is_cancelled_moved_or_expires_leaves_its_line_and_costs_no_turn() 
 }
 
 #[tokio::test]
+async fn a_row_that_gets_another_subject_waits_in_the_line_of_that_subject() {
+    let world = World::with_plugins(&["message"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    world.sql("SELECT tidings.limit('message', 1, per => '1 day', by => 'subject')").await;
+    let _daemon = world.start_daemon().await;
+    schedule_rows(&world, 3, "'crowded'").await;
+    assert_eq!(inbox.next().await.json(), 1);
+    world.wait_until("SELECT count(*) = 2 FROM tidings.schedules WHERE line = 'crowded'").await;
+
+    world.sql("UPDATE tidings.schedules SET subject = 'empty'").await;
+    assert_eq!(inbox.next().await.json(), 2, "the other line has a turn at once");
+    world.wait_until("SELECT count(*) = 1 FROM tidings.schedules WHERE line = 'empty'").await;
+}
+
+#[tokio::test]
 async fn a_limit_that_is_changed_or_taken_back_holds_at_once_for_the_rows_that_wait() {
     let world = World::with_plugins(&["message"]).await;
     let mut inbox = world.inbox(&["#"]).await;
