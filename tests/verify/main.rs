@@ -80,8 +80,9 @@ fn verify() -> anyhow::Result<bool> {
     eprintln!("starting a private PostgreSQL and RabbitMQ ...");
     let servers = Servers::start()?;
     let (name, ports) = servers.environment();
-    // With the model, serde would have another feature, and nearly every dependency would be compiled once more.
-    tests.args(["--workspace", "--exclude", "tidings-model", "--"]).args(words).env(name, ports);
+    // With the model, serde would have another feature, and nearly every dependency would be compiled once more. One failure does not
+    // hide those of later packages.
+    tests.args(["--workspace", "--exclude", "tidings-model", "--no-fail-fast", "--"]).args(words).env(name, ports);
     Ok(tests.status().context("could not run cargo test")?.success())
 }
 
