@@ -15,6 +15,7 @@ use crate::cli::{NOT_FOUND, fail_usage, format_age, printable, times, with_store
 use crate::config::DatabaseArgs;
 use crate::model::display::standstill;
 use crate::model::recurrence::Recurrence;
+use crate::model::schedule::DEFAULT_PRIORITY;
 use crate::recurrences::coming;
 use crate::recurrences::rule::Rule;
 use crate::store::{NewRecurrence, RecurrenceFilter, Store};
@@ -64,6 +65,9 @@ pub(super) struct RepeatArgs {
     /// So many occurrences are made, and no more
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..))]
     max_count: Option<i64>,
+    /// Which of its occurrences and of other rows that are due goes first, from 0, the last, to 9; also the priority of the messages
+    #[arg(long, value_name = "0..9", default_value_t = 4, value_parser = clap::value_parser!(i32).range(0..=9), allow_negative_numbers = true)]
+    priority: i32,
     /// What to do if the name is taken: change that recurrence, keep it as it is, or fail
     #[arg(long, value_enum, default_value = "replace")]
     on_conflict: OnConflict,
@@ -190,6 +194,7 @@ pub(super) async fn repeat(args: RepeatArgs, output: Output) -> ExitCode {
         starts_at: args.starts_at,
         ends_at: args.ends_at,
         max_count: args.max_count,
+        priority: args.priority,
         on_conflict: args.on_conflict.word(),
     };
     with_store(args.database, async |store: Store| {
@@ -309,6 +314,9 @@ impl fmt::Display for Shown {
         if recurrence.spread_seconds > 0.0 {
             let offset = Duration::try_from_secs_f64(recurrence.offset_seconds).unwrap_or_default();
             field("spread", &format!("{}: due {offset:?} after each instant", span(recurrence.spread_seconds)))?;
+        }
+        if recurrence.priority != i16::from(DEFAULT_PRIORITY) {
+            field("priority", &recurrence.priority.to_string())?;
         }
         if let Some(seconds) = recurrence.expires_after_seconds {
             field("expires", &format!("{} after it is due", span(seconds)))?;

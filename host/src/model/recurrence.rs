@@ -112,6 +112,8 @@ pub struct Recurrence {
     pub spread_seconds: f64,
     /// By how much they are due later, in seconds.
     pub offset_seconds: f64,
+    /// The priority of its occurrences, from 0 to 9.
+    pub priority: i16,
     /// The instant from which `every` counts.
     #[serde(skip)]
     pub anchor: OffsetDateTime,

@@ -7,6 +7,8 @@ use crate::database::platforms::{create_role, database_url_of};
 
 /// The last migration of the release before recurrences.
 const BEFORE_RECURRENCES: i64 = 15;
+/// The last migration of the release before priorities.
+const BEFORE_PRIORITIES: i64 = 21;
 
 /// Makes the schema of a world that of an earlier release.
 pub(crate) async fn go_back_to(world: &World, version: i64) {
@@ -89,4 +91,38 @@ async fn an_upgrade_keeps_pending_rows_and_grants_and_what_is_built_upon_the_fun
     let _daemon = world.start_daemon().await;
     world.sql("UPDATE tidings.schedules SET due_at = now() WHERE key = 'k1'").await;
     assert_eq!(inbox.next().await.headers()["tidings-key"], "k1");
+}
+
+#[tokio::test]
+async fn an_upgrade_keeps_recurrences_and_who_may_make_them_and_what_is_built_upon_the_function() {
+    let world = World::empty().await;
+    go_back_to(&world, BEFORE_PRIORITIES).await;
+    let shop = create_role(&world, "shop", "").await;
+    world
+        .db
+        .execute(AssertSqlSafe(format!(
+            "SELECT tidings.repeat('before', 'message', 'every 1 hour');
+             GRANT USAGE ON SCHEMA tidings TO {shop};
+             GRANT EXECUTE ON FUNCTION tidings.repeat TO {shop};
+             CREATE FUNCTION every_hour(name text) RETURNS timestamptz LANGUAGE sql SECURITY DEFINER
+                BEGIN ATOMIC SELECT tidings.repeat(name, 'message', 'every 1 hour', max_count => 3); END;
+             GRANT EXECUTE ON FUNCTION every_hour TO {shop}"
+        )))
+        .await
+        .expect("granted");
+
+    let (code, output) = world.launch().subcommand("migrate").run_to_end().await;
+
+    assert_eq!(code, 0, "{output}");
+    let client = sqlx::PgPool::connect(&database_url_of(&world, &shop)).await.expect("connected");
+    for call in [
+        "SELECT tidings.repeat('plain', 'message', 'every 1 hour')",
+        "SELECT tidings.repeat('urgent', 'message', 'every 1 hour', priority => 9)",
+        "SELECT every_hour('built')",
+    ] {
+        client.execute(call).await.unwrap_or_else(|error| panic!("{call}: {error}"));
+    }
+    let found =
+        "SELECT string_agg(concat_ws(' ', name, priority, max_count), ', ' ORDER BY name) FROM tidings.recurrences";
+    assert_eq!(world.value::<String>(found).await, "before 4, built 4 3, plain 4, urgent 9");
 }

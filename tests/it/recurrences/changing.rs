@@ -173,7 +173,7 @@ async fn commands_make_list_and_show_recurrences() {
     let world = World::empty().await;
     let _daemon = world.start_daemon().await;
     let args = ["repeat", "nightly", "message", "30 2 * * *", "--zone", "Europe/Berlin", "--payload", "[1]"];
-    let (code, answer) = world.tidings(args).await;
+    let (code, answer) = world.tidings([&args[..], &["--priority", "2"]].concat()).await;
     assert_eq!((code, answer.trim()), (0, "a daemon computes the first instant: tidings recurrences show nightly"));
     world.wait_until("SELECT next_at IS NOT NULL FROM tidings.recurrences").await;
     let (code, list) = world.tidings(["recurrences", "list"]).await;
@@ -182,6 +182,7 @@ async fn commands_make_list_and_show_recurrences() {
     let (code, shown) = world.tidings(["recurrences", "show", "nightly"]).await;
     assert_eq!(code, 0, "{shown}");
     assert!(shown.contains("in words   At 02:30") && shown.contains("catch-up   latest"), "{shown}");
+    assert!(shown.contains("priority   2"), "{shown}");
     let (code, next) = world.tidings(["next"]).await;
     assert_eq!(code, 0, "{next}");
     assert!(next.contains("nightly"), "{next}");

@@ -13,7 +13,7 @@ async fn an_occurrence_is_an_ordinary_row_with_the_instant_and_the_name_of_its_r
     let first: i64 = world
         .value(&format!(
             "SELECT (extract(epoch FROM tidings.repeat('beat/s', 'message', 'every 1 second', payload => {PAYLOAD},
-                subject => 's', headers => '{{\"h\": \"v\"}}', expires_after => '1 hour')) * 1000)::bigint"
+                subject => 's', headers => '{{\"h\": \"v\"}}', expires_after => '1 hour', priority => 7)) * 1000)::bigint"
         ))
         .await;
 
@@ -24,6 +24,7 @@ async fn an_occurrence_is_an_ordinary_row_with_the_instant_and_the_name_of_its_r
         assert_eq!(received.number("tidings-due-ms"), nominal);
         assert!(received.at_ms >= nominal, "never early");
         assert_eq!(received.number("tidings-expires-ms"), nominal + 3_600_000);
+        assert_eq!(received.properties().priority().expect("it has one"), 7);
         let headers = received.headers();
         assert_eq!(headers["tidings-recurrence"], "beat/s");
         assert_eq!((&*headers["tidings-subject"], &*headers["h"]), ("s", "v"));

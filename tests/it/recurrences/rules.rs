@@ -42,6 +42,8 @@ async fn a_mistake_is_an_error_that_names_the_parameter() {
         ("'n', 'k', '@daily', ends_at => '-infinity'", "ends_at must be between the years 1970 and 9999"),
         ("'n', 'k', '@daily', starts_at => now(), ends_at => now()", "ends_at must be after starts_at"),
         ("'n', 'k', '@daily', max_count => 0", "max_count must be 1 at least"),
+        ("'n', 'k', '@daily', priority => 10", "priority must be from 0 to 9, not 10"),
+        ("'n', 'k', '@daily', priority => null", "priority must be from 0 to 9, not null"),
         ("'n', 'k', '@daily', on_conflict => 'ignore'", "on_conflict must be replace, keep or error, not 'ignore'"),
     ] {
         let error = world.expect_error(&format!("SELECT tidings.repeat({parameters})")).await;

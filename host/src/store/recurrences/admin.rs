@@ -38,6 +38,8 @@ pub struct NewRecurrence {
     pub ends_at: Option<OffsetDateTime>,
     /// So many occurrences are made, and no more.
     pub max_count: Option<i64>,
+    /// Which of its occurrences and of other rows that are due goes first, from 0, the last, to 9.
+    pub priority: i32,
     /// What to do if the name is taken: `replace`, `keep` or `error`.
     pub on_conflict: &'static str,
 }
@@ -73,7 +75,7 @@ impl Store {
                         name => $1, kind => $2, rule => $3, time_zone => $4, payload => ($5::text)::jsonb, subject => $6,
                         headers => ($7::text)::jsonb, expires_after => $8::float8 * interval '1 second', catch_up => $9,
                         catch_up_within => $10::float8 * interval '1 second', spread => $11::float8 * interval '1 second',
-                        starts_at => $12, ends_at => $13, max_count => $14, on_conflict => $15
+                        starts_at => $12, ends_at => $13, max_count => $14, on_conflict => $15, priority => $16
                     )
                     FROM settings
                     "#,
@@ -92,6 +94,7 @@ impl Store {
                     new.ends_at,
                     new.max_count,
                     new.on_conflict,
+                    new.priority,
                 )
                 .fetch_one(connection)
                 .await
@@ -160,7 +163,7 @@ impl Store {
                     r#"
                     SELECT
                         name, kind, rule, time_zone, subject, catch_up, anchor, starts_at, ends_at, max_count, next_at, last_at,
-                        count, problem, paused, ended,
+                        count, problem, paused, ended, priority,
                         extract(epoch FROM catch_up_within)::float8 AS catch_up_within,
                         extract(epoch FROM expires_after)::float8 AS expires_after,
                         extract(epoch FROM spread)::float8 AS "spread!",
@@ -190,6 +193,7 @@ impl Store {
             expires_after_seconds: row.expires_after,
             spread_seconds: row.spread,
             offset_seconds: row.offset,
+            priority: row.priority,
             anchor: row.anchor,
             starts_at: row.starts_at,
             ends_at: row.ends_at,

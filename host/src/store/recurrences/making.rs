@@ -170,10 +170,10 @@ impl Making {
                         -- The other daemons look as well: any of them may be the one that serves the kind.
                         WITH notified AS MATERIALIZED (SELECT set_config('tidings.notify', 'on', true))
                         INSERT INTO tidings.schedules (
-                            kind, key, subject, due_at, expires_at, payload, headers, recurrence, nominal_at
+                            kind, key, subject, due_at, expires_at, payload, headers, recurrence, nominal_at, priority
                         )
                         SELECT
-                            kind, made.key, subject, due_at, due_at + expires_after, payload, headers, name, made.nominal_at
+                            kind, made.key, subject, due_at, due_at + expires_after, payload, headers, name, made.nominal_at, priority
                         FROM unnest($1::text[], $2::timestamptz[], $3::text[]) AS made (name, nominal_at, key)
                         JOIN tidings.recurrences USING (name)
                         CROSS JOIN LATERAL (SELECT made.nominal_at + tidings.spread_offset(name, spread) AS due_at) AS due
