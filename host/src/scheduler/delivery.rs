@@ -24,13 +24,12 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-use time::OffsetDateTime;
 use tokio::time::Instant;
 use tracing::{debug, warn};
 use uuid::Uuid;
 
 use crate::broker::{Broker, Verdict};
-use crate::model::backoff::{BUILD, REFUSED, jittered};
+use crate::model::backoff::{BUILD, jittered};
 use crate::model::clock::{DatabaseClock, unix_ms};
 use crate::model::event::{BuildError, LONGEST_TTL_MS};
 use crate::model::message::{Expired, Message};
@@ -38,6 +37,7 @@ use crate::model::relay;
 use crate::model::schedule::Schedule;
 use crate::plugins::{Build, Plugin, PluginSet};
 use crate::scheduler::look_notes::CatchUps;
+use crate::scheduler::outcomes::{expired_row, missed_for, missed_row, refused_for, settlement_of};
 use crate::scheduler::relay as relay_rows;
 use crate::scheduler::sent_rows::SentRows;
 use crate::store::{Claim, Outcome, Settlement, StoreError};
@@ -319,11 +319,6 @@ impl Delivery {
     }
 }
 
-/// A settlement; `plugin` is the label of the plugin that was called, if any.
-fn settlement_of(row: Schedule, plugin: Option<&str>, outcome: Outcome) -> Settlement {
-    Settlement { row, plugin: plugin.map(str::to_owned), outcome }
-}
-
 /// The settlement of a row, by the broker's verdict; `None` = the verdict is unknown, so the row stays due.
 fn settlement_by_verdict(sent: InFlight, verdict: Verdict) -> Option<Settlement> {
     let InFlight { schedule, builder: Builder { label, generation }, event_digest, built_ms } = sent;
@@ -346,69 +341,4 @@ fn settlement_by_verdict(sent: InFlight, verdict: Verdict) -> Option<Settlement>
         Verdict::Unknown => return None,
     };
     Some(settlement_of(schedule, Some(label), outcome))
-}
-
-/// The settlement of a row whose deadline passed before its plugin was called.
-fn expired_row(row: Schedule, now_ms: i64) -> Settlement {
-    let late_ms = row.expires_ms().map_or(0, |deadline| now_ms - deadline);
-    let why = if row.line.is_some() { ", because it waited for its turn (tidings.limit)" } else { "" };
-    let detail = format!("its deadline had passed {late_ms} ms before it could be built{why}");
-    settlement_of(row, None, Outcome::Expired(detail))
-}
-
-/// For how long a row has been due without an attempt.
-fn missed_for(row: &Schedule, now: OffsetDateTime) -> Duration {
-    row.untried_since.and_then(|since| Duration::try_from(now - since).ok()).unwrap_or_default()
-}
-
-/// The settlement of a row that was missed, and whose kind is not caught up with for so long.
-fn missed_row(row: Schedule, now: OffsetDateTime, catch_ups: &CatchUps) -> Settlement {
-    let within = catch_ups.get(&row.kind).copied().unwrap_or_default();
-    let late = missed_for(&row, now);
-    let detail = format!(
-        "it was missed: it had been due for {} s when it was claimed, and tidings.catch_up lets rows of its kind be {} s late",
-        late.as_secs(),
-        within.as_secs(),
-    );
-    settlement_of(row, None, Outcome::Expired(detail))
-}
-
-/// The outcome of a row whose message the broker refused, or that PostgreSQL refuses to finish: the row waits.
-fn refused_for(schedule: &Schedule, error: String) -> Outcome {
-    Outcome::Refused { error, after: jittered(&REFUSED, schedule.refusals) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn each_refusal_makes_the_row_wait_longer() {
-        let after = |refusals| {
-            let schedule = Schedule {
-                id: Uuid::nil(),
-                kind: "k".into(),
-                key: None,
-                subject: None,
-                due_at: OffsetDateTime::UNIX_EPOCH,
-                expires_at: None,
-                payload: "{}".into(),
-                headers: Vec::new(),
-                attempts: 0,
-                failures: 0,
-                refusals,
-                untried_since: None,
-                recurrence: None,
-                nominal_at: None,
-                line: None,
-                priority: 4,
-            };
-            match refused_for(&schedule, "no queue".into()) {
-                Outcome::Refused { after, .. } => after,
-                other => panic!("{other:?}"),
-            }
-        };
-        assert!(after(0) < after(2) && after(2) < after(5));
-        assert!(after(9) <= Duration::from_secs(36));
-    }
 }

@@ -32,6 +32,7 @@ pub mod hold;
 pub mod listener;
 pub mod look_notes;
 pub mod notification_rate;
+mod outcomes;
 pub mod precise_timer;
 mod relay;
 pub mod sent_rows;

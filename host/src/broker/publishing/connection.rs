@@ -15,9 +15,10 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::broker::publishing::error::PublishError;
 use crate::broker::publishing::handshake::{Agreement, Stream, shake_hands};
 use crate::broker::publishing::incoming::Incoming;
-use crate::broker::publishing::session::{BatchEnd, PublishError, Session, Status, write};
+use crate::broker::publishing::session::{BatchEnd, Session, Status, write};
 use crate::model::message::Message;
 
 /// How large a frame may be before the handshake, and if RabbitMQ sets no limit (its default).

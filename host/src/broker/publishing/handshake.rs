@@ -11,8 +11,9 @@ use lapin::tcp::{AMQPUriTcpExt as _, AsyncTcpStream};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::uri::{AMQPUri, SASLMechanism};
 
+use crate::broker::publishing::error::{PublishError, closed_connection};
 use crate::broker::publishing::incoming::Incoming;
-use crate::broker::publishing::session::{PublishError, closed_connection, write, write_frame};
+use crate::broker::publishing::session::{write, write_frame};
 
 /// The transport, with or without TLS.
 pub(in crate::broker) type Stream = AsyncTcpStream<<Tokio as async_rs::traits::Reactor>::TcpStream>;

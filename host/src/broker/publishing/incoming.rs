@@ -2,7 +2,7 @@
 
 use amq_protocol::frame::{AMQPFrame, parse_frame};
 
-use crate::broker::publishing::session::PublishError;
+use crate::broker::publishing::error::PublishError;
 
 /// How many bytes are read at once, at most.
 const READ_BYTES: usize = 16 * 1024;

@@ -24,6 +24,7 @@
 
 mod confirms;
 pub(super) mod connection;
+mod error;
 mod frames;
 pub(super) mod handshake;
 mod incoming;
@@ -42,8 +43,8 @@ use crate::model::message::Message;
 use confirms::NACKED;
 use connection::PublishingConnection;
 
+pub use error::PublishError;
 pub use frames::write_message;
-pub use session::PublishError;
 
 /// How long the confirms of a batch may take. A message that is not confirmed by then is [`Verdict::Unknown`].
 const CONFIRM_DEADLINE: Duration = Duration::from_secs(10);

@@ -356,20 +356,7 @@ impl Registry {
         if waits_for_kind {
             return;
         }
-        if let Some(source) = self.versions.last_good_version(file)
-            && self.versions.quarantine_reason(&source.identity()).is_none()
-        {
-            let problem = (self.slots().by_file.get_mut(file)).and_then(|slot| slot.problem.take());
-            match self.load(file, source).await.and_then(|plugin| self.admit(file, plugin, gone)) {
-                Ok(_) => warn!("in place of {}, the version that built rows last serves", path.display()),
-                Err(error) => {
-                    warn!(reason = %error, "in place of {}, the version that built rows last cannot serve either", path.display());
-                }
-            }
-            if let Some(slot) = self.slots().by_file.get_mut(file) {
-                slot.problem = problem;
-            }
-        }
+        self.serve_last_good_version(file, gone).await;
     }
 
     fn remove(&self, file: &str) {

@@ -1,6 +1,6 @@
 //! Handles the feedback of the generations that serve. A version that has answered for a row of a kind is kept as the
 //! version to roll back to. A version that fails for every row of a kind from its start is quarantined, and the version
-//! that was kept before serves again.
+//! that was kept before serves again. It also serves in place of a file that was refused.
 
 use std::sync::Arc;
 
@@ -30,6 +30,26 @@ impl Registry {
                     Feedback::FailedFromTheStart(kind, reason) => self.roll_back(&kind, &file, &plugin, &reason).await,
                 }
             }
+        }
+    }
+
+    /// In place of a file that was refused, loads the version from it that built rows last, if it was kept. The reason of the refusal
+    /// stays.
+    pub(super) async fn serve_last_good_version(&self, file: &str, gone: &[String]) {
+        let Some(source) = self.versions.last_good_version(file) else { return };
+        if self.versions.quarantine_reason(&source.identity()).is_some() {
+            return;
+        }
+        let place = self.dir.join(file);
+        let problem = (self.slots().by_file.get_mut(file)).and_then(|slot| slot.problem.take());
+        match self.load(file, source).await.and_then(|plugin| self.admit(file, plugin, gone)) {
+            Ok(_) => warn!("in place of {}, the version that built rows last serves", place.display()),
+            Err(error) => {
+                warn!(reason = %error, "in place of {}, the version that built rows last cannot serve either", place.display());
+            }
+        }
+        if let Some(slot) = self.slots().by_file.get_mut(file) {
+            slot.problem = problem;
         }
     }
 

@@ -5,6 +5,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::broker::Verdict;
+use crate::broker::publishing::error::{NOT_FOUND, PRECONDITION_FAILED};
 use crate::model::message::MessageProperties;
 
 fn session() -> Session {
