@@ -19,9 +19,10 @@
 
 use std::collections::BTreeMap;
 
+use tokio::time::Instant;
 use tracing::{debug, warn};
 
-use crate::store::{Store, StoreError};
+use crate::store::{BATCH, Store, StoreError};
 use crate::telemetry::count_held;
 
 /// How many rows were held, by kind.
@@ -36,25 +37,30 @@ pub struct Held {
 }
 
 /// Holds due rows of kinds that are paused or that no daemon serves, and moves those of limited kinds into their lines, batch by batch.
+/// Of a million rows each full batch keeps a processor and the disk busy, which the claims need as well; so this rests after each, for
+/// as long as it took.
 ///
 /// # Errors
 ///
 /// When the database does not answer. The batches before stay held.
 pub async fn hold(store: &Store, our_kinds: &[String]) -> Result<Held, StoreError> {
     let mut held = Held::default();
-    while add(&mut held.paused, store.hold_paused(our_kinds).await?) {}
-    while add(&mut held.limited, store.line_up(our_kinds).await?) {}
-    while add(&mut held.unserved, store.hold_unserved(our_kinds).await?) {}
+    while add(&mut held.paused, Instant::now(), store.hold_paused(our_kinds).await?).await {}
+    while add(&mut held.limited, Instant::now(), store.line_up(our_kinds).await?).await {}
+    while add(&mut held.unserved, Instant::now(), store.hold_unserved(our_kinds).await?).await {}
     Ok(held)
 }
 
-/// Adds the rows of a batch. Returns whether there were any.
-fn add(held: &mut BTreeMap<String, i64>, batch: Vec<(String, i64)>) -> bool {
-    let has_rows = !batch.is_empty();
+/// Adds the rows of a batch that was begun at this time, and rests if it was a full one. Returns whether there were any.
+async fn add(held: &mut BTreeMap<String, i64>, begun_at: Instant, batch: Vec<(String, i64)>) -> bool {
+    let rows: i64 = batch.iter().map(|(_, rows)| rows).sum();
     for (kind, rows) in batch {
         *held.entry(kind).or_default() += rows;
     }
-    has_rows
+    if rows >= BATCH {
+        tokio::time::sleep(begun_at.elapsed()).await;
+    }
+    rows > 0
 }
 
 impl Held {

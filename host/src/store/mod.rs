@@ -61,6 +61,7 @@ pub use error::StoreError;
 pub use history::Delivered;
 pub use queue::claim::{Claim, Claimed, Order, Rows, Wanted, parse_headers};
 use queue::commit_time::CommitTime;
+pub use queue::kinds::BATCH;
 pub use queue::look::Seen;
 pub(crate) use queue::notifications::Heard;
 use queue::notifications::SweepRequests;

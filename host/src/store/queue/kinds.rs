@@ -30,7 +30,7 @@
 use crate::store::{Store, StoreError};
 
 /// The most rows that one statement holds or releases: few enough that no other statement waits for it.
-pub(super) const BATCH: i64 = 5_000;
+pub const BATCH: i64 = 5_000;
 
 /// Announces `kinds` for as long as `connection` lives.
 ///
