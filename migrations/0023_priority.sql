@@ -235,7 +235,8 @@ BEGIN
             old.catch_up_within, old.spread, old.starts_at, old.ends_at, old.max_count, old.priority
         ) IS NOT DISTINCT FROM ROW(
             repeat.kind, repeat.rule, repeat.time_zone, repeat.payload, repeat.subject, repeat.headers, repeat.expires_after,
-            repeat.catch_up, repeat.catch_up_within, repeat.spread, repeat.starts_at, repeat.ends_at, repeat.max_count
+            repeat.catch_up, repeat.catch_up_within, repeat.spread, repeat.starts_at, repeat.ends_at, repeat.max_count,
+            repeat.priority
         )
     THEN
         RETURN old.next_at;

@@ -103,11 +103,6 @@ impl ClaimPolicy {
         self.is_head_blocked = is_blocked;
     }
 
-    /// Whether the first row of the queue is due and may be taken by no claim.
-    pub(super) fn is_head_blocked(&self) -> bool {
-        self.is_head_blocked
-    }
-
     /// How many lanes are busy.
     pub(super) fn busy_lanes(&self) -> usize {
         self.busy_lanes.len()

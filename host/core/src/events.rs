@@ -23,13 +23,6 @@ impl Core {
         }
     }
 
-    /// Looks after a claim, ever later if claims in a row got nothing.
-    fn look_after_claim(&mut self, now: Moment, empty_claims: u32) {
-        if !self.is_head_being_moved() {
-            self.look_by(now + LOCKED.delay(empty_claims));
-        }
-    }
-
     /// Updates the state by what has happened.
     pub fn handle(&mut self, now: Moment, event: Event) {
         match event {
@@ -137,7 +130,7 @@ impl Core {
             self.low_water.note_claim(now, Sample { at, xid });
             self.claim_policy.start_lane(Lane { range, large });
             // Other rows may have become due since, or be locked, or of a kind that no daemon serves.
-            self.look_after_claim(now, 0);
+            self.look_by(now + LOCKED.delay(0));
         }
         if range == ClaimRange::Turns {
             match batch {
@@ -159,8 +152,8 @@ impl Core {
             ClaimRange::Newest(_) | ClaimRange::Turns => return,
         }
         let is_early = outlook.next_in.is_some_and(|next_in| next_in < ALMOST_DUE);
-        // A claim that got nothing does not tell whether due rows are locked by other sessions, so a look follows, unless it has to wait.
-        if batch.is_some() || is_early || self.is_head_being_moved() {
+        // A claim that got nothing does not tell whether due rows are locked by other sessions.
+        if batch.is_some() || is_early {
             self.note_next_due(asked_at, outlook);
         }
         self.queue = match (batch, self.queue) {
@@ -173,10 +166,9 @@ impl Core {
             }
             (None, Queue::Due { empty_claims }) => {
                 self.hold.request(());
-                self.look_after_claim(now, empty_claims);
+                self.look_by(now + LOCKED.delay(empty_claims));
                 Queue::Waiting { empty_claims: empty_claims.saturating_add(1) }
             }
-            (None, _) if self.is_head_being_moved() => Queue::Waiting { empty_claims: 0 },
             (None, _) => Queue::Unknown { notified: true },
         };
     }

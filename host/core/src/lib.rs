@@ -167,12 +167,12 @@ impl Core {
             self.queue = Queue::Expected(now);
         }
         match self.queue {
-            Queue::Unknown { .. } if !self.is_head_being_moved() => Action::Look,
+            Queue::Unknown { .. } => Action::Look,
             Queue::Expected(due) if due > now && matches!(reason, Reason::Turn | Reason::Drain) && at < due => {
                 Action::Sleep(at, reason)
             }
             Queue::Expected(due) if due > now => Action::Sleep(due, Reason::Due),
-            Queue::Unknown { .. } | Queue::Expected(_) | Queue::Due { .. } => self.claim(now),
+            Queue::Expected(_) | Queue::Due { .. } => self.claim(now),
             // A row is claimed when it is due, however soon that is.
             Queue::Waiting { .. } if at > now && matches!(reason, Reason::Due | Reason::Turn | Reason::Drain) => {
                 Action::Sleep(at, reason)
@@ -209,12 +209,6 @@ impl Core {
         let extra = [self.claim_policy.is_newest_lane_busy(), self.claim_policy.is_turns_lane_busy()];
         let lanes = lanes + extra.into_iter().filter(|is_busy| *is_busy).count();
         self.claim_policy.busy_lanes() < lanes.min(self.environment.connections)
-    }
-
-    /// Whether the rows at the head of the queue, which no claim may take, are being moved out of it. There may be a million. Until
-    /// that has ended, a look tells what is known, and it is slow: it steps over what was moved.
-    fn is_head_being_moved(&self) -> bool {
-        self.claim_policy.is_head_blocked() && self.hold == Background::Running
     }
 
     /// Whether claims have followed each other for so long that the time for a look has passed.

@@ -95,6 +95,26 @@ async fn a_look_at_the_queue_costs_the_same_however_many_rows_are_held() {
 }
 
 #[tokio::test]
+async fn a_look_costs_the_same_when_rows_have_just_been_moved_into_a_line_and_the_statistics_do_not_know_it() {
+    let world = World::empty().await;
+    world
+        .sql(
+            "INSERT INTO tidings.schedules (kind, due_at)
+             SELECT 'message', now() - interval '1 s' + number * interval '1 us' FROM generate_series(1, 100000) AS number",
+        )
+        .await;
+    world.sql("VACUUM ANALYZE tidings.schedules").await;
+    world.sql("UPDATE tidings.schedules SET held = true, line = '', not_before = now()").await;
+    world.sql("VACUUM tidings.schedules").await;
+
+    let types = "text[], timestamptz, boolean, bigint";
+    let look = find_checked_query("held_for_us");
+    let (pages, plan) = count_pages(&world, &look, types, "'{message,other}', NULL, false, 1000").await;
+
+    assert!(pages < 40, "{pages}\n{plan}");
+}
+
+#[tokio::test]
 async fn a_claim_and_its_settlement_cost_the_same_however_many_rows_wait() {
     let world = World::empty().await;
     world

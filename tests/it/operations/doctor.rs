@@ -51,7 +51,7 @@ async fn doctor_reports_a_healthy_deployment_as_ok_in_every_line() {
 
     assert_eq!(code, 0, "{output}");
     assert_eq!(count_levels(&output), [30, 0, 0, 0], "{output}");
-    assert!(output.contains("6 triggers") && output.contains("23 indexes"), "{output}");
+    assert!(output.contains("6 triggers") && output.contains("22 indexes"), "{output}");
 }
 
 #[tokio::test]

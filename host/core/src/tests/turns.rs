@@ -109,28 +109,3 @@ fn while_rows_that_no_claim_may_take_stand_at_the_head_claims_go_by_kind() {
     let action = scene.next();
     assert!(matches!(action, Action::Claim(ClaimRequest { range: ClaimRange::Oldest, .. })), "{action:?}");
 }
-
-#[test]
-fn while_such_rows_are_moved_out_of_the_queue_it_claims_without_looks_and_looks_when_that_has_ended() {
-    let mut scene = Scene::quiet();
-    scene.woken(Reason::Notification);
-    let blocked = Look { first: Some(at(scene.now)), not_claimable_first: true, ..look(scene.now, true, Some(ms(10))) };
-    scene.handle(Event::Looked(scene.now, blocked));
-    assert_eq!(scene.next(), Action::Hold);
-    for _ in 0..200 {
-        scene.claims();
-        claimed(&mut scene, ClaimRange::ByKind, true, false, Some(ms(10)));
-        scene.handle(Event::DeliveryEnded(Lane { range: ClaimRange::ByKind, large: false }, ALL_LEFT));
-        assert_eq!(scene.sleeps(), (ms(10), Reason::Due), "a look after a claim would step over what was moved");
-        scene.now += ms(10);
-    }
-    scene.claims();
-    claimed(&mut scene, ClaimRange::ByKind, true, false, None);
-    scene.woken(Reason::Notification);
-    scene.claims();
-    claimed(&mut scene, ClaimRange::ByKind, false, false, Some(ms(70)));
-    assert_eq!(scene.sleeps(), (ms(70), Reason::Due), "the notification was about a row that is due soon");
-
-    scene.handle(Event::Held(true));
-    assert_eq!(scene.next(), Action::Look);
-}

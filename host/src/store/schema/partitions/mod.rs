@@ -197,7 +197,7 @@ mod tests {
     #[test]
     fn the_copy_has_every_index_of_the_table_under_another_name() {
         let (plain, spread) = (list_indexes_of_copy(false), list_indexes_of_copy(true));
-        assert_eq!((plain.len(), spread.len()), (8, 8));
+        assert_eq!((plain.len(), spread.len()), (7, 7));
         for statement in plain.iter().chain(&spread) {
             assert!(
                 statement.contains("schedules_new_") && statement.contains(" tidings.schedules_new "),
