@@ -1,9 +1,10 @@
 //! Limits: rows of a limited kind wait for their turn, all daemons together keep to the limit, and no other row is delayed. How
-//! evenly rows go is measured (`cargo measure -- limits`); here each time is only ever compared with the earliest that is allowed.
+//! evenly rows go is measured (`cargo measure -- limits`); here times are only ever compared with the earliest that are allowed.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use harness::windows::excess;
 use harness::world::World;
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -35,6 +36,13 @@ async fn refusal(world: &World, sql: &str) -> String {
     refused.expect_err("it is refused").to_string()
 }
 
+/// When the messages were confirmed of the deliveries that a condition selects, in seconds, in order.
+async fn sent_seconds(world: &World, which: &str) -> Vec<f64> {
+    let sent =
+        "SELECT array_agg(extract(epoch FROM finished_at)::float8 ORDER BY finished_at) FROM tidings.deliveries WHERE";
+    world.value(&format!("{sent} {which}")).await
+}
+
 /// Waits until no row is left, and expects that each was delivered once.
 async fn expect_all_delivered(world: &World, rows: u32) {
     world.wait_until("SELECT NOT EXISTS (SELECT FROM tidings.schedules)").await;
@@ -58,8 +66,10 @@ async fn two_daemons_together_never_deliver_more_rows_of_a_kind_than_its_limit_a
     // Five at once, and then one every 20 ms; a claim makes up for 20 ms at most.
     assert!(begun.elapsed() >= Duration::from_millis(95 * 20 - 20), "too fast: {:?}", begun.elapsed());
     expect_all_delivered(&world, 100).await;
+    let sent = sent_seconds(&world, "true").await;
+    assert!(excess(&sent, 50.0, 5.0) < 1.0, "in some time more went than may: {sent:?}");
     let in_order = "SELECT bool_and(n = place) FROM (
-        SELECT substr(key, 5)::int AS n, row_number() OVER (ORDER BY due_at, finished_at, substr(key, 5)::int) AS place
+        SELECT substr(key, 5)::int AS n, row_number() OVER (ORDER BY finished_at, substr(key, 5)::int) AS place
         FROM tidings.deliveries
     ) AS delivered";
     assert!(world.value::<bool>(in_order).await);
@@ -81,7 +91,9 @@ async fn with_a_limit_for_each_subject_no_subject_waits_for_the_backlog_of_anoth
     while !(1001..=1006).all(|body| bodies.contains(&body)) {
         bodies.push(inbox.next().await.json().as_i64().expect("a number"));
     }
-    assert!(bodies.len() < 100, "the large subject goes on at its own pace: {bodies:?}");
+    world.wait_until("SELECT count(*) >= 8 FROM tidings.deliveries WHERE subject = 'large'").await;
+    let large = sent_seconds(&world, "subject = 'large'").await;
+    assert!(excess(&large, 5.0, 1.0) < 1.0, "the large subject goes on at its own pace: {large:?}");
     let lines = "SELECT count(*) FROM tidings.lines";
     assert_eq!(world.value::<i64>(lines).await, 6, "large, four small ones, and the rows without a subject");
 }
@@ -233,6 +245,32 @@ async fn the_rows_of_a_limited_kind_wait_while_it_is_paused_and_a_limit_of_an_un
     }
     assert!(world.value::<bool>("SELECT held FROM tidings.schedules WHERE kind = 'nobody'").await);
     assert_eq!(world.value::<i64>("SELECT count(*) FROM tidings.limits").await, 2);
+}
+
+#[tokio::test]
+async fn the_lines_of_a_paused_kind_stand_still_while_those_of_other_kinds_go_on() {
+    let world = World::with_plugins(&["message", "game-status"]).await;
+    let mut inbox = world.inbox(&["#"]).await;
+    world.sql("SELECT tidings.limit('message', 5), tidings.limit('game-status', 5)").await;
+    let _daemon = world.start_daemon().await;
+    schedule_rows(&world, 100, "NULL").await;
+    inbox.next().await;
+    world.sql("INSERT INTO tidings.pauses (kind) VALUES ('message')").await;
+    // A claim before the pause may be under way. Half a second later the line would have had two more turns.
+    world
+        .wait_until("SELECT free_at < clock_timestamp() - interval '0.5 s' FROM tidings.lines WHERE kind = 'message'")
+        .await;
+    let waiting: i64 = world.value("SELECT count(*) FROM tidings.schedules WHERE kind = 'message'").await;
+
+    let mut others = BTreeSet::new();
+    for _ in 0..3 {
+        others.insert(schedule_other_kind(&world).await);
+    }
+
+    while !others.is_empty() {
+        others.remove(&inbox.next().await.id());
+    }
+    assert_eq!(world.value::<i64>("SELECT count(*) FROM tidings.schedules WHERE kind = 'message'").await, waiting);
 }
 
 #[tokio::test]
