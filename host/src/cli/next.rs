@@ -148,8 +148,12 @@ impl fmt::Display for Next {
             write!(formatter, "\npaused: {}", pause_sentence(pause))?;
         }
         for LimitStatus { limit, waiting, .. } in &self.limits {
-            let rows = if *waiting > MAX_COUNTED { format!("more than {MAX_COUNTED}") } else { waiting.to_string() };
-            write!(formatter, "\nlimited: {limit}; {rows} rows wait for their turn")?;
+            let rows = match *waiting {
+                1 => "1 row waits for its turn".to_owned(),
+                waiting if waiting > MAX_COUNTED => format!("more than {MAX_COUNTED} rows wait for their turn"),
+                waiting => format!("{waiting} rows wait for their turn"),
+            };
+            write!(formatter, "\nlimited: {limit}; {rows}")?;
         }
         Ok(())
     }
