@@ -328,7 +328,7 @@ async fn wait_until_drained(nemesis: &Nemesis, dir: &Path) -> anyhow::Result<()>
         }
         let is_late = Instant::now() > deadline;
         if pending == 0 && letters.iter().all(|letters| *letters == 0) {
-            // What is still missing at the end is in the report.
+            // The report counts as lost the rows that have not arrived by then.
             if !is_cluster || is_late || have_all_come_again(nemesis, dir).await? {
                 return Ok(());
             }

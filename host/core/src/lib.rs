@@ -46,6 +46,7 @@ use turns::Turns;
 const LANES: usize = 3;
 /// The shortest sleep: it keeps the loop from spinning when the database's clock is slightly behind.
 const SHORTEST_SLEEP: Duration = Duration::from_micros(200);
+
 /// All that the scheduler knows and decides by.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Core {
